@@ -1,0 +1,35 @@
+"""What attention is given: packed K and V, and how much of them is valid."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from ..layout import KVLayout
+
+
+class PackedKV(NamedTuple):
+    """Packed rows of K and V: a large body that is never rewritten, and a small tail.
+
+    Row p of the sequence lies in the body if p < n_body, else in the tail at p - n_body.
+
+    Shapes:
+        body: [B, H, body tiles, layout.tile_words] uint32, or None.
+        tail: [B, H, tail tiles, layout.tile_words] uint32, or None.
+
+    Args:
+        n_body: valid rows of the body, a multiple of 32; rows after them are stale.
+        n_tail: valid rows of the tail; rows after them are stale or zero.
+    """
+
+    layout: KVLayout
+    body: mx.array | None
+    n_body: int
+    tail: mx.array | None
+    n_tail: int
+
+    @property
+    def n_tokens(self) -> int:
+        """Rows of the sequence."""
+        return self.n_body + self.n_tail
