@@ -1,0 +1,162 @@
+"""The packed cache for a model: made once, or attached so that all of mlx-lm uses it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import mlx.nn as nn
+
+from .cache import TurboKVCache
+from .errors import InputError
+from .formats import KVFormat, check_head_dim
+from .kv_layers import KVLayers, kv_layers, own_caches
+from .policy import Pair, Policy, Uniform, load_policy
+from .shapes import probe_shapes
+
+logger = logging.getLogger("mlx_turbokv")
+_said: set[tuple[str, str]] = set()
+
+
+def make_prompt_cache(
+    model: nn.Module,
+    k: KVFormat | str = "q8_0",
+    v: KVFormat | str = "turbo2",
+    policy: Policy | str | None = None,
+    backend: str | None = None,
+) -> list[Any]:
+    """Caches for one sequence (or one batch) of ``model``: packed where its layers allow it.
+
+    Args:
+        k, v: formats of K and V, where the policy does not set them.
+        policy: which layer gets which formats, an object or a name; None is the same everywhere.
+        backend: ``metal``, ``cuda`` or ``reference``; None chooses.
+
+    Returns:
+        What mlx-lm's functions take as ``prompt_cache``. A layer whose formats are both f16 keeps
+        mlx-lm's own cache.
+
+    Raises:
+        InputError: unknown format or policy, a policy that does not fit the model, or a head_dim
+            that a format cannot store.
+    """
+    return CacheFactory(model, _as_policy(k, v, policy), backend)()
+
+
+def attach(
+    model: nn.Module,
+    k: KVFormat | str = "q8_0",
+    v: KVFormat | str = "turbo2",
+    policy: Policy | str | None = None,
+    backend: str | None = None,
+) -> nn.Module:
+    """Make packed caches the model's own, for every function of mlx-lm that creates caches.
+
+    Attaching again replaces what was attached. The arguments are those of ``make_prompt_cache``.
+
+    Returns:
+        The model.
+
+    Raises:
+        InputError: as ``make_prompt_cache``.
+    """
+    previous = vars(model).get("make_cache")
+    if isinstance(previous, CacheFactory):
+        previous = previous.turbokv_previous
+    model.make_cache = CacheFactory(model, _as_policy(k, v, policy), backend, previous)
+    return model
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Give the model its own caches back; without anything attached this does nothing."""
+    factory = vars(model).get("make_cache")
+    if isinstance(factory, CacheFactory):
+        del model.make_cache
+        if factory.turbokv_previous is not None:
+            model.make_cache = factory.turbokv_previous
+    return model
+
+
+class CacheFactory:
+    """Makes a model's caches, with the KV layers packed.
+
+    Args:
+        model: the model; it is only read.
+        policy: which KV layer gets which formats.
+        backend: name of the back-end, or None.
+        previous: the instance's own ``make_cache`` that this factory stands in for, if it had one.
+
+    Raises:
+        InputError: the policy or a format does not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        policy: Policy,
+        backend: str | None = None,
+        previous: Any = None,
+    ) -> None:
+        self.model = model
+        self.policy = policy
+        self.backend = backend
+        self.turbokv_previous = previous
+        caches = own_caches(model)
+        self._n_caches = len(caches)
+        self.layers: KVLayers = kv_layers(model, caches)
+        self.formats: list[Pair] = policy.formats(self.layers.n_total)
+        self._check_head_dims()
+        for note in [*policy.notes(self.layers.n_total), *self.layers.notes()]:
+            _say_once(model, note)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """Fresh caches; arguments go to the model's own factory."""
+        caches = own_caches(self.model, *args, **kwargs)
+        for layer in self._layers_of(caches).layers:
+            k, v = self.formats[layer.ordinal]
+            if k.is_f16 and v.is_f16:
+                continue
+            packed = TurboKVCache(k, v, backend=self.backend)
+            if layer.sub is None:
+                caches[layer.index] = packed
+            else:
+                entries = list(caches[layer.index].caches)
+                entries[layer.sub] = packed
+                caches[layer.index].caches = tuple(entries)
+        return caches
+
+    def _layers_of(self, caches: list[Any]) -> KVLayers:
+        """The KV layers of these caches: a model may have been split since it was attached."""
+        if len(caches) != self._n_caches:
+            self.layers, self._n_caches = kv_layers(self.model, caches), len(caches)
+        return self.layers
+
+    def _check_head_dims(self) -> None:
+        shapes = probe_shapes(self.model, self.layers)
+        for layer in self.layers.layers:
+            shape = shapes.get((layer.index, layer.sub))
+            if shape is not None:
+                k, v = self.formats[layer.ordinal]
+                check_head_dim(k, shape.k_head_dim)
+                check_head_dim(v, shape.v_head_dim)
+
+
+def _as_policy(
+    k: KVFormat | str, v: KVFormat | str, policy: Policy | str | None
+) -> Policy:
+    if policy is None:
+        return Uniform(k, v)
+    if isinstance(policy, Policy):
+        return policy
+    if isinstance(policy, str) and policy.lower().endswith(".json"):
+        return load_policy(policy)
+    if isinstance(policy, str):
+        return load_policy(policy, k, v)
+    raise InputError(f"Policy {policy!r} is not accepted: give a policy object or a name.")
+
+
+def _say_once(model: nn.Module, note: str) -> None:
+    key = (type(model).__module__, note)
+    if key not in _said:
+        _said.add(key)
+        logger.warning(note)

@@ -1,0 +1,365 @@
+"""Which KV layer gets which formats.
+
+A policy maps n KV layers to n pairs (K format, V format). It counts ordinals among the layers
+whose cache grows and is compressed, never raw layer indices, so a hybrid's first two *KV* layers
+are its boundary wherever they stand in the network. Under pipeline parallelism the formats are
+computed over the whole model, and each rank takes its slice.
+
+The presets are those of TurboQuant+'s TURBO_LAYER_ADAPTIVE (TheTom/llama-cpp-turboquant), counted
+in ordinals. To add a policy: a frozen dataclass with one method, ``pair``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from .errors import InputError
+from .formats import KVFormat, as_format
+
+Pair = tuple[KVFormat, KVFormat]
+
+DEFAULT_K = "q8_0"
+DEFAULT_V = "turbo2"
+ENVIRONMENT = "TURBO_LAYER_ADAPTIVE"
+PRESETS = {"la-v5": 5, "la-v6": 6, "la-v7": 7, "boundary-v": 7}
+MODES = (0, 1, 2, 5, 6, 7, 10)
+ACCEPTED = (
+    "uniform, la-v5, la-v6, la-v7 (or boundary-v), mode-N (N one of 0, 1, 2, 5, 6, 7, 10), "
+    "boundary:A,B[:V or :K/V], last:N[:V or :K/V] and the path of a JSON file"
+)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Base of all policies: a subclass overrides ``pair``, and ``check`` where n can be wrong."""
+
+    @property
+    def name(self) -> str:
+        """Short name for tables."""
+        return type(self).__name__.lower()
+
+    def pair(self, ordinal: int, n_layers: int) -> Pair:
+        """Formats of K and V in KV layer ``ordinal`` of ``n_layers``."""
+        raise NotImplementedError
+
+    def check(self, n_layers: int) -> None:
+        """Raises: InputError where the policy does not fit a model of ``n_layers`` KV layers."""
+
+    def notes(self, n_layers: int) -> list[str]:
+        """Sentences worth telling about this policy on ``n_layers`` KV layers."""
+        return []
+
+    def formats(self, n_layers: int) -> list[Pair]:
+        """The pair of formats of every KV layer, in order.
+
+        Raises:
+            InputError: the policy does not fit a model of ``n_layers`` KV layers.
+        """
+        self.check(n_layers)
+        return [self.pair(ordinal, n_layers) for ordinal in range(n_layers)]
+
+
+@dataclass(frozen=True)
+class Uniform(Policy):
+    """The same formats in every layer."""
+
+    k: KVFormat | str = DEFAULT_K
+    v: KVFormat | str = DEFAULT_V
+
+    def __post_init__(self) -> None:
+        _parse(self, "k", "v")
+
+    def pair(self, ordinal: int, n_layers: int) -> Pair:
+        return self.k, self.v
+
+
+@dataclass(frozen=True)
+class Boundary(Policy):
+    """Other formats for the first and the last layers.
+
+    Args:
+        k, v: formats of the layers between.
+        first, last: how many layers at either end are boundary.
+        boundary_k, boundary_v: formats of those; None keeps ``k`` or ``v``.
+
+    Raises:
+        InputError: a count is negative.
+    """
+
+    k: KVFormat | str
+    v: KVFormat | str
+    first: int
+    last: int
+    boundary_k: KVFormat | str | None = None
+    boundary_v: KVFormat | str | None = None
+
+    def __post_init__(self) -> None:
+        _parse(self, "k", "v", "boundary_k", "boundary_v")
+        if self.first < 0 or self.last < 0:
+            raise InputError(
+                f"Boundary {self.first},{self.last} is not accepted: both counts must be 0 or more."
+            )
+
+    @property
+    def name(self) -> str:
+        return f"boundary {self.first},{self.last}"
+
+    def check(self, n_layers: int) -> None:
+        if self.first + self.last > n_layers:
+            raise InputError(
+                f"Boundary {self.first},{self.last} is larger than the model: it has {n_layers} "
+                "KV layers."
+            )
+
+    def pair(self, ordinal: int, n_layers: int) -> Pair:
+        if self.first <= ordinal < n_layers - self.last:
+            return self.k, self.v
+        return self.boundary_k or self.k, self.boundary_v or self.v
+
+
+@dataclass(frozen=True)
+class LastN(Policy):
+    """Other formats for the last n layers.
+
+    Args:
+        k, v: formats of the layers before.
+        n: how many layers at the end get ``last_k`` and ``last_v`` (None keeps ``k`` or ``v``).
+
+    Raises:
+        InputError: n is negative.
+    """
+
+    k: KVFormat | str
+    v: KVFormat | str
+    n: int
+    last_k: KVFormat | str | None = None
+    last_v: KVFormat | str | None = None
+
+    def __post_init__(self) -> None:
+        _parse(self, "k", "v", "last_k", "last_v")
+        if self.n < 0:
+            raise InputError(f"Last {self.n} is not accepted: the count must be 0 or more.")
+
+    @property
+    def name(self) -> str:
+        return f"last {self.n}"
+
+    def check(self, n_layers: int) -> None:
+        if self.n > n_layers:
+            raise InputError(
+                f"Last {self.n} is larger than the model: it has {n_layers} KV layers."
+            )
+
+    def pair(self, ordinal: int, n_layers: int) -> Pair:
+        if ordinal < n_layers - self.n:
+            return self.k, self.v
+        return self.last_k or self.k, self.last_v or self.v
+
+
+@dataclass(frozen=True)
+class LayerList(Policy):
+    """One pair a layer, as a policy file lists them (``policy_file.py``).
+
+    Args:
+        pairs: (K format, V format) of each KV layer, in order.
+        label: what to call the list, such as its file's name.
+    """
+
+    pairs: tuple[Pair, ...]
+    label: str = "list"
+
+    def __post_init__(self) -> None:
+        pairs = tuple((as_format(k), as_format(v)) for k, v in self.pairs)
+        object.__setattr__(self, "pairs", pairs)
+
+    @property
+    def name(self) -> str:
+        return self.label
+
+    def check(self, n_layers: int) -> None:
+        if len(self.pairs) != n_layers:
+            raise InputError(
+                f"Policy {self.label!r} lists {len(self.pairs)} KV layers, but the model has "
+                f"{n_layers}."
+            )
+
+    def pair(self, ordinal: int, n_layers: int) -> Pair:
+        return self.pairs[ordinal]
+
+
+@dataclass(frozen=True)
+class Preset(Policy):
+    """A named policy that fits any model: where layers are few, all of them are boundary."""
+
+    label: str
+    inner: Policy
+    protected: int = field(default=0)
+
+    @property
+    def name(self) -> str:
+        return self.label
+
+    def notes(self, n_layers: int) -> list[str]:
+        if not 0 < n_layers < self.protected:
+            return []
+        return [
+            f"Policy {self.label} protects {self.protected} KV layers, and this model has "
+            f"{n_layers}: every layer is a boundary layer."
+        ]
+
+    def pair(self, ordinal: int, n_layers: int) -> Pair:
+        return self.inner.pair(ordinal, n_layers)
+
+
+def layer_adaptive(
+    mode: int | str, k: KVFormat | str | None = None, v: KVFormat | str | None = None
+) -> Policy:
+    """The policy that TURBO_LAYER_ADAPTIVE=mode names.
+
+    Args:
+        mode: 0, 1, 2, 5, 6, 7 or 10.
+        k: K's format where the mode does not set it (default q8_0).
+        v: V's format outside the protected layers (default turbo2).
+
+    Raises:
+        InputError: another mode.
+    """
+    try:
+        number = int(mode)
+    except ValueError:
+        number = -1
+    k, v = as_format(k or DEFAULT_K), as_format(v or DEFAULT_V)
+    q8, turbo4 = as_format("q8_0"), as_format("turbo4")
+    # a boundary ordinal may belong to both ends, so the protected count is the sum of both
+    policies: dict[int, Policy] = {
+        0: Uniform(k, v),
+        1: Preset("mode-1", Boundary(k, v, 4, 4, q8, q8), 8),
+        2: Preset("mode-2", LastN(k, v, 8, q8, q8), 8),
+        5: Preset("la-v5", Boundary(k, v, 2, 2, None, turbo4), 4),
+        6: Preset("la-v6", LastN(k, v, 8, None, turbo4), 8),
+        7: Preset("la-v7", Boundary(k, v, 2, 2, None, q8), 4),
+        10: Preset("mode-10", Boundary(k, v, 4, 4, None, q8), 8),
+    }
+    if number not in policies:
+        raise InputError(
+            f"Unknown layer-adaptive mode {str(mode)!r}: accepted are "
+            f"{', '.join(map(str, MODES))}."
+        )
+    return policies[number]
+
+
+def from_environment(
+    k: KVFormat | str | None = None,
+    v: KVFormat | str | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Policy | None:
+    """The policy that the environment variable TURBO_LAYER_ADAPTIVE names, or None.
+
+    Raises:
+        InputError: the variable holds an unknown mode.
+    """
+    mode = (os.environ if environ is None else environ).get(ENVIRONMENT, "").strip()
+    if not mode:
+        return None
+    try:
+        return layer_adaptive(mode, k, v)
+    except InputError as error:
+        raise InputError(f"{ENVIRONMENT}={mode}: {error}") from None
+
+
+_PARAMETRISED = re.compile(
+    r"(?:boundary:(?P<first>\d+),(?P<last>\d+)|last:(?P<n>\d+))(?::(?P<formats>[^/]+(?:/[^/]+)?))?"
+)
+
+
+def load_policy(
+    name: str | os.PathLike, k: KVFormat | str | None = None, v: KVFormat | str | None = None
+) -> Policy:
+    """A policy by name, or from a JSON file.
+
+    Names: ``uniform``, the presets, ``mode-N``, ``boundary:A,B`` and ``last:N``; the last two give
+    V q8_0 in the layers they name, or what follows a second colon: ``boundary:2,2:f16`` sets V,
+    ``last:8:q8_0/turbo4`` sets K and V.
+
+    Args:
+        k: K's format where the policy leaves it open (default q8_0).
+        v: V's format where the policy leaves it open (default turbo2).
+
+    Raises:
+        InputError: no such name, an unreadable file, or ``k``/``v`` given beside a file.
+    """
+    text = os.fspath(name).strip()
+    lower = text.lower()
+    if lower == "uniform":
+        return Uniform(k or DEFAULT_K, v or DEFAULT_V)
+    if lower in PRESETS:
+        return layer_adaptive(PRESETS[lower], k, v)
+    if lower.startswith("mode-"):
+        return layer_adaptive(lower.removeprefix("mode-"), k, v)
+    if match := _PARAMETRISED.fullmatch(lower):
+        return _parametrised(match, k or DEFAULT_K, v or DEFAULT_V)
+    if not (text.endswith(".json") or os.path.exists(text)):
+        raise InputError(f"Unknown policy {text!r}: accepted are {ACCEPTED}.")
+    if k is not None or v is not None:
+        raise InputError(
+            f"Policy file {text!r} sets the formats of every layer: K or V formats cannot be "
+            "given beside it."
+        )
+    from .policy_file import read_layer_list
+
+    return read_layer_list(text)
+
+
+def parse_boundary(
+    text: str, k: KVFormat | str | None = None, v: KVFormat | str | None = None
+) -> Policy:
+    """The policy of ``--boundary A,B[:V or :K/V]``.
+
+    Raises:
+        InputError: the text has another form.
+    """
+    match = _PARAMETRISED.fullmatch(f"boundary:{text.replace(' ', '').lower()}")
+    if not match:
+        raise InputError(
+            f"Boundary {text!r} is not accepted: give two counts such as 2,2, optionally with the "
+            "boundary's formats such as 2,2:f16 (V) or 2,2:q8_0/f16 (K/V)."
+        )
+    return _parametrised(match, k or DEFAULT_K, v or DEFAULT_V)
+
+
+def _parametrised(match: re.Match, k: KVFormat | str, v: KVFormat | str) -> Policy:
+    names = (match["formats"] or "q8_0").split("/")
+    special_k = names[0] if len(names) == 2 else None
+    if match["n"]:
+        return LastN(k, v, int(match["n"]), special_k, names[-1])
+    return Boundary(k, v, int(match["first"]), int(match["last"]), special_k, names[-1])
+
+
+def _parse(policy: Policy, *names: str) -> None:
+    """Let a frozen policy's formats be given by name."""
+    for name in names:
+        value = getattr(policy, name)
+        if value is not None:
+            object.__setattr__(policy, name, as_format(value))
+
+
+def bits_per_value(
+    formats: list[Pair], k_head_dims: list[int], v_head_dims: list[int], heads: list[int]
+) -> tuple[float, float, float]:
+    """Bits per value of K, of V, and of both together, weighted by each layer's values.
+
+    Shapes:
+        every list: one entry a KV layer.
+    """
+    k_bits = k_values = v_bits = v_values = 0.0
+    for (k, v), k_dim, v_dim, n_heads in zip(formats, k_head_dims, v_head_dims, heads):
+        k_values += n_heads * k_dim
+        v_values += n_heads * v_dim
+        k_bits += n_heads * k_dim * k.bits_per_value(k_dim)
+        v_bits += n_heads * v_dim * v.bits_per_value(v_dim)
+    if not k_values:
+        return 0.0, 0.0, 0.0
+    return k_bits / k_values, v_bits / v_values, (k_bits + v_bits) / (k_values + v_values)
