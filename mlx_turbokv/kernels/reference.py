@@ -1,0 +1,139 @@
+"""The reference back-end: packing and attention in plain mx ops, on any machine MLX runs on.
+
+The kernels are held against these functions; they share their signatures.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from ..layout import TILE, KVLayout
+from . import quantize
+from .packed import PackedKV
+from .tiles import Rows, first_rows_mask, rows_to_tiles, tiles_to_rows
+
+# dequantised K and V of one attention call are kept below this by taking KV heads in slices
+TRANSIENT_BYTES = 128 * 2**20
+scaled_dot_product_attention = mx.fast.scaled_dot_product_attention
+
+
+def pack(
+    keys: mx.array, values: mx.array, layout: KVLayout, tail: mx.array | None = None, n_tail: int = 0
+) -> mx.array:
+    """Quantise new tokens and append them to the tail.
+
+    Args:
+        tail: packed rows that the new ones follow; None where there are none.
+        n_tail: how many rows of the tail are kept.
+
+    Shapes:
+        keys, values: [B, H, L, k_head_dim or v_head_dim].
+        tail: [B, H, T, layout.tile_words] uint32.
+        returns: [B, H, ceil((n_tail + L) / 32), layout.tile_words] uint32.
+    """
+    n_full, n_partial = divmod(n_tail, TILE)
+    k = quantize.quantize(keys, layout.k_format, quantize.K_SCALE_RULE)
+    v = quantize.quantize(values, layout.v_format, quantize.V_SCALE_RULE)
+    rows = Rows(*k, *v)
+    if n_partial:
+        rows = Rows(*(mx.pad(part, [(0, 0), (0, 0), (n_partial, 0), (0, 0)]) for part in rows))
+    tiles = rows_to_tiles(rows, layout)
+    if n_tail == 0:
+        return tiles
+    if n_partial:
+        kept = tail[:, :, n_full : n_full + 1] & first_rows_mask(layout, n_partial)
+        tiles = mx.concatenate([kept | tiles[:, :, :1], tiles[:, :, 1:]], axis=2)
+    return mx.concatenate([tail[:, :, :n_full], tiles], axis=2) if n_full else tiles
+
+
+def attention(
+    queries: mx.array,
+    packed: PackedKV,
+    scale: float,
+    mask: mx.array | str | None = None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """Scaled dot-product attention over packed rows, in float32.
+
+    Args:
+        mask: None, "causal" (the last query sees every row), or a bool or additive array.
+        sinks: one logit a query head that takes part in the softmax and has no value.
+
+    Shapes:
+        queries: [B, n_heads, L, k_head_dim].
+        returns: [B, n_heads, L, v_head_dim], in the queries' dtype.
+    """
+    layout = packed.layout
+    n_heads, n_kv_heads = queries.shape[1], _any(packed).shape[1]
+    gqa_factor = n_heads // n_kv_heads
+    q = queries.astype(mx.float32)
+    if layout.k_format.is_turbo:
+        q = quantize.rotate(q, layout.k_head_dim)
+    if isinstance(mask, mx.array) and mask.dtype != mx.bool_:
+        mask = mask.astype(mx.float32)
+    sinks = None if sinks is None else sinks.astype(mx.float32)
+    tiles = _tiles(packed)
+    step = max(1, TRANSIENT_BYTES // _transient_bytes_per_head(packed, queries.shape[0]))
+
+    outputs = []
+    for first in range(0, n_kv_heads, step):
+        keys, values = _rotated(tiles[:, first : first + step], packed)
+        heads = slice(first * gqa_factor, (first + step) * gqa_factor)
+        per_head = isinstance(mask, mx.array) and mask.ndim > 2 and mask.shape[-3] > 1
+        output = scaled_dot_product_attention(
+            q[:, heads],
+            keys,
+            values,
+            scale=scale,
+            mask=mask[..., heads, :, :] if per_head else mask,
+            sinks=None if sinks is None else sinks[heads],
+        )
+        outputs.append(output)
+    output = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=1)
+    if layout.v_format.is_turbo:
+        output = quantize.rotate(output, layout.v_head_dim, inverse=True)
+    return output.astype(queries.dtype)
+
+
+def dequantize(packed: PackedKV, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    """K and V as the model would have made them, quantisation error aside.
+
+    Shapes:
+        returns: [B, H, n, k_head_dim] and [B, H, n, v_head_dim] in ``dtype``.
+    """
+    layout = packed.layout
+    keys, values = _rotated(_tiles(packed), packed)
+    if layout.k_format.is_turbo:
+        keys = quantize.rotate(keys, layout.k_head_dim, inverse=True)
+    if layout.v_format.is_turbo:
+        values = quantize.rotate(values, layout.v_head_dim, inverse=True)
+    return keys.astype(dtype), values.astype(dtype)
+
+
+def _any(packed: PackedKV) -> mx.array:
+    return packed.body if packed.body is not None else packed.tail
+
+
+def _tiles(packed: PackedKV) -> mx.array:
+    """Body and tail as one array of tiles."""
+    parts = []
+    if packed.n_body:
+        parts.append(packed.body[:, :, : packed.n_body // TILE])
+    if packed.n_tail:
+        parts.append(packed.tail[:, :, : -(-packed.n_tail // TILE)])
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
+
+
+def _rotated(tiles: mx.array, packed: PackedKV) -> tuple[mx.array, mx.array]:
+    """Dequantised rows of tiles, turbo rows in the rotated basis, float32."""
+    layout, n = packed.layout, packed.n_tokens
+    dtype = getattr(mx, layout.dtype)
+    rows = Rows(*(part[:, :, :n] for part in tiles_to_rows(tiles, layout)))
+    keys = quantize.values(rows.k, rows.k_scales, layout.k_format, layout.k_head_dim, dtype)
+    values = quantize.values(rows.v, rows.v_scales, layout.v_format, layout.v_head_dim, dtype)
+    return keys, values
+
+
+def _transient_bytes_per_head(packed: PackedKV, batch: int) -> int:
+    layout = packed.layout
+    return 4 * batch * packed.n_tokens * (layout.k_head_dim + layout.v_head_dim)
