@@ -1,3 +1,48 @@
-"""A packed, layer-aware KV cache for mlx-lm models."""
+"""A packed, layer-aware KV cache for mlx-lm models.
+
+    from mlx_turbokv import attach
+    attach(model, k="q8_0", v="turbo2")
+
+and everything in mlx-lm that makes a cache for ``model`` makes a packed one.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from . import blas
 
 __version__ = "0.1.0"
+
+_WHERE = {
+    "KVFormat": "formats",
+    "InputError": "errors",
+    "Policy": "policy",
+    "Uniform": "policy",
+    "Boundary": "policy",
+    "LastN": "policy",
+    "LayerList": "policy_file",
+    "load_policy": "policy",
+    "TurboKVCache": "cache",
+    "make_prompt_cache": "api",
+    "attach": "api",
+    "detach": "api",
+}
+__all__ = [*_WHERE, "__version__"]
+
+blas.preload()
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public names at first use: MLX is loaded only when it is needed."""
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = _WHERE[name]
+    if module in ("cache", "api"):
+        blas.require_mlx()
+    return getattr(import_module(f".{module}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
