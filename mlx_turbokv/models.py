@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten
 
 from . import blas, default_model
 from .errors import InputError
@@ -43,39 +44,67 @@ def load(
     trust_remote_code: bool = False,
     tokenizer_config: dict[str, Any] | None = None,
     dtype: mx.Dtype | None = None,
+    packed: bool | None = None,
 ) -> Loaded:
     """Load a model and its tokenizer.
 
     model: a hub id or folder as mlx_lm takes it, a .gguf file, or None for the default model.
     adapter_path: LoRA adapters, as ``mlx_lm.load`` takes them.
-    dtype: run dequantised in this type; None takes float32 on a CPU with OpenBLAS and leaves
-        the weights as they are elsewhere.
+    tokenizer_config: passed on to the tokenizer of an mlx-lm model.
+    dtype, packed: the type to run in, and whether quantised weights stay so. None leaves both as
+        the model has them, but on Linux without a GPU takes what is fastest there (``CpuForm``).
 
     Raises:
         InputError: the model is missing, damaged, of an unsupported kind, cannot be fetched, or
             has weights that are not numbers.
     """
-    if dtype is None and _runs_on_cpu():
-        if blas.openblas_in_use():
-            dtype = mx.float32
-        else:
-            _say_what_openblas_brings()
-    if model is None:
-        path = default_model.default_model_file()
-        loaded = _load_gguf(path, dtype)
-        loaded.name = default_model.NAME if path.name == default_model.FILE_NAME else path.stem
-    elif str(model).endswith(".gguf"):
-        loaded = _load_gguf(Path(model), dtype)
+    source, name = _locate(model)
+    form = Form(dtype, True if packed is None else packed)
+    if dtype is None and packed is None and _runs_on_linux_cpu():
+        form = cpu_form(source)
+    if source.endswith(".gguf"):
+        loaded = _load_gguf(Path(source), form)
+        loaded.name = name or loaded.name
+        if adapter_path is not None:
+            _add_adapters(loaded.model, adapter_path)
     else:
-        loaded = _load_mlx_lm(str(model), trust_remote_code, tokenizer_config, dtype)
-    if adapter_path is not None:
-        _add_adapters(loaded, adapter_path)
-    check_weights(loaded.model, loaded.source)
+        loaded = _load_mlx_lm(source, adapter_path, trust_remote_code, tokenizer_config, form)
+    check_weights(loaded.model, loaded.name)
     return loaded
 
 
+def load_config(model: str | os.PathLike[str] | None = None) -> tuple[dict[str, Any], str, str]:
+    """A model's configuration without its weights: (config, name, source).
+
+    model: as ``load`` takes it, or a config.json. Of a hub id only the config is fetched.
+
+    Raises:
+        InputError: missing, damaged, of an unsupported kind, or not to be fetched.
+    """
+    from .gguf import config_from_gguf, open_gguf
+
+    source, name = _locate(model)
+    if source.endswith(".gguf"):
+        file = open_gguf(source)
+        return config_from_gguf(file), name or _gguf_name(file), source
+    path = Path(source)
+    if path.is_dir():
+        path = path / "config.json"
+    elif not path.is_file():
+        path = _hub_config(source)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"The folder {source} has no config.json.") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is not a readable config.json ({_first_line(error)}).") from error
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise InputError(f"{path} is not a model's config.json: it names no model_type.")
+    return config, _source_name(source), source
+
+
 def check_weights(model: nn.Module, name: str) -> None:
-    """Look for weights that are not numbers.
+    """Look for weights that are not numbers; each weight is read once.
 
     Raises:
         InputError: a parameter holds NaN.
@@ -85,59 +114,179 @@ def check_weights(model: nn.Module, name: str) -> None:
         for key, value in tree_flatten(model.parameters())
         if mx.issubdtype(value.dtype, mx.floating)
     ]
-    # The sum of a tensor that holds NaN is NaN, and reads each weight only once.
     found = mx.stack([mx.any(mx.isnan(value)) for _, value in floats]).tolist()
     bad = [key for (key, _), is_bad in zip(floats, found) if is_bad]
     if bad:
         raise InputError(f"The model {name} has NaN among its weights ({bad[0]}).")
 
 
-def _load_gguf(path: Path, dtype: mx.Dtype | None) -> Loaded:
+@dataclass(frozen=True)
+class Form:
+    """How weights are held: the type to run in (None: the model's own), and packed or not."""
+
+    dtype: mx.Dtype | None
+    packed: bool
+
+
+def cpu_form(source: str) -> Form:
+    """The fastest form on MLX's CPU back-end for Linux: float32, dequantised with OpenBLAS.
+
+    Half precision is some twenty times slower there. Without OpenBLAS quantised weights decode
+    faster than dequantised ones, and are kept; so they are where float32 would not fit in memory.
+    """
+    if not blas.openblas_in_use():
+        print(
+            "OpenBLAS is not in use, so the weights stay quantised; with it (Debian and Ubuntu: "
+            "apt install libopenblas0) prompts are read about twenty times as fast.",
+            file=sys.stderr,
+        )
+        return Form(mx.float32, packed=True)
+    needed, memory = _float32_bytes(source), _physical_bytes()
+    if needed and memory and needed > 0.6 * memory:
+        print(
+            f"The weights stay quantised: in float32 they would take {needed / 1e9:.1f} GB of "
+            f"{memory / 1e9:.1f} GB.",
+            file=sys.stderr,
+        )
+        return Form(mx.float32, packed=True)
+    return Form(mx.float32, packed=False)
+
+
+def _locate(model: str | os.PathLike[str] | None) -> tuple[str, str | None]:
+    """(source, name); the name only for the default model."""
+    if model is None:
+        path = default_model.default_model_file()
+        name = default_model.NAME if path.name == default_model.FILE_NAME else None
+        return str(path), name
+    source = str(model)
+    if not source:
+        raise InputError("The model's name is empty; give a hub id, a folder or a .gguf file.")
+    if Path(source).is_file() and not source.endswith((".gguf", ".json")):
+        raise InputError(
+            f"{source} is a file, and the only files accepted as a model are .gguf files."
+        )
+    return source, None
+
+
+def _load_gguf(path: Path, form: Form) -> Loaded:
     from .gguf import open_gguf
     from .gguf_model import model_from_gguf
     from .gguf_tokenizer import build_tokenizer
 
     file = open_gguf(path)
     tokenizer = build_tokenizer(file.metadata)
-    model, config = model_from_gguf(file, packed=dtype is None, dtype=dtype)
-    name = file.metadata.get("general.name") or path.stem
-    return Loaded(model, tokenizer, name, config, config["max_position_embeddings"], str(path))
+    model, config = model_from_gguf(file, packed=form.packed, dtype=form.dtype)
+    context = config["max_position_embeddings"]
+    return Loaded(model, tokenizer, _gguf_name(file), config, context, str(path))
 
 
 def _load_mlx_lm(
     source: str,
+    adapter_path: str | None,
     trust_remote_code: bool,
     tokenizer_config: dict[str, Any] | None,
-    dtype: mx.Dtype | None,
+    form: Form,
 ) -> Loaded:
     import mlx_lm
+    from mlx_lm.utils import dequantize_model
 
-    model, tokenizer, config = mlx_lm.load(
-        source,
-        tokenizer_config={"trust_remote_code": trust_remote_code, **(tokenizer_config or {})},
-        return_config=True,
-        trust_remote_code=trust_remote_code,
-    )
-    return Loaded(model, tokenizer, Path(source).name, config, _max_context(config), source)
+    try:
+        model, tokenizer, config = mlx_lm.load(
+            source,
+            tokenizer_config={"trust_remote_code": trust_remote_code, **(tokenizer_config or {})},
+            adapter_path=adapter_path,
+            return_config=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except Exception as error:
+        raise _load_error(source, adapter_path, error) from error
+    if form.dtype is not None:
+        model.set_dtype(form.dtype)
+    if not form.packed:
+        model = dequantize_model(model)
+    mx.eval(model.parameters())
+    name = _source_name(source)
+    return Loaded(model, tokenizer, name, config, max_context(config), source)
 
 
-def _max_context(config: dict[str, Any]) -> int | None:
+def max_context(config: dict[str, Any]) -> int | None:
+    """The positions that a config.json says the model was made for."""
     for level in (config, config.get("text_config") or {}):
         if value := level.get("max_position_embeddings"):
             return int(value)
     return None
 
 
-def _runs_on_cpu() -> bool:
+def _load_error(source: str, adapter_path: str | None, error: Exception) -> Exception:
+    """What went wrong in ``mlx_lm.load`` as one sentence, or the error itself where unknown."""
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    accepted = "give a hub id, a folder or a .gguf file"
+    if isinstance(error, HFValidationError):
+        return InputError(f"There is no model at {source}; {accepted}.")
+    if isinstance(error, (LocalEntryNotFoundError, ConnectionError)):
+        return InputError(
+            f"The model {source} is no folder here and the hub cannot be reached; {accepted}."
+        )
+    if isinstance(error, HfHubHTTPError):
+        return InputError(f"The hub does not give the model {source} ({_first_line(error)}).")
+    if isinstance(error, (OSError, ValueError, KeyError, TypeError, RuntimeError)):
+        with_adapters = f" with adapters {adapter_path}" if adapter_path else ""
+        what = f"{error!r}" if isinstance(error, KeyError) else _first_line(error)
+        return InputError(f"The model {source}{with_adapters} cannot be loaded ({what}).")
+    return error
+
+
+def _hub_config(source: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(source, "config.json"))
+    except Exception as error:
+        raise _load_error(source, None, error) from error
+
+
+def _add_adapters(model: nn.Module, adapter_path: str) -> None:
+    from mlx_lm.utils import load_adapters
+
+    try:
+        load_adapters(model, adapter_path)
+    except Exception as error:
+        raise _load_error("from GGUF", adapter_path, error) from error
+    model.eval()
+
+
+def _gguf_name(file: Any) -> str:
+    return file.metadata.get("general.name") or file.path.stem
+
+
+def _source_name(source: str) -> str:
+    path = Path(source)
+    if path.name == "config.json":
+        path = path.parent
+    return path.resolve().name if path.exists() else path.name
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__).rstrip(".")
+
+
+def _runs_on_linux_cpu() -> bool:
     return sys.platform.startswith("linux") and mx.default_device() == mx.Device(mx.cpu)
 
 
-def _say_what_openblas_brings() -> None:
-    pass
+def _physical_bytes() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (OSError, ValueError):
+        return 0
 
 
-def _add_adapters(loaded: Loaded, adapter_path: str) -> None:
-    from mlx_lm.utils import load_adapters
+def _float32_bytes(source: str) -> int:
+    """About what a GGUF file's weights take in float32; 0 where that is not known."""
+    if not source.endswith(".gguf"):
+        return 0
+    from .gguf import open_gguf
 
-    loaded.model = load_adapters(loaded.model, adapter_path)
-    loaded.model.eval()
+    return 4 * sum(int(tensor.n_elements) for tensor in open_gguf(source).tensors.values())

@@ -1,0 +1,70 @@
+"""How every command ends: one sentence on stderr for bad input, and an exit status."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import click
+
+from ..errors import InputError
+
+USAGE_STATUS = 2
+INTERRUPT_STATUS = 130
+PIPE_STATUS = 141
+
+
+def run(command: click.Command, args: Sequence[str] | None = None) -> NoReturn:
+    """Run a command and exit.
+
+    Bad input (InputError, what click refuses, a missing file) prints ``Error: <one sentence>`` on
+    stderr and exits with 2; Ctrl-C exits with 130, a reader that closed the pipe with 141. The
+    notes of the package go to stderr as they are.
+    """
+    _notes_to_stderr()
+    try:
+        status = command.main(
+            args=None if args is None else list(args), standalone_mode=False
+        )
+    except InputError as error:
+        _fail(str(error))
+    except click.ClickException as error:
+        _fail(_one_sentence(error))
+    except (click.Abort, KeyboardInterrupt):
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(INTERRUPT_STATUS)
+    except BrokenPipeError:
+        # Python flushes stdout once more on its way out, which would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(PIPE_STATUS)
+    except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+        if error.filename is None:
+            raise
+        _fail(f"{error.filename} cannot be used ({error.strerror}).")
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(message: str) -> NoReturn:
+    sys.stdout.flush()
+    print(f"Error: {message}", file=sys.stderr)
+    sys.exit(USAGE_STATUS)
+
+
+def _one_sentence(error: click.ClickException) -> str:
+    message = " ".join(error.format_message().split())
+    context = getattr(error, "ctx", None)
+    if context is not None and isinstance(error, click.UsageError):
+        message = f"{message.rstrip('.')}; see {context.command_path} --help."
+    return message
+
+
+def _notes_to_stderr() -> None:
+    logger = logging.getLogger("mlx_turbokv")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
