@@ -22,7 +22,7 @@ _WHERE = {
     "Uniform": "policy",
     "Boundary": "policy",
     "LastN": "policy",
-    "LayerList": "policy_file",
+    "LayerList": "policy",
     "load_policy": "policy",
     "TurboKVCache": "cache",
     "make_prompt_cache": "api",
