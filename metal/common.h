@@ -1,0 +1,162 @@
+// Shared by the kernels: the dialect's words, the stored layout (mlx_turbokv/layout.py), and how
+// four neighbouring codes become four floats. Metal is the source of truth; compat/cuda.h defines
+// the same words for NVRTC before this text. Files are concatenated: common.h, hadamard.h, a kernel.
+
+#ifndef TKV_PRELUDE
+#define TKV_FN inline
+#define TKV_CONST_FN inline constexpr
+#define TKV_SHARED(type, name, count) threadgroup type name[count]
+#define TKV_UNROLL _Pragma("clang loop unroll(full)")
+
+// Byte `index` of a word of int8 codes, as a float.
+TKV_FN float signed_byte(uint word, int index) {
+  return as_type<float>((((word ^ 0x80808080u) >> (8 * index)) & 0xffu) | 0x4b000000u) - 8388736.0f;
+}
+#endif
+
+constant constexpr int TILE = 32;
+constant constexpr int LANES = 32;
+
+// The constant tables of one side, as 32-bit words (kernels/tables.py writes them): bits of the
+// rotation's signs, sign bits of the dense Hadamard matrix by rows and by columns (two words each),
+// the codebook, and the boundaries between its levels.
+constant constexpr int TABLE_ROWS = 4;
+constant constexpr int TABLE_COLUMNS = 76;
+constant constexpr int TABLE_LEVELS = 148;
+constant constexpr int TABLE_BOUNDARIES = 212;
+constant constexpr int MAX_LEVELS = 64;
+
+// What a row is: BITS of a code (2 to 6 turbo, 8 q8_0, 16 or 32 raw values), GROUP values to a
+// scale (0 for raw rows).
+TKV_CONST_FN int group_count(int dim, int group) {
+  return group == 0 ? 0 : (dim + group - 1) / group;
+}
+TKV_CONST_FN int code_words(int bits, int dim) {
+  return bits * dim;
+}
+TKV_CONST_FN int side_words(int bits, int group, int dim) {
+  return code_words(bits, dim) + 16 * group_count(dim, group);
+}
+TKV_CONST_FN int ceil_div(int a, int b) {
+  return (a + b - 1) / b;
+}
+TKV_CONST_FN int larger(int a, int b) {
+  return a > b ? a : b;
+}
+
+// Raw values: RAW 0 is half, 1 bfloat, 2 float.
+template <int RAW>
+TKV_FN float raw_value(uint bits) {
+  if (RAW == 0) {
+    return float(as_type<half>(ushort(bits & 0xffffu)));
+  }
+  return as_type<float>(RAW == 1 ? bits << 16 : bits);
+}
+
+TKV_FN float half_bits(uint bits) {
+  return float(as_type<half>(ushort(bits & 0xffffu)));
+}
+
+TKV_FN float component(float4 v, int i) {
+  return i == 0 ? v.x : (i == 1 ? v.y : (i == 2 ? v.z : v.w));
+}
+
+// The bits of quad `quad` (four codes) of a bitstream; bits above the quad's own are garbage.
+template <int BITS>
+TKV_FN uint4 quad_bits(thread const uint* words, int quad) {
+  if (BITS == 8) {
+    return uint4(words[quad], 0, 0, 0);
+  }
+  if (BITS == 16) {
+    return uint4(words[2 * quad], words[2 * quad + 1], 0, 0);
+  }
+  if (BITS == 32) {
+    return uint4(words[4 * quad], words[4 * quad + 1], words[4 * quad + 2], words[4 * quad + 3]);
+  }
+  const int bit = quad * 4 * BITS;
+  const int word = bit >> 5;
+  const int shift = bit & 31;
+  uint low = words[word] >> shift;
+  if (shift + 4 * BITS > 32) {
+    low |= words[word + 1] << (32 - shift);
+  }
+  return uint4(low, 0, 0, 0);
+}
+
+// Four values without their scale. `table` holds the levels; with 2 bits, the 16 pairs of levels,
+// so that one read gives two values.
+template <int BITS, int RAW>
+TKV_FN float4 quad_values(uint4 bits, threadgroup const float* table) {
+  if (BITS == 8) {
+    return float4(signed_byte(bits.x, 0), signed_byte(bits.x, 1), signed_byte(bits.x, 2),
+                  signed_byte(bits.x, 3));
+  }
+  if (BITS == 16) {
+    return float4(raw_value<RAW>(bits.x), raw_value<RAW>(bits.x >> 16), raw_value<RAW>(bits.y),
+                  raw_value<RAW>(bits.y >> 16));
+  }
+  if (BITS == 32) {
+    return float4(raw_value<RAW>(bits.x), raw_value<RAW>(bits.y), raw_value<RAW>(bits.z),
+                  raw_value<RAW>(bits.w));
+  }
+  if (BITS == 2) {
+    threadgroup const float2* pairs = (threadgroup const float2*)table;
+    const float2 low = pairs[bits.x & 15u];
+    const float2 high = pairs[(bits.x >> 4) & 15u];
+    return float4(low.x, low.y, high.x, high.y);
+  }
+  const uint mask = (1u << (BITS & 31)) - 1u;
+  return float4(table[bits.x & mask], table[(bits.x >> BITS) & mask],
+                table[(bits.x >> (2 * BITS)) & mask], table[(bits.x >> (3 * BITS)) & mask]);
+}
+
+// Copies a side's levels to threadgroup memory in the form that quad_values reads.
+template <int BITS>
+TKV_FN void load_levels(threadgroup float* table, const device uint* constants, int thread_index) {
+  if (BITS > 6 || thread_index >= (BITS == 2 ? 32 : (1 << (BITS & 31)))) {
+    return;
+  }
+  int level = thread_index;
+  if (BITS == 2) {
+    level = (thread_index & 1) ? (thread_index >> 3) : ((thread_index >> 1) & 3);
+  }
+  table[thread_index] = as_type<float>(constants[TABLE_LEVELS + level]);
+}
+
+// The first BYTES bytes of one token's row from its columns: 16 bytes wide, then 8, 4, 2, 1.
+template <int BYTES>
+TKV_FN void load_row(thread uint* words, const device uint* columns, int token) {
+  TKV_UNROLL
+  for (int c = 0; c < BYTES / 16; c++) {
+    const uint4 v = *((const device uint4*)(columns + c * 128) + token);
+    words[4 * c] = v.x;
+    words[4 * c + 1] = v.y;
+    words[4 * c + 2] = v.z;
+    words[4 * c + 3] = v.w;
+  }
+  int word = BYTES / 16 * 4;
+  const device uint* rest = columns + BYTES / 16 * 128;
+  if (BYTES & 8) {
+    const uint2 v = *((const device uint2*)rest + token);
+    words[word] = v.x;
+    words[word + 1] = v.y;
+    word += 2;
+    rest += 64;
+  }
+  if (BYTES & 4) {
+    words[word] = rest[token];
+    word += 1;
+    rest += 32;
+  }
+  if (BYTES & 3) {
+    uint last = 0;
+    if (BYTES & 2) {
+      last = *((const device ushort*)rest + token);
+      rest += 16;
+    }
+    if (BYTES & 1) {
+      last |= uint(*((const device uchar*)rest + token)) << ((BYTES & 2) ? 16 : 0);
+    }
+    words[word] = last;
+  }
+}

@@ -1,0 +1,529 @@
+// Attention of a few queries over packed rows, straight from the packed bytes.
+//
+// decode_partial: a threadgroup takes one KV head, one split of the tokens and up to ROWS query
+// rows (the GQA group's heads times the queries), so a packed byte is read once for all of them.
+// Its SIMD groups stride over tiles of 32 tokens, STEP tiles at a time. For q.k a lane is a token:
+// it reads its row's 16-byte columns and sums alone, q comes from threadgroup memory by reads that
+// are the same for all lanes. For p.v a lane is four dims: it reads its quad's columns, the weights
+// come the same way. Scores are in units of log2 e; the running maximum follows with a margin.
+// decode_merge: joins the splits of one output row, adds the sink, rotates back if V is turbo.
+//
+// A token that no query may see costs a weight of zero; what its row holds is never multiplied, so
+// stale rows may hold anything. The anchor of centred keys will enter where `score` is scaled: one
+// product q.a per block of tokens, added to every score of the block.
+
+constant constexpr int DECODE_GROUPS = 8;
+constant constexpr float LOWEST = -1e38f;
+constant constexpr float MARGIN = 8.0f;
+constant constexpr float LOG2_E = 1.44269504088896f;
+
+// int32 parameters, in the order of kernels/decode.py.
+constant constexpr int P_ROWS = 0;        // query rows of one KV head: GQA factor * queries
+constant constexpr int P_QUERIES = 1;     // queries of one head
+constant constexpr int P_HEADS = 2;       // KV heads
+constant constexpr int P_CAUSAL = 3;      // query l sees tokens up to n - queries + l
+constant constexpr int P_BODY_STRIDE = 4; // tiles of one head in the body's buffer
+constant constexpr int P_BODY_TILES = 5;  // and those that are valid
+constant constexpr int P_TAIL_STRIDE = 6;
+constant constexpr int P_TOKENS = 7;      // valid tokens, body and tail
+constant constexpr int P_SPLITS = 8;
+constant constexpr int P_STARTS = 9;      // whether `starts` holds each sequence's first token
+constant constexpr int P_SINKS = 10;      // whether `sinks` holds a logit per query head
+constant constexpr int P_SCALE = 11;      // bits of the float
+
+TKV_CONST_FN int padded_rows(int rows) {
+  return rows <= 2 ? rows : (rows + 3) / 4 * 4;
+}
+TKV_CONST_FN int decode_step(int rows) {
+  return rows <= 4 ? 2 : 1;
+}
+// dims of K that one pass of the q.k loop takes: whole scale groups and whole columns, or the row
+TKV_CONST_FN int key_base(int bits, int group) {
+  return bits > 8 ? 32 : (group == 32 ? (bits == 2 || bits == 6 ? 64 : (bits == 4 || bits == 8 ? 32 : 128)) : group);
+}
+TKV_CONST_FN int key_span(int bits, int group, int dim) {
+  return key_base(bits, group) * bits % 128 == 0 && dim % key_base(bits, group) == 0
+             ? key_base(bits, group)
+             : dim;
+}
+// tokens whose quads fill whole columns
+TKV_CONST_FN int value_span(int bits) {
+  return bits == 2 ? 16 : (bits == 6 ? 16 : (bits == 4 ? 8 : (bits == 8 ? 4 : (bits == 16 ? 2 : (bits == 32 ? 1 : 32)))));
+}
+TKV_CONST_FN int merge_rows(int rows, int v_dim) {
+  return 4096 / (DECODE_GROUPS * v_dim) < 1 ? 1
+         : (4096 / (DECODE_GROUPS * v_dim) < rows ? 4096 / (DECODE_GROUPS * v_dim) : rows);
+}
+// floats of threadgroup memory: levels of K and V, statistics, then queries and weights, which the
+// rotation's scratch and the merge of the SIMD groups use before and after
+TKV_CONST_FN int decode_head_floats(int rows) {
+  return 2 * MAX_LEVELS + 2 * DECODE_GROUPS * padded_rows(rows) + 3 * padded_rows(rows);
+}
+TKV_CONST_FN int decode_floats(int rows, int k_dim, int v_dim) {
+  return (decode_head_floats(rows) + 3) / 4 * 4 +
+         larger(k_dim * padded_rows(rows) +
+                    larger(DECODE_GROUPS * decode_step(rows) * TILE * padded_rows(rows),
+                           DECODE_GROUPS * 128),
+                DECODE_GROUPS * v_dim * merge_rows(rows, v_dim));
+}
+
+// Queries to threadgroup memory, [dim][row], rotated as K is and scaled.
+template <typename T, int WIDTH, int DIM, int ROWS>
+TKV_FN void load_queries(const device T* q, threadgroup float* queries, threadgroup float* scratch,
+                         const device uint* constants, int n_rows, float scale, int simd_group,
+                         int lane) {
+  constexpr int RP = padded_rows(ROWS);
+  if (WIDTH == 0) {
+    for (int i = simd_group * LANES + lane; i < DIM * RP; i += DECODE_GROUPS * LANES) {
+      const int row = i % RP;
+      queries[i] = row < n_rows ? float(q[row * DIM + i / RP]) * scale : 0.0f;
+    }
+    return;
+  }
+  constexpr int W = WIDTH == 0 ? 32 : WIDTH;
+  constexpr int N = ceil_div(W, LANES);
+  const float factor = scale / sqrt(float(W));
+  for (int item = simd_group; item < RP * (DIM / W); item += DECODE_GROUPS) {
+    const int row = item % RP;
+    const int first = item / RP * W;
+    float x[N];
+    TKV_UNROLL
+    for (int j = 0; j < N; j++) {
+      const int i = lane + j * LANES;
+      x[j] = row < n_rows && i < W ? float(q[row * DIM + first + i]) : 0.0f;
+    }
+    rotate<W>(x, constants, scratch + simd_group * 128, lane);
+    TKV_UNROLL
+    for (int j = 0; j < N; j++) {
+      const int i = lane + j * LANES;
+      if (i < W) {
+        queries[(first + i) * RP + row] = x[j] * factor;
+      }
+    }
+  }
+}
+
+// q.k of STEP tokens a lane (one in each tile) and ROWS query rows.
+template <int BITS, int GROUP, int DIM, int RAW, int ROWS, int STEP>
+TKV_FN void key_scores(thread float* score, const device uint* thread* tiles,
+                       threadgroup const float4* queries, threadgroup const float* levels,
+                       int lane) {
+  constexpr int RP = padded_rows(ROWS);
+  constexpr int SPAN = key_span(BITS, GROUP, DIM);
+  constexpr int G = GROUP == 0 ? SPAN : (GROUP < SPAN ? GROUP : SPAN);
+  constexpr int WORDS = ceil_div(SPAN * BITS, 32);
+  TKV_UNROLL
+  for (int i = 0; i < STEP * ROWS; i++) {
+    score[i] = 0.0f;
+  }
+  for (int span = 0; span < DIM / SPAN; span++) {
+    uint words[STEP * WORDS];
+    TKV_UNROLL
+    for (int i = 0; i < STEP; i++) {
+      load_row<SPAN * BITS / 8>(words + i * WORDS, tiles[i] + span * SPAN * BITS, lane);
+    }
+    TKV_UNROLL
+    for (int g = 0; g < ceil_div(SPAN, G); g++) {
+      float raw[STEP * ROWS];
+      TKV_UNROLL
+      for (int i = 0; i < STEP * ROWS; i++) {
+        raw[i] = 0.0f;
+      }
+      TKV_UNROLL
+      for (int quad = g * G / 4; quad < ((g + 1) * G < SPAN ? (g + 1) * G : SPAN) / 4; quad++) {
+        float4 q[RP];
+        TKV_UNROLL
+        for (int i = 0; i < RP; i++) {
+          q[i] = queries[(span * SPAN / 4 + quad) * RP + i];
+        }
+        TKV_UNROLL
+        for (int i = 0; i < STEP; i++) {
+          const float4 k = quad_values<BITS, RAW>(quad_bits<BITS>(words + i * WORDS, quad), levels);
+          TKV_UNROLL
+          for (int r = 0; r < ROWS; r++) {
+            raw[i * ROWS + r] += k.x * component(q[r / 4], r % 4);
+            raw[i * ROWS + r] += k.y * component(q[(RP + r) / 4], (RP + r) % 4);
+            raw[i * ROWS + r] += k.z * component(q[(2 * RP + r) / 4], (2 * RP + r) % 4);
+            raw[i * ROWS + r] += k.w * component(q[(3 * RP + r) / 4], (3 * RP + r) % 4);
+          }
+        }
+      }
+      TKV_UNROLL
+      for (int i = 0; i < STEP; i++) {
+        float scale = 1.0f;
+        if (GROUP != 0) {
+          const int group = span * SPAN / (GROUP == 0 ? 1 : GROUP) + g;
+          const device ushort* scales = (const device ushort*)(tiles[i] + code_words(BITS, DIM));
+          scale = half_bits(scales[group * TILE + lane]);
+        }
+        TKV_UNROLL
+        for (int r = 0; r < ROWS; r++) {
+          score[i * ROWS + r] += scale * raw[i * ROWS + r];
+        }
+      }
+    }
+  }
+}
+
+// Adds p.v of one tile to the lane's quads. `first`, `n`: the tokens that some query may see.
+template <int BITS, int GROUP, int DIM, int RAW, int ROWS>
+TKV_FN void add_values(thread float* output, const device uint* codes, threadgroup const float* weights,
+                       threadgroup const float* levels, int first_quad, int stride, uint first, uint n) {
+  constexpr int RP = padded_rows(ROWS);
+  constexpr int QUADS = ceil_div(DIM, 4 * LANES);
+  constexpr int TOKENS = value_span(BITS);
+  constexpr int COLUMNS = TOKENS * BITS / 32;
+  constexpr bool ONE_SCALE = group_count(DIM, GROUP) == 1;
+  const device ushort* scales = (const device ushort*)(codes + code_words(BITS, DIM));
+  TKV_UNROLL
+  for (int s = 0; s < QUADS; s++) {
+    // lanes past the last quad do its work again and drop it
+    const int quad = first_quad + s * stride < DIM / 4 ? first_quad + s * stride : DIM / 4 - 1;
+    const device uint4* columns = (const device uint4*)codes + quad;
+    TKV_UNROLL
+    for (int span = 0; span < TILE / TOKENS; span++) {
+      uint words[4 * COLUMNS];
+      TKV_UNROLL
+      for (int c = 0; c < COLUMNS; c++) {
+        const uint4 v = columns[(span * COLUMNS + c) * (DIM / 4)];
+        words[4 * c] = v.x;
+        words[4 * c + 1] = v.y;
+        words[4 * c + 2] = v.z;
+        words[4 * c + 3] = v.w;
+      }
+      TKV_UNROLL
+      for (int t = 0; t < TOKENS; t++) {
+        const int token = span * TOKENS + t;
+        float4 v = quad_values<BITS, RAW>(quad_bits<BITS>(words, t), levels);
+        if (!ONE_SCALE) {
+          const bool seen = uint(token) - first < n;
+          if (GROUP != 0) {
+            const int group = quad * 4 / (GROUP == 0 ? 1 : GROUP);
+            const float scale = seen ? half_bits(scales[group * TILE + token]) : 0.0f;
+            v = float4(v.x * scale, v.y * scale, v.z * scale, v.w * scale);
+          } else {
+            v = float4(seen ? v.x : 0.0f, seen ? v.y : 0.0f, seen ? v.z : 0.0f, seen ? v.w : 0.0f);
+          }
+        }
+        TKV_UNROLL
+        for (int r = 0; r < ROWS; r++) {
+          float w;
+          if (RP % 4 == 0) {
+            w = component(((threadgroup const float4*)weights)[(token * RP + r) / 4], r % 4);
+          } else {
+            w = weights[token * RP + r];
+          }
+          thread float* o = output + (s * ROWS + r) * 4;
+          o[0] += w * v.x;
+          o[1] += w * v.y;
+          o[2] += w * v.z;
+          o[3] += w * v.w;
+        }
+      }
+    }
+  }
+}
+
+template <typename T, int KB, int KG, int KD, int KW, int VB, int VG, int VD, int RAW, int ROWS>
+TKV_FN void decode_partial(const device T* q, const device uint* body, const device uint* tail,
+                           const device int* starts, const device int* params,
+                           const device uint* k_constants, const device uint* v_constants,
+                           device float* partial, device float* stats, threadgroup float4* shared,
+                           uint3 group, uint simd, uint lane_index) {
+  constexpr int RP = padded_rows(ROWS);
+  constexpr int STEP = decode_step(ROWS);
+  constexpr int QUADS = ceil_div(VD, 4 * LANES);
+  constexpr int PARTS = VD <= 64 && STEP >= 2 ? 2 : 1;  // narrow heads: half a SIMD group a tile
+  constexpr int V_OFFSET = side_words(KB, KG, KD);
+  constexpr int TILE_WORDS = V_OFFSET + side_words(VB, VG, VD);
+  const int lane = int(lane_index);
+  const int simd_group = int(simd);
+  const int thread_index = simd_group * LANES + lane;
+
+  threadgroup float* k_levels = (threadgroup float*)shared;
+  threadgroup float* v_levels = k_levels + MAX_LEVELS;
+  threadgroup float* maxima = v_levels + MAX_LEVELS;
+  threadgroup float* sums = maxima + DECODE_GROUPS * RP;
+  threadgroup float* queries = k_levels + (decode_head_floats(ROWS) + 3) / 4 * 4;
+  threadgroup float* all_weights = queries + KD * RP;
+
+  const int row0 = int(group.z) * ROWS;
+  const int all_rows = params[P_ROWS];
+  const int n_rows = all_rows - row0 < ROWS ? all_rows - row0 : ROWS;
+  const int head = int(group.x);  // of all sequences
+  const int n_splits = params[P_SPLITS];
+  const int n_tokens = params[P_TOKENS];
+  const int body_tiles = params[P_BODY_TILES];
+  const int start = params[P_STARTS] != 0 ? starts[head / params[P_HEADS]] : 0;
+  const float scale = as_type<float>(params[P_SCALE]) * LOG2_E;
+
+  load_levels<KB>(k_levels, k_constants, thread_index);
+  load_levels<VB>(v_levels, v_constants, thread_index);
+  const size_t first_row = size_t(head) * size_t(all_rows) + size_t(row0);
+  load_queries<T, KW, KD, ROWS>(q + first_row * KD, queries, all_weights, k_constants, n_rows,
+                                scale, simd_group, lane);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+
+  // this split's tiles; those before the sequence's start are nobody's
+  const int first_tile = (start < n_tokens ? start : n_tokens) / TILE;
+  const int n_tiles = (n_tokens + TILE - 1) / TILE - first_tile;
+  const int begin = first_tile + int(long(n_tiles) * long(group.y) / n_splits);
+  const int end = first_tile + int(long(n_tiles) * long(group.y + 1) / n_splits);
+  const device uint* head_body = body + size_t(head) * size_t(params[P_BODY_STRIDE]) * TILE_WORDS;
+  const device uint* head_tail = tail + size_t(head) * size_t(params[P_TAIL_STRIDE]) * TILE_WORDS;
+
+  float output[QUADS * ROWS * 4];
+  float maximum[ROWS];
+  float sum[ROWS];  // of this lane's tokens
+  int last_token[ROWS];
+  TKV_UNROLL
+  for (int i = 0; i < QUADS * ROWS * 4; i++) {
+    output[i] = 0.0f;
+  }
+  TKV_UNROLL
+  for (int r = 0; r < ROWS; r++) {
+    maximum[r] = LOWEST;
+    sum[r] = 0.0f;
+    const int n_queries = params[P_QUERIES];
+    last_token[r] = params[P_CAUSAL] != 0 ? n_tokens - n_queries + (row0 + r) % n_queries
+                                          : n_tokens - 1;
+  }
+
+  threadgroup float* weights = all_weights + simd_group * (STEP * TILE * RP);
+  const int part = PARTS == 2 ? lane >> 4 : 0;
+  const int first_quad = PARTS == 2 ? lane & 15 : lane;
+  for (int t = begin + simd_group * STEP; t < end; t += DECODE_GROUPS * STEP) {
+    const device uint* tiles[STEP];
+    TKV_UNROLL
+    for (int i = 0; i < STEP; i++) {
+      const int tile = t + i < end ? t + i : end - 1;  // past the end: read, not used
+      tiles[i] = tile < body_tiles ? head_body + size_t(tile) * TILE_WORDS
+                                   : head_tail + size_t(tile - body_tiles) * TILE_WORDS;
+    }
+    float score[STEP * ROWS];
+    key_scores<KB, KG, KD, RAW, ROWS, STEP>(score, tiles, (threadgroup const float4*)queries,
+                                            k_levels, lane);
+
+    bool grown = false;
+    float highest[ROWS];
+    TKV_UNROLL
+    for (int r = 0; r < ROWS; r++) {
+      highest[r] = LOWEST;
+      TKV_UNROLL
+      for (int i = 0; i < STEP; i++) {
+        const int token = (t + i) * TILE + lane;
+        const bool seen = t + i < end && token >= start && token < n_tokens && token <= last_token[r];
+        if (seen && score[i * ROWS + r] > highest[r]) {
+          highest[r] = score[i * ROWS + r];
+        }
+      }
+      grown = grown || highest[r] > maximum[r] + MARGIN;
+    }
+    if (simd_any(grown)) {
+      TKV_UNROLL
+      for (int r = 0; r < ROWS; r++) {
+        const float found = simd_max(highest[r]);
+        const float updated = found > maximum[r] ? found : maximum[r];
+        const float factor = exp2(maximum[r] - updated);
+        maximum[r] = updated;
+        sum[r] *= factor;
+        TKV_UNROLL
+        for (int s = 0; s < QUADS; s++) {
+          TKV_UNROLL
+          for (int d = 0; d < 4; d++) {
+            output[(s * ROWS + r) * 4 + d] *= factor;
+          }
+        }
+      }
+    }
+    TKV_UNROLL
+    for (int i = 0; i < STEP; i++) {
+      const int token = (t + i) * TILE + lane;
+      float v_scale = 1.0f;
+      if (group_count(VD, VG) == 1) {
+        v_scale = half_bits(((const device ushort*)(tiles[i] + V_OFFSET + code_words(VB, VD)))[lane]);
+      }
+      TKV_UNROLL
+      for (int r = 0; r < ROWS; r++) {
+        const bool seen = t + i < end && token >= start && token < n_tokens && token <= last_token[r];
+        const float weight = seen ? exp2(score[i * ROWS + r] - maximum[r]) : 0.0f;
+        sum[r] += weight;
+        weights[(i * TILE + lane) * RP + r] = seen ? weight * v_scale : 0.0f;
+      }
+      TKV_UNROLL
+      for (int r = ROWS; r < RP; r++) {
+        weights[(i * TILE + lane) * RP + r] = 0.0f;
+      }
+    }
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+    TKV_UNROLL
+    for (int i = 0; i < STEP; i += PARTS) {
+      const device uint* tile = tiles[i];
+      if (PARTS == 2) {
+        tile = part == 0 ? tiles[i] : tiles[i + PARTS - 1];
+      }
+      const int base = (t + i + part) * TILE;
+      const int from = start > base ? start - base : 0;
+      const int to = t + i + part >= end ? 0 : (n_tokens - base < TILE ? n_tokens - base : TILE);
+      add_values<VB, VG, VD, RAW, ROWS>(output, tile + V_OFFSET, weights + (i + part) * TILE * RP,
+                                        v_levels, first_quad, PARTS == 2 ? 16 : LANES, uint(from),
+                                        uint(to > from ? to - from : 0));
+    }
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+  }
+
+  // join the SIMD groups
+  TKV_UNROLL
+  for (int r = 0; r < ROWS; r++) {
+    const float total = simd_sum(sum[r]);
+    if (lane == 0) {
+      maxima[simd_group * RP + r] = maximum[r];
+      sums[simd_group * RP + r] = total;
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  float joint[ROWS];
+  TKV_UNROLL
+  for (int r = 0; r < ROWS; r++) {
+    joint[r] = LOWEST;
+    for (int s = 0; s < DECODE_GROUPS; s++) {
+      joint[r] = maxima[s * RP + r] > joint[r] ? maxima[s * RP + r] : joint[r];
+    }
+  }
+  if (thread_index < n_rows) {
+    float top = LOWEST;
+    float total = 0.0f;
+    for (int s = 0; s < DECODE_GROUPS; s++) {
+      top = maxima[s * RP + thread_index] > top ? maxima[s * RP + thread_index] : top;
+    }
+    for (int s = 0; s < DECODE_GROUPS; s++) {
+      total += sums[s * RP + thread_index] * exp2(maxima[s * RP + thread_index] - top);
+    }
+    device float* out = stats + ((first_row + size_t(thread_index)) * n_splits + group.y) * 2;
+    out[0] = top;
+    out[1] = total;
+  }
+  constexpr int AT_ONCE = merge_rows(ROWS, VD);
+  threadgroup float* merged = queries;
+  for (int r0 = 0; r0 < ROWS; r0 += AT_ONCE) {
+    TKV_UNROLL
+    for (int r = 0; r < ROWS; r++) {
+      if (r >= r0 && r < r0 + AT_ONCE) {
+        const float factor = exp2(maximum[r] - joint[r]);
+        TKV_UNROLL
+        for (int s = 0; s < QUADS; s++) {
+          TKV_UNROLL
+          for (int d = 0; d < 4; d++) {
+            float value = output[(s * ROWS + r) * 4 + d] * factor;
+            if (PARTS == 2) {
+              value += simd_shuffle_xor(value, ushort(16));
+            }
+            const int quad = first_quad + s * LANES;
+            if (part == 0 && quad < VD / 4) {
+              merged[((r - r0) * DECODE_GROUPS + simd_group) * VD + quad * 4 + d] = value;
+            }
+          }
+        }
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (int i = thread_index; i < AT_ONCE * VD; i += DECODE_GROUPS * LANES) {
+      const int row = r0 + i / VD;
+      if (row < n_rows) {
+        float total = 0.0f;
+        for (int s = 0; s < DECODE_GROUPS; s++) {
+          total += merged[(i / VD * DECODE_GROUPS + s) * VD + i % VD];
+        }
+        partial[((first_row + size_t(row)) * n_splits + group.y) * VD + i % VD] = total;
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+}
+
+template <typename T, int VD, int VW>
+TKV_FN void decode_merge(const device float* partial, const device float* stats,
+                         const device T* sinks, const device int* params,
+                         const device uint* v_constants, device T* out, threadgroup float4* shared,
+                         uint3 group, uint simd, uint lane_index) {
+  constexpr int N = ceil_div(VD, LANES);
+  const int lane = int(lane_index);
+  const int simd_group = int(simd);
+  const int n_splits = params[P_SPLITS];
+  const size_t row = group.x;
+  const device float* row_stats = stats + row * n_splits * 2;
+  threadgroup float* merged = (threadgroup float*)shared;
+
+  float top = LOWEST;
+  float sink = LOWEST;
+  if (params[P_SINKS] != 0) {
+    const int n_heads = params[P_HEADS] * (params[P_ROWS] / params[P_QUERIES]);
+    sink = float(sinks[int(group.x) / params[P_QUERIES] % n_heads]) * LOG2_E;
+    top = sink;
+  }
+  for (int s = lane; s < n_splits; s += LANES) {
+    top = row_stats[2 * s] > top ? row_stats[2 * s] : top;
+  }
+  top = simd_max(top);
+  float total = 0.0f;
+  for (int s = lane; s < n_splits; s += LANES) {
+    total += row_stats[2 * s + 1] * exp2(row_stats[2 * s] - top);
+  }
+  total = simd_sum(total);
+  if (params[P_SINKS] != 0) {
+    total += exp2(sink - top);
+  }
+
+  float x[N];
+  TKV_UNROLL
+  for (int j = 0; j < N; j++) {
+    x[j] = 0.0f;
+  }
+  for (int s = simd_group; s < n_splits; s += DECODE_GROUPS) {
+    const float factor = exp2(row_stats[2 * s] - top);
+    const device float* values = partial + (row * n_splits + s) * VD;
+    TKV_UNROLL
+    for (int j = 0; j < N; j++) {
+      if (lane + j * LANES < VD) {
+        x[j] += factor * values[lane + j * LANES];
+      }
+    }
+  }
+  TKV_UNROLL
+  for (int j = 0; j < N; j++) {
+    if (lane + j * LANES < VD) {
+      merged[simd_group * VD + lane + j * LANES] = x[j];
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+
+  constexpr int WIDTH = VW == 0 ? VD : VW;
+  constexpr int M = ceil_div(WIDTH, LANES);
+  // without a valid key the output is zero
+  const float factor = (total == 0.0f ? 0.0f : 1.0f / total) * (VW == 0 ? 1.0f : 1.0f / sqrt(float(WIDTH)));
+  if (simd_group >= VD / WIDTH) {
+    return;
+  }
+  float y[M];
+  TKV_UNROLL
+  for (int j = 0; j < M; j++) {
+    const int i = lane + j * LANES;
+    y[j] = 0.0f;
+    if (i < WIDTH) {
+      for (int s = 0; s < DECODE_GROUPS; s++) {
+        y[j] += merged[s * VD + simd_group * WIDTH + i];
+      }
+    }
+  }
+  if (VW != 0) {
+    constexpr int W = VW == 0 ? 32 : VW;
+    rotate_back<W>(y, v_constants, merged + simd_group * W, lane);
+  }
+  TKV_UNROLL
+  for (int j = 0; j < M; j++) {
+    const int i = lane + j * LANES;
+    if (i < WIDTH) {
+      out[row * VD + simd_group * WIDTH + i] = T(y[j] * factor);
+    }
+  }
+}

@@ -1,0 +1,101 @@
+// The signed Hadamard transform of one rotation group (mlx_turbokv/rotation.py) by one SIMD group.
+// Width w = m * 2^k; element i = a * 2^k + b lies in lane i % 32, register i / 32. Sylvester's part
+// runs along b by shuffles (and between registers from distance 32 on), the dense part of order m
+// along a through threadgroup memory. The division by sqrt(w) is left to the caller.
+
+TKV_CONST_FN int odd_part(int width) {
+  return width % 2 == 0 ? odd_part(width / 2) : width;
+}
+// m: 1, 12, 20, 28 or 36.
+TKV_CONST_FN int dense_order(int width) {
+  return odd_part(width) == 1 ? 1 : 4 * odd_part(width);
+}
+
+TKV_FN float flip_sign(float x, uint negative) {
+  return as_type<float>(as_type<uint>(x) ^ (negative << 31));
+}
+
+template <int WIDTH>
+TKV_FN void apply_signs(thread float* x, const device uint* constants, int lane) {
+  TKV_UNROLL
+  for (int j = 0; j < ceil_div(WIDTH, LANES); j++) {
+    x[j] = flip_sign(x[j], (constants[j] >> lane) & 1u);
+  }
+}
+
+template <int WIDTH>
+TKV_FN void sylvester(thread float* x, int lane) {
+  constexpr int BLOCK = WIDTH / dense_order(WIDTH);
+  constexpr int N = ceil_div(WIDTH, LANES);
+  TKV_UNROLL
+  for (int distance = 1; distance < (BLOCK < LANES ? BLOCK : LANES); distance *= 2) {
+    TKV_UNROLL
+    for (int j = 0; j < N; j++) {
+      const float other = simd_shuffle_xor(x[j], ushort(distance));
+      x[j] = (lane & distance) ? other - x[j] : x[j] + other;
+    }
+  }
+  TKV_UNROLL
+  for (int step = 1; step * LANES < BLOCK; step *= 2) {
+    TKV_UNROLL
+    for (int j = 0; j < N; j++) {
+      if ((j & step) == 0 && j + step < N) {
+        const float low = x[j];
+        const float high = x[j + step];
+        x[j] = low + high;
+        x[j + step] = low - high;
+      }
+    }
+  }
+}
+
+// `matrix` points to the sign bits, two words to an output. `scratch` holds WIDTH floats of this
+// SIMD group alone.
+template <int WIDTH>
+TKV_FN void dense_hadamard(thread float* x, const device uint* matrix, threadgroup float* scratch,
+                           int lane) {
+  constexpr int ORDER = dense_order(WIDTH);
+  constexpr int BLOCK = WIDTH / ORDER;
+  if (ORDER == 1) {
+    return;
+  }
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+  TKV_UNROLL
+  for (int j = 0; j < ceil_div(WIDTH, LANES); j++) {
+    if (lane + j * LANES < WIDTH) {
+      scratch[lane + j * LANES] = x[j];
+    }
+  }
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+  TKV_UNROLL
+  for (int j = 0; j < ceil_div(WIDTH, LANES); j++) {
+    const int i = lane + j * LANES;
+    if (i < WIDTH) {
+      const int row = i / BLOCK;
+      const uint low = matrix[2 * row];
+      const uint high = matrix[2 * row + 1];
+      float sum = 0.0f;
+      for (int a = 0; a < ORDER; a++) {
+        const uint bit = ((a < 32 ? low : high) >> (a & 31)) & 1u;
+        sum += flip_sign(scratch[a * BLOCK + i % BLOCK], bit);
+      }
+      x[j] = sum;
+    }
+  }
+}
+
+template <int WIDTH>
+TKV_FN void rotate(thread float* x, const device uint* constants, threadgroup float* scratch,
+                   int lane) {
+  apply_signs<WIDTH>(x, constants, lane);
+  sylvester<WIDTH>(x, lane);
+  dense_hadamard<WIDTH>(x, constants + TABLE_ROWS, scratch, lane);
+}
+
+template <int WIDTH>
+TKV_FN void rotate_back(thread float* x, const device uint* constants, threadgroup float* scratch,
+                        int lane) {
+  sylvester<WIDTH>(x, lane);
+  dense_hadamard<WIDTH>(x, constants + TABLE_COLUMNS, scratch, lane);
+  apply_signs<WIDTH>(x, constants, lane);
+}

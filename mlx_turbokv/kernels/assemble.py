@@ -1,0 +1,88 @@
+"""Kernel source: finds metal/, joins the files, and builds the callable kernels.
+
+The files under metal/ are the only copy of the kernels. MLX is handed their text as `header` and
+one call into it as `source`; nothing is spliced into the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import mlx.core as mx
+
+# what makes Metal kernels; None is mx.fast.metal_kernel. Tests put a CPU executor here.
+factory: Callable | None = None
+SHARED_FILES = ("common.h", "hadamard.h")
+# how a kernel knows its threads: attributes in Metal, macros of compat/cuda.h in CUDA
+THREAD = "threadgroup_position_in_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup"
+
+
+@lru_cache(maxsize=None)
+def metal_folder() -> Path:
+    """The folder of the kernel sources: in the wheel, or beside the package in a checkout.
+
+    Raises:
+        FileNotFoundError: the package was installed without it.
+    """
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "metal", package.parent / "metal"):
+        if (folder / SHARED_FILES[0]).is_file():
+            return folder
+    raise FileNotFoundError(f"mlx_turbokv's kernel sources are not in {package / 'metal'}.")
+
+
+@lru_cache(maxsize=None)
+def header_text(file: str, backend: str) -> str:
+    """The text of one kernel file with what it needs before it.
+
+    Args:
+        file: such as ``decode.metal``.
+        backend: ``metal`` or ``cuda``.
+    """
+    files = (*(("compat/cuda.h",) if backend == "cuda" else ()), *SHARED_FILES, file)
+    parts = []
+    for name in files:
+        text = (metal_folder() / name).read_text(encoding="ascii")
+        parts.append(f'#line 1 "metal/{name}"\n{text}')
+    return "".join(parts)
+
+
+def build(
+    name: str,
+    file: str,
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    source: str,
+    backend: str,
+) -> Callable:
+    """The kernel ``name`` as MLX calls it; the same object for the same arguments.
+
+    Args:
+        file: the file under metal/ that holds the function which ``source`` calls.
+        backend: ``metal`` or ``cuda``.
+    """
+    maker = factory if backend == "metal" else None
+    return _build(maker, name, file, tuple(input_names), tuple(output_names), source, backend)
+
+
+@lru_cache(maxsize=None)
+def _build(
+    maker: Callable | None,
+    name: str,
+    file: str,
+    input_names: tuple[str, ...],
+    output_names: tuple[str, ...],
+    source: str,
+    backend: str,
+) -> Callable:
+    if maker is None:
+        maker = mx.fast.metal_kernel if backend == "metal" else mx.fast.cuda_kernel
+    return maker(
+        name=f"turbokv_{name}",
+        input_names=list(input_names),
+        output_names=list(output_names),
+        source=source,
+        header=header_text(file, backend),
+    )

@@ -1,0 +1,88 @@
+"""Launches metal/pack.metal."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from ..layout import TILE, KVLayout
+from . import assemble, quantize, tables
+
+SOURCE = f"""
+TKV_SHARED(float, row_buffers, pack_groups(larger(KD, VD)) * larger(KD, VD));
+TKV_SHARED(uchar, codes, 32 * larger(KD, VD));
+TKV_SHARED(ushort, scales, pack_scales(KG, KD, VG, VD));
+TKV_SHARED(float, levels, 2 * MAX_LEVELS);
+pack<T, KB, KG, KD, KW, KR, VB, VG, VD, VW, VR>(
+    keys, values, tail, params, k_constants, v_constants, packed, row_buffers, codes, scales,
+    levels, {assemble.THREAD});
+"""
+INPUTS = ("keys", "values", "tail", "params", "k_constants", "v_constants")
+WIDE = 256  # wider rows get fewer SIMD groups, as pack_groups in the kernel says
+
+
+class Plan(NamedTuple):
+    """What a launch needs that depends on layout and dtype alone."""
+
+    template: list[tuple[str, object]]
+    threads: int
+    k_constants: mx.array
+    v_constants: mx.array
+
+
+@lru_cache(maxsize=None)
+def _plan(layout: KVLayout, dtype: mx.Dtype, k_rule: str, v_rule: str) -> Plan:
+    k, v = tables.sides(layout)
+    rules = quantize.SCALE_RULES
+    template = [("T", dtype), ("KB", k.bits), ("KG", k.group), ("KD", k.dim), ("KW", k.width)]
+    template += [("KR", rules.index(k_rule)), ("VB", v.bits), ("VG", v.group), ("VD", v.dim)]
+    template += [("VW", v.width), ("VR", rules.index(v_rule))]
+    threads = 128 if max(k.dim, v.dim) > WIDE else 256
+    return Plan(template, threads, tables.constants(k), tables.constants(v))
+
+
+def pack(
+    keys: mx.array,
+    values: mx.array,
+    layout: KVLayout,
+    tail: mx.array | None = None,
+    n_tail: int = 0,
+    *,
+    backend: str = "metal",
+) -> mx.array:
+    """Quantise new tokens and append them to the tail, in one launch.
+
+    Args:
+        tail: packed rows that the new ones follow; None where there are none.
+        n_tail: how many rows of the tail are kept.
+
+    Shapes:
+        keys, values: [B, H, L, k_head_dim or v_head_dim].
+        tail: [B, H, T, layout.tile_words] uint32.
+        returns: [B, H, ceil((n_tail + L) / 32), layout.tile_words] uint32.
+    """
+    if values.dtype != keys.dtype:
+        values = values.astype(keys.dtype)
+    plan = _plan(layout, keys.dtype, quantize.K_SCALE_RULE, quantize.V_SCALE_RULE)
+    batch, n_heads, n_new, _ = keys.shape
+    n_tiles = -(-(n_tail + n_new) // TILE)
+    stride = tail.shape[2] if n_tail else 0
+    kernel = assemble.build("pack", "pack.metal", INPUTS, ("packed",), SOURCE, backend)
+    params = tables.int_array(n_new, n_tail, stride, n_tiles, 0, 0, 0, 0)
+    return kernel(
+        inputs=[
+            keys,
+            values,
+            tail if n_tail else tables.no_tiles(),
+            params,
+            plan.k_constants,
+            plan.v_constants,
+        ],
+        template=plan.template,
+        grid=(n_tiles * plan.threads, batch * n_heads, 2),
+        threadgroup=(plan.threads, 1, 1),
+        output_shapes=[(batch, n_heads, n_tiles, layout.tile_words)],
+        output_dtypes=[mx.uint32],
+    )[0]

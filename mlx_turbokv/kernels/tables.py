@@ -1,0 +1,115 @@
+"""What the kernels' template parameters and constant tables are for a format and a head_dim."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from ..codebook import boundaries, codebook
+from ..formats import KVFormat
+from ..layout import KVLayout
+from ..rotation import base_order, hadamard, rotation_width, signs
+
+MAX_HEAD_DIM = 512
+MAX_LEVELS = 64
+MAX_ORDER = 36
+RAW = {"float16": 0, "bfloat16": 1, "float32": 2}
+
+
+class Side(NamedTuple):
+    """Template parameters of K or V, as metal/common.h names them.
+
+    Args:
+        bits: of a code: 2 to 6 turbo, 8 q8_0, 16 or 32 raw rows.
+        group: values to a scale; 0 for raw rows.
+        width: of the rotation; 0 where there is none.
+    """
+
+    bits: int
+    group: int
+    dim: int
+    width: int
+
+
+@lru_cache(maxsize=None)
+def sides(layout: KVLayout) -> tuple[Side, Side]:
+    """K's and V's parameters."""
+    return (
+        _side(layout.k_format, layout.k_head_dim, layout.itemsize),
+        _side(layout.v_format, layout.v_head_dim, layout.itemsize),
+    )
+
+
+def _side(fmt: KVFormat, head_dim: int, itemsize: int) -> Side:
+    bits = 8 * itemsize if fmt.is_f16 else fmt.bits
+    width = rotation_width(head_dim) if fmt.is_turbo else 0
+    return Side(bits, fmt.group_width(head_dim), head_dim, width)
+
+
+def uncovered(layout: KVLayout) -> str | None:
+    """Why the kernels cannot handle a layout, or None where they can."""
+    for name, dim in (("k_head_dim", layout.k_head_dim), ("v_head_dim", layout.v_head_dim)):
+        if dim > MAX_HEAD_DIM:
+            return f"{name} {dim} is above {MAX_HEAD_DIM}"
+    return None
+
+
+@lru_cache(maxsize=None)
+def constants(side: Side) -> mx.array:
+    """The tables of one side, evaluated: signs, dense Hadamard matrix, levels, boundaries.
+
+    Shapes:
+        returns: [276] uint32, in the order of metal/common.h.
+    """
+    sign_bits = np.zeros(4, np.uint32)
+    rows = np.zeros((MAX_ORDER, 2), np.uint32)
+    columns = np.zeros((MAX_ORDER, 2), np.uint32)
+    levels = np.zeros(2 * MAX_LEVELS, np.float32)
+    if side.width:
+        sign_bits[:] = _bits(signs(side.width)[None] < 0, 4)[0]
+        order = base_order(side.width)
+        matrix = hadamard(order)
+        rows[:order] = _bits(matrix < 0, 2)
+        columns[:order] = _bits(matrix.T < 0, 2)
+        levels[: 1 << side.bits] = codebook(side.bits, side.group)
+        levels[MAX_LEVELS : MAX_LEVELS + (1 << side.bits) - 1] = boundaries(side.bits, side.group)
+    table = [sign_bits, rows.reshape(-1), columns.reshape(-1), levels.view(np.uint32)]
+    array = mx.array(np.concatenate(table))
+    mx.eval(array)  # the server generates in a thread of its own, where nothing new is evaluated
+    return array
+
+
+def _bits(flags: np.ndarray, n_words: int) -> np.ndarray:
+    """Rows of booleans as bits of 32-bit words, the first lowest."""
+    padded = np.zeros((flags.shape[0], 32 * n_words), np.uint32)
+    padded[:, : flags.shape[1]] = flags
+    weights = np.uint32(1) << np.arange(32, dtype=np.uint32)
+    return (padded.reshape(-1, n_words, 32) * weights).sum(axis=-1, dtype=np.uint32)
+
+
+@lru_cache(maxsize=256)
+def int_array(*numbers: int) -> mx.array:
+    """Run-time parameters, evaluated; a step's layers share one array."""
+    array = mx.array(numbers, mx.int32)
+    mx.eval(array)
+    return array
+
+
+def placeholder() -> mx.array:
+    """Stands where an optional input is absent."""
+    return int_array(0, 0, 0, 0, 0, 0, 0, 0)
+
+
+def no_tiles() -> mx.array:
+    """Stands for a body or a tail that is absent."""
+    return constants(Side(8, 32, 8, 0))
+
+
+def at_least_eight(array: mx.array) -> mx.array:
+    """MLX hands fewer than eight elements over in another address space; this avoids it."""
+    if array.size >= 8:
+        return array
+    return mx.concatenate([array, mx.zeros((8 - array.size,), array.dtype)])
