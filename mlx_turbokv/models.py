@@ -161,6 +161,8 @@ def _locate(model: str | os.PathLike[str] | None) -> tuple[str, str | None]:
     source = str(model)
     if not source:
         raise InputError("The model's name is empty; give a hub id, a folder or a .gguf file.")
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise InputError(f"The folder {source} holds no model: it has no config.json.")
     if Path(source).is_file() and not source.endswith((".gguf", ".json")):
         raise InputError(
             f"{source} is a file, and the only files accepted as a model are .gguf files."

@@ -116,6 +116,7 @@ class _Generation:
         )
         self._add_end_tokens()
         fresh = make_prompt_cache(self.loaded.model, policy=policy, backend=options["backend"])
+        self.policy_name = policy.name
         self.caches, held = self._continued(fresh)
         tokens = self._tokens(text, held)
         n_common = self._rewind(held, tokens)
@@ -125,7 +126,7 @@ class _Generation:
             from ..kv_summary import summarize
 
             n_layers = len(self.loaded.model.layers)
-            print(summarize(self.caches[:n_layers]).line(policy.name))
+            print(summarize(self.caches[:n_layers]).line(self.policy_name))
         if self.file is not None:
             self._save(tokens + generated, response_text)
 
@@ -158,6 +159,8 @@ class _Generation:
         named = any(self.options[name] is not None for name in _CACHE_OPTIONS)
         saved = prompt_cache_file.load(self.file, self.loaded.name, fresh, same_formats=named)
         self.messages = saved.messages
+        if not named:
+            self.policy_name = f"as in {self.file.name}"
         return saved.caches, saved.tokens
 
     def _tokens(self, text: str, held: list[int]) -> list[int]:
