@@ -15,6 +15,7 @@ from .gguf import ROPE_FACTORS, GGUFFile, config_from_gguf, parameter_name
 from .gguf_repack import BITS, GROUP_SIZE, repack
 
 _NUMPY = {mx.float32: np.float32, mx.float16: np.float16}
+_LARGEST_HALF = 65504.0
 
 
 class FactoredRoPE(nn.Module):
@@ -129,9 +130,13 @@ class _TensorReader:
         return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
 
     def _to_dtype(self, values: np.ndarray) -> mx.array:
+        if self.dtype == mx.float16 and np.abs(values).max(initial=0) > _LARGEST_HALF:
+            raise InputError(
+                f"The GGUF file {self.file.path} has weights beyond float16's range "
+                f"({np.abs(values).max():.3g}); accepted are magnitudes up to {_LARGEST_HALF:g}."
+            )
         if self.dtype in _NUMPY:
-            with np.errstate(over="ignore"):
-                return mx.array(values.astype(_NUMPY[self.dtype]))
+            return mx.array(values.astype(_NUMPY[self.dtype]))
         return mx.array(values).astype(self.dtype)
 
 
