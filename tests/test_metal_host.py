@@ -199,12 +199,17 @@ def test_barrier_that_a_thread_misses_is_caught(metal_host) -> None:
         launch(metal_host, source, numbers(64), (64,), mx.float32)
 
 
-def test_the_report_names_the_line(metal_host) -> None:
-    source = "uint i = thread_position_in_grid.x;\ny[i / 2] = x[i];"
+def test_the_report_names_file_and_line(metal_host) -> None:
+    header = """#line 1 "metal/shared.h"
+METAL_FUNC void put(device float* y, uint i, float v) {
+  y[i] = v;
+}
+"""
     kernel = metal_host.metal_kernel(
-        name="lines", input_names=["x"], output_names=["y"], header="", source=source
-    )
-    with pytest.raises(HostError, match=r"kernel:\d+, written by thread"):
+        name="lines", input_names=["x"], output_names=["y"], header=header,
+        source="uint i = thread_position_in_grid.x; put(y, i / 2, x[i]);",
+    )  # fmt: skip
+    with pytest.raises(HostError, match=r"at metal/shared.h:2, written by thread"):
         kernel(
             inputs=[numbers(64)], output_shapes=[(32,)], output_dtypes=[mx.float32],
             grid=(64, 1, 1), threadgroup=(64, 1, 1),
@@ -262,6 +267,17 @@ def test_bfloat_rounds_to_nearest_even(metal_host) -> None:
     )  # fmt: skip
     assert y.dtype == mx.bfloat16
     assert mx.array_equal(y, x.astype(mx.bfloat16))
+
+
+def test_implicit_narrowing_to_bfloat_is_refused(metal_host) -> None:
+    kernel = metal_host.metal_kernel(
+        name="narrow", input_names=["x"], output_names=["y"], source="y[0] = x[0];"
+    )
+    with pytest.raises(HostError, match="does not compile as host C"):
+        kernel(
+            inputs=[numbers(8)], output_shapes=[(1,)], output_dtypes=[mx.bfloat16],
+            grid=(1, 1, 1), threadgroup=(1, 1, 1),
+        )  # fmt: skip
 
 
 def test_inputs_of_every_size_class_and_templates(metal_host) -> None:

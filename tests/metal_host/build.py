@@ -15,7 +15,7 @@ from .toolchain import mlx_include, run
 BUILDS = ("asan", "records")
 
 _COMMON = (
-    "-std=c++17 -fPIC -O1 -g1 -ffp-contract=off -fno-exceptions -fno-rtti -fno-strict-aliasing "
+    "-std=c++17 -fPIC -O1 -g1 -gdwarf-4 -ffp-contract=off -fno-exceptions -fno-rtti -fno-strict-aliasing "
     "-fno-omit-frame-pointer -ftrivial-auto-var-init=pattern -w"
 ).split()
 _FLAGS = {

@@ -118,6 +118,18 @@ class HostMetal:
                 pass
 
 
+class Recorder(HostMetal):
+    """Notes the launches and runs nothing; every output is zeros."""
+
+    def __init__(self) -> None:
+        super().__init__(runs=())
+
+    def run(self, launch: Launch) -> list[np.ndarray]:
+        """Zeros for the outputs of a launch."""
+        self.launches.append(launch)
+        return [np.zeros(shape, _numpy_dtype(dtype)) for shape, dtype in launch.outputs.values()]
+
+
 class HostKernel:
     """What `HostMetal.metal_kernel` returns: MLX's calling convention, mx.arrays out."""
 

@@ -141,6 +141,7 @@ Simd* host_simd(const void* value, unsigned size, int kind, int line) {
   s->have_result = 0;
   me->state = kAtSimd;
   me->kind = kind;
+  me->flags = 0;
   me->line = line;
   to_scheduler();
   return s;

@@ -131,6 +131,7 @@ def _with_lines(report: str, library: Path, base: int) -> str:
         found = subprocess.run(
             ["addr2line", "-e", str(library), hex(offset)], capture_output=True, text=True
         ).stdout.strip()
-        return re.sub(r"^.*/(?=(metal/)?[^/]+$)", "", found) or hex(offset)
+        name = re.search(r"(metal/)?[^/]+$", found)
+        return name.group(0) if name else hex(offset)
 
     return re.sub(r"\{pc ([0-9a-f]+)\}", line, report)

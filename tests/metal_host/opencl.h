@@ -1,0 +1,222 @@
+// Prelude that lets clang check the types of Metal text in C++-for-OpenCL mode: Metal's address
+// spaces become OpenCL's, which clang keeps apart as strictly as Metal's compiler does. Nothing is
+// defined beyond what a type check needs. Operations are declared only for the types that Metal
+// has them for.
+#pragma OPENCL EXTENSION cl_khr_fp16 : enable
+
+#define device __global
+#define threadgroup __local
+#define constant __constant
+#define thread __private
+#define METAL_FUNC inline
+
+typedef unsigned char uchar;
+typedef unsigned short ushort;
+typedef unsigned int uint;
+typedef unsigned long ulong;
+typedef signed char int8_t;
+typedef short int16_t;
+typedef int int32_t;
+typedef long int64_t;
+typedef uchar uint8_t;
+typedef ushort uint16_t;
+typedef uint uint32_t;
+typedef ulong uint64_t;
+typedef __SIZE_TYPE__ size_t;
+typedef __PTRDIFF_TYPE__ ptrdiff_t;
+typedef half float16_t;
+
+// A type of its own that keeps to 16 bits. It narrows by itself, which Metal's does not: the host
+// layer has a bfloat that refuses that, and clang 14 cannot construct such a class here.
+typedef _Float16 bfloat;
+typedef bfloat bfloat16_t;
+
+template <typename T, int N>
+using vec = T __attribute__((ext_vector_type(N)));
+#define CHECK_VECTORS(type)                              \
+  typedef type type##2 __attribute__((ext_vector_type(2))); \
+  typedef type type##3 __attribute__((ext_vector_type(3))); \
+  typedef type type##4 __attribute__((ext_vector_type(4))); \
+  template <typename... A> constexpr type##2 make_##type##2(A...); \
+  template <typename... A> constexpr type##3 make_##type##3(A...); \
+  template <typename... A> constexpr type##4 make_##type##4(A...);
+#define CHECK_NUMBERS(M) M(char) M(uchar) M(short) M(ushort) M(int) M(uint) M(half) M(float)
+CHECK_NUMBERS(CHECK_VECTORS)
+CHECK_VECTORS(long)
+CHECK_VECTORS(ulong)
+
+template <typename To, typename From>
+To as_type(From x) {
+  static_assert(sizeof(To) == sizeof(From), "as_type: sizes differ");
+  return To();
+}
+
+namespace metal {
+
+enum class mem_flags { mem_none = 0, mem_device = 1, mem_threadgroup = 2, mem_texture = 4 };
+mem_flags operator|(mem_flags, mem_flags);
+void threadgroup_barrier(mem_flags);
+void simdgroup_barrier(mem_flags);
+
+#define CHECK_REAL_1(name) \
+  float name(float); half name(half); float2 name(float2); float3 name(float3); \
+  float4 name(float4); half2 name(half2); half3 name(half3); half4 name(half4);
+#define CHECK_REAL \
+  CHECK_REAL_1(exp) CHECK_REAL_1(exp2) CHECK_REAL_1(log) CHECK_REAL_1(log2) CHECK_REAL_1(sqrt) \
+  CHECK_REAL_1(rsqrt) CHECK_REAL_1(sin) CHECK_REAL_1(cos) CHECK_REAL_1(tanh) CHECK_REAL_1(fabs) \
+  CHECK_REAL_1(floor) CHECK_REAL_1(ceil) CHECK_REAL_1(trunc) CHECK_REAL_1(round) \
+  CHECK_REAL_1(rint)
+CHECK_REAL
+namespace fast { CHECK_REAL }
+namespace precise { CHECK_REAL }
+bool isnan(float); bool isnan(half);
+bool isinf(float); bool isinf(half);
+bool isfinite(float); bool isfinite(half);
+bool signbit(float); bool signbit(half);
+float fmax(float, float); half fmax(half, half);
+float fmin(float, float); half fmin(half, half);
+float sign(float); float copysign(float, float); float ldexp(float, int); float pow(float, float);
+float atan2(float, float);
+uint extract_bits(uint, uint, uint);
+uint reverse_bits(uint);
+int popcount(int); uint popcount(uint); ushort popcount(ushort);
+int ctz(int); uint ctz(uint); ushort ctz(ushort);
+int clz(int); uint clz(uint); ushort clz(ushort);
+#define CHECK_FMA(type) type fma(type, type, type); type mad(type, type, type);
+CHECK_FMA(float) CHECK_FMA(half) CHECK_FMA(float2) CHECK_FMA(float4) CHECK_FMA(half2)
+CHECK_FMA(half4)
+float dot(float2, float2); float dot(float3, float3); float dot(float4, float4);
+half dot(half2, half2); half dot(half3, half3); half dot(half4, half4);
+bool any(int2); bool any(int3); bool any(int4);
+bool all(int2); bool all(int3); bool all(int4);
+
+#define CHECK_ORDERED(type) \
+  type max(type, type); type min(type, type); type clamp(type, type, type); type abs(type); \
+  type select(type, type, bool);
+#define CHECK_ORDERED_ALL(type) \
+  CHECK_ORDERED(type) CHECK_ORDERED(type##2) CHECK_ORDERED(type##3) CHECK_ORDERED(type##4)
+CHECK_NUMBERS(CHECK_ORDERED_ALL)
+CHECK_ORDERED(long)
+CHECK_ORDERED(ulong)
+
+// Metal shuffles and reduces scalars and vectors of up to 32 bits a component.
+#define CHECK_SIMD(type) \
+  type simd_sum(type); type simd_product(type); type simd_max(type); type simd_min(type); \
+  type simd_prefix_inclusive_sum(type); type simd_prefix_exclusive_sum(type); \
+  type simd_shuffle(type, ushort); type simd_shuffle_xor(type, ushort); \
+  type simd_shuffle_down(type, ushort); type simd_shuffle_up(type, ushort); \
+  type simd_shuffle_rotate_down(type, ushort); type simd_shuffle_rotate_up(type, ushort); \
+  type simd_broadcast(type, ushort); type simd_broadcast_first(type); \
+  type quad_shuffle_xor(type, ushort);
+#define CHECK_SIMD_ALL(type) \
+  CHECK_SIMD(type) CHECK_SIMD(type##2) CHECK_SIMD(type##3) CHECK_SIMD(type##4)
+CHECK_NUMBERS(CHECK_SIMD_ALL)
+#define CHECK_SIMD_BITS(type) type simd_or(type); type simd_and(type); type simd_xor(type);
+CHECK_SIMD_BITS(char) CHECK_SIMD_BITS(uchar) CHECK_SIMD_BITS(short) CHECK_SIMD_BITS(ushort)
+CHECK_SIMD_BITS(int) CHECK_SIMD_BITS(uint)
+bool simd_any(bool);
+bool simd_all(bool);
+bool simd_is_first();
+struct simd_vote {
+  ulong bits;
+  explicit operator ulong() const;
+};
+simd_vote simd_ballot(bool);
+
+enum memory_order { memory_order_relaxed };
+template <typename T>
+struct atomic {
+  T value;
+};
+typedef atomic<int> atomic_int;
+typedef atomic<uint> atomic_uint;
+typedef atomic<float> atomic_float;
+#define CHECK_ATOMIC(space) \
+  template <typename T> T atomic_load_explicit(const space atomic<T>*, memory_order); \
+  template <typename T, typename V> void atomic_store_explicit(space atomic<T>*, V, memory_order); \
+  template <typename T, typename V> T atomic_exchange_explicit(space atomic<T>*, V, memory_order); \
+  template <typename T, typename V> T atomic_fetch_add_explicit(space atomic<T>*, V, memory_order); \
+  template <typename T, typename V> T atomic_fetch_sub_explicit(space atomic<T>*, V, memory_order); \
+  template <typename T, typename V> T atomic_fetch_or_explicit(space atomic<T>*, V, memory_order); \
+  template <typename T, typename V> T atomic_fetch_and_explicit(space atomic<T>*, V, memory_order); \
+  template <typename T, typename V> T atomic_fetch_xor_explicit(space atomic<T>*, V, memory_order); \
+  template <typename T, typename V> T atomic_fetch_max_explicit(space atomic<T>*, V, memory_order); \
+  template <typename T, typename V> T atomic_fetch_min_explicit(space atomic<T>*, V, memory_order);
+CHECK_ATOMIC(__global)
+CHECK_ATOMIC(__local)
+
+template <bool B, typename T = void>
+struct enable_if {};
+template <typename T>
+struct enable_if<true, T> {
+  typedef T type;
+};
+template <bool B, typename T = void>
+using enable_if_t = typename enable_if<B, T>::type;
+template <bool B, typename T, typename F>
+struct conditional {
+  typedef T type;
+};
+template <typename T, typename F>
+struct conditional<false, T, F> {
+  typedef F type;
+};
+template <bool B, typename T, typename F>
+using conditional_t = typename conditional<B, T, F>::type;
+template <typename A, typename B>
+struct is_same {
+  static constexpr __constant bool value = false;
+};
+template <typename A>
+struct is_same<A, A> {
+  static constexpr __constant bool value = true;
+};
+template <typename A, typename B>
+__constant constexpr bool is_same_v = is_same<A, B>::value;
+template <typename T>
+struct numeric_limits {
+  static constexpr T max() { return T(); }
+  static constexpr T min() { return T(); }
+  static constexpr T lowest() { return T(); }
+  static constexpr T epsilon() { return T(); }
+  static constexpr T infinity() { return T(); }
+  static constexpr T quiet_NaN() { return T(); }
+};
+
+}  // namespace metal
+
+using namespace metal;
+
+template <typename T>
+struct Limits {
+  static constexpr __constant T max = numeric_limits<T>::max();
+  static constexpr __constant T min = numeric_limits<T>::min();
+  static constexpr __constant T finite_max = numeric_limits<T>::max();
+  static constexpr __constant T finite_min = numeric_limits<T>::lowest();
+};
+
+// A vector's constructor takes any mix of parts in Metal; a call of its name becomes a function.
+#define char2(...) make_char2(__VA_ARGS__)
+#define char3(...) make_char3(__VA_ARGS__)
+#define char4(...) make_char4(__VA_ARGS__)
+#define uchar2(...) make_uchar2(__VA_ARGS__)
+#define uchar3(...) make_uchar3(__VA_ARGS__)
+#define uchar4(...) make_uchar4(__VA_ARGS__)
+#define short2(...) make_short2(__VA_ARGS__)
+#define short3(...) make_short3(__VA_ARGS__)
+#define short4(...) make_short4(__VA_ARGS__)
+#define ushort2(...) make_ushort2(__VA_ARGS__)
+#define ushort3(...) make_ushort3(__VA_ARGS__)
+#define ushort4(...) make_ushort4(__VA_ARGS__)
+#define int2(...) make_int2(__VA_ARGS__)
+#define int3(...) make_int3(__VA_ARGS__)
+#define int4(...) make_int4(__VA_ARGS__)
+#define uint2(...) make_uint2(__VA_ARGS__)
+#define uint3(...) make_uint3(__VA_ARGS__)
+#define uint4(...) make_uint4(__VA_ARGS__)
+#define half2(...) make_half2(__VA_ARGS__)
+#define half3(...) make_half3(__VA_ARGS__)
+#define half4(...) make_half4(__VA_ARGS__)
+#define float2(...) make_float2(__VA_ARGS__)
+#define float3(...) make_float3(__VA_ARGS__)
+#define float4(...) make_float4(__VA_ARGS__)

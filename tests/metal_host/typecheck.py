@@ -1,0 +1,224 @@
+"""Checks the exact Metal text of a launch: types by clang, and the limits of every Apple GPU.
+
+`python -m metal_host.typecheck FILE...` (with tests/ on the path) checks files that hold a
+generated text each.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import text as metal
+from .build import mark_files, preprocess
+from .generated import Launch
+from .toolchain import HERE, cached, clang, digest
+
+MAX_THREADGROUP_BYTES = 32 * 1024
+MAX_THREADS = 512  # register pressure caps pipelines below 1024 on some chips
+MAX_BUFFERS = 31
+# Formats, head dims, GQA factors and switches; a larger value can only be a length.
+MAX_TEMPLATE_VALUE = 512
+
+_PRELUDE = HERE / "opencl.h"
+_FLAGS = (
+    "-x cl -cl-std=clc++2021 -cl-no-stdinc -target spir64 -fsyntax-only -w -ferror-limit=8 "
+    "-fno-caret-diagnostics -Xclang -cl-ext=-all,+cl_khr_fp16"
+).split()
+_SPACES = re.compile(r"\b(device|constant|threadgroup|thread)\b")
+_FORBIDDEN = {
+    r"\bdouble\b": "double, which Metal lacks",
+    r"\bstd::": "the namespace std, which Metal lacks",
+    r"\bgoto\b": "goto, which Metal lacks",
+    r"\bnew\b": "new, which Metal lacks",
+    r"\bvirtual\b": "virtual functions, which Metal lacks",
+    r"\b(try|throw|catch)\b": "exceptions, which Metal lacks",
+    r"(?<![\w\])])\[\s*[&=]?\s*\]\s*\(": "a lambda, which Metal lacks",
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a kernel's text or launch."""
+
+    kernel: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.kernel}: {self.message}"
+
+
+def check_launch(launch: Launch) -> list[Problem]:
+    """Everything wrong with a launch: limits, then types.
+
+    Raises:
+        ToolMissing: there is no g++ or no clang.
+    """
+    problems = check_limits(launch)
+    if any("ASCII" in p.message for p in problems):
+        return problems
+    return problems + check_types(launch.text, launch.name)
+
+
+def check_launches(launches: list[Launch], workers: int = 2) -> list[Problem]:
+    """Problems of many launches; each distinct text is compiled once."""
+    distinct = {(x.text, x.threadgroup): x for x in launches}
+    with ThreadPoolExecutor(workers) as pool:
+        return [p for found in pool.map(check_launch, distinct.values()) for p in found]
+
+
+def check_limits(launch: Launch) -> list[Problem]:
+    """What can be said without a compiler."""
+    found = []
+    name = launch.name
+    if not launch.text.isascii():
+        bad = next(c for c in launch.text if not c.isascii())
+        return [Problem(name, f"the text is not ASCII: it holds {bad!r}")]
+    threads = launch.threadgroup[0] * launch.threadgroup[1] * launch.threadgroup[2]
+    if threads > MAX_THREADS:
+        found.append(Problem(name, f"{threads} threads in a threadgroup, at most {MAX_THREADS}"))
+    kernel = metal.find_kernel(launch.text, name)
+    buffers = [p for p in kernel.parameters if p.buffer is not None]
+    if len(buffers) > MAX_BUFFERS:
+        found.append(Problem(name, f"{len(buffers)} buffers, at most {MAX_BUFFERS}"))
+    for p in buffers:
+        if p.name not in launch.inputs and p.name not in launch.outputs:
+            found.append(Problem(name, f"the source mentions '{p.name}', so MLX adds it as a buffer"))
+    for key, value in launch.template:
+        if isinstance(value, int) and not isinstance(value, bool) and value > MAX_TEMPLATE_VALUE:
+            found.append(Problem(name, f"template value {key} = {value} is a length: each new value "
+                                       "compiles another kernel; pass lengths as inputs"))
+    found += [Problem(name, f"the text uses {why}") for pattern, why in _FORBIDDEN.items()
+              if re.search(pattern, _without_comments(launch.text))]
+    return found
+
+
+def check_same_text(launches: list[Launch]) -> list[Problem]:
+    """Problem if launches that differ in lengths alone need more than one kernel."""
+    templates = {x.template for x in launches}
+    if len(templates) > 1:
+        return [Problem(launches[0].name, "its template values depend on a length: "
+                        + "; ".join(sorted(str(t) for t in templates)))]  # fmt: skip
+    return []
+
+
+def check_types(text: str, name: str) -> list[Problem]:
+    """What clang says of a generated text, and unqualified pointers, which it cannot see."""
+    try:
+        source = opencl_source(text, name)
+    except ValueError as error:
+        return [Problem(name, str(error))]
+    command = [clang(), *_FLAGS, "-include", str(_PRELUDE), "kernel.cl"]
+    key = f"types-{digest(source, _PRELUDE, command[1:])}"
+
+    def make(folder: Path) -> None:
+        (folder / "kernel.cl").write_text(source)
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        (folder / "messages").write_text(result.stderr if result.returncode else "")
+
+    messages = (cached(key, make) / "messages").read_text()
+    errors = [x for x in messages.splitlines() if " error: " in x or ": fatal" in x]
+    found = [Problem(name, re.sub(r"^\S*?((?:metal/)?[^/\s]+:\d+)", r"\1", e)) for e in errors]
+    if messages and not found:
+        found.append(Problem(name, messages[:2000]))
+    return found + unqualified_pointers(text, name)
+
+
+def opencl_source(text: str, name: str) -> str:
+    """The text with the kernel's template parameters filled in, for OpenCL has no such kernels."""
+    body, instantiated = metal.instance(text)
+    body = preprocess(mark_files(f'#line 1 "kernel"\n{body}'))
+    body = re.sub(r"^#pragma (METAL|clang|unroll).*$", "", body, flags=re.M)
+    body, variables = metal.rewrite_threadgroup(body, _declare)
+    start = re.search(r"((?:template\s*<([^{}]*?)>\s*)?)\[\[kernel\]\]\s+void\s+" + name + r"\s*\(",
+                      body)
+    if start is None:
+        raise ValueError("no [[kernel]] in the text")
+    head, rest = body[: start.start()], body[start.end() - 1 :]
+    definitions = _parameters(start.group(2) or "", instantiated)
+    rest = re.sub(r"\[\[[^\]]*\]\]", "", rest)
+    end = rest.rindex("}")
+    total = " + ".join(f"sizeof({v.name})" for v in variables) or "0"
+    limit = (
+        f"static_assert({total} <= {MAX_THREADGROUP_BYTES}, "
+        '"threadgroup memory above 32 KiB");'
+    )
+    head = re.sub(r"\[\[[^\]]*\]\]", "", head)
+    return f"{head}namespace checked {{ {definitions}\n__kernel void {name}{rest[:end]}{limit}}}\n}}\n"
+
+
+def _declare(variable: metal.Variable, number: int, alignment: str | None) -> str:
+    align = f"alignas({alignment}) " if alignment else ""
+    return f"{align}__local {variable.type} {variable.name}{variable.dimensions};"
+
+
+def _parameters(template: str, instantiated: str | None) -> str:
+    """Definitions of template parameters: `typename T, int N` with `f<half, 3>`."""
+    if not template:
+        return ""
+    inner = re.search(r"<(.*)>$", (instantiated or "").strip(), re.S)
+    values = metal.split_top(inner.group(1)) if inner else []
+    names = metal.split_top(template)
+    if len(values) != len(names):
+        raise ValueError(f"{len(names)} template parameters and {len(values)} values")
+    out = []
+    for declaration, value in zip(names, values):
+        kind, name = declaration.rsplit(None, 1)
+        if kind in ("typename", "class"):
+            out.append(f"typedef {value} {name};")
+        else:
+            out.append(f"__constant constexpr {kind} {name} = {value};")
+    return " ".join(out)
+
+
+def unqualified_pointers(text: str, name: str) -> list[Problem]:
+    """Parameters of functions that are pointers or references to no named address space."""
+    found = []
+    toks = [t for t in metal.tokens(_without_comments(text)) if not t.isspace() and t[0] != "#"]
+    depth = 0
+    for i, t in enumerate(toks):
+        if t == "{":
+            depth += 1
+        elif t == "}":
+            depth -= 1
+        elif t == "(" and depth == 0 and i > 0 and re.match(r"[A-Za-z_]\w*$", toks[i - 1]):
+            end, level = i, 0
+            while end < len(toks):
+                level += (toks[end] == "(") - (toks[end] == ")")
+                if level == 0:
+                    break
+                end += 1
+            if end + 1 < len(toks) and toks[end + 1] == "{":
+                for part in metal.split_top(" ".join(toks[i + 1 : end])):
+                    if re.search(r"[*&]", part) and not _SPACES.search(part):
+                        found.append(Problem(name, f"parameter '{part}' of {toks[i - 1]} names no "
+                                                   "address space"))
+    return found
+
+
+def _without_comments(text: str) -> str:
+    text = re.sub(r"/\*.*?\*/", lambda m: "\n" * m.group(0).count("\n"), text, flags=re.S)
+    return re.sub(r"//[^\n]*", "", text)
+
+
+def main(paths: list[str]) -> int:
+    """Checks generated texts in files and prints what is wrong; 1 if anything is."""
+    problems = []
+    for path in paths:
+        body = Path(path).read_text()
+        name = re.search(r"\[\[kernel\]\]\s+void\s+(\w+)", body)
+        if name is None:
+            print(f"Error: no [[kernel]] in {path}.", file=sys.stderr)
+            return 2
+        problems += check_types(body, name.group(1))
+    for problem in problems:
+        print(problem)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
