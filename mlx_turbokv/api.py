@@ -10,9 +10,9 @@ import mlx.nn as nn
 from .cache import TurboKVCache
 from .errors import InputError
 from .formats import KVFormat, check_head_dim
-from .kv_layers import KVLayers, kv_layers, own_caches
+from .kv_layers import KVLayers, kv_layers
 from .policy import Pair, Policy, Uniform, load_policy
-from .shapes import probe_shapes
+from .shapes import own_caches
 
 logger = logging.getLogger("mlx_turbokv")
 _said: set[tuple[str, str]] = set()
@@ -132,13 +132,11 @@ class CacheFactory:
         return self.layers
 
     def _check_head_dims(self) -> None:
-        shapes = probe_shapes(self.model, self.layers)
         for layer in self.layers.layers:
-            shape = shapes.get((layer.index, layer.sub))
-            if shape is not None:
+            if layer.shape is not None:
                 k, v = self.formats[layer.ordinal]
-                check_head_dim(k, shape.k_head_dim)
-                check_head_dim(v, shape.v_head_dim)
+                check_head_dim(k, layer.shape.k_head_dim)
+                check_head_dim(v, layer.shape.v_head_dim)
 
 
 def _as_policy(

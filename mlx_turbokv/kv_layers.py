@@ -3,13 +3,14 @@
 The model's own cache factory says what each layer keeps. A plain ``KVCache`` grows with the
 context and is compressed; everything else is left alone, with a reason. The one thing a factory
 does not tell is that absorbed multi-head latent attention (MLA) keeps latents in its ``KVCache``:
-that is read off the attention modules.
+that is read off the attention modules. Nor does it tell which layers use another layer's K and V
+and leave their own cache empty: a call with one token shows that, and the shapes of K and V.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.nn as nn
@@ -21,9 +22,12 @@ from mlx_lm.models.cache import (
     RotatingKVCache,
 )
 
+from .shapes import KVShape, own_caches, probe_positions
+
 RECURRENT = "recurrent state"
 LATENT = "MLA latent"
 COMPOSITE = "several caches a layer, with keys of an indexer"
+UNUSED = "unused: the layer stores no K and V of its own"
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,13 @@ class KVLayer:
         ordinal: position among the whole model's KV layers, what policies count.
         index: position in the cache list.
         sub: position inside a CacheList, or None.
+        shape: heads and head_dims, where a call with one token could show them.
     """
 
     ordinal: int
     index: int
     sub: int | None = None
+    shape: KVShape | None = None
 
 
 @dataclass(frozen=True)
@@ -82,30 +88,17 @@ def kv_layers(model: nn.Module, caches: list[Any] | None = None) -> KVLayers:
 
     Args:
         model: a model of mlx-lm.
-        caches: what the model's own factory made (default: call it).
+        caches: what the model's own factory made (default: call it); they are only looked at.
     """
-    if caches is None:
-        caches = own_caches(model)
-    found = _classify(model, caches)
+    caches = own_caches(model) if caches is None else caches
     stage = _pipeline_stage(model)
     if stage is None:
-        return found
-    whole = _classify(model_skeleton(model))
-    before = sum(layer.index < stage.start_idx for layer in whole.layers)
-    layers = [KVLayer(before + x.ordinal, x.index, x.sub) for x in found.layers]
-    return KVLayers(layers, found.skipped, len(whole.layers))
-
-
-def own_caches(model: nn.Module, *args: Any, **kwargs: Any) -> list[Any]:
-    """Caches from the model's own factory, whatever is attached to the instance."""
-    attached = vars(model).get("make_cache")
-    while hasattr(attached, "turbokv_previous"):
-        attached = attached.turbokv_previous
-    if attached is not None:
-        return attached(*args, **kwargs)
-    if hasattr(type(model), "make_cache"):
-        return type(model).make_cache(model, *args, **kwargs)
-    return [KVCache() for _ in model.layers]
+        return _without_unused(model, _classify(model, caches))
+    whole = kv_layers(model_skeleton(model))
+    here = range(stage.start_idx, stage.start_idx + len(caches))
+    layers = [replace(x, index=x.index - here.start) for x in whole.layers if x.index in here]
+    skipped = [replace(x, index=x.index - here.start) for x in whole.skipped if x.index in here]
+    return KVLayers(layers, skipped, whole.n_total)
 
 
 def model_skeleton(model: nn.Module) -> nn.Module:
@@ -114,8 +107,24 @@ def model_skeleton(model: nn.Module) -> nn.Module:
     return type(model)(args)
 
 
-def _classify(model: nn.Module, caches: list[Any] | None = None) -> KVLayers:
-    caches = own_caches(model) if caches is None else caches
+def _without_unused(model: nn.Module, found: KVLayers) -> KVLayers:
+    """Adds the shapes, and takes out layers that were seen to store nothing."""
+    shapes = probe_positions(model, [(x.index, x.sub) for x in found.layers])
+    if not shapes:
+        return found
+    layers: list[KVLayer] = []
+    skipped = list(found.skipped)
+    for layer in found.layers:
+        shape = shapes.get((layer.index, layer.sub))
+        if shape is None:
+            skipped.append(Skipped(layer.index, UNUSED, layer.sub))
+        else:
+            layers.append(replace(layer, ordinal=len(layers), shape=shape))
+    skipped.sort(key=lambda x: x.index)
+    return KVLayers(layers, skipped, len(layers))
+
+
+def _classify(model: nn.Module, caches: list[Any]) -> KVLayers:
     latent = _latent_indices(model, len(caches))
     layers: list[KVLayer] = []
     skipped: list[Skipped] = []

@@ -6,14 +6,16 @@ lazy: nothing is evaluated, so a model with random weights that were never made 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import CacheList, KVCache
 
-from .kv_layers import KVLayers, kv_layers, own_caches
+if TYPE_CHECKING:
+    from .kv_layers import KVLayers
 
 Position = tuple[int, "int | None"]
 
@@ -42,20 +44,36 @@ class _RecordingCache(KVCache):
         return super().update_and_fetch(keys, values)
 
 
-def probe_shapes(model: nn.Module, layers: KVLayers | None = None) -> dict[Position, KVShape]:
-    """Shapes of every KV layer, by (cache index, position in a CacheList or None).
+def own_caches(model: nn.Module, *args: Any, **kwargs: Any) -> list[Any]:
+    """Caches from the model's own factory, whatever is attached to the instance."""
+    attached = vars(model).get("make_cache")
+    while hasattr(attached, "turbokv_previous"):
+        attached = attached.turbokv_previous
+    if attached is not None:
+        return attached(*args, **kwargs)
+    if hasattr(type(model), "make_cache"):
+        return type(model).make_cache(model, *args, **kwargs)
+    return [KVCache() for _ in model.layers]
 
-    A model that cannot be called this way gives an empty answer: the probe is for early and better
-    messages, and the caches check again when they see real rows.
+
+def probe_shapes(model: nn.Module, layers: KVLayers) -> dict[Position, KVShape]:
+    """Shapes of the KV layers, by (cache index, position in a CacheList or None).
+
+    A layer that stores nothing of its own is missing from the answer. A model that cannot be
+    called this way gives an empty one.
     """
+    return probe_positions(model, [(layer.index, layer.sub) for layer in layers.layers])
+
+
+def probe_positions(model: nn.Module, positions: Iterable[Position]) -> dict[Position, KVShape]:
+    """``probe_shapes`` for caches named by their positions."""
+    recording = {position: _RecordingCache() for position in positions}
     try:
         caches = own_caches(model)
-        layers = layers or kv_layers(model, caches)
-        recording = {(x.index, x.sub): _RecordingCache() for x in layers.layers}
         for (index, sub), cache in recording.items():
             _put(caches, index, sub, cache)
         model(mx.zeros((1, 1), mx.int32), cache=caches)
-    except Exception:  # a model may need what only its own loader or inputs bring
+    except Exception:  # what a model needs beyond tokens is known to its own loader alone
         return {}
     return {at: cache.shape for at, cache in recording.items() if cache.shape is not None}
 
