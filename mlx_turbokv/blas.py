@@ -38,6 +38,15 @@ def openblas_in_use() -> bool:
     return _in_use
 
 
+def how_to_get_openblas() -> str:
+    """What to do so that MLX runs on OpenBLAS, as the end of a sentence."""
+    if os.environ.get(SWITCH, "1") == "0":
+        return f"unset {SWITCH}"
+    if any(_load(name) for name in _LIBRARIES):
+        return "import mlx_turbokv before mlx.core"
+    return "Debian and Ubuntu: apt install libopenblas0"
+
+
 def require_mlx() -> None:
     """Import ``mlx.core``.
 

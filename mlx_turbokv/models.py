@@ -16,6 +16,8 @@ from mlx.utils import tree_flatten
 from . import blas, default_model
 from .errors import InputError
 
+_said: set[str] = set()
+
 
 @dataclass
 class Loaded:
@@ -135,21 +137,25 @@ def cpu_form(source: str) -> Form:
     faster than dequantised ones, and are kept; so they are where float32 would not fit in memory.
     """
     if not blas.openblas_in_use():
-        print(
-            "OpenBLAS is not in use, so the weights stay quantised; with it (Debian and Ubuntu: "
-            "apt install libopenblas0) prompts are read about twenty times as fast.",
-            file=sys.stderr,
+        _say_once(
+            "OpenBLAS is not in use, so the weights stay quantised; with it "
+            f"({blas.how_to_get_openblas()}) prompts are read about twenty times as fast."
         )
         return Form(mx.float32, packed=True)
     needed, memory = _float32_bytes(source), _physical_bytes()
     if needed and memory and needed > 0.6 * memory:
-        print(
+        _say_once(
             f"The weights stay quantised: in float32 they would take {needed / 1e9:.1f} GB of "
-            f"{memory / 1e9:.1f} GB.",
-            file=sys.stderr,
+            f"{memory / 1e9:.1f} GB."
         )
         return Form(mx.float32, packed=True)
     return Form(mx.float32, packed=False)
+
+
+def _say_once(note: str) -> None:
+    if note not in _said:
+        _said.add(note)
+        print(note, file=sys.stderr)
 
 
 def _locate(model: str | os.PathLike[str] | None) -> tuple[str, str | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import mlx_turbokv  # noqa: F401, I001: before mlx.core, so that OpenBLAS is used
 import pytest
 from metal_host import HostMetal
 from metal_host.coverage import session_folder

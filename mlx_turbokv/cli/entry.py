@@ -26,9 +26,7 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> NoReturn:
     """
     _notes_to_stderr()
     try:
-        status = command.main(
-            args=None if args is None else list(args), standalone_mode=False
-        )
+        status = command.main(args=None if args is None else list(args), standalone_mode=False)
     except InputError as error:
         _fail(str(error))
     except click.ClickException as error:
@@ -64,7 +62,12 @@ def _one_sentence(error: click.ClickException) -> str:
 def _notes_to_stderr() -> None:
     logger = logging.getLogger("mlx_turbokv")
     if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
+        logger.addHandler(_Stderr())
         logger.propagate = False
+
+
+class _Stderr(logging.Handler):
+    """Writes to what sys.stderr is at the time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), file=sys.stderr)
