@@ -21,7 +21,7 @@ FP16_MAX = 65504.0
 # unbiased <y, y> / <y, c>. Chosen by measured KLD on the default model: benchmarks/group_scale.json.
 SCALE_RULES = ("raw", "matched", "least_squares", "unbiased")
 K_SCALE_RULE = "unbiased"
-V_SCALE_RULE = "least_squares"
+V_SCALE_RULE = "unbiased"
 _UNSIGNED = {2: mx.uint16, 4: mx.uint32}
 
 
@@ -35,16 +35,35 @@ def _constant(kind: str, *args: int) -> mx.array:
     elif kind == "boundaries":
         array = mx.array(boundaries(*args))
     else:
-        array = mx.array(_unit_values(*args))
+        array = mx.array(_level_table(*args))
     mx.eval(array)
     return array
 
 
-def _unit_values(bits: int, width: int) -> np.ndarray:
-    """Every unit's levels, [2**bits of a unit, codes in a unit]."""
+def _level_table(bits: int, width: int) -> np.ndarray:
+    """The levels of every index that `_levels` looks up, [indices, codes in an index]."""
     unit_bits, per_unit = UNITS[bits]
+    if unit_bits == 8:
+        unit_bits, per_unit = 16, 2 * per_unit
     units = np.arange(1 << unit_bits)[:, None] >> (bits * np.arange(per_unit))
     return codebook(bits, width)[units & ((1 << bits) - 1)]
+
+
+def _levels(units: mx.array, bits: int, width: int, head_dim: int) -> mx.array:
+    """Codebook levels of a row's units.
+
+    A lookup costs the same whatever it brings, so two 8-bit units are looked up as one, and a
+    pair of levels as one complex number, which is faster than a row of two.
+
+    Shapes:
+        units: [..., units in a row]; returns: [..., head_dim] float32.
+    """
+    table = _constant("levels", bits, width)
+    if UNITS[bits][0] == 8:
+        units = mx.contiguous(units).view(mx.uint16)
+    if table.shape[-1] == 2:
+        return table.view(mx.complex64).reshape(-1)[units].view(mx.float32)
+    return table[units].reshape(*units.shape[:-1], head_dim)
 
 
 def rotate(x: mx.array, head_dim: int, inverse: bool = False) -> mx.array:
@@ -95,8 +114,7 @@ def values(units: mx.array, scales: mx.array, fmt: KVFormat, head_dim: int, dtyp
         return units.view(dtype).astype(mx.float32)
     width = fmt.group_width(head_dim)
     if fmt.is_turbo:
-        table = _constant("units", fmt.bits, width)
-        levels = table[units].reshape(*units.shape[:-1], head_dim)
+        levels = _levels(units, fmt.bits, width, head_dim)
     else:
         levels = units.view(mx.int8).astype(mx.float32)
     return _scaled(levels, scales.astype(mx.float32), width)
@@ -156,9 +174,8 @@ def _fitted(groups: mx.array, energy: mx.array, codes: mx.array, bits: int, head
     """The scale of each group by a rule that looks at its levels c."""
     width = groups.shape[-1]
     levels = _constant("codebook", bits, width)[codes]
-    if ragged := groups.shape[-2] * width - head_dim:
-        kept = mx.arange(groups.shape[-2] * width).reshape(-1, width) < head_dim
-        levels = levels * kept if ragged else levels
+    if groups.shape[-2] * width > head_dim:  # nothing is stored for the end of a ragged group
+        levels = levels * (mx.arange(groups.shape[-2] * width).reshape(-1, width) < head_dim)
     if rule == "matched":
         top, bottom, power = energy, mx.square(levels).sum(axis=-1), 0.5
     elif rule == "least_squares":
