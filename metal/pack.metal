@@ -23,7 +23,11 @@ TKV_CONST_FN int pack_scales(int k_group, int k_dim, int v_group, int v_dim) {
   return TILE * larger(1, larger(group_count(k_dim, k_group), group_count(v_dim, v_group)));
 }
 
+// Saturates; every NaN gets the same bits.
 TKV_FN ushort scale_bits(float scale) {
+  if (!(scale == scale)) {
+    return ushort(0x7e00);
+  }
   return as_type<ushort>(half(scale > FP16_MAX ? FP16_MAX : scale));
 }
 
@@ -114,7 +118,7 @@ TKV_FN void quantize_turbo(const device T* x, threadgroup float* row, threadgrou
     float of_levels = 0.0f;
     for (int i = lane; i < size; i += LANES) {
       const float value = row[first + i];
-      const int code = nearest_level<BITS>(raw > 0.0f ? value / raw : 0.0f, levels + MAX_LEVELS);
+      const int code = nearest_level<BITS>(raw > 0.0f ? value / raw : value * 0.0f, levels + MAX_LEVELS);
       codes[first + i] = uchar(code);
       with_levels += value * levels[code];
       of_levels += levels[code] * levels[code];

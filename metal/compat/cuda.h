@@ -1,10 +1,12 @@
 // Prelude that lets the Metal text of the kernels compile under NVRTC (mx.fast.cuda_kernel): the
-// words of Metal that they use, in CUDA C++. A warp is a SIMD group.
+// words of Metal that they use, in CUDA C++. A warp is a SIMD group. MLX compiles with
+// --device-as-default-execution-space, so functions need no __device__; they may not have it either
+// once `device` is a macro, because CUDA's own __device__ is spelled with that word.
 #pragma once
 
 #define TKV_PRELUDE
-#define TKV_FN __device__ __forceinline__
-#define TKV_CONST_FN __host__ __device__ constexpr
+#define TKV_FN __forceinline__
+#define TKV_CONST_FN constexpr
 #define TKV_SHARED(type, name, count) __shared__ type name[count]
 #define TKV_UNROLL _Pragma("unroll")
 
@@ -22,7 +24,7 @@ typedef unsigned short ushort;
 typedef unsigned int uint;
 
 template <typename To, typename From>
-__device__ __forceinline__ To as_type(From x) {
+TKV_FN To as_type(From x) {
   static_assert(sizeof(To) == sizeof(From), "as_type: sizes differ");
   To y;
   __builtin_memcpy(&y, &x, sizeof(To));
@@ -37,34 +39,34 @@ namespace mem_flags {
 enum Flag { mem_none, mem_device, mem_threadgroup };
 }
 
-__device__ __forceinline__ void threadgroup_barrier(mem_flags::Flag) {
+TKV_FN void threadgroup_barrier(mem_flags::Flag) {
   __syncthreads();
 }
-__device__ __forceinline__ void simdgroup_barrier(mem_flags::Flag) {
+TKV_FN void simdgroup_barrier(mem_flags::Flag) {
   __syncwarp();
 }
-__device__ __forceinline__ float simd_shuffle_xor(float x, ushort mask) {
+TKV_FN float simd_shuffle_xor(float x, ushort mask) {
   return __shfl_xor_sync(0xffffffffu, x, mask);
 }
-__device__ __forceinline__ float simd_sum(float x) {
+TKV_FN float simd_sum(float x) {
 #pragma unroll
   for (int mask = 16; mask > 0; mask >>= 1) {
     x += __shfl_xor_sync(0xffffffffu, x, mask);
   }
   return x;
 }
-__device__ __forceinline__ float simd_max(float x) {
+TKV_FN float simd_max(float x) {
 #pragma unroll
   for (int mask = 16; mask > 0; mask >>= 1) {
     x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, mask));
   }
   return x;
 }
-__device__ __forceinline__ bool simd_any(bool x) {
+TKV_FN bool simd_any(bool x) {
   return __any_sync(0xffffffffu, x);
 }
 
-__device__ __forceinline__ float signed_byte(uint word, int index) {
+TKV_FN float signed_byte(uint word, int index) {
   return __uint_as_float(__byte_perm(word ^ 0x80808080u, 0x4b000000u, 0x7440u + index)) -
          8388736.0f;
 }

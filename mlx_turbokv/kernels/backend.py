@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
+import mlx.core as mx
+
 from ..errors import InputError
-from . import reference
+from ..layout import KVLayout
+from . import assemble, dequantize, pack, reference, tables
 
 ENVIRONMENT = "TURBOKV_BACKEND"
 BACKENDS = ("auto", "metal", "cuda", "reference")
@@ -23,19 +27,87 @@ class Backend(NamedTuple):
     dequantize: Callable
 
 
+REFERENCE = Backend("reference", reference.pack, reference.attention, reference.dequantize)
+
+
 def select_backend(name: str | None = None) -> Backend:
     """The back-end called ``name``; None asks the environment variable, then the machine.
 
     Raises:
         InputError: no such back-end, or this machine does not have it.
     """
-    return _backend((name or os.environ.get(ENVIRONMENT) or "auto").lower())
+    name = (name or os.environ.get(ENVIRONMENT) or "auto").lower()
+    if name not in BACKENDS:
+        raise InputError(f"Unknown back-end {name!r}: accepted are {', '.join(BACKENDS)}.")
+    available = available_backends()
+    if name == "auto":
+        return _backend(available[0], forced=False)
+    if name not in available:
+        raise InputError(
+            f"Back-end {name!r} is not available here: accepted are auto, {', '.join(available)}."
+        )
+    return _backend(name, forced=True)
+
+
+def available_backends() -> tuple[str, ...]:
+    """What this machine has, the best first."""
+    return _available(assemble.factory)
 
 
 @lru_cache(maxsize=None)
-def _backend(name: str) -> Backend:
-    if name not in BACKENDS:
-        raise InputError(f"Unknown back-end {name!r}: accepted are {', '.join(BACKENDS)}.")
-    if name in ("metal", "cuda"):
-        raise InputError(f"Back-end {name!r} is not available here: accepted is reference.")
-    return Backend("reference", reference.pack, reference.attention, reference.dequantize)
+def _available(factory: Callable | None) -> tuple[str, ...]:
+    names = []
+    if factory is not None or mx.metal.is_available():
+        names.append("metal")
+    if mx.cuda.is_available():
+        names.append("cuda")
+    return (*names, "reference")
+
+
+@lru_cache(maxsize=None)
+def _backend(name: str, forced: bool) -> Backend:
+    if name == "reference":
+        return REFERENCE
+    return Backend(
+        name,
+        partial(_pack, name, forced),
+        partial(_attention, name, forced),
+        partial(_dequantize, name, forced),
+    )
+
+
+def _pack(name, forced, keys, values, layout, tail=None, n_tail=0):
+    if _covered(name, forced, layout):
+        return pack.pack(keys, values, layout, tail, n_tail, backend=name)
+    return reference.pack(keys, values, layout, tail, n_tail)
+
+
+def _attention(name, forced, queries, packed, scale, mask=None, sinks=None, **options):
+    if _covered(name, forced, packed.layout):
+        return dequantize.attention(queries, packed, scale, mask, sinks, **options, backend=name)
+    return reference.attention(queries, packed, scale, mask, sinks, **options)
+
+
+def _dequantize(name, forced, packed, dtype):
+    if _covered(name, forced, packed.layout):
+        return dequantize.dequantize(packed, dtype, backend=name)
+    return reference.dequantize(packed, dtype)
+
+
+@lru_cache(maxsize=None)
+def _covered(name: str, forced: bool, layout: KVLayout) -> bool:
+    """Whether the kernels handle a layout.
+
+    Raises:
+        InputError: they do not, and the back-end was asked for by name.
+    """
+    reason = tables.uncovered(layout)
+    if reason is None:
+        return True
+    pair = f"K {layout.k_format} with V {layout.v_format}"
+    if forced:
+        raise InputError(
+            f"Back-end {name!r} does not cover {pair}, {reason}: accepted are auto and reference."
+        )
+    warnings.warn(f"{pair} runs on the reference back-end: {reason}.", stacklevel=2)
+    return False

@@ -1,0 +1,87 @@
+#!/usr/bin/env python3
+"""Checks every kernel on this machine's GPU: against float64, then whole models, and records it.
+
+    python scripts/gpu_check.py --out benchmarks/gpu_check.json
+    compute-sanitizer --tool memcheck python scripts/gpu_check.py --sanitize
+    compute-sanitizer --tool racecheck python scripts/gpu_check.py --sanitize
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+import mlx.core as mx  # noqa: E402
+from kernel_cases import ALL_CASES, SANITIZE_CASES, run_case  # noqa: E402
+
+from mlx_turbokv.kernels.backend import available_backends, select_backend  # noqa: E402
+from record import record  # noqa: E402
+
+
+def check_kernels(backend: str, cases, seconds: float) -> tuple[list[dict], list[str]]:
+    """Run the cases until the time is up; returns results and what disagreed."""
+    results, failures = [], []
+    start = time.perf_counter()
+    for case in cases:
+        if time.perf_counter() - start > seconds:
+            failures.append(f"out of time: {len(cases) - len(results)} cases were not run")
+            break
+        began = time.perf_counter()
+        result = run_case(case, backend)
+        result["seconds"] = round(time.perf_counter() - began, 2)
+        results.append(result)
+        if result["failures"]:
+            failures += [f"{case}: {failure}" for failure in result["failures"]]
+        print(result, flush=True)
+    return results, failures
+
+
+def check_model(backend: str, model: str | None, n_windows: int) -> tuple[dict, list[str]]:
+    """Greedy text and perplexity of the default model, on ``backend`` and on reference."""
+    from model_check import compare_backends
+
+    return compare_backends(model, (backend, "reference"), n_windows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backend", default=None, help="metal or cuda; default: what is here")
+    parser.add_argument("--sanitize", action="store_true", help="a small subset, for a sanitizer")
+    parser.add_argument("--shard", default="0/1", help="i/n: every n-th case from i on")
+    parser.add_argument("--seconds", type=float, default=400, help="time for the kernel cases")
+    parser.add_argument("--model", default=None, help="a GGUF file or folder of the default model")
+    parser.add_argument("--windows", type=int, default=0, help="perplexity windows of the model")
+    parser.add_argument("--out", type=Path, default=None, help="where to write the JSON record")
+    args = parser.parse_args()
+
+    backend = args.backend or available_backends()[0]
+    if select_backend(backend).name == "reference":
+        print("no GPU back-end here", file=sys.stderr)
+        return 1
+    cases = SANITIZE_CASES if args.sanitize else ALL_CASES
+    shard, n_shards = (int(x) for x in args.shard.split("/"))
+    cases = cases[shard::n_shards]
+    results, failures = check_kernels(backend, cases, args.seconds)
+    report = record(backend=backend, kernels=results)
+    if args.windows:
+        report["model"], more = check_model(backend, args.model, args.windows)
+        failures += more
+    report["failures"] = failures
+    if args.out:
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
+    for failure in failures:
+        print("FAILED", failure, file=sys.stderr)
+    worst = max((r["decode_ratio"] for r in results if r.get("decode_ratio")), default=0)
+    print(f"{len(results)} cases on {mx.default_device()}, {len(failures)} failures, "
+          f"largest decode error {worst:.2f} of the fp16 attention's")  # fmt: skip
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

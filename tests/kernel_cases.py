@@ -1,0 +1,285 @@
+"""Cases for every kernel, and the float64 oracle that they are held against.
+
+Used by test_kernels.py on the CPU and by scripts/gpu_check.py on a GPU.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from dataclasses import asdict, dataclass
+from itertools import combinations, product
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_turbokv.codebook import boundaries
+from mlx_turbokv.formats import KVFormat
+from mlx_turbokv.kernels import decode, dequantize, pack, reference
+from mlx_turbokv.kernels.packed import PackedKV
+from mlx_turbokv.kernels.tiles import tiles_to_rows
+from mlx_turbokv.layout import TILE, KVLayout
+from mlx_turbokv.rotation import rotation_matrix, rotation_width
+
+# how near a value must lie to a boundary for another code to be right, in units of its scale
+BOUNDARY = 1e-5
+# relative error of the kernel over that of an attention in plain ops at the case's precision
+ERROR_RATIO = 2.0
+# what rounding the output alone may cost
+ROUNDING = {"float16": 2**-11, "bfloat16": 2**-8, "float32": 1e-6}
+# rows read back: float32 products of exact codes and scales
+ROWS_ATOL = 1e-6
+SCALE_ULPS = 1
+
+
+@dataclass(frozen=True)
+class Case:
+    """One combination: formats, shapes, dtype and edges."""
+
+    k_format: str
+    v_format: str
+    dims: tuple[int, int]
+    dtype: str = "float16"
+    heads: tuple[int, int, int] = (1, 2, 4)  # sequences, KV heads, GQA factor
+    n_queries: int = 1
+    tokens: tuple[int, int] = (64, 7)  # in the body, in the tail
+    edge: str = "plain"
+
+    def __str__(self) -> str:
+        return " ".join(str(value) for value in asdict(self).values())
+
+
+FORMATS = ("f16", "q8_0", "turbo2", "turbo3", "turbo4", "turbo5", "turbo6")
+FORMATS += ("turbo2:32", "turbo3:32", "turbo5:32")
+DIMS = ((128, 128), (64, 64), (72, 72), (80, 80), (96, 96), (112, 112), (160, 160), (192, 128))
+DIMS += ((256, 256), (512, 512), (16, 48), (32, 64))
+DTYPES = ("float16", "bfloat16", "float32")
+HEADS = ((1, 1, 1), (1, 2, 4), (2, 1, 7), (1, 1, 16), (1, 3, 3), (3, 2, 2), (1, 1, 5))
+QUERIES = (1, 2, 8)
+TOKENS = ((0, 1), (0, 33), (32, 31), (96, 0), (64, 70), (544, 5))
+# causal: lower right; starts: left-padded; sinks; stale: loud rows behind the last one
+EDGES = ("plain", "causal", "starts", "sinks", "stale")
+
+
+def all_pairs(values: dict[str, tuple], seed: int = 0) -> list[dict]:
+    """Rows that hold every pair of values of every two parameters, found greedily."""
+    rng = random.Random(seed)
+    names = list(values)
+    missing = {
+        (a, x, b, y)
+        for a, b in combinations(names, 2)
+        for x, y in product(range(len(values[a])), range(len(values[b])))
+    }
+    rows = []
+    while missing:
+        best, best_found = None, set()
+        fixed = min(missing)
+        for _ in range(30):
+            row = {name: rng.randrange(len(values[name])) for name in names}
+            row[fixed[0]], row[fixed[2]] = fixed[1], fixed[3]
+            found = {(a, row[a], b, row[b]) for a, b in combinations(names, 2)} & missing
+            if len(found) > len(best_found):
+                best, best_found = row, found
+        missing -= best_found
+        rows.append({name: values[name][best[name]] for name in names})
+    return rows
+
+
+PAIRS = [
+    Case(**row)
+    for row in all_pairs(
+        {
+            "k_format": FORMATS,
+            "v_format": FORMATS,
+            "dims": DIMS,
+            "dtype": DTYPES,
+            "heads": HEADS,
+            "n_queries": QUERIES,
+            "tokens": TOKENS,
+            "edge": EDGES,
+        }
+    )
+]
+SANITIZE_CASES = [
+    Case("q8_0", "turbo2", (128, 128)),
+    Case("turbo4", "turbo3", (64, 64), "float16", (1, 1, 3), 2, (32, 33), "causal"),
+    Case("f16", "turbo5:32", (72, 80), "bfloat16", (2, 1, 1), 1, (0, 33), "starts"),
+    Case("turbo6", "f16", (160, 96), "float32", (1, 1, 5), 1, (64, 1), "sinks"),
+]
+ALL_CASES = SANITIZE_CASES + PAIRS
+
+
+def run_case(case: Case, backend: str) -> dict:
+    """Pack, read back and attend as ``case`` says, on ``backend``; what disagrees is listed."""
+    rng = np.random.default_rng(zlib.crc32(str(case).encode()))
+    k_format, v_format = KVFormat.parse(case.k_format), KVFormat.parse(case.v_format)
+    layout = KVLayout(k_format, v_format, *case.dims, case.dtype)
+    failures: list[str] = []
+    packed = _packed(case, layout, rng, backend, failures)
+    result = {"case": str(case), **_decode(case, packed, rng, backend, failures)}
+    _rows(packed, backend, failures)
+    result["failures"] = failures
+    return result
+
+
+def _rows_of(case: Case, dim: int, n: int, rng) -> mx.array:
+    """Rows of quite different magnitudes, some of them zero."""
+    batch, n_heads, _ = case.heads
+    rows = rng.standard_normal((batch, n_heads, n, dim))
+    rows *= np.exp(rng.standard_normal((batch, n_heads, n, 1)))
+    rows *= rng.random((batch, n_heads, n, 1)) > 0.05
+    return mx.array(rows.astype(np.float32)).astype(getattr(mx, case.dtype))
+
+
+def _packed(case: Case, layout: KVLayout, rng, backend: str, failures: list[str]) -> PackedKV:
+    """A body and a tail, packed by the kernel in three steps and checked against the reference."""
+    n_body, n_tail = case.tokens
+    n_loud = 9 if case.edge == "stale" else 0
+    keys = _rows_of(case, case.dims[0], n_body + n_tail, rng)
+    values = _rows_of(case, case.dims[1], n_body + n_tail, rng)
+    body = tail = None
+    if n_body:
+        k, v = keys[:, :, :n_body], values[:, :, :n_body]
+        body = pack.pack(k, v, layout, backend=backend)
+        _check_pack(body, k, v, layout, failures)
+        if n_loud:
+            body = mx.concatenate([body, mx.full((*body.shape[:2], 2, body.shape[3]), 0xFFFFFFFF, mx.uint32)], 2)  # fmt: skip
+    if n_tail:
+        k, v = keys[:, :, n_body:], values[:, :, n_body:]
+        first = max(1, n_tail // 2)
+        tail = pack.pack(k[:, :, :first], v[:, :, :first], layout, backend=backend)
+        if n_loud:
+            loud = mx.full((*k.shape[:2], n_loud, 1), mx.nan, k.dtype)
+            loud_k, loud_v = (mx.broadcast_to(loud, (*loud.shape[:3], dim)) for dim in case.dims)
+            stale = pack.pack(loud_k, loud_v, layout, tail, first, backend=backend)
+            tail = stale
+        if first < n_tail:
+            tail = pack.pack(k[:, :, first:], v[:, :, first:], layout, tail, first, backend=backend)
+        _check_pack(tail, k, v, layout, failures, exact_size=first < n_tail or not n_loud)
+        if n_loud:
+            tail = pack.pack(loud_k, loud_v, layout, tail, n_tail, backend=backend)
+    return PackedKV(layout, body, n_body, tail, n_tail)
+
+
+def _check_pack(tiles, keys, values, layout, failures, exact_size=True) -> None:
+    """Codes equal the reference's, boundary cases aside; scales to an ulp; free rows are zero."""
+    expected = reference.pack(keys, values, layout)
+    if not exact_size:  # stale rows follow
+        tiles = tiles[:, :, : expected.shape[2]]
+    n = keys.shape[2]
+    got, want = tiles_to_rows(tiles, layout), tiles_to_rows(expected, layout)
+    for name, fmt, x in (("k", layout.k_format, keys), ("v", layout.v_format, values)):
+        units, wanted = np.array(getattr(got, name)), np.array(getattr(want, name))
+        if exact_size and units[:, :, n:].any():
+            failures.append(f"pack: {name} rows behind the last are not zero")
+        different = np.argwhere(units[:, :, :n] != wanted[:, :, :n])
+        if len(different) and not _near_boundaries(different, units, wanted, x, fmt):
+            failures.append(f"pack: {len(different)} {name} units differ")
+        scales = np.array(getattr(got, f"{name}_scales")[:, :, :n].view(mx.uint16)).astype(int)
+        wanted = np.array(getattr(want, f"{name}_scales")[:, :, :n].view(mx.uint16)).astype(int)
+        if np.abs(scales - wanted).max(initial=0) > SCALE_ULPS and not len(different):
+            failures.append(f"pack: {name} scales differ by {np.abs(scales - wanted).max()} ulps")
+
+
+def _near_boundaries(different, units, wanted, x, fmt) -> bool:
+    """Whether every unit that differs holds a value next to a decision boundary."""
+    if not fmt.is_turbo:
+        return False
+    dim, width = x.shape[-1], fmt.group_width(x.shape[-1])
+    rotation = rotation_matrix(rotation_width(dim)).astype(np.float64)
+    rows = np.array(x.astype(mx.float32)).astype(np.float64)
+    y = (rows.reshape(*rows.shape[:-1], -1, len(rotation)) @ rotation.T).reshape(rows.shape)
+    per_unit = dim // units.shape[-1]
+    thresholds = boundaries(fmt.bits, width).astype(np.float64)
+    for *row, unit in different:
+        first = unit * per_unit // width * width
+        group = y[(*row, slice(first, first + width))]
+        raw = np.sqrt((group**2).mean())
+        near = y[(*row, slice(unit * per_unit, (unit + 1) * per_unit))] / raw
+        if np.abs(near[:, None] - thresholds).min() > BOUNDARY:
+            return False
+    return True
+
+
+def _decode(case: Case, packed: PackedKV, rng, backend: str, failures: list[str]) -> dict:
+    """Attention of the case's queries against float64 over the dequantised rows."""
+    batch, n_kv_heads, gqa = case.heads
+    n_heads, dtype = n_kv_heads * gqa, getattr(mx, case.dtype)
+    shape = (batch, n_heads, case.n_queries, case.dims[0])
+    queries = mx.array(rng.standard_normal(shape).astype(np.float32)).astype(dtype)
+    causal = case.edge == "causal" and case.n_queries <= packed.n_tokens
+    sinks = starts = None
+    if case.edge == "sinks":
+        sinks = mx.array(rng.standard_normal(n_heads).astype(np.float32)).astype(dtype)
+    if case.edge == "starts":
+        # the last sequence has no valid key at all
+        starts = np.linspace(packed.n_tokens // 2, packed.n_tokens, batch).astype(np.int32)
+        starts = mx.array(starts)
+    scale = case.dims[0] ** -0.5
+    output = decode.decode(queries, packed, scale, causal, sinks, starts, backend=backend)
+    seen = _seen(case.n_queries, packed.n_tokens, causal, starts, batch)
+    keys, values = reference.dequantize(packed, mx.float32)
+    keys, values = (mx.repeat(x, gqa, axis=1) for x in (keys, values))
+    truth = _attention64(queries, keys, values, scale, seen, sinks)
+    error = _relative_error(output, truth)
+    plain = mx.float16 if case.dtype == "float32" else dtype
+    baseline = _relative_error(_attention(queries, keys, values, scale, seen, sinks, plain), truth)
+    allowed = max(ERROR_RATIO * baseline, ROUNDING[case.dtype])
+    if not error <= allowed:
+        failures.append(f"decode: relative error {error:.2e} exceeds {allowed:.2e}")
+    return {"decode_error": error, "decode_ratio": error / baseline if baseline else None}
+
+
+def _seen(n_queries: int, n: int, causal: bool, starts, batch: int) -> np.ndarray:
+    """Which token each query of each sequence sees: [B, 1, L, n]."""
+    seen = np.ones((batch, 1, n_queries, n), bool)
+    if causal:
+        seen &= np.arange(n) <= np.arange(n - n_queries, n)[:, None]
+    if starts is not None:
+        seen &= np.arange(n) >= np.array(starts)[:, None, None, None]
+    return seen
+
+
+def _attention64(queries, keys, values, scale, seen, sinks) -> np.ndarray:
+    """The oracle; a query that sees nothing gets zeros."""
+    q, k, v = (np.array(x.astype(mx.float32)).astype(np.float64) for x in (queries, keys, values))
+    scores = np.where(seen, q @ k.swapaxes(-1, -2) * scale, -np.inf)
+    top = np.maximum(scores.max(axis=-1, keepdims=True), -1e30)
+    if sinks is not None:
+        sink = np.array(sinks.astype(mx.float32)).astype(np.float64)[:, None, None]
+        top = np.maximum(top, sink)
+    weights = np.exp(scores - top)
+    total = weights.sum(axis=-1, keepdims=True)
+    if sinks is not None:
+        total = total + np.exp(sink - top)
+    return weights @ v / np.where(total == 0, 1, total)
+
+
+def _attention(queries, keys, values, scale, seen, sinks, dtype) -> mx.array:
+    """Attention in plain ops at a low precision."""
+    q, k, v = (x.astype(dtype) for x in (queries, keys, values))
+    scores = mx.where(mx.array(seen), (q * scale) @ mx.swapaxes(k, -1, -2), mx.array(-1e4, dtype))
+    if sinks is not None:
+        sink = mx.broadcast_to(sinks.astype(dtype)[:, None, None], (*scores.shape[:3], 1))
+        scores = mx.concatenate([scores, sink], axis=-1)
+    weights = mx.softmax(scores, axis=-1)[..., : k.shape[2]]
+    return mx.where(mx.array(seen.any(axis=-1, keepdims=True)), weights, 0) @ v
+
+
+def _relative_error(output: mx.array, truth: np.ndarray) -> float:
+    got = np.array(output.astype(mx.float32)).astype(np.float64)
+    norm = np.linalg.norm(truth)
+    return float(np.linalg.norm(got - truth) / (norm or 1.0))
+
+
+def _rows(packed: PackedKV, backend: str, failures: list[str]) -> None:
+    """Rows that the dequantize kernel gives, against the reference's."""
+    n_heads = (packed.body if packed.n_body else packed.tail).shape[1]
+    expected = reference._rotated(reference._tiles(packed), packed)
+    first = n_heads // 2
+    got = dequantize.rotated_rows(packed, mx.float32, first, n_heads - first, backend)
+    for name, rows, want in zip(("keys", "values"), got, expected):
+        error = float(mx.abs(rows - want[:, first:]).max())
+        if not error <= ROWS_ATOL:
+            failures.append(f"dequantize: {name} differ by {error:.2e}")
+
