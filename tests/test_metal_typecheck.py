@@ -15,6 +15,15 @@ METAL_FUNC float pair_sum(threadgroup const T* values, thread float& largest, ui
   largest = max(float(values[i]), float(values[i ^ 1u]));
   return float(values[i]) + float(values[i ^ 1u]);
 }
+struct Pair {
+  float low, high;
+};
+METAL_FUNC Pair pair(uint i, float v) {
+  Pair p;
+  p.low = i < 8 && v > 0.0f ? v * v : v;
+  p.high = v;
+  return p;
+}
 METAL_FUNC float level(const device float* x, uint i) {
   return x[i] * LEVELS[i % PAIR];
 }
@@ -28,6 +37,9 @@ threadgroup_barrier(mem_flags::mem_threadgroup);
 float largest;
 float4 parts = float4(pair_sum<float>(values, largest, i), few[0], float2(1.0f, 2.0f));
 parts *= 0.5f;
+const device float4* wide = (const device float4*)x;
+Pair both = pair(i, wide[0].x * parts.y);
+parts.z = both.low * few[2] + (i & 1u ? 1.0f : both.high);
 y[i] = T(simd_sum(parts.x) + largest + float(as_type<ushort>(half(parts.y))));
 """
 
@@ -95,6 +107,20 @@ def test_wrong_address_space_is_refused(old, new, message) -> None:
 def test_pointer_to_no_address_space_is_refused() -> None:
     source, header = replaced("const device float* x", "const float* x")
     assert "names no address space" in messages(recorded(source, header))
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "const float* p = x;",
+        "float4 v = *(const float4*)x;",
+        "vec<float, 4>& v = parts;",
+        "for (float* p = values; p != values; p++) {}",
+        "float f = *reinterpret_cast<const float*>(x);",
+    ],
+)
+def test_statement_with_a_pointer_to_no_address_space_is_refused(statement) -> None:
+    assert "names no address space" in messages(recorded(SOURCE + statement))
 
 
 @pytest.mark.parametrize("target", ["x[i]", "LEVELS[0]", "few[0]"])

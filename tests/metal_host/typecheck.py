@@ -27,7 +27,8 @@ MAX_TEMPLATE_VALUE = 512
 _PRELUDE = HERE / "opencl.h"
 _FLAGS = (
     "-x cl -cl-std=clc++2021 -cl-no-stdinc -target spir64 -fsyntax-only -w -ferror-limit=8 "
-    "-fno-caret-diagnostics -Xclang -cl-ext=-all,+cl_khr_fp16"
+    "-fno-caret-diagnostics -Xclang -cl-ext=-all,+cl_khr_fp16,"
+    "+__opencl_c_generic_address_space"
 ).split()
 _SPACES = re.compile(r"\b(device|constant|threadgroup|thread)\b")
 _FORBIDDEN = {
@@ -176,16 +177,55 @@ def _parameters(template: str, instantiated: str | None) -> str:
 
 
 def unqualified_pointers(text: str, name: str) -> list[Problem]:
-    """Parameters of functions that are pointers or references to no named address space."""
-    found = []
+    """Pointers and references to no named address space.
+
+    clang takes them for generic pointers, which Metal lacks. Looked at are the parameters of
+    functions, declarations that begin a statement, casts and template arguments.
+    """
     toks = [t for t in metal.tokens(_without_comments(text)) if not t.isspace() and t[0] != "#"]
+    found = [f"parameter '{part}' of {function}" for function, part in _parameters_of(toks)
+             if re.search(r"[*&]", part) and not _SPACES.search(part)]  # fmt: skip
+    for i, t in enumerate(toks):
+        if t in "*&" and toks[i - 1] not in "*&":
+            first = _type_start(toks, i)
+            if first is not None and not _SPACES.search(" ".join(toks[first:i])):
+                end = i
+                while toks[end] in ("*", "&", "const"):
+                    end += 1
+                before, after = toks[first - 1], toks[end]
+                loop = before == "(" and toks[first - 2] == "for"
+                variable = (before in ";{}" or loop) and re.match(r"[A-Za-z_]", after)
+                if variable and toks[end + 1] in ("=", ";", ":", "["):
+                    found.append(f"variable '{' '.join(toks[first : end + 1])}'")
+                elif (before, after) in (("(", ")"), ("<", ">"), ("<", ","), (",", ">")):
+                    found.append(f"type '{' '.join(toks[first:end])}'")
+    return [Problem(name, f"{what} names no address space") for what in found]
+
+
+def _type_start(toks: list[str], star: int) -> int | None:
+    """Index of the first token of the type before a `*` or `&`; None if there is no type."""
+    i = star - 1
+    if toks[i] == ">":
+        depth = 0
+        while i > 0:
+            depth += (toks[i] == ">") - (toks[i] == "<")
+            i -= 1
+            if depth == 0:
+                break
+    if i < 1 or not re.match(r"[A-Za-z_]", toks[i]) or toks[i] == "return":
+        return None
+    while i > 1 and (re.match(r"[A-Za-z_]", toks[i - 1]) or toks[i - 1] == "::"):
+        i -= 1
+    return None if toks[i] == "return" else i
+
+
+def _parameters_of(toks: list[str]) -> list[tuple[str, str]]:
+    """Functions defined at file level, each with one of its parameters."""
+    found = []
     depth = 0
     for i, t in enumerate(toks):
-        if t == "{":
-            depth += 1
-        elif t == "}":
-            depth -= 1
-        elif t == "(" and depth == 0 and i > 0 and re.match(r"[A-Za-z_]\w*$", toks[i - 1]):
+        depth += (t == "{") - (t == "}")
+        if t == "(" and depth == 0 and i > 0 and re.match(r"[A-Za-z_]\w*$", toks[i - 1]):
             end, level = i, 0
             while end < len(toks):
                 level += (toks[end] == "(") - (toks[end] == ")")
@@ -193,10 +233,8 @@ def unqualified_pointers(text: str, name: str) -> list[Problem]:
                     break
                 end += 1
             if end + 1 < len(toks) and toks[end + 1] == "{":
-                for part in metal.split_top(" ".join(toks[i + 1 : end])):
-                    if re.search(r"[*&]", part) and not _SPACES.search(part):
-                        found.append(Problem(name, f"parameter '{part}' of {toks[i - 1]} names no "
-                                                   "address space"))
+                parts = metal.split_top(" ".join(toks[i + 1 : end]))
+                found += [(toks[i - 1], part) for part in parts]
     return found
 
 
