@@ -86,8 +86,8 @@ class _TensorReader:
         if self.packed and kind in BITS and suffix == "weight" and len(tensor.shape) == 2:
             scale_type = np.float32 if self.dtype == mx.float32 else np.float16
             parts = repack(np.asarray(tensor.data), kind, scale_type)
-            self.bits[path] = BITS[kind]
             codes, scales, biases = (mx.array(self._unpermute(name, part)) for part in parts)
+            self.bits[path] = BITS[kind]
             return {
                 target: codes,
                 f"{path}.scales": scales.astype(self.dtype),

@@ -54,16 +54,16 @@ def load(
     adapter_path: LoRA adapters, as ``mlx_lm.load`` takes them.
     tokenizer_config: passed on to the tokenizer of an mlx-lm model.
     dtype, packed: the type to run in, and whether quantised weights stay so. None leaves both as
-        the model has them, but on Linux without a GPU takes what is fastest there (``CpuForm``).
+        the model has them, but on Linux without a GPU takes what is fastest there (``cpu_form``).
 
     Raises:
         InputError: the model is missing, damaged, of an unsupported kind, cannot be fetched, or
             has weights that are not numbers.
     """
     source, name = _locate(model)
-    form = Form(dtype, True if packed is None else packed)
-    if dtype is None and packed is None and _runs_on_linux_cpu():
-        form = cpu_form(source)
+    form = None
+    if dtype is not None or packed is not None or not _runs_on_linux_cpu():
+        form = Form(dtype, True if packed is None else packed)
     if source.endswith(".gguf"):
         loaded = _load_gguf(Path(source), form)
         loaded.name = name or loaded.name
@@ -130,8 +130,10 @@ class Form:
     packed: bool
 
 
-def cpu_form(source: str) -> Form:
+def cpu_form(n_weights: int | None = None) -> Form:
     """The fastest form on MLX's CPU back-end for Linux: float32, dequantised with OpenBLAS.
+
+    n_weights: how many values the model has, where that is known.
 
     Half precision is some twenty times slower there. Without OpenBLAS quantised weights decode
     faster than dequantised ones, and are kept; so they are where float32 would not fit in memory.
@@ -142,8 +144,8 @@ def cpu_form(source: str) -> Form:
             f"({blas.how_to_get_openblas()}) prompts are read about twenty times as fast."
         )
         return Form(mx.float32, packed=True)
-    needed, memory = _float32_bytes(source), _physical_bytes()
-    if needed and memory and needed > 0.6 * memory:
+    needed, memory = 4 * (n_weights or 0), _physical_bytes()
+    if memory and needed > 0.6 * memory:
         _say_once(
             f"The weights stay quantised: in float32 they would take {needed / 1e9:.1f} GB of "
             f"{memory / 1e9:.1f} GB."
@@ -176,12 +178,14 @@ def _locate(model: str | os.PathLike[str] | None) -> tuple[str, str | None]:
     return source, None
 
 
-def _load_gguf(path: Path, form: Form) -> Loaded:
+def _load_gguf(path: Path, form: Form | None) -> Loaded:
     from .gguf import open_gguf
     from .gguf_model import model_from_gguf
     from .gguf_tokenizer import build_tokenizer
 
     file = open_gguf(path)
+    if form is None:
+        form = cpu_form(sum(int(tensor.n_elements) for tensor in file.tensors.values()))
     tokenizer = build_tokenizer(file.metadata)
     model, config = model_from_gguf(file, packed=form.packed, dtype=form.dtype)
     context = config["max_position_embeddings"]
@@ -193,10 +197,10 @@ def _load_mlx_lm(
     adapter_path: str | None,
     trust_remote_code: bool,
     tokenizer_config: dict[str, Any] | None,
-    form: Form,
+    form: Form | None,
 ) -> Loaded:
     import mlx_lm
-    from mlx_lm.utils import dequantize_model
+    from mlx_lm.utils import dequantize_model, get_total_parameters
 
     try:
         model, tokenizer, config = mlx_lm.load(
@@ -208,6 +212,7 @@ def _load_mlx_lm(
         )
     except Exception as error:
         raise _load_error(source, adapter_path, error) from error
+    form = form or cpu_form(get_total_parameters(model))
     if form.dtype is not None:
         model.set_dtype(form.dtype)
     if not form.packed:
@@ -289,12 +294,3 @@ def _physical_bytes() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (OSError, ValueError):
         return 0
-
-
-def _float32_bytes(source: str) -> int:
-    """About what a GGUF file's weights take in float32; 0 where that is not known."""
-    if not source.endswith(".gguf"):
-        return 0
-    from .gguf import open_gguf
-
-    return 4 * sum(int(tensor.n_elements) for tensor in open_gguf(source).tensors.values())

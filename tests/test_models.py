@@ -235,9 +235,17 @@ def test_openblas_can_be_left_out():
 def test_without_openblas_weights_stay_packed_and_a_line_says_so(monkeypatch, capsys):
     monkeypatch.setattr(blas, "_in_use", False)
     monkeypatch.setattr(models, "_said", set())
-    form = models.cpu_form("m.gguf")
-    assert models.cpu_form("m.gguf") == form
+    form = models.cpu_form()
+    assert models.cpu_form() == form
     assert form == models.Form(mx.float32, packed=True)
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_weights_too_large_for_float32_stay_packed(monkeypatch, capsys):
+    monkeypatch.setattr(blas, "_in_use", True)
+    monkeypatch.setattr(models, "_said", set())
+    assert models.cpu_form(1_000) == models.Form(mx.float32, packed=False)
+    assert models.cpu_form(10**15) == models.Form(mx.float32, packed=True)
     assert capsys.readouterr().err.count("\n") == 1
 
 
