@@ -1,7 +1,7 @@
 """MLX's shared libraries on Linux: a fast BLAS first, and a back-end at all.
 
 MLX's CPU wheel for Linux links the reference BLAS. An OpenBLAS whose symbols are global before
-MLX is loaded takes its place and is some fifteen times faster in float32, so this has to run
+MLX is loaded takes its place and is many times faster in float32, so this has to run
 before the first ``import mlx.core``.
 """
 

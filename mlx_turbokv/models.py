@@ -135,13 +135,13 @@ def cpu_form(n_weights: int | None = None) -> Form:
 
     n_weights: how many values the model has, where that is known.
 
-    Half precision is some twenty times slower there. Without OpenBLAS quantised weights decode
+    Half precision is many times slower there. Without OpenBLAS quantised weights decode
     faster than dequantised ones, and are kept; so they are where float32 would not fit in memory.
     """
     if not blas.openblas_in_use():
         _say_once(
             "OpenBLAS is not in use, so the weights stay quantised; with it "
-            f"({blas.how_to_get_openblas()}) prompts are read about twenty times as fast."
+            f"({blas.how_to_get_openblas()}) prompts are read more than ten times as fast."
         )
         return Form(mx.float32, packed=True)
     needed, memory = 4 * (n_weights or 0), _physical_bytes()
