@@ -1,232 +1,53 @@
 """TurboKVCache: packed K and V of one layer, a drop-in for mlx-lm's KVCache.
 
 Rows are quantised when they are written, before attention reads them, so what attention sees does
-not depend on how a prompt was cut. Whole tiles of 32 tokens collect in a body; the newest tokens
-are in a tail of at most FLUSH_TOKENS. Only the tail is made anew at each token.
+not depend on how a prompt was cut.
 """
 
 from __future__ import annotations
 
-import mlx.core as mx
+from typing import TYPE_CHECKING
+
 from mlx_lm.models import cache as mlx_lm_cache
 
-from . import attention
-from .errors import InputError
-from .formats import KVFormat, as_format
-from .kernels.backend import Backend, select_backend
-from .kernels.packed import PackedKV
-from .kernels.tiles import first_rows_mask
-from .layout import TILE, KVLayout
+from .packed_cache import FLUSH_TOKENS, STATE_VERSION, PackedCache
 
-FLUSH_TOKENS = 256
-STATE_VERSION = 1
-attention.install()
+if TYPE_CHECKING:
+    from .batch_cache import BatchTurboKVCache
+
+__all__ = ["FLUSH_TOKENS", "STATE_VERSION", "TurboKVCache"]
 
 
-class TurboKVCache(mlx_lm_cache._BaseCache):
+class TurboKVCache(PackedCache):
     """A packed KV cache for one layer.
 
     Args:
         k_format, v_format: formats or their names.
-        backend: ``metal``, ``cuda`` or ``reference``; None chooses at the first token.
+        backend: ``metal``, ``cuda`` or ``reference``; None chooses.
 
     Raises:
         InputError: an unknown format or back-end.
     """
-
-    def __init__(
-        self, k_format: KVFormat | str, v_format: KVFormat | str, backend: str | None = None
-    ) -> None:
-        self.k_format = as_format(k_format)
-        self.v_format = as_format(v_format)
-        self._backend_name = select_backend(backend).name
-        self._clear()
-
-    def _clear(self) -> None:
-        self.layout: KVLayout | None = None
-        self.body: mx.array | None = None
-        self.tail: mx.array | None = None
-        self.n_body = 0
-        self.n_tail = 0
-
-    @property
-    def backend(self) -> Backend:
-        """The back-end that packs and reads this cache."""
-        return select_backend(self._backend_name)
 
     @property
     def offset(self) -> int:
         """Tokens in the cache."""
         return self.n_body + self.n_tail
 
-    @property
-    def packed(self) -> PackedKV:
-        """The packed rows as attention reads them.
-
-        Raises:
-            ValueError: the cache is empty.
-        """
-        if self.layout is None:
-            raise ValueError("[TurboKVCache] the cache is empty.")
-        return PackedKV(self.layout, self.body, self.n_body, self.tail, self.n_tail)
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Pack new tokens and return all of K and V, to be used in attention.
-
-        Shapes:
-            keys, values: [B, H, L, k_head_dim or v_head_dim].
-            returns: [B, H, offset, k_head_dim], [B, H, offset, v_head_dim], lazy.
-
-        Raises:
-            InputError: a head_dim cannot be stored in the format.
-            ValueError: keys or values differ from the cache's in shape.
-        """
-        if self.layout is None:
-            self.layout = self._layout_of(keys, values)
-        else:
-            self._check(keys, values)
-        self._append(keys, values)
-        return self.keys_and_values(keys.dtype)
-
-    def _layout_of(self, keys: mx.array, values: mx.array) -> KVLayout:
-        dtype = str(keys.dtype).removeprefix("mlx.core.")
-        return KVLayout(self.k_format, self.v_format, keys.shape[-1], values.shape[-1], dtype)
-
-    def _check(self, keys: mx.array, values: mx.array) -> None:
-        held = self.tail if self.tail is not None else self.body
-        expected = (*held.shape[:2], self.layout.k_head_dim, self.layout.v_head_dim)
-        given = (*keys.shape[:2], keys.shape[-1], values.shape[-1])
-        if given != expected:
-            raise ValueError(
-                f"[TurboKVCache] keys {keys.shape} and values {values.shape} do not continue a "
-                f"cache of (B, H, k_head_dim, v_head_dim) = {expected}."
-            )
-
-    def _append(self, keys: mx.array, values: mx.array) -> None:
-        """Pack the new tokens into the tail, or into the body where they fill enough tiles."""
-        pack, layout = self.backend.pack, self.layout
-        n_new = keys.shape[2]
-        total = self.n_tail + n_new
-        if total < FLUSH_TOKENS:
-            self.tail = pack(keys, values, layout, self.tail, self.n_tail)
-            self.n_tail = total
-            return
-        n_left = total % TILE
-        n_flushed = n_new - n_left if n_new >= n_left else 0
-        if n_flushed:
-            flushed = pack(
-                keys[:, :, :n_flushed], values[:, :, :n_flushed], layout, self.tail, self.n_tail
-            )
-            self.tail, self.n_tail = None, 0
-            self._extend_body(flushed)
-        if n_flushed < n_new:
-            rest = keys[:, :, n_flushed:], values[:, :, n_flushed:]
-            self.tail = pack(*rest, layout, self.tail, self.n_tail)
-            self.n_tail += n_new - n_flushed
-
-    def _extend_body(self, tiles: mx.array) -> None:
-        """Add full tiles to the body."""
-        if self.n_body:
-            body = self.body
-            if body.shape[2] * TILE > self.n_body:
-                body = body[:, :, : self.n_body // TILE]
-            tiles = mx.concatenate([body, tiles], axis=2)
-        self.body = tiles
-        self.n_body = tiles.shape[2] * TILE
-
-    def keys_and_values(self, dtype: mx.Dtype | None = None) -> tuple[mx.array, mx.array]:
-        """All of K and V, lazily dequantised, in ``dtype`` or the model's own.
-
-        Shapes:
-            returns: [B, H, offset, k_head_dim], [B, H, offset, v_head_dim].
-        """
-        dtype = dtype or getattr(mx, self.packed.layout.dtype)
-        return attention.lazy_keys_and_values(self.packed, self.backend, dtype)
-
-    @property
-    def keys(self) -> mx.array | None:
-        """The array that holds the newest rows.
-
-        Pipeline-parallel models replace it by itself with a dependency on a message.
-        """
-        return self.tail if self.tail is not None else self.body
-
-    @keys.setter
-    def keys(self, array: mx.array) -> None:
-        if self.tail is not None:
-            self.tail = array
-        else:
-            self.body = array
-
     def make_mask(self, *args, **kwargs):
         """The causal mask of the next tokens; before the update, as mlx-lm calls it."""
         return mlx_lm_cache.create_attention_mask(*args, offset=self.offset, **kwargs)
 
-    def size(self) -> int:
-        """Tokens in the cache."""
-        return self.offset
+    @classmethod
+    def merge(cls, caches: list[TurboKVCache]) -> BatchTurboKVCache:
+        """One batch of the sequences of several caches.
 
-    def empty(self) -> bool:
-        """Whether nothing has been written."""
-        return self.layout is None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes resident, stale rows and the tail's free rows included."""
-        return sum(part.nbytes for part in (self.body, self.tail) if part is not None)
-
-    def is_trimmable(self) -> bool:
-        """Tokens can be taken off the end."""
-        return True
-
-    def trim(self, n: int) -> int:
-        """Take up to ``n`` tokens off the end; returns how many."""
-        n = min(self.offset, n)
-        if n <= self.n_tail:
-            self.n_tail -= n
-        else:
-            kept = self.offset - n
-            self.n_body, self.n_tail = kept - kept % TILE, kept % TILE
-            first = self.n_body // TILE
-            self.tail = self.body[:, :, first : first + 1] if self.n_tail else None
-        if self.n_tail == 0:
-            self.tail = None
-        if self.offset == 0:
-            self._clear()
-        return n
-
-    @property
-    def state(self) -> list:
-        """What saving, loading and evaluation need: arrays and scalars.
-
-        Rows past the last are cleared on the way out, so equal caches have equal states.
+        Raises:
+            ValueError: the caches differ in formats or shapes.
         """
-        header = [STATE_VERSION, str(self.k_format), str(self.v_format)]
-        if self.layout is None:
-            return [*header, None, None, 0, 0, 0, 0, ""]
-        layout = self.layout
-        counts = [self.n_body, self.n_tail, layout.k_head_dim, layout.v_head_dim]
-        return [*header, self.body, self.tail, *counts, layout.dtype]
+        from .batch_cache import BatchTurboKVCache
 
-    @state.setter
-    def state(self, state: list) -> None:
-        try:
-            version, k_format, v_format, body, tail, n_body, n_tail, k_dim, v_dim, dtype = state
-        except (TypeError, ValueError):
-            raise InputError("This is not the state of a TurboKVCache.") from None
-        if version != STATE_VERSION:
-            raise InputError(
-                f"A packed cache of format version {version} cannot be read: this package reads "
-                f"version {STATE_VERSION}."
-            )
-        self.k_format, self.v_format = KVFormat.parse(k_format), KVFormat.parse(v_format)
-        if not hasattr(self, "_backend_name"):
-            self._backend_name = select_backend().name
-        self._clear()
-        if dtype:
-            self.layout = KVLayout(self.k_format, self.v_format, int(k_dim), int(v_dim), dtype)
-            self.body, self.tail = body, tail
-            self.n_body, self.n_tail = int(n_body), int(n_tail)
+        return BatchTurboKVCache.merge(caches)
 
 
 mlx_lm_cache.TurboKVCache = TurboKVCache  # load_prompt_cache looks classes up there
