@@ -13,7 +13,8 @@ from mlx.utils import tree_flatten
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, MLP = 64, 2, 4, 2, 96
 HEAD_DIM = HIDDEN // HEADS
-TOKENS = ["<|end|>", "<|start|>", *(chr(c) for c in range(33, 127)), "\u0120", "\u010a", "th", "the"]
+LETTERS = [chr(c) for c in range(33, 127)]
+TOKENS = ["<|end|>", "<|start|>", *LETTERS, "\u0120", "\u010a", "th", "the"]
 MERGES = ["t h", "th e"]
 
 _NAMES = [

@@ -31,7 +31,8 @@ def folder(tmp_path):
     model, weights = small_model("llama")
     path = tmp_path / "small"
     path.mkdir()
-    mx.save_safetensors(str(path / "model.safetensors"), {k: mx.array(v) for k, v in weights.items()})
+    arrays = {name: mx.array(value) for name, value in weights.items()}
+    mx.save_safetensors(str(path / "model.safetensors"), arrays)
     (path / "config.json").write_text(json.dumps(vars(model.args)))
     from mlx_turbokv.gguf import open_gguf
     from mlx_turbokv.gguf_tokenizer import build_tokenizer

@@ -22,7 +22,9 @@ _CACHE_OPTIONS = (
 
 @click.command("generate", epilog=CACHE_HELP)
 @model_options
-@click.option("-p", "--prompt", default="hello", help="The message; - reads standard input.", **_OPEN)
+@click.option(
+    "-p", "--prompt", default="hello", help="The message; - reads standard input.", **_OPEN
+)
 @click.option("--system-prompt", help="The system's message, for the chat template.")
 @click.option("--prefill-response", help="How the answer begins, for the chat template.")
 @click.option("--ignore-chat-template", is_flag=True, help="Take the prompt as it is.")
