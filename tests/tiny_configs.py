@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-N_LAYERS = 5
+N_LAYERS = 3
 WINDOW = 16
 HYBRID = ["linear_attention", "full_attention"] * N_LAYERS
 SLIDING = ["sliding_attention", "full_attention"] * N_LAYERS
@@ -212,8 +212,8 @@ _MUSE_SPARK = {
 _MINIMAX_M3 = {
     "dense_intermediate_size": 96,
     "rotary_dim": 16,
-    "sparse_attention_freq": [0, 1, 1, 0, 1],
-    "moe_layer_freq": [0, 1, 1, 1, 1],
+    "sparse_attention_freq": [0, 1, 1],
+    "moe_layer_freq": [0, 1, 1],
     "index_block_size": 8,
     "index_topk_blocks": 2,
 }
@@ -246,9 +246,9 @@ INNER: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 OVERRIDES: dict[str, dict[str, Any]] = {
-    "afm7": {"num_kv_reuse_layers": 2, "num_layers": 7},
+    "afm7": {"num_kv_reuse_layers": 2, "num_layers": 5},
     "afmoe": _SLIDING,
-    "baichuan_m1": {"num_hidden_layers": 10, "sliding_window_layers": [1, 3, 5, 7, 9],
+    "baichuan_m1": {"num_hidden_layers": 4, "sliding_window_layers": [1, 3],
                     "conv_window": 2, "tie_word_embeddings": False},
     "cohere2": _PATTERN,
     "dbrx": {
@@ -257,15 +257,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "deepseek_v2": {"rope_scaling": YARN, "topk_method": "greedy", "scoring_func": "softmax"},
     "deepseek_v41": {
-        "head_dim": 64, "compress_ratios": (0, 4, 0, 4, 0), "kv_source_layer_ids": (0, 1, 2, 3, 4),
-        "index_source_layer_ids": (0, 1, 2, 3, 4), "o_groups": 2, "o_lora_rank": 32,
+        "head_dim": 64, "compress_ratios": (0, 4, 0), "kv_source_layer_ids": (0, 1, 2),
+        "index_source_layer_ids": (0, 1, 2), "o_groups": 2, "o_lora_rank": 32,
         "hc_mult": 2, "scoring_func": "sqrtsoftplus",
     },
     "exaone4": {**_PATTERN, "sliding_window_pattern": "LG", "rope_scaling": {"type": "default"}},
     "exaone_moe": {**_SLIDING, "is_moe_layer": [False] + [True] * (N_MIXED - 1)},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32},
     "gear": {
-        "num_hidden_layers": 15,
+        "num_hidden_layers": 3 * N_LAYERS,
         "layer_types": ["full_attention", "sliding_attention", "conv_mixer"] * N_LAYERS,
         "attn_logit_softcapping": 20.0,
     },
@@ -275,9 +275,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "glm_moe_dsa": {"rope_parameters": ROPE},
     "gpt_oss": _SLIDING,
     "gptj": {"rotary_dim": 16},
-    "granitemoehybrid": {"num_hidden_layers": N_MIXED, "layer_types": ["mamba", "attention"] * 5},
+    "granitemoehybrid": {"num_hidden_layers": N_MIXED, "layer_types": ["mamba", "attention"] * N_LAYERS},
     "hunyuan": {"use_mixed_mlp_moe": True, "use_cla": True, "cla_share_factor": 2,
-                "num_hidden_layers": 10,
+                "num_hidden_layers": 4,
                 "rope_scaling": {"type": "dynamic", "factor": 1.0, "alpha": 1000.0}},
     "iquestloopcoder": {"loop_num": 2, "loop_window_size": WINDOW},
     "jamba": {
@@ -290,7 +290,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
              "block_auto_adjust_ff_dim": False},
     "lfm2_moe": {**_HYBRID, "use_expert_bias": True},
     "llama": {"layer_types": None, "sliding_window": None},
-    "llama4_text": {"no_rope_layers": [1, 1, 1, 0, 1]},
+    "llama4_text": {"no_rope_layers": [1, 1, 0]},
     "longcat_flash": {**_LONGCAT, "attention_method": "MLA"},
     "longcat_flash_ngram": {**_LONGCAT, "ngram_vocab_size_ratio": 2, "emb_neighbor_num": 2,
                             "emb_split_num": 2},
@@ -309,6 +309,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "muse_glimmer": _SLIDING,
     "nemotron": {"hidden_act": "relu2"},
     "nemotron-nas": {
+        "num_hidden_layers": 5,
         "block_configs": [
             {"attention": {"n_heads_in_group": 2}, "ffn": {"ffn_mult": 1.0}},
             {"attention": {"no_op": True}, "ffn": {"ffn_mult": 1.0}},
@@ -321,7 +322,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "olmo3": _SLIDING,
     "olmo_hybrid": {**_HYBRID, "linear_allow_neg_eigval": True},
     "openelm": {
-        "num_query_heads": [4, 4, 8, 4, 4], "num_kv_heads": [2, 1, 2, 4, 2],
+        "num_query_heads": [4, 8, 4], "num_kv_heads": [1, 2, 4],
         "ffn_multipliers": [1.0] * N_LAYERS, "ffn_dim_divisor": 8,
     },
     "phi3small": {"dense_attention_every_n_layers": 2, "gegelu_limit": 20.0,

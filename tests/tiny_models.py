@@ -12,12 +12,15 @@ import importlib
 import pkgutil
 import sys
 import types
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.models
 from mlx.utils import tree_map
+from mlx_lm.models.cache import KVCache, can_trim_prompt_cache, trim_prompt_cache
 from tiny_configs import COMMON, INNER, OVERRIDES
 
 HELPERS = {
@@ -73,8 +76,9 @@ def tiny_model(name: str, seed: int = 0, **changes: Any) -> nn.Module:
     module = import_architecture(name)
     mx.random.seed(seed)
     model = module.Model(module.ModelArgs.from_dict(tiny_config(name, **changes)))
-    parameters = tree_map(_lively, model.parameters())
-    model.update(parameters)
+    model.update(tree_map(_lively, model.parameters()))
+    if name in ADJUST:
+        ADJUST[name](model)
     mx.eval(model.parameters())
     return model.eval()
 
@@ -86,3 +90,87 @@ def _lively(weight: mx.array) -> mx.array:
     if weight.size and not mx.any(weight).item():
         return 0.1 * mx.random.normal(weight.shape, weight.dtype)
     return weight
+
+
+def plain_ops_for_bitnet(layer: Any, x: mx.array, packed: mx.array) -> mx.array:
+    """What bitnet's Metal kernel computes, for machines without Metal."""
+    rows = [((packed >> (2 * i)) & 3).astype(x.dtype) - 1 for i in range(4)]
+    return x @ mx.concatenate(rows).T * layer.weight_scale
+
+
+
+def _finer_fake_quantisation(model: nn.Module) -> None:
+    """afm7 rounds K and V to multiples of a learnt scale; 1 would leave a few integers."""
+    for layer in model.layers:
+        attention = layer.self_attn
+        attention.quant_key_scale = attention.quant_value_scale = mx.array(0.01)
+
+
+def _ternary_weights(model: nn.Module) -> None:
+    """bitnet's packed weights start as all -1, which makes every row of K and V the same."""
+    for module in model.modules():
+        if "weight_scale" in module:
+            shape = module.weight.shape
+            module.weight = mx.random.randint(0, 256, shape).astype(mx.uint8)
+            module.weight_scale = mx.array([shape[-1] ** -0.5])
+
+
+def _no_reserved_tokens(model: nn.Module) -> None:
+    """phi3small masks token ids above 100,256, which lie outside a tiny vocabulary."""
+    model._dummy_tokenizer_ids = mx.array([], mx.int32)
+
+
+ADJUST: dict[str, Callable[[nn.Module], None]] = {
+    "afm7": _finer_fake_quantisation,
+    "bitnet": _ternary_weights,
+    "phi3small": _no_reserved_tokens,
+}
+
+
+class SimulatedQ8Cache(KVCache):
+    """mlx-lm's cache over values that went through q8_0 and back: an oracle for the packed one."""
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        return super().update_and_fetch(_through_q8(keys), _through_q8(values))
+
+
+def _through_q8(rows: mx.array) -> mx.array:
+    spare = -rows.shape[-1] % 32
+    groups = mx.unflatten(mx.pad(rows, [(0, 0)] * 3 + [(0, spare)]), -1, (-1, 32))
+    scale = (mx.max(mx.abs(groups), -1, keepdims=True) / 127).astype(mx.float16)
+    scale = scale.astype(mx.float32)
+    codes = mx.where(scale > 0, mx.round(groups / mx.where(scale > 0, scale, 1)), 0)
+    codes = mx.clip(codes, -127, 127)
+    return (codes * scale).flatten(-2)[..., : rows.shape[-1]].astype(rows.dtype)
+
+
+def run_session(model: nn.Module, caches: list[Any], cuts: list[int], n_decode: int) -> mx.array:
+    """Logits of a prompt in uneven cuts, decoded tokens, and a continuation after a trim.
+
+    Shapes:
+        returns: [positions, vocabulary] float32.
+    """
+    tokens = [(7 * i * i + 3 * i + 1) % 89 for i in range(sum(cuts) + n_decode + 8)]
+    at, logits = 0, []
+
+    def feed(n: int) -> None:
+        nonlocal at
+        logits.append(model(mx.array([tokens[at : at + n]]), cache=caches)[0].astype(mx.float32))
+        mx.eval(logits[-1])
+        at += n
+
+    for n in cuts:
+        feed(n)
+    for _ in range(n_decode):
+        feed(1)
+    if can_trim_prompt_cache(caches):
+        at -= trim_prompt_cache(caches, 5)
+    feed(3 if max(cuts) > 1 else 1)
+    feed(1)
+    return mx.concatenate(logits)
+
+
+@lru_cache(maxsize=None)
+def shared_model(name: str) -> nn.Module:
+    """``tiny_model(name)``, built once; tests leave it as it is."""
+    return tiny_model(name)
