@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -30,6 +32,14 @@ if (i < 8) {
   y[i] = atomic_load_explicit(&words[i], memory_order_relaxed);
 }
 """
+
+
+@pytest.fixture(scope="module")
+def metal_host() -> Iterator[HostMetal]:
+    """A host layer of this file's own: a defect ends its processes, and their counters are lost."""
+    host = HostMetal()
+    yield host
+    host.close()
 
 
 def launch(host: HostMetal, source: str, x: mx.array, shape, dtype, threads: int = 64, n: int = 0):

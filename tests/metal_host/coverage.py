@@ -1,4 +1,8 @@
-"""Which lines of metal/ ran, from the compiler's own counters."""
+"""Which lines of metal/ ran, from the compiler's own counters.
+
+`METAL_HOST_COVERAGE=DIR python -m pytest tests` leaves the counters in DIR, and `PYTHONPATH=tests
+python -m metal_host.coverage DIR` prints the shares and fails below 100 %.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,21 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 from .toolchain import REPOSITORY, cache_folder, gcov
+
+
+_STATEMENT = re.compile(
+    r"^(return\b|[\w.\[\]()*&>\- +]+\s*[-+*/|&^%<>]*=[^=]|[\w:<>, ]+\()"
+)
+_NO_CODE = re.compile(
+    r"^(static\s+|const\s+)*(constexpr|constant|static_assert|using|typedef|extern)\b"
+)
 
 
 @functools.cache
@@ -76,10 +89,12 @@ def statement_lines(text: str) -> list[int]:
     """Lines inside function bodies that certainly hold code: assignments, calls, returns.
 
     A branch that no variant instantiates leaves no trace in the counters; its lines are found
-    here. Declarations without a value, constants and continued lines are not counted.
+    here. Declarations without a value, constants and continued lines are not counted, nor are
+    functions that the compiler evaluates (constexpr, or a macro whose name says CONST_FN).
     """
     found = []
     depth = 0
+    evaluated = False
     begins = True  # whether the line before ended a statement
     in_macro = False
     for number, raw in enumerate(text.splitlines(), 1):
@@ -89,15 +104,11 @@ def statement_lines(text: str) -> list[int]:
             continue
         if not line:
             continue
-        statement = begins and depth > 0 and line.endswith(";")
-        if statement and re.match(r"^(return\b|[\w.\[\]()*&>\- +]+\s*[-+*/|&^%<>]*=[^=]|[\w:<>, ]+\()",
-                                  line):
-            constant = re.match(
-                r"^(static\s+|const\s+)*(constexpr|constant|static_assert|using|typedef|extern)\b",
-                line,
-            )
-            if not constant:
-                found.append(number)
+        if depth == 0 and "(" in line:
+            evaluated = re.search(r"\bconstexpr\b|CONST_FN\b", line) is not None
+        statement = begins and depth > 0 and line.endswith(";") and not evaluated
+        if statement and _STATEMENT.match(line) and not _NO_CODE.match(line):
+            found.append(number)
         depth += line.count("{") - line.count("}")
         begins = line.endswith((";", "{", "}", ":")) or line.startswith("TKV_UNROLL")
     return found
@@ -124,3 +135,17 @@ def ranges(numbers: list[int]) -> str:
         else:
             out.append([n, n])
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in out)
+
+
+def main(arguments: list[str]) -> int:
+    """Prints the coverage of the counters in a folder; 1 unless every line ran."""
+    if len(arguments) != 1 or not Path(arguments[0]).is_dir():
+        print("Error: give the folder that METAL_HOST_COVERAGE named.", file=sys.stderr)
+        return 2
+    coverage = collect(Path(arguments[0]))
+    print(report(coverage))
+    return 1 if any(c.missed for c in coverage.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
