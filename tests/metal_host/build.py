@@ -59,7 +59,7 @@ class Compiled:
 
 def runtime(build: str) -> Path:
     """The program that runs kernels of a build."""
-    sources = [HERE / n for n in ("runtime.cpp", "records.h", "fiber.h")]
+    sources = [HERE / n for n in ("runtime.cpp", "scheduler.h", "records.h", "fiber.h")]
     key = digest(build, *sources, *_RUNTIME_FLAGS[build])
 
     def make(folder: Path) -> None:
