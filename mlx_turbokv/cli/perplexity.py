@@ -1,0 +1,211 @@
+"""The `perplexity` command: what a packed cache costs in prediction quality."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import InputError
+from .entry import run
+from .options import BACKENDS, model_options
+
+DEFAULT_CTX = 512
+
+
+@click.command("perplexity")
+@model_options
+@click.option(
+    "--text",
+    "-f",
+    metavar="FILE|sample|wikitext-2",
+    help="A UTF-8 text file, the package's own sample, or wikitext-2-raw's test split (default).",
+)
+@click.option("-c", "--ctx-size", default=DEFAULT_CTX, show_default=True, help="Tokens a window.")
+@click.option("--chunks", type=int, help="Windows to score.  [default: all of the text]")
+@click.option(
+    "--config",
+    "configs",
+    multiple=True,
+    metavar="CONFIG",
+    help="K/V (q8_0/turbo3), a policy (la-v7 or a JSON file), K/V@POLICY, POLICY:K, or "
+    "mlx-kvN:GROUP for mlx-lm's own quantised cache; repeatable. f16/f16 is put first, as the "
+    "reference. Without it: a table of eleven.",
+)
+@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
+@click.option(
+    "--output",
+    type=click.Choice(["text", "markdown", "json"]),
+    default="text",
+    show_default=True,
+    help="How the results are printed.",
+)
+@click.option("--markdown", is_flag=True, help="The same as --output markdown.")
+@click.option("--json", "json_path", metavar="FILE", help="Write the whole record to this file.")
+@click.option(
+    "--resume/--no-resume",
+    default=None,
+    help="Demand, or forget, the finished windows of an interrupted run; by default they are "
+    "taken where the settings are the same.",
+)
+def command(
+    model: str | None,
+    adapter_path: str | None,
+    trust_remote_code: bool,
+    text: str | None,
+    ctx_size: int,
+    chunks: int | None,
+    configs: tuple[str, ...],
+    backend: str,
+    output: str,
+    markdown: bool,
+    json_path: str | None,
+    resume: bool | None,
+) -> None:
+    """Perplexity and divergence of cache configurations over the same windows of a text.
+
+    Follows llama-perplexity: windows that do not overlap, the second half of each scored, K and V
+    quantised on write.
+    """
+    # MLX is imported by models, after the CPU's BLAS was looked for.
+    from ..models import load
+    from ..evaluate import configuration
+    from ..evaluate.text import load_text
+
+    names = _with_reference(configs or configuration.DEFAULT_CONFIGS, configuration.REFERENCE)
+    for name in names:
+        configuration.check_name(name)
+    _check_sizes(ctx_size, chunks)
+    _check_writable(json_path)
+    source = load_text(text)
+    loaded = load(model, adapter_path=adapter_path, trust_remote_code=trust_remote_code)
+    _warn_about_context(loaded, ctx_size)
+    record = measure(loaded, source, names, ctx_size, chunks, backend, json_path, resume)
+    print(_render(record, "markdown" if markdown else output))
+
+
+def measure(
+    loaded: Any,
+    source: Any,
+    names: list[str],
+    ctx_size: int,
+    chunks: int | None,
+    backend: str,
+    json_path: str | None,
+    resume: bool | None,
+) -> dict:
+    """Run the evaluation with progress and checkpoints; write and return its record."""
+    from ..evaluate import table
+    from ..evaluate.checkpoint import Checkpoint, checkpoint_path
+    from ..evaluate.configuration import prepare
+    from ..evaluate.perplexity import evaluate_windows, settings_of
+    from ..evaluate.record import command_line, environment, model_record
+    from ..evaluate.windows import cut_windows
+
+    windows = cut_windows(loaded.tokenizer, source.text, ctx_size, chunks)
+    if chunks is not None and len(windows) < chunks:
+        _note(f"The text has {len(windows)} windows of {ctx_size}; all of them are scored.")
+    configs = [prepare(loaded.model, name, backend) for name in names]
+    versions = environment()
+    model = model_record(loaded)
+    settings = settings_of(windows, configs, model["source"], source.sha256, versions)
+    path = checkpoint_path(settings, json_path)
+    checkpoint = Checkpoint(path, settings, resume)
+    if kept := sum(i < len(windows) for i in checkpoint.windows):
+        _note(f"{kept} of {len(windows)} windows were finished before ({path}).")
+    with _progress(len(windows) * len(configs)) as progress:
+        evaluation = evaluate_windows(loaded.model, windows, configs, checkpoint, progress)
+    record = {
+        "what": "perplexity and divergence by cache configuration",
+        "model": model,
+        "text": {"name": source.name, "sha256": source.sha256},
+        "n_ctx": ctx_size,
+        "n_windows": evaluation.n_windows,
+        "reference": names[0],
+        "backend": next((c.backend for c in configs if c.backend != "mlx-lm"), "mlx-lm"),
+        "seconds": round(evaluation.seconds, 1),
+        "windows_kept_from_before": kept,
+        "command": command_line(),
+        "environment": versions,
+        "results": evaluation.summary(),
+    }
+    if json_path is not None:
+        target = Path(json_path)
+        part = target.with_name(target.name + ".new")
+        part.write_text(table.as_json(record) + "\n", encoding="utf-8")
+        part.replace(target)
+    checkpoint.done()
+    return record
+
+
+def _with_reference(names: tuple[str, ...], reference: str) -> list[str]:
+    """The names without repeats, f16/f16 in front: the figures are distances from it."""
+    return list(dict.fromkeys([reference, *names]))
+
+
+def _render(record: dict, output: str) -> str:
+    from ..evaluate import table
+
+    if output == "json":
+        return table.as_json(record)
+    form = table.as_markdown if output == "markdown" else table.as_text
+    return "\n\n".join([table.heading(record), form(record["results"]), table.footnotes(record)])
+
+
+def _check_sizes(ctx_size: int, chunks: int | None) -> None:
+    from ..evaluate.windows import check_sizes
+
+    check_sizes(ctx_size, chunks)
+
+
+def _check_writable(json_path: str | None) -> None:
+    """Refuse a bad path before the run, not after it."""
+    if json_path is None:
+        return
+    target = Path(json_path)
+    if target.is_dir() or not target.parent.is_dir():
+        raise InputError(
+            f"{json_path} cannot be written: give a file in a folder that exists."
+        )
+
+
+def _warn_about_context(loaded: Any, ctx_size: int) -> None:
+    if loaded.max_context and ctx_size > loaded.max_context:
+        _note(
+            f"Warning: a context of {ctx_size} is above the {loaded.max_context} tokens that "
+            f"{loaded.name} was made for."
+        )
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+class _progress:
+    """A progress bar on stderr: a line that redraws on a terminal, sparse lines elsewhere."""
+
+    def __init__(self, total: int):
+        from tqdm import tqdm
+
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=total, unit="run", file=sys.stderr, mininterval=0.5 if terminal else 30,
+            dynamic_ncols=terminal, leave=False,
+        )  # fmt: skip
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+
+    def __call__(self, done: int, total: int, name: str) -> None:
+        self.bar.set_postfix_str(name, refresh=False)
+        self.bar.update(done - self.bar.n)
+
+
+def main() -> None:
+    """Console script ``mlx_turbokv.perplexity``."""
+    run(command)

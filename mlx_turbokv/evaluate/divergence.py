@@ -1,0 +1,143 @@
+"""How far one run's predictions are from another's, position by position.
+
+Everything is computed from two sets of logits over the same positions, in float32 MLX ops: the
+vocabulary is large, so each quantity costs as few passes over it as it can.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import mlx.core as mx
+import numpy as np
+
+BLOCK = 16  # rows at a time: the passes over a block then find it in the processor's cache
+LOWEST = -1e30
+
+
+@dataclass(frozen=True)
+class PositionStats:
+    """Per-position results of one configuration, each a NumPy array of n positions.
+
+    nll: loss of the true next token, in nats.
+    kld: KL(reference || this), in nats.
+    delta_p: probability of the true next token, this minus the reference's.
+    same_top: whether both give the highest probability to the same token.
+    top_right: whether this run's most probable token is the true one.
+    """
+
+    nll: np.ndarray
+    kld: np.ndarray
+    delta_p: np.ndarray
+    same_top: np.ndarray
+    top_right: np.ndarray
+
+    def to_json(self) -> dict:
+        """Plain lists; floats as float32 prints them, which read back to the same bits."""
+        return {
+            f.name: [_plain(x) for x in getattr(self, f.name)]
+            for f in fields(self)
+        }
+
+    @classmethod
+    def from_json(cls, record: dict) -> PositionStats:
+        flags = {"same_top", "top_right"}
+        return cls(
+            **{
+                f.name: np.array(record[f.name], np.bool_ if f.name in flags else np.float32)
+                for f in fields(cls)
+            }
+        )
+
+    @classmethod
+    def concatenate(cls, parts: list[PositionStats]) -> PositionStats:
+        """The same statistics over several windows, one after the other."""
+        return cls(
+            **{f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)}
+        )
+
+
+class Reference:
+    """The reference run's distribution over one window; all that is kept of its logits.
+
+    Shapes: logits [n, vocabulary], targets [n].
+    """
+
+    def __init__(self, logits: mx.array, targets: mx.array):
+        self.targets = targets
+        parts = []
+        for i in range(0, targets.size, BLOCK):
+            logp, p, top = _distribution(logits[i : i + BLOCK])
+            mx.eval(logp, p, top)
+            parts.append((logp, p, top))
+        self.logp, self.p, self.top = (mx.concatenate(x, axis=0) for x in zip(*parts))
+        self.target_logp = _pick(self.logp, targets)
+        mx.eval(self.logp, self.p, self.target_logp, self.top)
+
+    def compare(self, logits: mx.array) -> PositionStats:
+        """Statistics of another run's logits over the same positions.
+
+        KL is summed as p_c - p_r - p_r (log p_c - log p_r), which is zero or more at every token:
+        the rounding of the two normalisations, all that a plain sum would show where the
+        distributions nearly agree, drops out.
+        """
+        n = self.targets.size
+        blocks = [
+            self._compare_rows(logits[i : i + BLOCK], slice(i, i + BLOCK))
+            for i in range(0, n, BLOCK)
+        ]
+        kld, target_logp, top = (np.concatenate(parts) for parts in zip(*blocks))
+        return PositionStats(
+            nll=-target_logp,
+            kld=np.maximum(kld, 0.0),
+            delta_p=np.exp(target_logp) - np.exp(np.array(self.target_logp)),
+            same_top=top == np.array(self.top),
+            top_right=top == np.array(self.targets),
+        )
+
+    def _compare_rows(self, logits: mx.array, rows: slice) -> tuple[np.ndarray, ...]:
+        logp, p, top = _distribution(logits)
+        p_ref = self.p[rows]
+        kld = mx.sum(p - p_ref - p_ref * (logp - self.logp[rows]), axis=-1)
+        target_logp = _pick(logp, self.targets[rows])
+        mx.eval(kld, target_logp, top)
+        return np.array(kld), np.array(target_logp), np.array(top)
+
+    def own_stats(self) -> PositionStats:
+        """The reference against itself."""
+        n = self.targets.size
+        return PositionStats(
+            nll=-np.array(self.target_logp),
+            kld=np.zeros(n, np.float32),
+            delta_p=np.zeros(n, np.float32),
+            same_top=np.ones(n, np.bool_),
+            top_right=np.array(self.top == self.targets),
+        )
+
+
+def compare_logits(reference: mx.array, logits: mx.array, targets: mx.array) -> PositionStats:
+    """Divergence of `logits` from `reference` where `targets` are the true next tokens.
+
+    Shapes: reference and logits [n, vocabulary]; targets [n].
+    """
+    return Reference(reference, targets).compare(logits)
+
+
+def _distribution(logits: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """Log-probabilities, probabilities and most probable token of each row."""
+    # A token masked with -inf has probability zero; 0 * -inf must not become NaN in the sums.
+    logits = mx.maximum(logits.astype(mx.float32), LOWEST)
+    # Shifted first, normalised second: small numbers round less, and one exponential a token
+    # gives both the probability and the normaliser.
+    shifted = logits - mx.max(logits, axis=-1, keepdims=True)
+    e = mx.exp(shifted)
+    total = mx.sum(e, axis=-1, keepdims=True)
+    return shifted - mx.log(total), e * (1.0 / total), mx.argmax(logits, axis=-1)
+
+
+def _plain(x: np.generic) -> int | float:
+    return int(x) if x.dtype == np.bool_ else float(str(x))
+
+
+def _pick(rows: mx.array, targets: mx.array) -> mx.array:
+    return mx.take_along_axis(rows, targets[:, None], axis=-1)[:, 0]

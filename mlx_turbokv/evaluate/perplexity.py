@@ -1,0 +1,221 @@
+"""Perplexity and divergence of several cache configurations over the same windows of a text.
+
+The protocol is llama-perplexity's (windows.py). Windows are the outer loop and configurations the
+inner one, so that the reference's distribution is held for one window at a time; the first
+configuration is the reference of all paired figures.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.nn as nn
+import numpy as np
+
+from ..errors import InputError
+from ..policy import Policy
+from . import statistics
+from .checkpoint import Checkpoint
+from .configuration import DEFAULT_CONFIGS, Prepared, prepare
+from .divergence import PositionStats, Reference
+from .windows import cut_windows, digest, first_scored, scored_logits, targets_of
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass
+class ConfigResult:
+    """What one configuration gave, window by window.
+
+    config: the configuration.
+    windows: statistics of each window's scored positions.
+    kv_bytes: bytes its caches held at the end of a window.
+    """
+
+    config: Prepared
+    windows: list[PositionStats] = field(default_factory=list)
+    kv_bytes: int = 0
+
+    def of(self, name: str) -> list[np.ndarray]:
+        """One statistic, window by window."""
+        return [getattr(w, name) for w in self.windows]
+
+
+@dataclass
+class Evaluation:
+    """Results of all configurations over the same windows; the first is the reference."""
+
+    n_ctx: int
+    results: list[ConfigResult]
+    seconds: float = 0.0
+
+    @property
+    def n_windows(self) -> int:
+        return len(self.results[0].windows)
+
+    def summary(self) -> list[dict]:
+        """One record a configuration: everything the tables and the JSON file say."""
+        return [self._summarise(r) for r in self.results]
+
+    def _summarise(self, result: ConfigResult) -> dict:
+        reference = self.results[0]
+        delta = [a - b for a, b in zip(result.of("nll"), reference.of("nll"))]
+        # The first scored position predicts the token after it.
+        first = first_scored(self.n_ctx)
+        config, kld = result.config, np.concatenate(result.of("kld"))
+        same_top = [x.astype(np.float64) for x in result.of("same_top")]
+        right = np.concatenate(result.of("top_right"))
+        was_right = np.concatenate(reference.of("top_right"))
+        delta_p = np.concatenate(result.of("delta_p")).astype(np.float64)
+        return {
+            "config": config.name,
+            "bits_per_value": config.bits,
+            "k_bits_per_value": config.k_bits,
+            "v_bits_per_value": config.v_bits,
+            "layers": config.layers,
+            "backend": config.backend,
+            "kv_bytes": result.kv_bytes,
+            "n_predictions": int(kld.size),
+            "ppl": statistics.perplexity(result.of("nll")),
+            "nll": statistics.block_summary(result.of("nll")),
+            "delta_nll": statistics.block_summary(delta),
+            "kld": statistics.block_summary(result.of("kld")) | statistics.percentiles(kld),
+            "delta_p": {
+                "mean": float(delta_p.mean()),
+                "rms": float(np.sqrt(np.mean(delta_p**2))),
+                "rms_interval": _rms_interval(result.of("delta_p")),
+            },
+            "same_top": statistics.block_summary(same_top),
+            "flips": {
+                "top": int(np.sum(~np.concatenate(result.of("same_top")))),
+                "right_to_wrong": int(np.sum(was_right & ~right)),
+                "wrong_to_right": int(np.sum(~was_right & right)),
+            },
+            "by_position": {
+                "kld": statistics.by_position(result.of("kld"), first),
+                "delta_nll": statistics.by_position(delta, first),
+            },
+            "nll_by_window": [float(np.mean(w, dtype=np.float64)) for w in result.of("nll")],
+            "kld_by_window": [float(np.mean(w, dtype=np.float64)) for w in result.of("kld")],
+        }
+
+
+def _rms_interval(windows: list[np.ndarray]) -> tuple[float, float] | None:
+    squares = np.array([np.mean(w.astype(np.float64) ** 2) for w in windows])
+    interval = statistics.bootstrap_interval(squares)
+    return interval and tuple(math.sqrt(x) for x in interval)
+
+
+def perplexity(
+    model: nn.Module,
+    tokenizer: Any,
+    text: str | Sequence[int],
+    configs: Sequence[str | Policy | Prepared] = DEFAULT_CONFIGS,
+    n_ctx: int = 512,
+    chunks: int | None = None,
+    backend: str | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Evaluate cache configurations on a text; the first is the reference of the others.
+
+    Args:
+        text: a text, or its tokens.
+        configs: names (configuration.py), policies, or configurations made ready.
+        n_ctx: tokens in a window.
+        chunks: windows to score; None is all of them.
+        progress: called with (steps done, all steps, configuration) after each.
+
+    Raises:
+        InputError: bad names or sizes, a text shorter than one window, or logits that are not
+            numbers.
+    """
+    windows = cut_windows(tokenizer, text, n_ctx, chunks)
+    ready = [c if isinstance(c, Prepared) else prepare(model, c, backend) for c in configs]
+    return evaluate_windows(model, windows, ready, progress=progress)
+
+
+def settings_of(
+    windows: np.ndarray, configs: Sequence[Prepared], model_name: str, text_sha256: str,
+    versions: dict,
+) -> dict:
+    """What two runs must share for their windows to belong together."""
+    first = windows[:1]
+    return {
+        "model": model_name,
+        "text_sha256": text_sha256,
+        "n_ctx": int(windows.shape[1]),
+        "first_window": digest(first),
+        "configurations": [[c.name, c.layers, c.backend] for c in configs],
+        "versions": {k: versions[k] for k in ("mlx_turbokv", "mlx", "mlx_lm")},
+        "device": versions["device"],
+    }  # fmt: skip
+
+
+def evaluate_windows(
+    model: nn.Module,
+    windows: np.ndarray,
+    configs: Sequence[Prepared],
+    checkpoint: Checkpoint | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Evaluate configurations made ready on windows already cut.
+
+    A window that `checkpoint` has is not measured again; each one that finishes is added to it.
+
+    Shapes: windows [n_windows, n_ctx].
+    Raises: InputError if two configurations have one name, or logits are not numbers.
+    """
+    names = [c.name for c in configs]
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice:
+        raise InputError(f"Configuration {twice[0]!r} is given twice.")
+    if not names:
+        raise InputError("No configuration is given: at least one is needed.")
+    results = [ConfigResult(c) for c in configs]
+    started, total = time.perf_counter(), len(windows) * len(configs)
+    for i, window in enumerate(windows):
+        found = checkpoint.get(i) if checkpoint else None
+        if found is None:
+
+            def tick(j: int, name: str, i: int = i) -> None:
+                if progress:
+                    progress(i * len(configs) + j, total, name)
+
+            found = _measure_window(model, window, configs, tick)
+            if checkpoint:
+                checkpoint.put(i, found)
+        elif progress:
+            progress((i + 1) * len(configs), total, "kept")
+        for result in results:
+            stats, result.kv_bytes = found[result.config.name]
+            result.windows.append(stats)
+    return Evaluation(int(windows.shape[1]), results, time.perf_counter() - started)
+
+
+def _measure_window(
+    model: nn.Module,
+    window: np.ndarray,
+    configs: Sequence[Prepared],
+    tick: Callable[[int, str], None],
+) -> dict[str, tuple[PositionStats, int]]:
+    reference, results = None, {}
+    for j, config in enumerate(configs):
+        caches = config.make_caches()
+        logits = scored_logits(model, window, caches)
+        if reference is None:
+            reference = Reference(logits, targets_of(window))
+            stats = reference.own_stats()
+        else:
+            stats = reference.compare(logits)
+        if not np.all(np.isfinite(stats.nll)):
+            raise InputError(
+                f"The model's logits are not finite with configuration {config.name}: its "
+                "weights or its cache hold values that are no numbers."
+            )
+        results[config.name] = stats, sum(c.nbytes for c in caches)
+        tick(j + 1, config.name)
+    return results

@@ -1,0 +1,80 @@
+"""What every results file says about the run that made it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def device_name() -> str:
+    """The device that MLX computes on, in words."""
+    import mlx.core as mx
+
+    device = mx.default_device()
+    if device.type == mx.DeviceType.gpu:
+        info = mx.device_info(device)
+        return str(info.get("device_name") or info.get("architecture") or "gpu")
+    return _processor()
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as f:
+            for line in f:
+                if line.startswith("model name"):
+                    return f"{line.split(':', 1)[1].strip()} (CPU)"
+    except OSError:
+        pass
+    return f"{platform.processor() or platform.machine()} (CPU)"
+
+
+def command_line() -> str:
+    """The command that runs now, with files by their names alone."""
+    words = [sys.argv[0], *sys.argv[1:]]
+    return shlex.join(os.path.basename(w) if os.path.isabs(w) else w for w in words)
+
+
+def environment() -> dict:
+    """Versions and device, for the record of a run."""
+    from .. import __version__, blas
+
+    return {
+        "mlx_turbokv": __version__,
+        "mlx": _version("mlx"),
+        "mlx_lm": _version("mlx-lm"),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": device_name(),
+        "openblas": blas.openblas_in_use(),
+    }
+
+
+def model_record(loaded) -> dict:
+    """What a record says of a `models.Loaded`: name, file or id, dtype of its K and V."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    dtypes = [
+        x.dtype for _, x in tree_flatten(loaded.model.parameters())
+        if mx.issubdtype(x.dtype, mx.floating)
+    ]  # fmt: skip
+    # Activations, and so K and V, have the widest type among the weights.
+    widest = max(dtypes, key=lambda d: d.size) if dtypes else None
+    source = str(loaded.source)
+    return {
+        "name": loaded.name,
+        # A path would say more about this machine than about the model.
+        "source": os.path.basename(source.rstrip("/")) if os.path.exists(source) else source,
+        "dtype": str(widest).removeprefix("mlx.core."),
+        "kv_itemsize": widest.size if widest is not None else None,
+    }

@@ -1,0 +1,106 @@
+"""Means with honest errors.
+
+Tokens of one window share a text and a cache, so they are not independent: the errors here treat
+windows as the unit (blocks of equal length), and the bootstrap resamples windows. Differences
+between configurations are taken per window first, so what the windows have in common cancels.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+BOOTSTRAP_SAMPLES = 2000
+BOOTSTRAP_SEED = 20250101
+
+
+def standard_error(values: np.ndarray) -> float | None:
+    """Standard error of the mean of independent values; None when fewer than two."""
+    values = np.asarray(values, np.float64)
+    if values.size < 2:
+        return None
+    return float(np.std(values, ddof=1) / np.sqrt(values.size))
+
+
+def mean_and_error(values: np.ndarray) -> dict:
+    """`{"mean": …, "se": …}` of independent values."""
+    return {"mean": float(np.mean(np.asarray(values, np.float64))), "se": standard_error(values)}
+
+
+def bootstrap_interval(
+    window_means: np.ndarray, level: float = 0.95, samples: int = BOOTSTRAP_SAMPLES
+) -> tuple[float, float] | None:
+    """Percentile bootstrap interval of the mean over windows; None when fewer than two.
+
+    The seed is fixed: the same results give the same interval.
+    """
+    values = np.asarray(window_means, np.float64)
+    if values.size < 2:
+        return None
+    rng = np.random.default_rng(BOOTSTRAP_SEED)
+    drawn = rng.integers(0, values.size, size=(samples, values.size))
+    low, high = np.quantile(values[drawn].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def block_summary(windows: list[np.ndarray]) -> dict:
+    """Mean of per-token values given window by window, with its errors.
+
+    Returns `mean`; `se`, over windows (over tokens if there is only one window: `se_over` says
+    which); `se_tokens`; and `interval`, the 95 % bootstrap interval over windows.
+    """
+    tokens = np.concatenate(windows).astype(np.float64)
+    means = np.array([np.mean(w, dtype=np.float64) for w in windows])
+    se, over = standard_error(means), "windows"
+    se_tokens = standard_error(tokens)
+    if se is None:
+        se, over = se_tokens, "tokens"
+    return {
+        "mean": float(tokens.mean()),
+        "se": se,
+        "se_over": over,
+        "se_tokens": se_tokens,
+        "interval": bootstrap_interval(means),
+    }
+
+
+def perplexity(nll: list[np.ndarray]) -> dict:
+    """exp of the mean loss, with llama-perplexity's standard error (tokens as the unit).
+
+    `interval` is the bootstrap's over windows, through the exponential.
+    """
+    summary = block_summary(nll)
+    ppl = float(np.exp(summary["mean"]))
+    interval = summary["interval"]
+    return {
+        "ppl": ppl,
+        "se": None if summary["se_tokens"] is None else ppl * summary["se_tokens"],
+        "interval": interval and tuple(float(np.exp(x)) for x in interval),
+    }
+
+
+def percentiles(values: np.ndarray) -> dict:
+    """The percentiles that llama-perplexity prints for KLD, and the extremes."""
+    marks = {
+        "min": 0, "p01": 1, "p05": 5, "p10": 10, "median": 50,
+        "p90": 90, "p95": 95, "p99": 99, "p99.9": 99.9, "max": 100,
+    }  # fmt: skip
+    found = np.percentile(np.asarray(values, np.float64), list(marks.values()))
+    return {name: float(x) for name, x in zip(marks, found)}
+
+
+def by_position(windows: list[np.ndarray], first: int, n_buckets: int = 8) -> list[dict]:
+    """Means over buckets of positions, the same positions of every window taken together.
+
+    `first` is the position in the window that the first value predicts from.
+    """
+    stacked = np.stack(windows).astype(np.float64)
+    edges = np.linspace(0, stacked.shape[1], n_buckets + 1).round().astype(int)
+    return [
+        {
+            "positions": [int(first + a), int(first + b)],
+            "mean": float(stacked[:, a:b].mean()),
+            "se": standard_error(stacked[:, a:b].mean(axis=1)),
+        }
+        for a, b in zip(edges[:-1], edges[1:])
+        if b > a
+    ]

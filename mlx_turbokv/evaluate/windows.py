@@ -1,0 +1,101 @@
+"""Windows of a text, and the logits that are scored in each: llama-perplexity's protocol."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import InputError
+
+PREFILL_STEP = 2048
+SHORTEST = 4  # tokens: two of context, one scored prediction
+
+
+def adds_bos(tokenizer) -> bool:
+    """Whether the vocabulary puts a BOS token in front of every text."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if bos is None:
+        return False
+    first = tokenizer.encode("a")
+    return len(first) > 0 and first[0] == bos
+
+
+def encode(tokenizer, text: str) -> list[int]:
+    """Tokens of a whole text, BOS in front if the vocabulary adds it, never EOS behind.
+
+    Raises: InputError if the text is empty.
+    """
+    if not text.strip():
+        raise InputError("The text is empty: perplexity needs at least one window of text.")
+    tokens = list(tokenizer.encode(text, add_special_tokens=False))
+    return [tokenizer.bos_token_id, *tokens] if adds_bos(tokenizer) else tokens
+
+
+def check_sizes(n_ctx: int, chunks: int | None) -> None:
+    """Check a window's length and a number of windows.
+
+    Raises: InputError.
+    """
+    if n_ctx < SHORTEST:
+        raise InputError(f"Context {n_ctx} is too short: at least {SHORTEST} tokens are needed.")
+    if chunks is not None and chunks < 1:
+        raise InputError(f"Chunks {chunks} is not accepted: at least 1 window must be scored.")
+
+
+def cut_windows(
+    tokenizer, text: str | Sequence[int], n_ctx: int = 512, chunks: int | None = None
+) -> np.ndarray:
+    """The first `chunks` non-overlapping windows (all of them if None), int32 [windows, n_ctx].
+
+    `text` may be tokens already. BOS overwrites the first token of each window if the vocabulary
+    adds BOS.
+
+    Raises: InputError for n_ctx < 4, chunks < 1, or a text shorter than one window.
+    """
+    check_sizes(n_ctx, chunks)
+    tokens = encode(tokenizer, text) if isinstance(text, str) else list(text)
+    available = len(tokens) // n_ctx
+    if available == 0:
+        raise InputError(
+            f"The text has {len(tokens)} tokens, fewer than one window of {n_ctx}; "
+            "give a longer text or a smaller context."
+        )
+    n_windows = available if chunks is None else min(chunks, available)
+    windows = np.array(tokens[: n_windows * n_ctx], np.int32).reshape(n_windows, n_ctx)
+    if adds_bos(tokenizer):
+        windows[:, 0] = tokenizer.bos_token_id
+    return windows
+
+
+def first_scored(n_ctx: int) -> int:
+    """The first position whose prediction is scored: those before it only give context."""
+    return n_ctx // 2
+
+
+def targets_of(window: np.ndarray) -> mx.array:
+    """The tokens that the scored positions should have predicted."""
+    return mx.array(window[first_scored(len(window)) + 1 :])
+
+
+def scored_logits(model, window: np.ndarray, caches: list) -> mx.array:
+    """Logits of a window's scored positions, computed through the given empty caches.
+
+    The context half goes in first: only its keys and values are evaluated, so its logits are
+    never computed.
+
+    Shapes: window [n_ctx]; returns [n_ctx - n_ctx // 2 - 1, vocabulary].
+    """
+    first = first_scored(len(window))
+    for start in range(0, first, PREFILL_STEP):
+        piece = mx.array(window[start : min(start + PREFILL_STEP, first)])
+        model(piece[None], cache=caches)
+        mx.eval([c.state for c in caches])
+    return model(mx.array(window[first:-1])[None], cache=caches)[0]
+
+
+def digest(windows: np.ndarray) -> str:
+    """A name for exactly these windows."""
+    return hashlib.sha256(np.ascontiguousarray(windows, np.int32).tobytes()).hexdigest()
