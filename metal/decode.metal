@@ -6,30 +6,14 @@
 // it reads its row's 16-byte columns and sums alone, q comes from threadgroup memory by reads that
 // are the same for all lanes. For p.v a lane is four dims: it reads its quad's columns, the weights
 // come the same way. Scores are in units of log2 e; the running maximum follows with a margin.
-// decode_merge: joins the splits of one output row, adds the sink, rotates back if V is turbo.
+// merge.metal joins the splits.
 //
 // A token that no query may see costs a weight of zero; what its row holds is never multiplied, so
 // stale rows may hold anything. The anchor of centred keys will enter where `score` is scaled: one
 // product q.a per block of tokens, added to every score of the block.
 
-constant constexpr int DECODE_GROUPS = 8;
-constant constexpr float LOWEST = -1e38f;
+// how far a score may lie above the running maximum before everything is rescaled
 constant constexpr float MARGIN = 8.0f;
-constant constexpr float LOG2_E = 1.44269504088896f;
-
-// int32 parameters, in the order of kernels/decode.py.
-constant constexpr int P_ROWS = 0;        // query rows of one KV head: GQA factor * queries
-constant constexpr int P_QUERIES = 1;     // queries of one head
-constant constexpr int P_HEADS = 2;       // KV heads
-constant constexpr int P_CAUSAL = 3;      // query l sees tokens up to n - queries + l
-constant constexpr int P_BODY_STRIDE = 4; // tiles of one head in the body's buffer
-constant constexpr int P_BODY_TILES = 5;  // and those that are valid
-constant constexpr int P_TAIL_STRIDE = 6;
-constant constexpr int P_TOKENS = 7;      // valid tokens, body and tail
-constant constexpr int P_SPLITS = 8;
-constant constexpr int P_STARTS = 9;      // whether `starts` holds each sequence's first token
-constant constexpr int P_SINKS = 10;      // whether `sinks` holds a logit per query head
-constant constexpr int P_SCALE = 11;      // bits of the float
 
 TKV_CONST_FN int padded_rows(int rows) {
   return rows <= 2 ? rows : (rows + 3) / 4 * 4;
@@ -116,11 +100,23 @@ TKV_FN void key_scores(thread float* score, const device uint* thread* tiles,
   for (int i = 0; i < STEP * ROWS; i++) {
     score[i] = 0.0f;
   }
+  // the next span's words are under way while this one's are used
+  uint next[STEP * WORDS];
+  TKV_UNROLL
+  for (int i = 0; i < STEP; i++) {
+    load_row<SPAN * BITS / 8>(next + i * WORDS, tiles[i], lane);
+  }
   for (int span = 0; span < DIM / SPAN; span++) {
     uint words[STEP * WORDS];
     TKV_UNROLL
-    for (int i = 0; i < STEP; i++) {
-      load_row<SPAN * BITS / 8>(words + i * WORDS, tiles[i] + span * SPAN * BITS, lane);
+    for (int i = 0; i < STEP * WORDS; i++) {
+      words[i] = next[i];
+    }
+    if (span + 1 < DIM / SPAN) {
+      TKV_UNROLL
+      for (int i = 0; i < STEP; i++) {
+        load_row<SPAN * BITS / 8>(next + i * WORDS, tiles[i] + (span + 1) * SPAN * BITS, lane);
+      }
     }
     TKV_UNROLL
     for (int g = 0; g < ceil_div(SPAN, G); g++) {
@@ -131,20 +127,22 @@ TKV_FN void key_scores(thread float* score, const device uint* thread* tiles,
       }
       TKV_UNROLL
       for (int quad = g * G / 4; quad < ((g + 1) * G < SPAN ? (g + 1) * G : SPAN) / 4; quad++) {
-        float4 q[RP];
-        TKV_UNROLL
-        for (int i = 0; i < RP; i++) {
-          q[i] = queries[(span * SPAN / 4 + quad) * RP + i];
-        }
+        float4 k[STEP];
         TKV_UNROLL
         for (int i = 0; i < STEP; i++) {
-          const float4 k = quad_values<BITS, RAW>(quad_bits<BITS>(words + i * WORDS, quad), levels);
+          k[i] = quad_values<BITS, RAW>(quad_bits<BITS>(words + i * WORDS, quad), levels);
+        }
+        TKV_UNROLL
+        for (int part = 0; part < RP; part++) {
+          const float4 q = queries[(span * SPAN / 4 + quad) * RP + part];
           TKV_UNROLL
-          for (int r = 0; r < ROWS; r++) {
-            raw[i * ROWS + r] += k.x * component(q[r / 4], r % 4);
-            raw[i * ROWS + r] += k.y * component(q[(RP + r) / 4], (RP + r) % 4);
-            raw[i * ROWS + r] += k.z * component(q[(2 * RP + r) / 4], (2 * RP + r) % 4);
-            raw[i * ROWS + r] += k.w * component(q[(3 * RP + r) / 4], (3 * RP + r) % 4);
+          for (int e = 4 * part; e < 4 * part + 4; e++) {
+            if (e % RP < ROWS) {
+              TKV_UNROLL
+              for (int i = 0; i < STEP; i++) {
+                raw[i * ROWS + e % RP] += component(k[i], e / RP) * component(q, e % 4);
+              }
+            }
           }
         }
       }
@@ -165,60 +163,72 @@ TKV_FN void key_scores(thread float* score, const device uint* thread* tiles,
   }
 }
 
-// Adds p.v of one tile to the lane's quads. `first`, `n`: the tokens that some query may see.
-template <int BITS, int GROUP, int DIM, int RAW, int ROWS>
-TKV_FN void add_values(thread float* output, const device uint* codes, threadgroup const float* weights,
-                       threadgroup const float* levels, int first_quad, int stride, uint first, uint n) {
-  constexpr int RP = padded_rows(ROWS);
-  constexpr int QUADS = ceil_div(DIM, 4 * LANES);
-  constexpr int TOKENS = value_span(BITS);
-  constexpr int COLUMNS = TOKENS * BITS / 32;
-  constexpr bool ONE_SCALE = group_count(DIM, GROUP) == 1;
-  const device ushort* scales = (const device ushort*)(codes + code_words(BITS, DIM));
+template <int TILE_WORDS>
+TKV_FN const device uint* tile_at(const device uint* body, const device uint* tail, int body_tiles, int tile) {
+  return tile < body_tiles ? body + size_t(tile) * TILE_WORDS
+                           : tail + size_t(tile - body_tiles) * TILE_WORDS;
+}
+
+// The lane's quads of one unit, the tokens that fill whole columns. `codes`: those of V in a tile.
+template <int BITS, int DIM>
+TKV_FN void load_unit(thread uint* words, const device uint* codes, int unit, int first_quad, int stride) {
+  constexpr int COLUMNS = value_span(BITS) * BITS / 32;
   TKV_UNROLL
-  for (int s = 0; s < QUADS; s++) {
+  for (int s = 0; s < ceil_div(DIM, 4 * LANES); s++) {
     // lanes past the last quad do its work again and drop it
     const int quad = first_quad + s * stride < DIM / 4 ? first_quad + s * stride : DIM / 4 - 1;
-    const device uint4* columns = (const device uint4*)codes + quad;
+    const device uint4* columns = (const device uint4*)codes + unit * COLUMNS * (DIM / 4) + quad;
     TKV_UNROLL
-    for (int span = 0; span < TILE / TOKENS; span++) {
-      uint words[4 * COLUMNS];
-      TKV_UNROLL
-      for (int c = 0; c < COLUMNS; c++) {
-        const uint4 v = columns[(span * COLUMNS + c) * (DIM / 4)];
-        words[4 * c] = v.x;
-        words[4 * c + 1] = v.y;
-        words[4 * c + 2] = v.z;
-        words[4 * c + 3] = v.w;
+    for (int c = 0; c < COLUMNS; c++) {
+      const uint4 v = columns[c * (DIM / 4)];
+      words[(s * COLUMNS + c) * 4] = v.x;
+      words[(s * COLUMNS + c) * 4 + 1] = v.y;
+      words[(s * COLUMNS + c) * 4 + 2] = v.z;
+      words[(s * COLUMNS + c) * 4 + 3] = v.w;
+    }
+  }
+}
+
+// Adds p.v of one unit to the lane's quads. `weights`: the tile's. `first`, `n`: the tile's tokens
+// that some query may see.
+template <int BITS, int GROUP, int DIM, int RAW, int ROWS>
+TKV_FN void add_values(thread float* output, thread const uint* words, const device uint* codes,
+                       threadgroup const float* weights, threadgroup const float* levels, int unit,
+                       int first_quad, int stride, uint first, uint n) {
+  constexpr int RP = padded_rows(ROWS);
+  constexpr int TOKENS = value_span(BITS);
+  constexpr bool ONE_SCALE = group_count(DIM, GROUP) == 1;
+  weights += unit * TOKENS * RP;
+  TKV_UNROLL
+  for (int s = 0; s < ceil_div(DIM, 4 * LANES); s++) {
+    const int quad = first_quad + s * stride < DIM / 4 ? first_quad + s * stride : DIM / 4 - 1;
+    const device ushort* scales = (const device ushort*)(codes + code_words(BITS, DIM)) +
+                                  quad * 4 / (GROUP == 0 ? 1 : GROUP) * TILE + unit * TOKENS;
+    TKV_UNROLL
+    for (int t = 0; t < TOKENS; t++) {
+      float4 v = quad_values<BITS, RAW>(quad_bits<BITS>(words + s * TOKENS * BITS / 8, t), levels);
+      if (!ONE_SCALE) {
+        const bool seen = uint(unit * TOKENS + t) - first < n;
+        if (GROUP != 0) {
+          const float scale = seen ? half_bits(scales[t]) : 0.0f;
+          v = float4(v.x * scale, v.y * scale, v.z * scale, v.w * scale);
+        } else {
+          v = float4(seen ? v.x : 0.0f, seen ? v.y : 0.0f, seen ? v.z : 0.0f, seen ? v.w : 0.0f);
+        }
       }
       TKV_UNROLL
-      for (int t = 0; t < TOKENS; t++) {
-        const int token = span * TOKENS + t;
-        float4 v = quad_values<BITS, RAW>(quad_bits<BITS>(words, t), levels);
-        if (!ONE_SCALE) {
-          const bool seen = uint(token) - first < n;
-          if (GROUP != 0) {
-            const int group = quad * 4 / (GROUP == 0 ? 1 : GROUP);
-            const float scale = seen ? half_bits(scales[group * TILE + token]) : 0.0f;
-            v = float4(v.x * scale, v.y * scale, v.z * scale, v.w * scale);
-          } else {
-            v = float4(seen ? v.x : 0.0f, seen ? v.y : 0.0f, seen ? v.z : 0.0f, seen ? v.w : 0.0f);
-          }
+      for (int r = 0; r < ROWS; r++) {
+        float w;
+        if (RP % 4 == 0) {
+          w = component(((threadgroup const float4*)weights)[(t * RP + r) / 4], r % 4);
+        } else {
+          w = weights[t * RP + r];
         }
-        TKV_UNROLL
-        for (int r = 0; r < ROWS; r++) {
-          float w;
-          if (RP % 4 == 0) {
-            w = component(((threadgroup const float4*)weights)[(token * RP + r) / 4], r % 4);
-          } else {
-            w = weights[token * RP + r];
-          }
-          thread float* o = output + (s * ROWS + r) * 4;
-          o[0] += w * v.x;
-          o[1] += w * v.y;
-          o[2] += w * v.z;
-          o[3] += w * v.w;
-        }
+        thread float* o = output + (s * ROWS + r) * 4;
+        o[0] += w * v.x;
+        o[1] += w * v.y;
+        o[2] += w * v.z;
+        o[3] += w * v.w;
       }
     }
   }
@@ -234,6 +244,8 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
   constexpr int STEP = decode_step(ROWS);
   constexpr int QUADS = ceil_div(VD, 4 * LANES);
   constexpr int PARTS = VD <= 64 && STEP >= 2 ? 2 : 1;  // narrow heads: half a SIMD group a tile
+  constexpr int UNITS = TILE / value_span(VB);
+  constexpr int UNIT_WORDS = value_span(VB) * VB / 8 * QUADS;
   constexpr int V_OFFSET = side_words(KB, KG, KD);
   constexpr int TILE_WORDS = V_OFFSET + side_words(VB, VG, VD);
   const int lane = int(lane_index);
@@ -296,10 +308,13 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
     const device uint* tiles[STEP];
     TKV_UNROLL
     for (int i = 0; i < STEP; i++) {
-      const int tile = t + i < end ? t + i : end - 1;  // past the end: read, not used
-      tiles[i] = tile < body_tiles ? head_body + size_t(tile) * TILE_WORDS
-                                   : head_tail + size_t(tile - body_tiles) * TILE_WORDS;
+      // past the end: read, not used
+      tiles[i] = tile_at<TILE_WORDS>(head_body, head_tail, body_tiles, t + i < end ? t + i : end - 1);
     }
+    // a unit of V is always under way, the first while q.k is worked out
+    uint next[UNIT_WORDS];
+    load_unit<VB, VD>(next, tile_at<TILE_WORDS>(head_body, head_tail, body_tiles, t + part < end ? t + part : end - 1) + V_OFFSET,
+                      0, first_quad, PARTS == 2 ? 16 : LANES);
     float score[STEP * ROWS];
     key_scores<KB, KG, KD, RAW, ROWS, STEP>(score, tiles, (threadgroup const float4*)queries,
                                             k_levels, lane);
@@ -356,17 +371,25 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
       }
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
-    TKV_UNROLL
-    for (int i = 0; i < STEP; i += PARTS) {
-      const device uint* tile = tiles[i];
-      if (PARTS == 2) {
-        tile = part == 0 ? tiles[i] : tiles[i + PARTS - 1];
+    for (int u = 0; u < STEP / PARTS * UNITS; u++) {
+      uint words[UNIT_WORDS];
+      TKV_UNROLL
+      for (int i = 0; i < UNIT_WORDS; i++) {
+        words[i] = next[i];
       }
-      const int base = (t + i + part) * TILE;
+      const int step = u / UNITS * PARTS + part;
+      const int tile = t + step < end ? t + step : end - 1;
+      const device uint* codes = tile_at<TILE_WORDS>(head_body, head_tail, body_tiles, tile) + V_OFFSET;
+      if (u + 1 < STEP / PARTS * UNITS) {
+        const int next_tile = t + (u + 1) / UNITS * PARTS + part;
+        load_unit<VB, VD>(next, tile_at<TILE_WORDS>(head_body, head_tail, body_tiles, next_tile < end ? next_tile : end - 1) + V_OFFSET,
+                          (u + 1) % UNITS, first_quad, PARTS == 2 ? 16 : LANES);
+      }
+      const int base = tile * TILE;
       const int from = start > base ? start - base : 0;
-      const int to = t + i + part >= end ? 0 : (n_tokens - base < TILE ? n_tokens - base : TILE);
-      add_values<VB, VG, VD, RAW, ROWS>(output, tile + V_OFFSET, weights + (i + part) * TILE * RP,
-                                        v_levels, first_quad, PARTS == 2 ? 16 : LANES, uint(from),
+      const int to = t + step >= end ? 0 : (n_tokens - base < TILE ? n_tokens - base : TILE);
+      add_values<VB, VG, VD, RAW, ROWS>(output, words, codes, weights + step * TILE * RP, v_levels,
+                                        u % UNITS, first_quad, PARTS == 2 ? 16 : LANES, uint(from),
                                         uint(to > from ? to - from : 0));
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
@@ -438,92 +461,5 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-  }
-}
-
-template <typename T, int VD, int VW>
-TKV_FN void decode_merge(const device float* partial, const device float* stats,
-                         const device T* sinks, const device int* params,
-                         const device uint* v_constants, device T* out, threadgroup float4* shared,
-                         uint3 group, uint simd, uint lane_index) {
-  constexpr int N = ceil_div(VD, LANES);
-  const int lane = int(lane_index);
-  const int simd_group = int(simd);
-  const int n_splits = params[P_SPLITS];
-  const size_t row = group.x;
-  const device float* row_stats = stats + row * n_splits * 2;
-  threadgroup float* merged = (threadgroup float*)shared;
-
-  float top = LOWEST;
-  float sink = LOWEST;
-  if (params[P_SINKS] != 0) {
-    const int n_heads = params[P_HEADS] * (params[P_ROWS] / params[P_QUERIES]);
-    sink = float(sinks[int(group.x) / params[P_QUERIES] % n_heads]) * LOG2_E;
-    top = sink;
-  }
-  for (int s = lane; s < n_splits; s += LANES) {
-    top = row_stats[2 * s] > top ? row_stats[2 * s] : top;
-  }
-  top = simd_max(top);
-  float total = 0.0f;
-  for (int s = lane; s < n_splits; s += LANES) {
-    total += row_stats[2 * s + 1] * exp2(row_stats[2 * s] - top);
-  }
-  total = simd_sum(total);
-  if (params[P_SINKS] != 0) {
-    total += exp2(sink - top);
-  }
-
-  float x[N];
-  TKV_UNROLL
-  for (int j = 0; j < N; j++) {
-    x[j] = 0.0f;
-  }
-  for (int s = simd_group; s < n_splits; s += DECODE_GROUPS) {
-    const float factor = exp2(row_stats[2 * s] - top);
-    const device float* values = partial + (row * n_splits + s) * VD;
-    TKV_UNROLL
-    for (int j = 0; j < N; j++) {
-      if (lane + j * LANES < VD) {
-        x[j] += factor * values[lane + j * LANES];
-      }
-    }
-  }
-  TKV_UNROLL
-  for (int j = 0; j < N; j++) {
-    if (lane + j * LANES < VD) {
-      merged[simd_group * VD + lane + j * LANES] = x[j];
-    }
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-
-  constexpr int WIDTH = VW == 0 ? VD : VW;
-  constexpr int M = ceil_div(WIDTH, LANES);
-  // without a valid key the output is zero
-  const float factor = (total == 0.0f ? 0.0f : 1.0f / total) * (VW == 0 ? 1.0f : 1.0f / sqrt(float(WIDTH)));
-  if (simd_group >= VD / WIDTH) {
-    return;
-  }
-  float y[M];
-  TKV_UNROLL
-  for (int j = 0; j < M; j++) {
-    const int i = lane + j * LANES;
-    y[j] = 0.0f;
-    if (i < WIDTH) {
-      for (int s = 0; s < DECODE_GROUPS; s++) {
-        y[j] += merged[s * VD + simd_group * WIDTH + i];
-      }
-    }
-  }
-  if (VW != 0) {
-    constexpr int W = VW == 0 ? 32 : VW;
-    rotate_back<W>(y, v_constants, merged + simd_group * W, lane);
-  }
-  TKV_UNROLL
-  for (int j = 0; j < M; j++) {
-    const int i = lane + j * LANES;
-    if (i < WIDTH) {
-      out[row * VD + simd_group * WIDTH + i] = T(y[j] * factor);
-    }
   }
 }

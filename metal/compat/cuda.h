@@ -27,7 +27,7 @@ template <typename To, typename From>
 TKV_FN To as_type(From x) {
   static_assert(sizeof(To) == sizeof(From), "as_type: sizes differ");
   To y;
-  __builtin_memcpy(&y, &x, sizeof(To));
+  memcpy(&y, &x, sizeof(To));
   return y;
 }
 

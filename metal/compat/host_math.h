@@ -137,7 +137,9 @@ HOST_MINMAX(bfloat, isnan)
   inline type popcount(type x) {                                                           \
     return type(__builtin_popcountll((unsigned long long)x & (~0ull >> (64 - 8 * sizeof(type))))); \
   }                                                                                        \
-  inline type ctz(type x) { return x ? type(__builtin_ctzll((unsigned long long)x)) : type(8 * sizeof(type)); } \
+  inline type ctz(type x) {                                                                \
+    return x ? type(__builtin_ctzll((unsigned long long)x)) : type(8 * sizeof(type));      \
+  }                                                                                        \
   inline type clz(type x) {                                                                \
     unsigned long long u = (unsigned long long)x & (~0ull >> (64 - 8 * sizeof(type)));     \
     return u ? type(__builtin_clzll(u) - (64 - 8 * int(sizeof(type)))) : type(8 * sizeof(type)); \

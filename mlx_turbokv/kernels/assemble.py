@@ -6,6 +6,7 @@ one call into it as `source`; nothing is spliced into the text.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +16,10 @@ import mlx.core as mx
 # what makes Metal kernels; None is mx.fast.metal_kernel. Tests put a CPU executor here.
 factory: Callable | None = None
 SHARED_FILES = ("common.h", "hadamard.h")
+# what a kernel's file needs beside those
+NEEDS = {"decode.metal": ("attention.h",), "merge.metal": ("attention.h",)}
+# MLX copies the text at every launch: what the compiler does not need is left out, lines stay
+_COMMENT_OR_INDENT = re.compile(r"^ +|(?: *)//.*$", re.M)
 # how a kernel knows its threads: attributes in Metal, macros of compat/cuda.h in CUDA
 THREAD = "threadgroup_position_in_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup"
 
@@ -41,11 +46,12 @@ def header_text(file: str, backend: str) -> str:
         file: such as ``decode.metal``.
         backend: ``metal`` or ``cuda``.
     """
-    files = (*(("compat/cuda.h",) if backend == "cuda" else ()), *SHARED_FILES, file)
+    files = (*(("compat/cuda.h",) if backend == "cuda" else ()), *SHARED_FILES)
+    files += (*NEEDS.get(file, ()), file)
     parts = []
     for name in files:
         text = (metal_folder() / name).read_text(encoding="ascii")
-        parts.append(f'#line 1 "metal/{name}"\n{text}')
+        parts.append(f'#line 1 "metal/{name}"\n{_COMMENT_OR_INDENT.sub("", text)}')
     return "".join(parts)
 
 

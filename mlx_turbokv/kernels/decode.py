@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -33,15 +34,17 @@ decode_merge<T, VD, VW>(
 MERGE_INPUTS = ("partial", "stats", "sinks", "params", "v_constants")
 
 
-class Plan(NamedTuple):
-    """What the launches need that depends on layout, dtype and query rows alone."""
+class Launch(NamedTuple):
+    """The two kernels and all they are given beside arrays: the same for a step's layers."""
 
-    rows: int
-    chunks: int
-    partial_template: list[tuple[str, object]]
-    merge_template: list[tuple[str, object]]
+    partial: Callable
+    partial_options: dict
+    merge: Callable
+    merge_options: dict
+    params: mx.array
     k_constants: mx.array
     v_constants: mx.array
+    small_stats: bool
 
 
 def rows_at_once(n_rows: int, widest: int) -> int:
@@ -50,26 +53,84 @@ def rows_at_once(n_rows: int, widest: int) -> int:
     return -(-n_rows // -(-n_rows // most))
 
 
-@lru_cache(maxsize=None)
-def _plan(layout: KVLayout, dtype: mx.Dtype, n_rows: int) -> Plan:
-    k, v = tables.sides(layout)
-    rows = rows_at_once(n_rows, max(k.dim, v.dim))
-    partial = [("T", dtype), ("KB", k.bits), ("KG", k.group), ("KD", k.dim), ("KW", k.width)]
-    partial += [("VB", v.bits), ("VG", v.group), ("VD", v.dim), ("RAW", tables.RAW[layout.dtype])]
-    partial += [("ROWS", rows)]
-    merge = [("T", dtype), ("VD", v.dim), ("VW", v.width)]
-    chunks = -(-n_rows // rows)
-    return Plan(rows, chunks, partial, merge, tables.constants(k), tables.constants(v))
-
-
 def n_splits(n_tiles: int, n_groups: int) -> int:
     """Into how many splits the tokens of one head are cut."""
     return max(1, min(-(-FULL_WAVE // n_groups), -(-n_tiles // MIN_SPLIT_TILES)))
 
 
-@lru_cache(maxsize=64)
-def _float_bits(x: float) -> int:
-    return struct.unpack("<i", struct.pack("<f", x))[0]
+@lru_cache(maxsize=256)
+def _launch(
+    factory: Callable | None,
+    backend: str,
+    layout: KVLayout,
+    dtype: mx.Dtype,
+    shape: tuple[int, int, int, int],
+    counts: tuple[int, int, int, int],
+    scale: float,
+    flags: tuple[bool, bool, bool],
+) -> Launch:
+    """
+    Args:
+        factory: that of assemble.py; a part of the key.
+        shape: sequences, query heads, KV heads, queries.
+        counts: body rows, tiles of the body's buffer, tail rows, tiles of the tail's buffer.
+        flags: causal, sinks, starts.
+    """
+    k, v = tables.sides(layout)
+    batch, n_heads, n_kv_heads, n_queries = shape
+    n_body, body_stride, n_tail, tail_stride = counts
+    causal, has_sinks, has_starts = flags
+    n_rows = n_heads // n_kv_heads * n_queries
+    rows = rows_at_once(n_rows, max(k.dim, v.dim))
+    chunks = -(-n_rows // rows)
+    n_groups = batch * n_kv_heads
+    splits = n_splits(-(-(n_body + n_tail) // TILE), n_groups * chunks)
+    template = [("T", dtype), ("KB", k.bits), ("KG", k.group), ("KD", k.dim), ("KW", k.width)]
+    template += [("VB", v.bits), ("VG", v.group), ("VD", v.dim), ("RAW", tables.RAW[layout.dtype])]
+    partial_options = {
+        "template": [*template, ("ROWS", rows)],
+        "grid": (n_groups * THREADS, splits, chunks),
+        "threadgroup": (THREADS, 1, 1),
+        "output_shapes": [(n_groups * n_rows, splits, v.dim), (n_groups * n_rows, splits, 2)],
+        "output_dtypes": [mx.float32, mx.float32],
+    }
+    merge_options = {
+        "template": [("T", dtype), ("VD", v.dim), ("VW", v.width)],
+        "grid": (n_groups * n_rows * THREADS, 1, 1),
+        "threadgroup": (THREADS, 1, 1),
+        "output_shapes": [(batch, n_heads, n_queries, v.dim)],
+        "output_dtypes": [dtype],
+    }
+    scale_bits = struct.unpack("<i", struct.pack("<f", scale))[0]
+    params = tables.int_array(
+        n_rows,
+        n_queries,
+        n_kv_heads,
+        int(causal and n_queries > 1),
+        body_stride,
+        n_body // TILE,
+        tail_stride,
+        n_body + n_tail,
+        splits,
+        int(has_starts),
+        int(has_sinks),
+        scale_bits,
+    )
+    outputs = ("partial", "stats")
+    return Launch(
+        assemble.build(
+            "decode_partial", "decode.metal", PARTIAL_INPUTS, outputs, PARTIAL_SOURCE, backend
+        ),
+        partial_options,
+        assemble.build(
+            "decode_merge", "merge.metal", MERGE_INPUTS, ("output",), MERGE_SOURCE, backend
+        ),
+        merge_options,
+        params,
+        tables.constants(k),
+        tables.constants(v),
+        n_groups * n_rows * splits * 2 < 8,
+    )
 
 
 def decode(
@@ -93,65 +154,35 @@ def decode(
         queries: [B, n_heads, L, k_head_dim]; sinks: [n_heads]; starts: [B].
         returns: [B, n_heads, L, v_head_dim], in the queries' dtype.
     """
-    layout = packed.layout
+    layout, body, n_body, tail, n_tail = packed
     batch, n_heads, n_queries, _ = queries.shape
-    body, tail = packed.body, packed.tail
-    body_stride = body.shape[2] if packed.n_body else 0
-    tail_stride = tail.shape[2] if packed.n_tail else 0
-    n_kv_heads = (body if packed.n_body else tail).shape[1]
-    n_rows = n_heads // n_kv_heads * n_queries
-    plan = _plan(layout, queries.dtype, n_rows)
-    n_groups = batch * n_kv_heads
-    splits = n_splits(-(-packed.n_tokens // TILE), n_groups * plan.chunks)
-    params = tables.int_array(
-        n_rows,
-        n_queries,
-        n_kv_heads,
-        int(causal and n_queries > 1),
-        body_stride,
-        packed.n_body // TILE,
-        tail_stride,
-        packed.n_tokens,
-        splits,
-        int(starts is not None),
-        int(sinks is not None),
-        _float_bits(scale),
+    launch = _launch(
+        assemble.factory,
+        backend,
+        layout,
+        queries.dtype,
+        (batch, n_heads, (body if n_body else tail).shape[1], n_queries),
+        (n_body, body.shape[2] if n_body else 0, n_tail, tail.shape[2] if n_tail else 0),
+        scale,
+        (causal, sinks is not None, starts is not None),
     )
-    partial = assemble.build(
-        "decode_partial", "decode.metal", PARTIAL_INPUTS, ("partial", "stats"), PARTIAL_SOURCE, backend
-    )
-    outputs, stats = partial(
+    outputs, stats = launch.partial(
         inputs=[
             queries,
-            body if packed.n_body else tables.no_tiles(),
-            tail if packed.n_tail else tables.no_tiles(),
+            body if n_body else tables.no_tiles(),
+            tail if n_tail else tables.no_tiles(),
             tables.placeholder() if starts is None else tables.at_least_eight(starts),
-            params,
-            plan.k_constants,
-            plan.v_constants,
+            launch.params,
+            launch.k_constants,
+            launch.v_constants,
         ],
-        template=plan.partial_template,
-        grid=(n_groups * THREADS, splits, plan.chunks),
-        threadgroup=(THREADS, 1, 1),
-        output_shapes=[(n_groups * n_rows, splits, layout.v_head_dim), (n_groups * n_rows, splits, 2)],
-        output_dtypes=[mx.float32, mx.float32],
+        **launch.partial_options,
     )
-    merge = assemble.build(
-        "decode_merge", "decode.metal", MERGE_INPUTS, ("output",), MERGE_SOURCE, backend
-    )
-    return merge(
-        inputs=[
-            outputs,
-            stats if stats.size >= 8 else tables.at_least_eight(stats.reshape(-1)),
-            _sinks(sinks, queries),
-            params,
-            plan.v_constants,
-        ],
-        template=plan.merge_template,
-        grid=(n_groups * n_rows * THREADS, 1, 1),
-        threadgroup=(THREADS, 1, 1),
-        output_shapes=[(batch, n_heads, n_queries, layout.v_head_dim)],
-        output_dtypes=[queries.dtype],
+    if launch.small_stats:
+        stats = tables.at_least_eight(stats.reshape(-1))
+    return launch.merge(
+        inputs=[outputs, stats, _sinks(sinks, queries), launch.params, launch.v_constants],
+        **launch.merge_options,
     )[0]
 
 
