@@ -1,0 +1,145 @@
+"""``mlx_turbokv plan``: what a cache would take, before anything is downloaded."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import click
+
+from ..errors import InputError
+from .entry import run
+from .options import CACHE_HELP, cache_options, policy_from
+
+DEFAULT_CONTEXTS = (4096, 32768, 131072)
+# Rows beside what was asked for: the uniform steps, Boundary V, and its wider form.
+COMPARED = ("f16/f16", "q8_0/q8_0", "q8_0/turbo3", "q8_0/turbo2", "la-v7", "mode-10")
+_CACHE_OPTIONS = ("cache_type_k", "cache_type_v", "policy", "boundary", "layer_adaptive")
+
+
+@click.command("plan", epilog=CACHE_HELP)
+@click.option(
+    "--model",
+    metavar="ID|FOLDER|FILE|NAME",
+    help="A hub id (its config alone is fetched), a folder, a config.json or .gguf file, or one "
+    "of the built-in shapes phi-4, Qwen2.5-7B, Llama-3.1-8B and Qwen3.5-27B; "
+    "SmolLM2-135M-Instruct where not given.",
+)
+@click.option(
+    "-c", "--context", "contexts", multiple=True, type=int, metavar="N",
+    help="Context length in tokens; repeatable.  [default: 4096, 32768, 131072]",
+)  # fmt: skip
+@click.option(
+    "--config", "configs", multiple=True, metavar="CONFIG",
+    help="A row: K/V, a policy, or K/V@POLICY; repeatable. Without it and without cache options, "
+    "six rows are shown.",
+)  # fmt: skip
+@click.option("--kv-layers", type=int, metavar="N", help="In place of a model: its KV layers.")
+@click.option("--kv-heads", type=int, default=8, show_default=True, help="With --kv-layers.")
+@click.option("--head-dim", type=int, default=128, show_default=True, help="With --kv-layers.")
+@click.option("--v-head-dim", type=int, help="With --kv-layers, where V's differs from K's.")
+@click.option("--memory", type=float, metavar="GB", help="Say what fits in this many GiB.")
+@click.option(
+    "--weight-bits", type=float, default=None, metavar="N",
+    help="Bits per weight, for --memory; by default as the config says, else 16.",
+)  # fmt: skip
+@click.option(
+    "--output", type=click.Choice(["text", "markdown", "json"]), default="text",
+    show_default=True, help="How the result is printed.",
+)  # fmt: skip
+@click.option("--markdown", is_flag=True, help="The same as --output markdown.")
+@cache_options
+def command(
+    model: str | None,
+    contexts: tuple[int, ...],
+    configs: tuple[str, ...],
+    kv_layers: int | None,
+    kv_heads: int,
+    head_dim: int,
+    v_head_dim: int | None,
+    memory: float | None,
+    weight_bits: float | None,
+    output: str,
+    markdown: bool,
+    backend: str,
+    **cache: Any,
+) -> None:
+    """Compare cache formats on a model by its shape alone: no weights are loaded."""
+    from .. import blas
+
+    blas.require_mlx()
+    from ..plan_report import as_json, as_markdown, as_text
+    from ..evaluate.configuration import parse_policy
+    from ..model_shapes import hypothetical_shape
+    from ..plan import GIB, make_plan
+
+    if memory is not None and memory <= 0:
+        raise InputError(f"Memory {memory} is not accepted: it must be more than 0.")
+    rows = [(name, parse_policy(name)) for name in configs]
+    asked = {name: cache[name] for name in _CACHE_OPTIONS}
+    if any(value is not None for value in asked.values()):
+        policy = policy_from(**asked)
+        rows.insert(0, (_label(policy, asked), policy))
+    if kv_layers is not None:
+        if model is not None:
+            raise InputError("--model and --kv-layers cannot be given together.")
+        shape = hypothetical_shape(kv_layers, kv_heads, head_dim, v_head_dim)
+        weight_bytes = None
+    else:
+        shape, weight_bytes = _shape_of(model, weight_bits)
+    rows = rows or [(name, parse_policy(name)) for name in COMPARED]
+    plan = make_plan(
+        shape,
+        rows,
+        contexts or DEFAULT_CONTEXTS,
+        None if memory is None else int(memory * GIB),
+        weight_bytes,
+    )
+    if output == "json":
+        click.echo(json.dumps(as_json(plan), indent=1))
+    elif output == "markdown" or markdown:
+        click.echo(as_markdown(plan))
+    else:
+        click.echo(as_text(plan))
+
+
+def main() -> None:
+    """Console script ``mlx_turbokv.plan``."""
+    run(command)
+
+
+def _shape_of(model: str | None, weight_bits: float | None) -> tuple[Any, int | None]:
+    """(the model's shape, bytes of its weights)."""
+    from ..model_shapes import known_config, shape_from_config
+    from ..models import load_config
+
+    config = known_config(model) if model and not os.path.exists(model) else None
+    if config is not None:
+        shape, source = shape_from_config(config, model), ""
+    else:
+        config, name, source = load_config(model)
+        shape = shape_from_config(config, name)
+    if source.endswith(".gguf") and weight_bits is None:
+        return shape, os.path.getsize(source)
+    return shape, _weight_bytes(shape.n_parameters, config, weight_bits)
+
+
+def _label(policy: Any, asked: dict[str, Any]) -> str:
+    if policy.name == "uniform":
+        return f"{policy.k}/{policy.v}"
+    given = [str(asked[name]) for name in ("cache_type_k", "cache_type_v") if asked[name]]
+    return policy.name + (f" ({'/'.join(given)})" if given else "")
+
+
+def _weight_bytes(
+    n_parameters: int | None, config: dict[str, Any], weight_bits: float | None
+) -> int | None:
+    """What the weights take; quantised ones have a scale and a bias of 16 bits a group."""
+    if n_parameters is None:
+        return None
+    if weight_bits is None:
+        quantization = config.get("quantization") or {}
+        bits, group = quantization.get("bits"), quantization.get("group_size", 64)
+        weight_bits = bits + 32 / group if bits else 16
+    return int(n_parameters * weight_bits / 8)
