@@ -50,7 +50,8 @@ def sdpa_inputs(dtype: mx.Dtype, heads: int, kv_heads: int, n: int, dim: int, n_
     def normal(*shape: int) -> mx.array:
         return mx.array(rng.normal(size=shape).astype(np.float32)).astype(dtype)
 
-    return normal(1, heads, n_queries, dim), normal(1, kv_heads, n, dim), normal(1, kv_heads, n, dim)
+    keys, values = (normal(1, kv_heads, n, dim) for _ in range(2))
+    return normal(1, heads, n_queries, dim), keys, values
 
 
 def strides(n: int, dim: int) -> dict:
@@ -82,7 +83,8 @@ def test_sdpa_vector_agrees_with_mx_fast(metal_host, dtype, name, dim, n, causal
     n_queries = 3 if causal else 1
     q, k, v = sdpa_inputs(dtype, 4, 2, n, dim, n_queries)
     (out,) = run(
-        metal_host, sdpa_text(do_causal=causal), "sdpa_vector", f"sdpa_vector<{name}, {dim}, {dim}>",
+        metal_host, sdpa_text(do_causal=causal), "sdpa_vector",
+        f"sdpa_vector<{name}, {dim}, {dim}>",
         (4 * 1024, n_queries, 1), (1024, 1, 1),
         {
             "queries": to_numpy(q), "keys": to_numpy(k), "values": to_numpy(v),

@@ -45,7 +45,8 @@ y[i] = T(simd_sum(parts.x) + largest + float(as_type<ushort>(half(parts.y))));
 
 
 def recorded(source: str = SOURCE, header: str = HEADER, threads: int = 64, dtype=mx.bfloat16,
-             template: tuple = (), n: int = 64, names: tuple = ("x", "few", "scale")) -> Launch:  # fmt: skip
+             template: tuple = (), n: int = 64,
+             names: tuple = ("x", "few", "scale")) -> Launch:  # fmt: skip
     recorder = Recorder()
     kernel = recorder.metal_kernel(
         name="fixture", input_names=list(names), output_names=["y"], source=source, header=header

@@ -17,8 +17,8 @@ BUILDS = ("asan", "records")
 # -O0: the compiler's counters are of the text, not of what an optimiser left of it, and compiling
 # takes longer than running.
 _COMMON = (
-    "-std=c++17 -fPIC -O0 -g1 -gdwarf-4 -ffp-contract=off -fno-exceptions -fno-rtti -fno-strict-aliasing "
-    "-fno-omit-frame-pointer -ftrivial-auto-var-init=pattern -w"
+    "-std=c++17 -fPIC -O0 -g1 -gdwarf-4 -ffp-contract=off -fno-exceptions -fno-rtti "
+    "-fno-strict-aliasing -fno-omit-frame-pointer -ftrivial-auto-var-init=pattern -w"
 ).split()
 _FLAGS = {
     "asan": [
@@ -29,6 +29,7 @@ _FLAGS = {
     ],
     "records": ["-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"],
 }
+_LINK_FLAGS = {"asan": ["-fsanitize=address,undefined", "--coverage"], "records": []}
 _RUNTIME_FLAGS = {"asan": ["-DHOST_ASAN"], "records": ["-DHOST_RECORDS"]}
 
 _ATTRIBUTES = {
@@ -166,9 +167,7 @@ def compile_kernel(text: str, name: str, call: str | None = None) -> Compiled:
         _, errors = running[build].communicate()
         if running[build].returncode != 0:
             raise HostError(f"{name} does not compile as host C++:\n{errors[:8000]}")
-        link = [f for f in _FLAGS[build] if f != "-fsanitize=thread" and "param" not in f]
-        link = [f for f in link if f != "tsan-instrument-func-entry-exit=0"]
-        run([gxx(), "-shared", *link, "kernel.o", "-o", "kernel.so"],
+        run([gxx(), "-shared", *_LINK_FLAGS[build], "kernel.o", "-o", "kernel.so"],
             name, HostError, cwd=folder)
 
     # The builds are nested so that both compilers run at once under both locks.

@@ -70,7 +70,8 @@ class HostMetal:
         """
         self.launches.append(launch)
         compiled = compile_kernel(launch.text, launch.name)
-        return self.run_buffers(compiled, launch.grid, launch.threadgroup, _buffers(compiled, launch))
+        buffers = _buffers(compiled, launch)
+        return self.run_buffers(compiled, launch.grid, launch.threadgroup, buffers)
 
     def run_buffers(
         self, compiled: Compiled, grid: Sequence[int], threadgroup: Sequence[int],
@@ -79,7 +80,6 @@ class HostMetal:
         """Runs a compiled kernel on buffers in the order of its signature."""
         grid, threadgroup = _three(grid), _three(threadgroup)
         threadgroup = tuple(min(t, g) for t, g in zip(threadgroup, grid))
-        first: list[np.ndarray] | None = None
         waiting: list[tuple[str, str]] = []
         runs = list(self.runs)
         results = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import mlx.core as mx
 
@@ -12,11 +12,7 @@ _SAMPLE = [0]  # mx.export_function refuses a function without inputs
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel call: the text, the launch, and what the buffers hold.
-
-    `buffers` follows the signature's order and has one entry a buffer: an input's array, the
-    shape or strides of an input that the text mentions, or an output's (shape, dtype).
-    """
+    """One kernel call: its text, grid and template values, inputs, and outputs to be made."""
 
     name: str
     text: str
@@ -25,8 +21,6 @@ class Launch:
     inputs: dict[str, mx.array]
     outputs: dict[str, tuple[tuple[int, ...], mx.Dtype]]
     init_value: float | None = None
-    header: str = field(default="", repr=False)
-    source: str = field(default="", repr=False)
     template: tuple = ()
 
 
@@ -84,7 +78,5 @@ def capture(
         inputs=dict(zip(build["input_names"], arrays)),
         outputs=dict(zip(build["output_names"], zip(shapes, output_dtypes))),
         init_value=init_value,
-        header=build.get("header", ""),
-        source=build["source"],
         template=tuple(template or ()),
     )

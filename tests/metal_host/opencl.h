@@ -131,17 +131,16 @@ struct atomic {
 typedef atomic<int> atomic_int;
 typedef atomic<uint> atomic_uint;
 typedef atomic<float> atomic_float;
+#define CHECK_UPDATE(space, name) \
+  template <typename T, typename V> \
+  T atomic_##name##_explicit(space atomic<T>*, V, memory_order);
 #define CHECK_ATOMIC(space) \
   template <typename T> T atomic_load_explicit(const space atomic<T>*, memory_order); \
-  template <typename T, typename V> void atomic_store_explicit(space atomic<T>*, V, memory_order); \
-  template <typename T, typename V> T atomic_exchange_explicit(space atomic<T>*, V, memory_order); \
-  template <typename T, typename V> T atomic_fetch_add_explicit(space atomic<T>*, V, memory_order); \
-  template <typename T, typename V> T atomic_fetch_sub_explicit(space atomic<T>*, V, memory_order); \
-  template <typename T, typename V> T atomic_fetch_or_explicit(space atomic<T>*, V, memory_order); \
-  template <typename T, typename V> T atomic_fetch_and_explicit(space atomic<T>*, V, memory_order); \
-  template <typename T, typename V> T atomic_fetch_xor_explicit(space atomic<T>*, V, memory_order); \
-  template <typename T, typename V> T atomic_fetch_max_explicit(space atomic<T>*, V, memory_order); \
-  template <typename T, typename V> T atomic_fetch_min_explicit(space atomic<T>*, V, memory_order);
+  template <typename T, typename V> \
+  void atomic_store_explicit(space atomic<T>*, V, memory_order); \
+  CHECK_UPDATE(space, exchange) CHECK_UPDATE(space, fetch_add) CHECK_UPDATE(space, fetch_sub) \
+  CHECK_UPDATE(space, fetch_or) CHECK_UPDATE(space, fetch_and) CHECK_UPDATE(space, fetch_xor) \
+  CHECK_UPDATE(space, fetch_max) CHECK_UPDATE(space, fetch_min)
 CHECK_ATOMIC(__global)
 CHECK_ATOMIC(__local)
 

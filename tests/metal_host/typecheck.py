@@ -88,11 +88,11 @@ def check_limits(launch: Launch) -> list[Problem]:
         found.append(Problem(name, f"{len(buffers)} buffers, at most {MAX_BUFFERS}"))
     for p in buffers:
         if p.name not in launch.inputs and p.name not in launch.outputs:
-            found.append(Problem(name, f"the source mentions '{p.name}', so MLX adds it as a buffer"))
+            found.append(Problem(name, f"the source mentions '{p.name}': MLX adds it as a buffer"))
     for key, value in launch.template:
         if isinstance(value, int) and not isinstance(value, bool) and value > MAX_TEMPLATE_VALUE:
-            found.append(Problem(name, f"template value {key} = {value} is a length: each new value "
-                                       "compiles another kernel; pass lengths as inputs"))
+            found.append(Problem(name, f"template value {key} = {value} is a length: every new "
+                                       "one compiles another kernel; pass lengths as inputs"))
     found += [Problem(name, f"the text uses {why}") for pattern, why in _FORBIDDEN.items()
               if re.search(pattern, _without_comments(launch.text))]
     return found
@@ -149,7 +149,8 @@ def opencl_source(text: str, name: str) -> str:
         '"threadgroup memory above 32 KiB");'
     )
     head = re.sub(r"\[\[[^\]]*\]\]", "", head)
-    return f"{head}namespace checked {{ {definitions}\n__kernel void {name}{rest[:end]}{limit}}}\n}}\n"
+    kernel = f"__kernel void {name}{rest[:end]}{limit}}}"
+    return f"{head}namespace checked {{ {definitions}\n{kernel}\n}}\n"
 
 
 def _declare(variable: metal.Variable, number: int, alignment: str | None) -> str:
