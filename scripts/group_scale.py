@@ -72,8 +72,14 @@ def summarise(rows: list[dict], kld: list[list[np.ndarray]]) -> list[dict]:
     return out
 
 
+RUINED = 0.5  # nats of KLD
+
+
 def winners(rows: list[dict]) -> dict:
-    """For each side, the rule with the lowest KLD relative to the best, averaged over formats."""
+    """For each side, the rule with the lowest KLD relative to the best, averaged over formats.
+
+    A format that ruins the model under every rule has no vote.
+    """
     chosen = {}
     for side in ("k", "v"):
         excess = {}
@@ -82,6 +88,8 @@ def winners(rows: list[dict]) -> dict:
             for fmt in FORMATS:
                 group = [r for r in rows if r["side"] == side and r["format"] == fmt]
                 best = min(r["kld"]["mean"] for r in group)
+                if best > RUINED:
+                    continue
                 ratios += [r["kld"]["mean"] / best for r in group if r["rule"] == rule]
             excess[rule] = float(np.mean(ratios))
         chosen[side] = {"rule": min(excess, key=excess.get), "mean_ratio_to_best": excess}

@@ -10,7 +10,7 @@ from mlx_turbokv import TurboKVCache, attach, detach, make_prompt_cache
 from mlx_turbokv.evaluate.greedy import compare, greedy_tokens
 from mlx_turbokv.models import load
 
-NEAR_TIE = 0.1  # nats between the reference's two candidates
+NEAR_TIE = 0.2  # nats between the reference's two candidates: a factor of 1.22
 
 
 @pytest.fixture(scope="module")
