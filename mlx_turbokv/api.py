@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 import mlx.nn as nn
@@ -10,6 +11,7 @@ import mlx.nn as nn
 from .cache import TurboKVCache
 from .errors import InputError
 from .formats import KVFormat, check_head_dim
+from .kernels.backend import select_backend
 from .kv_layers import KVLayers, kv_layers
 from .policy import Pair, Policy, Uniform, load_policy
 from .shapes import own_caches
@@ -22,7 +24,7 @@ def make_prompt_cache(
     model: nn.Module,
     k: KVFormat | str = "q8_0",
     v: KVFormat | str = "turbo2",
-    policy: Policy | str | None = None,
+    policy: Policy | str | os.PathLike | None = None,
     backend: str | None = None,
 ) -> list[Any]:
     """Caches for one sequence (or one batch) of ``model``: packed where its layers allow it.
@@ -47,12 +49,13 @@ def attach(
     model: nn.Module,
     k: KVFormat | str = "q8_0",
     v: KVFormat | str = "turbo2",
-    policy: Policy | str | None = None,
+    policy: Policy | str | os.PathLike | None = None,
     backend: str | None = None,
 ) -> nn.Module:
     """Make packed caches the model's own, for every function of mlx-lm that creates caches.
 
     Attaching again replaces what was attached. The arguments are those of ``make_prompt_cache``.
+    mlx-lm's ``max_kv_size`` is for models without a factory of their own, so it has no effect then.
 
     Returns:
         The model.
@@ -87,7 +90,7 @@ class CacheFactory:
         previous: the instance's own ``make_cache`` that this factory stands in for, if it had one.
 
     Raises:
-        InputError: the policy or a format does not fit the model.
+        InputError: the policy or a format does not fit the model, or the back-end is missing.
     """
 
     def __init__(
@@ -101,6 +104,7 @@ class CacheFactory:
         self.policy = policy
         self.backend = backend
         self.turbokv_previous = previous
+        select_backend(backend)  # one that is missing is an error now, not at the first token
         caches = own_caches(model)
         self._n_caches = len(caches)
         self.layers: KVLayers = kv_layers(model, caches)
@@ -140,16 +144,15 @@ class CacheFactory:
 
 
 def _as_policy(
-    k: KVFormat | str, v: KVFormat | str, policy: Policy | str | None
+    k: KVFormat | str, v: KVFormat | str, policy: Policy | str | os.PathLike | None
 ) -> Policy:
     if policy is None:
         return Uniform(k, v)
     if isinstance(policy, Policy):
         return policy
-    if isinstance(policy, str) and policy.lower().endswith(".json"):
-        return load_policy(policy)
-    if isinstance(policy, str):
-        return load_policy(policy, k, v)
+    if isinstance(policy, (str, os.PathLike)):
+        is_file = os.fspath(policy).lower().endswith(".json")
+        return load_policy(policy) if is_file else load_policy(policy, k, v)
     raise InputError(f"Policy {policy!r} is not accepted: give a policy object or a name.")
 
 

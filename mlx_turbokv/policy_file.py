@@ -46,15 +46,15 @@ def read_layer_list(path: str | os.PathLike) -> LayerList:
 
 
 def _read_pair(path: Path, ordinal: int, layer: object) -> tuple[KVFormat, KVFormat]:
-    if not (
-        isinstance(layer, dict) and isinstance(layer.get("k"), str) and isinstance(layer.get("v"), str)
-    ):
+    names = [layer.get("k"), layer.get("v")] if isinstance(layer, dict) else [None]
+    if not all(isinstance(name, str) for name in names):
         raise InputError(
             f"Policy file {str(path)!r}, layer {ordinal}: an object with the names 'k' and 'v' is "
             "needed."
         )
     try:
-        return as_format(layer["k"]), as_format(layer["v"])
+        k, v = map(as_format, names)
+        return k, v
     except InputError as error:
         raise InputError(f"Policy file {str(path)!r}, layer {ordinal}: {error}") from None
 
@@ -92,4 +92,6 @@ def write_layer_list(
     except OSError as error:
         if temporary:
             Path(temporary).unlink(missing_ok=True)
-        raise InputError(f"Policy file {str(path)!r} cannot be written: {error.strerror}.") from None
+        raise InputError(
+            f"Policy file {str(path)!r} cannot be written: {error.strerror}."
+        ) from None

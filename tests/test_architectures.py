@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import KVCache, can_trim_prompt_cache
@@ -137,3 +140,11 @@ def test_la_v7_protects_the_first_and_last_two_kv_ordinals(name: str) -> None:
                 packed[index] = (str(entry.k_format), str(entry.v_format))
     v_formats = ["q8_0", "q8_0", "turbo2", "turbo2", "q8_0", "q8_0"]
     assert packed == {i: ("q8_0", v) for i, v in zip(indices, v_formats)}
+
+
+def test_the_table_of_models_is_current() -> None:
+    root = Path(__file__).parent.parent
+    spec = importlib.util.spec_from_file_location("models_table", root / "scripts/models_table.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert (root / "docs/models.md").read_text(encoding="utf-8") == script.table()

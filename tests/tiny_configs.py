@@ -275,7 +275,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "glm_moe_dsa": {"rope_parameters": ROPE},
     "gpt_oss": _SLIDING,
     "gptj": {"rotary_dim": 16},
-    "granitemoehybrid": {"num_hidden_layers": N_MIXED, "layer_types": ["mamba", "attention"] * N_LAYERS},
+    "granitemoehybrid": {
+        "num_hidden_layers": N_MIXED, "layer_types": ["mamba", "attention"] * N_LAYERS,
+    },
     "hunyuan": {"use_mixed_mlp_moe": True, "use_cla": True, "cla_share_factor": 2,
                 "num_hidden_layers": 4,
                 "rope_scaling": {"type": "dynamic", "factor": 1.0, "alpha": 1000.0}},
