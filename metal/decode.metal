@@ -21,14 +21,16 @@ TKV_CONST_FN int padded_rows(int rows) {
 TKV_CONST_FN int decode_step(int rows) {
   return rows <= 4 ? 2 : 1;
 }
-// dims of K that one pass of the q.k loop takes: whole scale groups and whole columns, or the row
-TKV_CONST_FN int key_base(int bits, int group) {
-  return bits > 8 ? 32 : (group == 32 ? (bits == 2 || bits == 6 ? 64 : (bits == 4 || bits == 8 ? 32 : 128)) : group);
+// dims of K that one pass of the q.k loop takes: whole columns that go into scale groups, or into
+// which scale groups go; else the row
+TKV_CONST_FN int key_columns(int bits) {
+  return bits == 2 || bits == 6 ? 64 : (bits == 3 || bits == 5 ? 128 : 32);
+}
+TKV_CONST_FN bool fits_groups(int span, int group) {
+  return group == 0 || group % span == 0 || span % group == 0;
 }
 TKV_CONST_FN int key_span(int bits, int group, int dim) {
-  return key_base(bits, group) * bits % 128 == 0 && dim % key_base(bits, group) == 0
-             ? key_base(bits, group)
-             : dim;
+  return dim % key_columns(bits) == 0 && fits_groups(key_columns(bits), group) ? key_columns(bits) : dim;
 }
 // tokens whose quads fill whole columns
 TKV_CONST_FN int value_span(int bits) {
@@ -87,44 +89,54 @@ TKV_FN void load_queries(const device T* q, threadgroup float* queries, threadgr
   }
 }
 
+// One span of STEP tokens' rows; `at` is the word of the tile where it begins.
+template <int BYTES, int WORDS, int STEP>
+TKV_FN void load_rows(thread uint* words, const device uint* thread* tiles, int at, int lane) {
+  TKV_UNROLL
+  for (int i = 0; i < STEP; i++) {
+    load_row<BYTES>(words + i * WORDS, tiles[i] + at, lane);
+  }
+}
+
 // q.k of STEP tokens a lane (one in each tile) and ROWS query rows.
 template <int BITS, int GROUP, int DIM, int RAW, int ROWS, int STEP>
 TKV_FN void key_scores(thread float* score, const device uint* thread* tiles,
                        threadgroup const float4* queries, threadgroup const float* levels,
-                       int lane) {
+                       int n_spans, int lane) {
   constexpr int RP = padded_rows(ROWS);
   constexpr int SPAN = key_span(BITS, GROUP, DIM);
-  constexpr int G = GROUP == 0 ? SPAN : (GROUP < SPAN ? GROUP : SPAN);
+  constexpr int G = GROUP == 0 || GROUP > SPAN ? SPAN : GROUP;
   constexpr int WORDS = ceil_div(SPAN * BITS, 32);
   TKV_UNROLL
   for (int i = 0; i < STEP * ROWS; i++) {
     score[i] = 0.0f;
   }
-  // the next span's words are under way while this one's are used
-  uint next[STEP * WORDS];
+  float raw[STEP * ROWS];  // of the scale group
   TKV_UNROLL
-  for (int i = 0; i < STEP; i++) {
-    load_row<SPAN * BITS / 8>(next + i * WORDS, tiles[i], lane);
+  for (int i = 0; i < STEP * ROWS; i++) {
+    raw[i] = 0.0f;
   }
-  for (int span = 0; span < DIM / SPAN; span++) {
+  // the next span's words are under way while this one's are used, unless they are many
+  constexpr bool AHEAD = STEP * WORDS <= 16;
+  uint next[AHEAD ? STEP * WORDS : 1];
+  if (AHEAD) {
+    load_rows<SPAN * BITS / 8, WORDS, STEP>(next, tiles, 0, lane);
+  }
+  for (int span = 0; span < n_spans; span++) {
     uint words[STEP * WORDS];
-    TKV_UNROLL
-    for (int i = 0; i < STEP * WORDS; i++) {
-      words[i] = next[i];
-    }
-    if (span + 1 < DIM / SPAN) {
+    if (AHEAD) {
       TKV_UNROLL
-      for (int i = 0; i < STEP; i++) {
-        load_row<SPAN * BITS / 8>(next + i * WORDS, tiles[i] + (span + 1) * SPAN * BITS, lane);
+      for (int i = 0; i < STEP * WORDS; i++) {
+        words[i] = next[AHEAD ? i : 0];
       }
+      if (span + 1 < n_spans) {
+        load_rows<SPAN * BITS / 8, WORDS, STEP>(next, tiles, (span + 1) * SPAN * BITS, lane);
+      }
+    } else {
+      load_rows<SPAN * BITS / 8, WORDS, STEP>(words, tiles, span * SPAN * BITS, lane);
     }
     TKV_UNROLL
     for (int g = 0; g < ceil_div(SPAN, G); g++) {
-      float raw[STEP * ROWS];
-      TKV_UNROLL
-      for (int i = 0; i < STEP * ROWS; i++) {
-        raw[i] = 0.0f;
-      }
       TKV_UNROLL
       for (int quad = g * G / 4; quad < ((g + 1) * G < SPAN ? (g + 1) * G : SPAN) / 4; quad++) {
         float4 k[STEP];
@@ -146,17 +158,21 @@ TKV_FN void key_scores(thread float* score, const device uint* thread* tiles,
           }
         }
       }
+      if (GROUP > SPAN && (span + 1) * SPAN % (GROUP == 0 ? 1 : GROUP) != 0) {
+        continue;
+      }
       TKV_UNROLL
       for (int i = 0; i < STEP; i++) {
         float scale = 1.0f;
         if (GROUP != 0) {
-          const int group = span * SPAN / (GROUP == 0 ? 1 : GROUP) + g;
+          const int group = (span * SPAN + g * G) / (GROUP == 0 ? 1 : GROUP);
           const device ushort* scales = (const device ushort*)(tiles[i] + code_words(BITS, DIM));
           scale = half_bits(scales[group * TILE + lane]);
         }
         TKV_UNROLL
         for (int r = 0; r < ROWS; r++) {
           score[i * ROWS + r] += scale * raw[i * ROWS + r];
+          raw[i * ROWS + r] = 0.0f;
         }
       }
     }
@@ -244,6 +260,7 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
   constexpr int STEP = decode_step(ROWS);
   constexpr int QUADS = ceil_div(VD, 4 * LANES);
   constexpr int PARTS = VD <= 64 && STEP >= 2 ? 2 : 1;  // narrow heads: half a SIMD group a tile
+  constexpr int SPANS = KD / key_span(KB, KG, KD);
   constexpr int UNITS = TILE / value_span(VB);
   constexpr int UNIT_WORDS = value_span(VB) * VB / 8 * QUADS;
   constexpr int V_OFFSET = side_words(KB, KG, KD);
@@ -301,6 +318,8 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
                                           : n_tokens - 1;
   }
 
+  // rolled: a loop that does not fit the instruction cache is slower
+  const int n_units = STEP / PARTS * UNITS - 1 + params[P_ONE];
   threadgroup float* weights = all_weights + simd_group * (STEP * TILE * RP);
   const int part = PARTS == 2 ? lane >> 4 : 0;
   const int first_quad = PARTS == 2 ? lane & 15 : lane;
@@ -317,7 +336,7 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
                       0, first_quad, PARTS == 2 ? 16 : LANES);
     float score[STEP * ROWS];
     key_scores<KB, KG, KD, RAW, ROWS, STEP>(score, tiles, (threadgroup const float4*)queries,
-                                            k_levels, lane);
+                                            k_levels, SPANS == 1 ? 1 : SPANS - 1 + params[P_ONE], lane);
 
     bool grown = false;
     float highest[ROWS];
@@ -371,7 +390,7 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
       }
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
-    for (int u = 0; u < STEP / PARTS * UNITS; u++) {
+    for (int u = 0; u < n_units; u++) {
       uint words[UNIT_WORDS];
       TKV_UNROLL
       for (int i = 0; i < UNIT_WORDS; i++) {
@@ -380,7 +399,7 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
       const int step = u / UNITS * PARTS + part;
       const int tile = t + step < end ? t + step : end - 1;
       const device uint* codes = tile_at<TILE_WORDS>(head_body, head_tail, body_tiles, tile) + V_OFFSET;
-      if (u + 1 < STEP / PARTS * UNITS) {
+      if (u + 1 < n_units) {
         const int next_tile = t + (u + 1) / UNITS * PARTS + part;
         load_unit<VB, VD>(next, tile_at<TILE_WORDS>(head_body, head_tail, body_tiles, next_tile < end ? next_tile : end - 1) + V_OFFSET,
                           (u + 1) % UNITS, first_quad, PARTS == 2 ? 16 : LANES);

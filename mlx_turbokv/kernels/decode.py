@@ -115,6 +115,7 @@ def _launch(
         int(has_starts),
         int(has_sinks),
         scale_bits,
+        1,
     )
     outputs = ("partial", "stats")
     return Launch(
