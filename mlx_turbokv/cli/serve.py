@@ -1,0 +1,54 @@
+"""``mlx_turbokv serve``: mlx_lm.server with packed caches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from .entry import run
+from .options import CACHE_HELP, cache_options, policy_from
+
+
+class _Command(click.Command):
+    """Adds mlx_lm.server's options to the help."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from ..serve import server_parser
+
+        super().format_options(ctx, formatter)
+        rows = []
+        for action in server_parser()._actions:
+            if action.option_strings and action.dest != "help":
+                value = "" if action.nargs == 0 else f" {action.dest.upper()}"
+                rows.append((", ".join(action.option_strings) + value, action.help or ""))
+        with formatter.section("Options of mlx_lm.server"):
+            formatter.write_dl(rows)
+
+
+@click.command(
+    "serve",
+    cls=_Command,
+    epilog=CACHE_HELP,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+)
+@cache_options
+@click.pass_context
+def command(ctx: click.Context, backend: str, **cache: Any) -> None:
+    """Serve a model over HTTP, as mlx_lm.server does, through packed KV caches.
+
+    Every option of mlx_lm.server is accepted; only --kv-bits is not, which asks for another cache.
+    Its limits on prompt caches count packed bytes.
+    """
+    from .. import blas
+
+    blas.require_mlx()
+    from ..serve import parse, serve
+
+    policy = policy_from(**cache)
+    serve(parse(ctx.args), policy, backend)
+
+
+def main() -> None:
+    """Console script ``mlx_turbokv.serve``."""
+    run(command)
