@@ -21,7 +21,9 @@ import mlx.core as mx  # noqa: E402
 from kernel_cases import ALL_CASES, SANITIZE_CASES, run_case  # noqa: E402
 
 from mlx_turbokv.kernels.backend import available_backends, select_backend  # noqa: E402
-from record import record  # noqa: E402
+from record import ROOT, record  # noqa: E402
+
+SAMPLE = ROOT / "mlx_turbokv" / "evaluate" / "sample.txt"
 
 
 def check_kernels(backend: str, cases, seconds: float) -> tuple[list[dict], list[str]]:
@@ -42,13 +44,6 @@ def check_kernels(backend: str, cases, seconds: float) -> tuple[list[dict], list
     return results, failures
 
 
-def check_model(backend: str, model: str | None, n_windows: int) -> tuple[dict, list[str]]:
-    """Greedy text and perplexity of the default model, on ``backend`` and on reference."""
-    from model_check import compare_backends
-
-    return compare_backends(model, (backend, "reference"), n_windows)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", default=None, help="metal or cuda; default: what is here")
@@ -57,6 +52,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=400, help="time for the kernel cases")
     parser.add_argument("--model", default=None, help="a GGUF file or folder of the default model")
     parser.add_argument("--windows", type=int, default=0, help="perplexity windows of the model")
+    parser.add_argument("--text", type=Path, default=SAMPLE, help="the text of those windows")
+    parser.add_argument("--no-kernels", action="store_true", help="the model alone")
     parser.add_argument("--out", type=Path, default=None, help="where to write the JSON record")
     args = parser.parse_args()
 
@@ -66,11 +63,14 @@ def main() -> int:
         return 1
     cases = SANITIZE_CASES if args.sanitize else ALL_CASES
     shard, n_shards = (int(x) for x in args.shard.split("/"))
-    cases = cases[shard::n_shards]
+    cases = [] if args.no_kernels else cases[shard::n_shards]
     results, failures = check_kernels(backend, cases, args.seconds)
     report = record(backend=backend, kernels=results)
     if args.windows:
-        report["model"], more = check_model(backend, args.model, args.windows)
+        from model_check import compare_backends
+
+        pair = (backend, "reference")
+        report["model"], more = compare_backends(args.model, pair, args.windows, args.text)
         failures += more
     report["failures"] = failures
     if args.out:

@@ -1,0 +1,155 @@
+"""The kernels on the CPU: every case against float64, then the edges one by one."""
+
+from __future__ import annotations
+
+import kernel_cases
+import mlx.core as mx
+import numpy as np
+import pytest
+from kernel_cases import ALL_CASES, DIMS, FORMATS, Case, all_pairs, run_case
+
+from mlx_turbokv.errors import InputError
+from mlx_turbokv.formats import KVFormat
+from mlx_turbokv.kernels import assemble, backend, decode, dequantize, pack, reference
+from mlx_turbokv.kernels.packed import PackedKV
+from mlx_turbokv.kernels.tiles import tiles_to_rows
+from mlx_turbokv.layout import KVLayout
+
+# half rows on the way through MLX's attention
+THROUGH_ROWS = 3e-3
+
+
+@pytest.fixture
+def host(metal_host, monkeypatch):
+    """The launchers' Metal kernels run on the CPU."""
+    monkeypatch.setattr(assemble, "factory", metal_host.metal_kernel)
+    return metal_host
+
+
+@pytest.mark.parametrize("case", ALL_CASES, ids=str)
+def test_case_agrees_with_float64(host, case: Case) -> None:
+    assert run_case(case, "metal")["failures"] == []
+
+
+def test_cases_hold_every_pair_of_formats_and_dims() -> None:
+    pairs = {(case.k_format, case.v_format) for case in kernel_cases.PAIRS}
+    assert pairs == {(k, v) for k in FORMATS for v in FORMATS}
+    assert {case.dims for case in kernel_cases.PAIRS} == set(DIMS)
+
+
+def test_all_pairs_covers_every_pair() -> None:
+    values = {"a": (0, 1, 2), "b": (0, 1), "c": (0, 1, 2, 3)}
+    rows = all_pairs(values)
+    for x, y in (("a", "b"), ("a", "c"), ("b", "c")):
+        found = {(row[x], row[y]) for row in rows}
+        assert found == {(p, q) for p in values[x] for q in values[y]}
+
+
+def _layout(k: str, v: str, dim: int = 64, dtype: str = "float16") -> KVLayout:
+    return KVLayout(KVFormat.parse(k), KVFormat.parse(v), dim, dim, dtype)
+
+
+def _rows(shape: tuple[int, ...], seed: int = 0, dtype: mx.Dtype = mx.float16) -> mx.array:
+    rng = np.random.default_rng(seed)
+    return mx.array(rng.standard_normal(shape).astype(np.float32)).astype(dtype)
+
+
+@pytest.mark.parametrize("pair", [("q8_0", "turbo3"), ("turbo2", "q8_0")])
+def test_broken_values_stay_in_their_row(host, pair) -> None:
+    layout = _layout(*pair)
+    keys, values = np.array(_rows((1, 1, 5, 64))), np.array(_rows((1, 1, 5, 64), 1))
+    clean = pack.pack(mx.array(keys), mx.array(values), layout)
+    keys[0, 0, 1, 3], values[0, 0, 3, 40] = np.nan, np.inf
+    k, v = reference.dequantize(
+        PackedKV(layout, None, 0, pack.pack(mx.array(keys), mx.array(values), layout), 5), mx.float32
+    )
+    clean_k, clean_v = reference.dequantize(PackedKV(layout, None, 0, clean, 5), mx.float32)
+    for rows, clean_rows, broken in ((k, clean_k, 1), (v, clean_v, 3)):
+        assert not np.isfinite(np.array(rows)[0, 0, broken]).all()
+        others = [i for i in range(5) if i != broken]
+        np.testing.assert_array_equal(np.array(rows)[0, 0, others], np.array(clean_rows)[0, 0, others])
+
+
+def test_scales_saturate_and_zeros_stay_zero(host) -> None:
+    layout = _layout("q8_0", "turbo2", dtype="float32")
+    rows = mx.stack([mx.full((64,), 1e9), mx.zeros((64,))])[None, None]
+    got = tiles_to_rows(pack.pack(rows, rows, layout), layout)
+    for scales in (got.k_scales, got.v_scales):
+        assert (np.array(scales)[0, 0, 0] == 65504).all()
+        assert (np.array(scales)[0, 0, 1] == 0).all()
+
+
+@pytest.mark.parametrize("mask", [None, "causal", "bool", "additive"])
+def test_many_queries_go_through_rows(host, mask) -> None:
+    layout = _layout("turbo4", "turbo3")
+    keys, values = _rows((1, 2, 40, 64)), _rows((1, 2, 40, 64), 1)
+    queries = _rows((1, 4, 12, 64), 2)
+    packed = PackedKV(layout, None, 0, pack.pack(keys, values, layout), 40)
+    if mask == "bool":
+        mask = mx.array(np.random.default_rng(3).random((1, 1, 12, 40)) > 0.3)
+    elif mask == "additive":
+        mask = _rows((1, 4, 12, 40), 4)
+    got = dequantize.attention(queries, packed, 0.125, mask)
+    expected = reference.attention(queries.astype(mx.float32), packed, 0.125, mask)
+    error = mx.linalg.norm(got.astype(mx.float32) - expected) / mx.linalg.norm(expected)
+    assert error.item() <= THROUGH_ROWS
+
+
+def test_few_queries_with_a_mask_and_starts(host) -> None:
+    layout = _layout("q8_0", "turbo2")
+    packed = PackedKV(layout, None, 0, pack.pack(_rows((2, 1, 20, 64)), _rows((2, 1, 20, 64), 1), layout), 20)
+    queries, starts = _rows((2, 2, 10, 64), 2), mx.array([0, 7], mx.int32)
+    got = dequantize.attention(queries, packed, 0.125, "causal", starts=starts)
+    seen = np.arange(20) <= np.arange(10, 20)[:, None]
+    seen = seen & (np.arange(20) >= np.array([0, 7])[:, None, None, None])
+    expected = reference.attention(queries.astype(mx.float32), packed, 0.125, mx.array(seen))
+    assert mx.abs(got.astype(mx.float32) - expected).max().item() <= THROUGH_ROWS
+
+
+def test_kv_heads_go_in_slices(host, monkeypatch) -> None:
+    layout = _layout("turbo4", "q8_0")
+    packed = PackedKV(layout, None, 0, pack.pack(_rows((1, 3, 33, 64)), _rows((1, 3, 33, 64), 1), layout), 33)
+    queries = _rows((1, 6, 9, 64), 2)
+    whole = dequantize.attention(queries, packed, 0.125, "causal")
+    host.launches.clear()
+    monkeypatch.setattr(dequantize, "TRANSIENT_BYTES", 33 * 128 * 2)  # one head
+    sliced = dequantize.attention(queries, packed, 0.125, "causal")
+    assert len(host.launches) == 3
+    assert mx.abs(whole - sliced).max().item() <= THROUGH_ROWS
+
+
+def test_a_decode_step_is_three_launches(host) -> None:
+    layout = _layout("q8_0", "turbo2")
+    host.launches.clear()
+    tail = pack.pack(_rows((1, 1, 3, 64)), _rows((1, 1, 3, 64), 1), layout)
+    decode.decode(_rows((1, 4, 1, 64), 2), PackedKV(layout, None, 0, tail, 3), 0.125)
+    assert len(host.launches) == 3  # mlx-lm's f16 cache: two slice updates and attention
+
+
+def test_dequantize_gives_the_original_basis(host) -> None:
+    layout = _layout("turbo6", "turbo5")
+    packed = PackedKV(layout, None, 0, pack.pack(_rows((1, 1, 9, 64)), _rows((1, 1, 9, 64), 1), layout), 9)
+    for got, expected in zip(dequantize.dequantize(packed, mx.float32), reference.dequantize(packed, mx.float32)):
+        assert mx.abs(got - expected).max().item() <= 1e-5
+
+
+def test_forced_backend_that_is_missing_is_an_error(monkeypatch) -> None:
+    monkeypatch.setattr(assemble, "factory", None)
+    missing = next(b for b in ("metal", "cuda") if b not in backend.available_backends())
+    with pytest.raises(InputError, match=missing):
+        backend.select_backend(missing)
+    monkeypatch.setenv(backend.ENVIRONMENT, missing)
+    with pytest.raises(InputError, match=missing):
+        backend.select_backend()
+    with pytest.raises(InputError, match="accepted are auto, metal, cuda, reference"):
+        backend.select_backend("opencl")
+
+
+def test_uncovered_dims_are_an_error_when_forced_and_said_once_otherwise(host) -> None:
+    layout = _layout("f16", "f16", 640)
+    rows = _rows((1, 1, 2, 640))
+    with pytest.raises(InputError, match="k_head_dim 640"):
+        backend.select_backend("metal").pack(rows, rows, layout)
+    with pytest.warns(UserWarning, match="k_head_dim 640"):
+        tiles = backend.select_backend("auto").pack(rows, rows, layout)
+    np.testing.assert_array_equal(np.array(tiles), np.array(reference.pack(rows, rows, layout)))
