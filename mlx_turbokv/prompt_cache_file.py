@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import CacheList, load_prompt_cache, save_prompt_cache
+from mlx_lm.models import cache as mlx_lm_cache
+from mlx_lm.models.cache import CacheList, load_prompt_cache
 
 from .errors import InputError
 from .kv_summary import leaves
@@ -61,11 +62,29 @@ def save(path: Path, saved: Saved, model: str) -> None:
         "tokens": json.dumps(saved.tokens),
         "messages": json.dumps(saved.messages),
     }
-    temporary = None
+    save_prompt_cache(path, saved.caches, metadata)
+
+
+def save_prompt_cache(
+    path: str | os.PathLike[str], caches: list[Any], metadata: dict[str, str] | None = None
+) -> None:
+    """Write what mlx-lm's ``save_prompt_cache`` writes, whole or not at all.
+
+    The file is made under another name and renamed, so whatever ends the process leaves the old
+    file or the new one. ``mlx_lm.models.cache.load_prompt_cache`` reads it.
+
+    Args:
+        caches: one entry a layer, packed or not.
+        metadata: strings to keep in the file.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    path, temporary = Path(path), None
     try:
         handle, temporary = tempfile.mkstemp(".safetensors", ".turbokv-", path.parent)
         os.close(handle)
-        save_prompt_cache(temporary, saved.caches, metadata)
+        mlx_lm_cache.save_prompt_cache(temporary, caches, metadata)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         if temporary is not None and os.path.exists(temporary):
