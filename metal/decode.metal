@@ -158,7 +158,7 @@ TKV_FN void key_scores(thread float* score, const device uint* thread* tiles,
           }
         }
       }
-      if (GROUP > SPAN && (span + 1) * SPAN % (GROUP == 0 ? 1 : GROUP) != 0) {
+      if (GROUP > SPAN && (span + 1) * SPAN % (GROUP == 0 ? 1 : GROUP) != 0 && (span + 1) * SPAN < DIM) {
         continue;
       }
       TKV_UNROLL
