@@ -1,0 +1,270 @@
+"""Runs one variant: pack, decode and dequantize, each compared with what it should give.
+
+A GPU back-end is compared with the reference ops, which run on the CPU; the reference back-end is
+compared with float64 NumPy. Decode and dequantize read rows that the reference packed, so a
+broken pack kernel fails alone.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from ..formats import KVFormat
+from ..kernels import dequantize, quantize, reference
+from ..kernels.backend import Backend
+from ..kernels.packed import PackedKV
+from ..kernels.tiles import code_bits, first_rows_mask, tiles_to_rows
+from ..layout import TILE
+from . import oracle
+from .variants import Variant
+
+# codes may differ by one where a value lies at a decision boundary: this share of them
+CODES_SHARE = 1e-3
+SCALE_ULPS = 1
+# relative error (root mean square) of attention over the same packed rows, by the output's dtype
+ATTENTION = {"float16": 1e-3, "bfloat16": 6e-3, "float32": 1e-3}
+# largest error of a row value over the largest value
+ROWS = 1e-5
+N_KV_HEADS = 2
+N_BODY, N_TAIL, N_KEPT = 64, 37, 5
+JOBS = ("pack", "decode", "dequantize")
+TOLERANCES = {
+    "pack": f"at most {CODES_SHARE:.0e} of the codes off by one level (values at a decision "
+    f"boundary), f16 rows equal, scales within {SCALE_ULPS} ulp, free rows zero",
+    "decode": "relative error " + ", ".join(f"{t:.0e} {d}" for d, t in ATTENTION.items()),
+    "dequantize": f"{ROWS:.0e} of the largest value",
+}
+
+
+class Outcome(NamedTuple):
+    """How one job of one variant went; ``message`` says what is wrong, None where nothing is."""
+
+    job: str
+    error: float
+    message: str | None
+    seconds: float
+
+
+class Failed(Exception):
+    """A comparison that did not hold."""
+
+
+def run_variant(
+    variant: Variant, backend: Backend, skip: frozenset[str] = frozenset()
+) -> Iterator[tuple[str, Outcome | None]]:
+    """Check the jobs of one variant; yields (job, None) before each and (job, outcome) after."""
+    case = _Case(variant)
+    for job in JOBS:
+        if job in skip:
+            continue
+        yield job, None
+        start = time.perf_counter()
+        try:
+            error, message = getattr(case, job)(backend), None
+        except Failed as failure:
+            error, message = math.nan, str(failure)
+        except Exception as failure:  # what MLX raises on a text that does not compile
+            error, message = math.nan, f"{type(failure).__name__}: {failure}"
+        yield job, Outcome(job, error, message, time.perf_counter() - start)
+
+
+class _Case:
+    """Inputs of a variant, the same on every machine, and its three comparisons."""
+
+    def __init__(self, variant: Variant) -> None:
+        self.variant, self.layout = variant, variant.layout
+        self.dtype = getattr(mx, variant.dtype)
+        self.rng = np.random.default_rng(zlib.crc32(repr(variant).encode()))
+        n = N_BODY + N_TAIL
+        self.keys = self._rows(n, variant.k_head_dim)
+        self.values = self._rows(n, variant.v_head_dim)
+
+    def _rows(self, n: int, dim: int) -> mx.array:
+        """Rows of different magnitudes, one of them zero."""
+        rows = self.rng.standard_normal((1, N_KV_HEADS, n, dim))
+        rows *= np.exp(self.rng.standard_normal((1, N_KV_HEADS, n, 1)))
+        rows[:, :, 3] = 0
+        return mx.array(rows.astype(np.float32)).astype(self.dtype)
+
+    def packed(self) -> PackedKV:
+        """A body and a tail that the reference packed."""
+        with mx.stream(mx.cpu):
+            body = reference.pack(self.keys[:, :, :N_BODY], self.values[:, :, :N_BODY], self.layout)
+            tail = reference.pack(self.keys[:, :, N_BODY:], self.values[:, :, N_BODY:], self.layout)
+            mx.eval(body, tail)
+        return PackedKV(self.layout, body, N_BODY, tail, N_TAIL)
+
+    def pack(self, backend: Backend) -> float:
+        """Rows behind a tail that is kept; returns the share of codes that differ."""
+        layout, n = self.layout, N_BODY + N_TAIL
+        with mx.stream(mx.cpu):
+            tail = reference.pack(self.keys[:, :, :N_KEPT], self.values[:, :, :N_KEPT], layout)
+            mx.eval(tail)
+        new = self.keys[:, :, N_KEPT:], self.values[:, :, N_KEPT:]
+        tiles = backend.pack(*new, layout, tail, N_KEPT)
+        mx.eval(tiles)
+        with mx.stream(mx.cpu):
+            rows = tiles_to_rows(tiles, layout)
+            free = tiles[:, :, -1] & ~first_rows_mask(layout, n % TILE)
+            if free.any().item():
+                raise Failed("rows behind the last are not zero")
+            want = reference.pack(self.keys, self.values, layout)
+            if want.shape != tiles.shape:
+                raise Failed(f"shape {tiles.shape} instead of {want.shape}")
+            wanted = tiles_to_rows(want, layout)
+            mx.eval(rows, wanted)
+        share = 0.0
+        for side, fmt, x, rule in (
+            ("k", layout.k_format, self.keys, quantize.K_SCALE_RULE),
+            ("v", layout.v_format, self.values, quantize.V_SCALE_RULE),
+        ):
+            bits = code_bits(fmt, layout.itemsize)
+            codes = oracle.codes_from_units(getattr(rows, side)[:, :, :n], bits)
+            scales = getattr(rows, f"{side}_scales")[:, :, :n]
+            if backend.name == "reference" and not fmt.is_f16:
+                expected = oracle.quantized(_float64(x), fmt, rule)
+            else:
+                units, theirs = getattr(wanted, side)[:, :, :n], getattr(wanted, f"{side}_scales")
+                expected = oracle.codes_from_units(units, bits), np.array(theirs[:, :, :n])
+            share = max(share, _compare_rows(side.upper(), fmt, codes, np.array(scales), *expected))
+        return share
+
+    def decode(self, backend: Backend) -> float:
+        """One query of four heads a group, then the variant's own shape."""
+        packed, v = self.packed(), self.variant
+        worst = 0.0
+        for gqa, n_queries, edge in ((4, 1, "plain"), (v.gqa_factor, v.n_queries, v.edge)):
+            error = self._attention_error(backend, packed, gqa, n_queries, edge)
+            if not error <= ATTENTION[v.dtype]:
+                raise Failed(
+                    f"relative error {error:.1e} is above {ATTENTION[v.dtype]:.0e} "
+                    f"(GQA factor {gqa}, {n_queries} queries, {edge})"
+                )
+            worst = max(worst, error)
+        return worst
+
+    def _attention_error(
+        self, backend: Backend, packed: PackedKV, gqa: int, n_queries: int, edge: str
+    ) -> float:
+        n_heads, n, dim = N_KV_HEADS * gqa, packed.n_tokens, self.variant.k_head_dim
+        shape = (1, n_heads, n_queries, dim)
+        queries = mx.array(self.rng.standard_normal(shape).astype(np.float32)).astype(self.dtype)
+        scale, sinks, options = dim**-0.5, None, {}
+        mask = seen = None
+        if edge == "causal":
+            mask = "causal"
+            seen = np.arange(n) <= np.arange(n - n_queries, n)[:, None]
+        if edge == "sinks":
+            logits = self.rng.standard_normal(n_heads).astype(np.float32)
+            sinks = mx.array(logits).astype(self.dtype)
+        if edge == "starts":
+            seen = np.arange(n) >= n // 3
+            if backend.name == "reference":
+                mask = mx.array(np.broadcast_to(seen, (1, 1, n_queries, n)))
+            else:
+                options["starts"] = mx.array([n // 3], mx.int32)
+        output = backend.attention(queries, packed, scale, mask, sinks, **options)
+        mx.eval(output)
+        if backend.name == "reference":
+            keys, values = (np.repeat(x, gqa, axis=1) for x in _expected_rows(packed))
+            seen = np.ones((n_queries, n), bool) if seen is None else seen
+            sink = None if sinks is None else _float64(sinks)
+            want = oracle.attention(_float64(queries), keys, values, scale, seen, sink)
+        else:
+            if seen is not None:
+                seen = mx.array(np.broadcast_to(seen, (1, 1, n_queries, n)))
+            with mx.stream(mx.cpu):
+                q = queries.astype(mx.float32)
+                want = _float64(reference.attention(q, packed, scale, seen, sinks))
+        error = _float64(output) - want
+        return float(np.linalg.norm(error) / (np.linalg.norm(want) or 1.0))
+
+    def dequantize(self, backend: Backend) -> float:
+        """Rows read back; the inverse rotation of a kernel's rows is the CPU's, in float32."""
+        packed = self.packed()
+        if backend.name == "reference":
+            got, want = backend.dequantize(packed, mx.float32), _expected_rows(packed)
+        else:
+            got = list(dequantize.rotated_rows(packed, mx.float32, 0, N_KV_HEADS, backend.name))
+            mx.eval(got)
+            formats = self.layout.k_format, self.layout.v_format
+            with mx.stream(mx.cpu):
+                for i, fmt in enumerate(formats):
+                    if fmt.is_turbo:
+                        got[i] = quantize.rotate(got[i], got[i].shape[-1], inverse=True)
+                want = [_float64(x) for x in reference.dequantize(packed, mx.float32)]
+        worst = 0.0
+        for side, rows, expected in zip("KV", got, want):
+            error = np.abs(_float64(rows) - expected).max() / np.abs(expected).max()
+            if not error <= ROWS:
+                raise Failed(f"{side} rows differ by {error:.1e} of the largest value")
+            worst = max(worst, float(error))
+        return worst
+
+
+def timed(call: Callable[[], object], calls: int = 8, rounds: int = 5) -> float:
+    """Median seconds of one call, of several rounds of calls that are evaluated together."""
+    mx.eval(call())
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        mx.eval([call() for _ in range(calls)])
+        seconds.append((time.perf_counter() - start) / calls)
+    return sorted(seconds)[rounds // 2]
+
+
+def _expected_rows(packed: PackedKV) -> list[np.ndarray]:
+    """K and V of packed rows by NumPy alone, from their codes and scales."""
+    layout = packed.layout
+    with mx.stream(mx.cpu):
+        parts = [tiles_to_rows(tiles, layout) for tiles in (packed.body, packed.tail)]
+        mx.eval(parts)
+    found = []
+    for side, fmt in (("k", layout.k_format), ("v", layout.v_format)):
+        rows = []
+        for part, n in zip(parts, (packed.n_body, packed.n_tail)):
+            units, scales = getattr(part, side)[:, :, :n], getattr(part, f"{side}_scales")[:, :, :n]
+            if fmt.is_f16:
+                with mx.stream(mx.cpu):
+                    rows.append(_float64(units.view(getattr(mx, layout.dtype))))
+            else:
+                codes = oracle.codes_from_units(units, fmt.bits)
+                rows.append(oracle.dequantized(codes, np.array(scales), fmt))
+        found.append(np.concatenate(rows, axis=2))
+    return found
+
+
+def _compare_rows(
+    side: str, fmt: KVFormat, codes: np.ndarray, scales: np.ndarray, wanted: np.ndarray,
+    wanted_scales: np.ndarray,
+) -> float:  # fmt: skip
+    """The share of codes that differ.
+
+    Raises:
+        Failed: more than rounding explains.
+    """
+    off = np.abs(codes - wanted)
+    share = float((off > 0).mean())
+    if fmt.is_f16:
+        if share:
+            raise Failed(f"{side}: {share:.1%} of the f16 values differ")
+        return 0.0
+    if off.max() > 1 or share > CODES_SHARE:
+        raise Failed(f"{side}: {share:.1%} of the codes differ, by up to {off.max()} levels")
+    ulps = np.abs(scales.view(np.uint16).astype(int) - wanted_scales.view(np.uint16).astype(int))
+    ulps[off.any(axis=-1)] = 0  # another code has another scale
+    if ulps.max() > SCALE_ULPS:
+        raise Failed(f"{side}: scales differ by up to {ulps.max()} ulps")
+    return share
+
+
+def _float64(x: mx.array) -> np.ndarray:
+    with mx.stream(mx.cpu):
+        return np.array(x.astype(mx.float32)).astype(np.float64)

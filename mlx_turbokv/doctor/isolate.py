@@ -1,0 +1,168 @@
+"""Runs the variants: in a process of their own where a kernel may take the process with it.
+
+A bad kernel can raise, give wrong numbers, end the process or never end. Each is a failure of
+that kernel and variant, and the others still run, in a new process.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ..kernels.backend import select_backend
+from .checks import Outcome, run_variant
+from .timing import time_variant
+from .variants import Variant
+
+# a job that has not ended after this is stopped
+SECONDS_A_JOB = 120
+# a job that failed in so many variants is not run in the rest
+MOST_FAILURES = 3
+LAST_LINES = 12
+
+
+def results(
+    variants: list[Variant], backend: str, progress: Callable[[str], None], *, times: bool,
+    isolated: bool,
+) -> list[dict]:  # fmt: skip
+    """One record a variant: its jobs' outcomes, and its times if all went well.
+
+    Args:
+        progress: is told what runs.
+        isolated: whether the kernels run in processes of their own.
+    """
+    found: list[dict] = []
+    failures: Counter[str] = Counter()
+    while len(found) < len(variants):
+        skip = frozenset(job for job, n in failures.items() if n >= MOST_FAILURES)
+        rest = variants[len(found) :]
+        source = _child_events if isolated else _events
+        before = len(found)
+        for event in source(rest, backend, skip, times):
+            if event["event"] == "job":
+                name = f"[{len(found) + 1}/{len(variants)}] {variants[len(found)]}"
+                progress(f"{name}: {event['job']}")
+                continue
+            record = event["record"]
+            found.append(record)
+            failures.update(job for job, o in record["jobs"].items() if o["message"])
+            progress(f"[{len(found)}/{len(variants)}] {record['variant']}: {_words(record)}")
+            if any(o["message"] for o in record["jobs"].values()):
+                break  # a GPU may be in no state to go on; `skip` may have changed
+        if len(found) == before:
+            raise RuntimeError("The kernels' process ended without saying anything.")
+    return found
+
+
+def _words(record: dict) -> str:
+    wrong = [job for job, outcome in record["jobs"].items() if outcome["message"]]
+    return "FAILED " + ", ".join(wrong) if wrong else "ok"
+
+
+def _events(
+    variants: list[Variant], backend: str, skip: frozenset[str], times: bool
+) -> Iterator[dict]:
+    """Runs the variants here: an event before each job, and one with each variant's record."""
+    implementation = select_backend(backend)
+    for variant in variants:
+        jobs: dict[str, dict] = {}
+        for job, outcome in run_variant(variant, implementation, skip):
+            if outcome is None:
+                yield {"event": "job", "job": job}
+            else:
+                jobs[job] = _as_json(outcome)
+        record = {"variant": str(variant), **variant.as_json(), "jobs": jobs, "times": None}
+        if times and not skip and all(o["message"] is None for o in jobs.values()):
+            yield {"event": "job", "job": "times"}
+            try:
+                record["times"] = time_variant(variant, implementation)
+            except Exception as error:  # larger shapes than those of the checks
+                jobs["times"] = _as_json(_failed("times", f"{type(error).__name__}: {error}"))
+        yield {"event": "variant", "record": record}
+
+
+def _child_events(
+    variants: list[Variant], backend: str, skip: frozenset[str], times: bool
+) -> Iterator[dict]:
+    """The events of a process of its own; if it dies, the record of the job that it was at."""
+    order = {"variants": [v.as_json() for v in variants], "backend": backend}
+    order |= {"skip": sorted(skip), "times": times}
+    package_root = str(Path(__file__).resolve().parents[2])
+    paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    child = subprocess.Popen(
+        [sys.executable, "-c", f"from {__name__} import child; child()"], text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+    )  # fmt: skip
+    errors: list[str] = []
+    reader = threading.Thread(target=lambda: errors.extend(child.stderr), daemon=True)
+    reader.start()
+    done, job, late, ended = 0, "pack", threading.Event(), False
+
+    def stop() -> None:
+        late.set()
+        child.kill()
+
+    timer = _timer(stop)
+    try:
+        child.stdin.write(json.dumps(order))
+        child.stdin.close()
+        for line in child.stdout:
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue  # something that a library printed
+            timer.cancel()
+            timer = _timer(stop)
+            done += event["event"] == "variant"
+            job = event.get("job", "pack")
+            yield event
+        ended = True
+    except BrokenPipeError:
+        ended = True  # it died before it had read its orders
+    finally:
+        timer.cancel()
+        if not ended:  # whoever listens has heard enough
+            child.kill()
+        child.stdout.close()
+        code = child.wait()
+        reader.join()
+    if done == len(variants):
+        return
+    how = f"no end after {SECONDS_A_JOB} s" if late.is_set() else f"the process ended with {code}"
+    message = "\n".join([how, *("".join(errors).splitlines()[-LAST_LINES:])])
+    jobs = {job: _as_json(_failed(job, message))}
+    variant = variants[done]
+    record = {"variant": str(variant), **variant.as_json(), "jobs": jobs, "times": None}
+    yield {"event": "variant", "record": record}
+
+
+def _timer(stop: Callable[[], None]) -> threading.Timer:
+    timer = threading.Timer(SECONDS_A_JOB, stop)
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
+def _failed(job: str, message: str) -> Outcome:
+    return Outcome(job, math.nan, message, 0.0)
+
+
+def _as_json(outcome: Outcome) -> dict:
+    error = None if math.isnan(outcome.error) else outcome.error
+    return {"error": error, "message": outcome.message, "seconds": round(outcome.seconds, 3)}
+
+
+def child() -> None:
+    """What the process does: reads its orders from stdin, and prints an event a line."""
+    order = json.load(sys.stdin)
+    variants = [Variant(**fields) for fields in order["variants"]]
+    for event in _events(variants, order["backend"], frozenset(order["skip"]), order["times"]):
+        print(json.dumps(event), flush=True)

@@ -1,0 +1,77 @@
+"""How long the jobs of a variant take, and MLX's own fp16 attention on the same shapes."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import mlx.core as mx
+
+from ..kernels.backend import Backend
+from ..kernels.packed import PackedKV
+from .checks import timed
+from .variants import Variant
+
+# tokens, KV heads, query heads
+GPU_SHAPE = (8192, 8, 32)
+CPU_SHAPE = (512, 2, 8)
+
+
+def shape_for(backend: str) -> tuple[int, int, int]:
+    """Tokens, KV heads and query heads that a back-end is timed on."""
+    return CPU_SHAPE if backend == "reference" else GPU_SHAPE
+
+
+def time_variant(variant: Variant, backend: Backend) -> dict:
+    """Median microseconds and GB/s of pack, decode (one query) and dequantize (to fp16).
+
+    GB/s count what each must read and write; ``decode_speedup`` is the time of MLX's fp16
+    attention over that of decode.
+    """
+    n, n_kv_heads, n_heads = shape_for(backend.name)
+    layout = variant.layout
+    dims = variant.k_head_dim, variant.v_head_dim
+    dtype = getattr(mx, variant.dtype)
+    calls, rounds = (1, 3) if backend.name == "reference" else (8, 5)
+    keys, values = (_noise((1, n_kv_heads, n, dim), dtype) for dim in dims)
+    queries = _noise((1, n_heads, 1, dims[0]), dtype)
+    tiles = backend.pack(keys, values, layout)
+    mx.eval(tiles)
+    packed = PackedKV(layout, tiles, n, None, 0)
+    scale = dims[0] ** -0.5
+    pack = timed(lambda: backend.pack(keys, values, layout), calls, rounds)
+    decode = timed(lambda: backend.attention(queries, packed, scale), calls, rounds)
+    rows = timed(lambda: backend.dequantize(packed, mx.float16), calls, rounds)
+    fp16 = _fp16_attention(dims, (n, n_kv_heads, n_heads), calls, rounds)
+    row_bytes = n_kv_heads * n * sum(dims) * 2
+    read = keys.nbytes + values.nbytes
+    return {
+        "shape": [n, n_kv_heads, n_heads],
+        "packed_bytes": tiles.nbytes,
+        "pack_us": round(pack * 1e6, 1),
+        "pack_gb_s": round((read + tiles.nbytes) / pack / 1e9, 2),
+        "decode_us": round(decode * 1e6, 1),
+        "decode_gb_s": round(tiles.nbytes / decode / 1e9, 2),
+        "dequantize_us": round(rows * 1e6, 1),
+        "dequantize_gb_s": round((tiles.nbytes + row_bytes) / rows / 1e9, 2),
+        "fp16_us": round(fp16 * 1e6, 1),
+        "fp16_gb_s": round(row_bytes / fp16 / 1e9, 2),
+        "decode_speedup": round(fp16 / decode, 2),
+    }
+
+
+@lru_cache(maxsize=None)
+def _fp16_attention(
+    dims: tuple[int, int], shape: tuple[int, int, int], calls: int, rounds: int
+) -> float:
+    n, n_kv_heads, n_heads = shape
+    keys, values = (_noise((1, n_kv_heads, n, dim), mx.float16) for dim in dims)
+    queries = _noise((1, n_heads, 1, dims[0]), mx.float16)
+    scale = dims[0] ** -0.5
+    attention = mx.fast.scaled_dot_product_attention
+    return timed(lambda: attention(queries, keys, values, scale=scale), calls, rounds)
+
+
+def _noise(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    array = mx.random.normal(shape, key=mx.random.key(shape[-1])).astype(dtype)
+    mx.eval(array)
+    return array

@@ -1,0 +1,93 @@
+"""Which kernel variants doctor builds: formats on K and on V, head_dims, shapes and edges."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from ..formats import FORMAT_NAMES, KVFormat
+from ..layout import KVLayout
+
+SETS = ("quick", "default", "full")
+FORMATS = (*FORMAT_NAMES, *(f"turbo{bits}:32" for bits in (2, 3, 4, 5, 6)))
+HEAD_DIMS = (64, 72, 80, 96, 112, 128, 160, 192, 256, 512)
+COMMON_DIMS = (128, 64)
+# head_dims that differ, as models with multi-head latent attention have them
+UNEQUAL_DIMS = (192, 128)
+# (GQA factor, queries, edge): a variant gets the next one, beside one query of four heads
+SHAPES = (
+    (1, 1, "plain"),
+    (8, 2, "causal"),
+    (3, 1, "sinks"),
+    (4, 8, "causal"),
+    (7, 1, "starts"),
+    (16, 1, "plain"),
+    (2, 4, "sinks"),
+)
+DTYPES = ("float16", "float16", "bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One pair of formats with the shape that decode is checked on besides the plain one."""
+
+    k_format: str
+    v_format: str
+    k_head_dim: int
+    v_head_dim: int
+    dtype: str = "float16"
+    gqa_factor: int = 1
+    n_queries: int = 1
+    edge: str = "plain"
+
+    def __str__(self) -> str:
+        dims = f"{self.k_head_dim}"
+        if self.v_head_dim != self.k_head_dim:
+            dims += f"/{self.v_head_dim}"
+        return f"{self.k_format}/{self.v_format} head_dim {dims} {self.dtype}"
+
+    @property
+    def layout(self) -> KVLayout:
+        """The stored layout of the pair."""
+        formats = KVFormat.parse(self.k_format), KVFormat.parse(self.v_format)
+        return KVLayout(*formats, self.k_head_dim, self.v_head_dim, self.dtype)
+
+    def as_json(self) -> dict:
+        """The fields, to make the same variant elsewhere."""
+        return asdict(self)
+
+
+def variants(which: str = "default") -> list[Variant]:
+    """The variants of a set.
+
+    ``quick``: the two recommended pairs at the two most common head_dims. ``default``: every
+    format on K and on V at those head_dims, and at every other one three pairs that take the
+    formats in turn. ``full``: every pair of formats, and every format on K and V at every head_dim.
+    """
+    pairs: dict[tuple[str, str, int, int], None] = {}
+
+    def add(k: str, v: str, k_dim: int, v_dim: int | None = None) -> None:
+        pairs.setdefault((k, v, k_dim, v_dim or k_dim))
+
+    for dim in COMMON_DIMS:
+        add("q8_0", "turbo2", dim)
+        add("turbo4", "turbo3", dim)
+    if which != "quick":
+        n = len(FORMATS)
+        per_dim = n if which == "full" else 3
+        for shift, dim in enumerate(COMMON_DIMS, 1):
+            for i, k in enumerate(FORMATS):
+                add(k, FORMATS[(i + 2 * shift) % n], dim)
+        rest = [(d, d) for d in HEAD_DIMS if d not in COMMON_DIMS] + [UNEQUAL_DIMS]
+        for j, dims in enumerate(rest):
+            for i in range(per_dim):
+                at = j * per_dim + i
+                add(FORMATS[at % n], FORMATS[(at + 3 + j) % n], *dims)
+    if which == "full":
+        for k in FORMATS:
+            for v in FORMATS:
+                add(k, v, COMMON_DIMS[0])
+    found = []
+    for i, pair in enumerate(pairs):
+        gqa, queries, edge = SHAPES[i % len(SHAPES)]
+        found.append(Variant(*pair, DTYPES[i % len(DTYPES)], gqa, queries, edge))
+    return found
