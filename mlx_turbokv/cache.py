@@ -6,14 +6,9 @@ not depend on how a prompt was cut.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from mlx_lm.models import cache as mlx_lm_cache
 
 from .packed_cache import FLUSH_TOKENS, STATE_VERSION, PackedCache
-
-if TYPE_CHECKING:
-    from .batch_cache import BatchTurboKVCache
 
 __all__ = ["FLUSH_TOKENS", "STATE_VERSION", "TurboKVCache"]
 
@@ -39,15 +34,15 @@ class TurboKVCache(PackedCache):
         return mlx_lm_cache.create_attention_mask(*args, offset=self.offset, **kwargs)
 
     @classmethod
-    def merge(cls, caches: list[TurboKVCache]) -> BatchTurboKVCache:
+    def merge(cls, caches: list[TurboKVCache]) -> batch_cache.BatchTurboKVCache:
         """One batch of the sequences of several caches.
 
         Raises:
             ValueError: the caches differ in formats or shapes.
         """
-        from .batch_cache import BatchTurboKVCache
-
-        return BatchTurboKVCache.merge(caches)
+        return batch_cache.BatchTurboKVCache.merge(caches)
 
 
 mlx_lm_cache.TurboKVCache = TurboKVCache  # load_prompt_cache looks classes up there
+
+from . import batch_cache  # noqa: E402  it builds on TurboKVCache, and is to be found there too

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -298,3 +300,16 @@ def test_pipeline_models_may_replace_the_newest_array() -> None:
     before = held_rows(batch)
     batch.keys = mx.depends(batch.keys, [mx.zeros(1)])
     np.testing.assert_array_equal(held_rows(batch), before)
+
+
+def test_a_saved_batch_is_loaded_where_only_the_cache_was_imported(tmp_path: Path) -> None:
+    name = str(tmp_path / "cache.safetensors")
+    save_prompt_cache(name, [TurboKVCache.merge([filled(40), filled(5)])])
+    script = (
+        "import sys, mlx_turbokv.cache; from mlx_lm.models.cache import load_prompt_cache;"
+        "print(load_prompt_cache(sys.argv[1])[0].offset.tolist())"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", script, name], capture_output=True, text=True, check=True
+    )
+    assert ran.stdout == "[40, 5]\n"
