@@ -18,8 +18,9 @@ from mlx_turbokv.cli.entry import run
 from mlx_turbokv.doctor import isolate, sources
 from mlx_turbokv.doctor.checks import JOBS, run_variant
 from mlx_turbokv.doctor.report import as_markdown
-from mlx_turbokv.doctor.variants import FORMATS, HEAD_DIMS, Variant, variants
+from mlx_turbokv.doctor.variants import FORMATS, HEAD_DIMS, Variant, variant_set
 from mlx_turbokv.kernels import assemble, backend, reference
+from mlx_turbokv.kernels.decode import MAX_QUERIES
 
 METAL = Path(__file__).resolve().parents[1] / "metal"
 SMALL = Variant("turbo4", "turbo3", 64, 64, "float16", 2, 2, "causal")
@@ -105,7 +106,7 @@ def test_doctor_passes_on_the_reference_back_end(tmp_path) -> None:
     assert "checked here: **reference**" in result.stdout
     assert "turbo4/turbo3 head_dim 64 float16: decode" in result.stderr
     record = json.loads(file.read_text())
-    assert record["passed"] and len(record["variants"]) == len(variants("quick"))
+    assert record["passed"] and len(record["variants"]) == len(variant_set("quick"))
     for variant in record["variants"]:
         assert set(variant["jobs"]) == set(JOBS)
         assert variant["times"]["decode_us"] > 0 and variant["times"]["fp16_us"] > 0
@@ -137,17 +138,32 @@ def off_by_a_percent(x):
     return x * mx.array(1.01, x.dtype)
 
 
+def attention_off(few: bool):
+    """The reference's attention, off by a percent for few queries, or for many."""
+
+    def attention(queries, *rest):
+        output = reference.attention(queries, *rest)
+        return off_by_a_percent(output) if (queries.shape[2] <= MAX_QUERIES) == few else output
+
+    return attention
+
+
+# (job that must fail, what a back-end gives instead)
 BROKEN = {
-    "pack": lambda k, v, *rest: reference.pack(off_by_a_percent(k), v, *rest),
-    "decode": lambda *args: off_by_a_percent(reference.attention(*args)),
-    "dequantize": lambda *args: [off_by_a_percent(x) for x in reference.dequantize(*args)],
+    "pack": ("pack", {"pack": lambda k, v, *rest: reference.pack(off_by_a_percent(k), v, *rest)}),
+    "decode": ("decode", {"attention": attention_off(few=True)}),
+    "prefill": ("dequantize", {"attention": attention_off(few=False)}),
+    "dequantize": (
+        "dequantize",
+        {"dequantize": lambda *args: [off_by_a_percent(x) for x in reference.dequantize(*args)]},
+    ),
 }
 
 
-@pytest.mark.parametrize("job", BROKEN)
-def test_numbers_that_are_off_by_a_percent_fail(job) -> None:
-    field = "attention" if job == "decode" else job
-    broken = backend.REFERENCE._replace(**{field: BROKEN[job]})
+@pytest.mark.parametrize("which", BROKEN)
+def test_numbers_that_are_off_by_a_percent_fail(which) -> None:
+    job, operations = BROKEN[which]
+    broken = backend.REFERENCE._replace(**operations)
     outcomes = [outcome for _, outcome in run_variant(SMALL, broken) if outcome]
     assert [o.job for o in outcomes if o.message] == [job]
 
@@ -239,7 +255,7 @@ def test_a_kernel_that_never_ends_is_stopped(tmp_path, monkeypatch) -> None:
 
 
 def test_a_job_that_keeps_failing_is_not_run_to_the_end(monkeypatch) -> None:
-    broken = backend.REFERENCE._replace(pack=BROKEN["pack"])
+    broken = backend.REFERENCE._replace(**BROKEN["pack"][1])
     monkeypatch.setattr(isolate, "select_backend", lambda name: broken)
     records = isolate.results([SMALL] * 5, "reference", say_nothing, times=False, isolated=False)
     assert ["pack" in r["jobs"] for r in records] == [True] * 3 + [False] * 2
@@ -247,7 +263,7 @@ def test_a_job_that_keeps_failing_is_not_run_to_the_end(monkeypatch) -> None:
 
 
 def test_the_sets_cover_what_they_say() -> None:
-    default, full = variants("default"), variants("full")
+    default, full = variant_set("default"), variant_set("full")
     for some in (default, full):
         assert {v.k_format for v in some} == {v.v_format for v in some} == set(FORMATS)
         assert {v.k_head_dim for v in some} == set(HEAD_DIMS)
@@ -258,7 +274,7 @@ def test_the_sets_cover_what_they_say() -> None:
     each = {(f, dim) for f in FORMATS for dim in HEAD_DIMS}
     assert {(v.k_format, v.k_head_dim) for v in full} == each
     assert {(v.v_format, v.v_head_dim) for v in full} == each
-    assert set(variants("quick")) <= set(default)
+    assert set(variant_set("quick")) <= set(default)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from ..evaluate.record import command_line, environment
 from ..kernels.backend import available_backends, select_backend
 from . import isolate, sources
 from .checks import JOBS
-from .variants import Variant, variants
+from .variants import Variant, variant_set
 
 # what MLX asks for before it uses a GPU's neural accelerators (M5)
 NEURAL_MACOS = (26, 2)
@@ -66,7 +66,7 @@ def examine(
     n_files, problems = sources.check_sources(metal or sources.folder())
     record["source_files"] = n_files
     found = isolate.results(
-        variants(which) if chosen is None else chosen,
+        variant_set(which) if chosen is None else chosen,
         name,
         progress,
         times=times,

@@ -56,7 +56,7 @@ class Variant:
         return asdict(self)
 
 
-def variants(which: str = "default") -> list[Variant]:
+def variant_set(which: str = "default") -> list[Variant]:
     """The variants of a set.
 
     ``quick``: the two recommended pairs at the two most common head_dims. ``default``: every
