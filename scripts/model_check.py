@@ -45,6 +45,7 @@ def compare_backends(
                 model, tokenizer, text.read_text(encoding="utf-8"), [pair], 512, n_windows, backend
             )
             nll[backend] = evaluation.summary()[0]["nll_by_window"]
+            print(pair, backend, f"{time.perf_counter() - start:.1f} s", nll[backend], flush=True)
         apart = max(abs(a - b) for a, b in zip(*nll.values()))
         if not apart <= WINDOW_NLL:
             failures.append(f"{pair}: nll of a window differs by {apart:.4f}")
@@ -61,9 +62,9 @@ def compare_backends(
             if found.gap is not None and not abs(found.gap) <= NEAR_TIE:
                 failures.append(f"{pair}: text parts at {found.n_equal}, {found.gap:.3f} nats apart")
             texts.append({"prompt": prompt, **vars(found)})
+            print(pair, texts[-1], f"{time.perf_counter() - start:.1f} s", flush=True)
         row = {"pair": pair, "nll_by_window": nll, "largest_difference": apart, "greedy": texts}
         row["seconds"] = round(time.perf_counter() - start, 1)
         results["pairs"].append(row)
-        print(row, flush=True)
         mx.clear_cache()
     return results, failures
