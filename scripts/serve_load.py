@@ -22,7 +22,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import mlx_turbokv  # noqa: F401, I001: before MLX, so that OpenBLAS is used
 import openai
+from mlx_turbokv.evaluate.record import command_line, environment
 
 # a loaded server's memory wavers by freed pages that the allocator keeps
 GROWTH_LIMIT = 0.05
@@ -69,7 +71,7 @@ def ask(client: openai.OpenAI, index: int, options: argparse.Namespace, leave: b
 def load(
     client: openai.OpenAI, options: argparse.Namespace, first: int, n: int
 ) -> list[Outcome]:
-    """Send ``n`` requests from the clients; about a third of them disconnect."""
+    """Send ``n`` requests from the clients, of which a share disconnects."""
     rng = random.Random(first)
     leaving = [rng.random() < options.disconnects for _ in range(n)]
     with ThreadPoolExecutor(options.clients) as pool:
@@ -160,7 +162,8 @@ def measure(client: openai.OpenAI, options: argparse.Namespace, process: subproc
     whole = [outcome for outcome in outcomes if not outcome.disconnected]
     same = sum(o.text == alone[prompt_of(o.index, options.prompts)] for o in whole)
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": f"python {command_line()}",
+        **environment(),
         "policy": options.policy,
         "requests": len(outcomes),
         "clients": options.clients,

@@ -103,7 +103,9 @@ class Batch:
 class BatchMachine(RuleBasedStateMachine):
     """Random operations; every form of the batch must agree after each."""
 
-    @initialize(seed=st.integers(0, 2**16), formats=st.sampled_from(FORMATS), size=st.integers(1, 3))
+    @initialize(
+        seed=st.integers(0, 2**16), formats=st.sampled_from(FORMATS), size=st.integers(1, 3)
+    )
     def start(self, seed: int, formats: tuple[str, str], size: int) -> None:
         self.rng = np.random.default_rng(seed)
         self.formats = formats

@@ -64,7 +64,15 @@ def test_sixteen_prompts_through_la_v7_equal_sixteen_single_runs(llama: nn.Modul
 
 @pytest.mark.parametrize(
     "name",
-    ["qwen3", "qwen3_next", "falcon_h1", "granitemoehybrid", "gpt_oss", "gemma3_text", "stablelm"],
+    [
+        "qwen3",
+        "qwen3_next",
+        "falcon_h1",
+        "granitemoehybrid",
+        "gpt_oss",
+        "gemma3_text",
+        "stablelm",
+    ],
 )
 def test_architectures_give_the_same_in_a_batch(name: str) -> None:
     """Hybrids, sinks, sliding windows and a model that changes keys after the cache.
@@ -93,7 +101,8 @@ def test_architectures_give_the_same_in_a_batch(name: str) -> None:
 
 def test_layers_in_f16_share_masks_with_packed_ones() -> None:
     """mlx-lm's own batch cache and ours lie in one model, and one mask serves both."""
-    model = attach(varied_model("llama", num_hidden_layers=6), policy="boundary:1,1:f16/f16", k="turbo4", v="turbo3")
+    model = varied_model("llama", num_hidden_layers=6)
+    attach(model, policy="boundary:1,1:f16/f16", k="turbo4", v="turbo3")
     assert {type(c).__name__ for c in model.make_cache()} == {"KVCache", "TurboKVCache"}
     given = prompts([45, 3, 70, 33], seed=2)
     response = batch_generate(

@@ -205,6 +205,16 @@ def small_model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_gguf(tmp_path_factory.mktemp("serve") / "small.gguf", "llama", weights)
 
 
+def test_load_with_disconnects_leaves_memory_as_it_was(small_model_file: Path) -> None:
+    """A short run of the script that loads a server with 200 requests."""
+    script = Path(__file__).parents[1] / "scripts" / "serve_load.py"
+    command = [sys.executable, str(script), "--model", str(small_model_file), "--requests", "40"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    record = json.loads(ran.stdout)
+    assert record["disconnected"] > 5 and record["answered"] > 5
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
