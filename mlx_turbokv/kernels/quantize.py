@@ -41,10 +41,8 @@ def _constant(kind: str, *args: int) -> mx.array:
 
 
 def _level_table(bits: int, width: int) -> np.ndarray:
-    """The levels of every index that `_levels` looks up, [indices, codes in an index]."""
+    """The levels of every unit, [2**bits of a unit, codes in a unit]."""
     unit_bits, per_unit = UNITS[bits]
-    if unit_bits == 8:
-        unit_bits, per_unit = 16, 2 * per_unit
     units = np.arange(1 << unit_bits)[:, None] >> (bits * np.arange(per_unit))
     return codebook(bits, width)[units & ((1 << bits) - 1)]
 
@@ -52,15 +50,13 @@ def _level_table(bits: int, width: int) -> np.ndarray:
 def _levels(units: mx.array, bits: int, width: int, head_dim: int) -> mx.array:
     """Codebook levels of a row's units.
 
-    A lookup costs the same whatever it brings, so two 8-bit units are looked up as one, and a
-    pair of levels as one complex number, which is faster than a row of two.
+    A pair of levels is looked up as one complex number, which is faster than a row of two. (Larger
+    units would need fewer lookups, and tables that a model's weights push out of the cache.)
 
     Shapes:
         units: [..., units in a row]; returns: [..., head_dim] float32.
     """
     table = _constant("levels", bits, width)
-    if UNITS[bits][0] == 8:
-        units = mx.contiguous(units).view(mx.uint16)
     if table.shape[-1] == 2:
         return table.view(mx.complex64).reshape(-1)[units].view(mx.float32)
     return table[units].reshape(*units.shape[:-1], head_dim)
