@@ -16,17 +16,64 @@ sys.path.insert(0, str(ROOT))
 from mlx_turbokv.evaluate.table import as_markdown, footnotes, heading  # noqa: E402
 
 
+def read(name: str) -> dict:
+    """A record of benchmarks/."""
+    return json.loads((ROOT / f"benchmarks/{name}.json").read_text(encoding="utf-8"))
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table whose first column is text and whose others are numbers."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def perplexity() -> str:
-    """The table of benchmarks/perplexity.json, with the command that made it."""
-    record = json.loads((ROOT / "benchmarks/perplexity.json").read_text(encoding="utf-8"))
-    heading_lines = heading(record).replace("\n", "; ")
-    return "\n\n".join(
-        [f"{heading_lines}.", as_markdown(record["results"]), footnotes(record),
-         f"`{record['command']}`"]
-    )  # fmt: skip
+    """Perplexity and divergence, with the command that made them."""
+    record = read("perplexity")
+    parts = [heading(record).replace("\n", "; ") + ".", as_markdown(record["results"])]
+    return "\n\n".join([*parts, footnotes(record), f"`{record['command']}`"])
 
 
-SECTIONS = {"perplexity": perplexity}
+def decode() -> str:
+    """Decode attention on a GPU against MLX's fp16 attention, from one run."""
+    record = read("bench_kernels")
+    rows = [r for r in record["rows"] if r["heads"] == [32, 8]]
+    variants = list(dict.fromkeys(r["variant"] for r in rows))
+    by = {(r["tokens"], r["variant"]): r for r in rows}
+    lines = []
+    for tokens in sorted({r["tokens"] for r in rows}):
+        cells = [f"{tokens:,}"]
+        for variant in variants:
+            row = by[tokens, variant]
+            ratio = "" if variant == "fp16" else f" ({row['fp16_over_this']:.2f}×)"
+            cells.append(f"{row['us']:.1f}{ratio}")
+        lines.append(cells)
+    about = (
+        f"{record['device']}, mlx {record['mlx']}: µs of one attention call of one query, "
+        "32 query and 8 KV heads, head_dim 128; in brackets, how many times faster than MLX's "
+        "fp16 attention in the same run. Building the call takes further time of the CPU, which "
+        "a running model hides behind the step before."
+    )
+    return "\n\n".join([about, table(["tokens", *variants], lines), f"`{record['command']}`"])
+
+
+def reference() -> str:
+    """The reference back-end on a CPU."""
+    record = read("reference_speed")
+    rows = [
+        [r["config"], f"{1 / r['decode_s']:.2f}", f"{r['decode_tps_ratio']:.2f}",
+         f"{r['window_s']:.2f}", f"{r['window_time_ratio']:.2f}"]
+        for r in record["rows"]
+    ]  # fmt: skip
+    about = (
+        f"{record['device']}, two cores, mlx {record['mlx']}, OpenBLAS: the default model at "
+        f"{record['tokens']:,} tokens, and a window of 512 tokens."
+    )
+    header = ["K/V", "decode tok/s", "of f16", "window s", "of f16"]
+    return "\n\n".join([about, table(header, rows), f"`{record['command']}`"])
+
+
+SECTIONS = {"perplexity": perplexity, "decode": decode, "reference": reference}
 
 
 def drawn(readme: str) -> str:
