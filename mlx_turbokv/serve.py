@@ -174,7 +174,9 @@ def serve(options: argparse.Namespace, policy: Policy, backend: str | None = Non
     max_bytes = NO_LIMIT if options.prompt_cache_bytes is None else options.prompt_cache_bytes
     prompt_cache = LRUPromptCache(options.prompt_cache_size, max_bytes)
     generator = _Generator(provider, prompt_cache)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A shell's background job inherits an ignored SIGINT, and the main thread is woken by one.
+    for stop in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(stop, signal.default_int_handler)
     try:
         if mx.distributed.init().rank() == 0:
             server._run_http_server(options.host, options.port, generator, server_class=_Server)
