@@ -16,6 +16,8 @@ from mlx_lm.models.base import create_causal_mask
 from .cache import TurboKVCache
 from .errors import InputError
 from .formats import KVFormat
+from .kernels.packed import PaddedCausal
+from .kernels.tables import at_least_eight
 from .kernels.tiles import Rows, rows_to_tiles, tiles_to_rows
 from .layout import TILE, KVLayout
 from .packed_cache import PackedCache
@@ -49,6 +51,7 @@ class BatchTurboKVCache(PackedCache):
     def _pad(self, left_padding: Sequence[int]) -> None:
         self._padding = [int(n) for n in left_padding]
         self._padding_array: mx.array | None = None
+        self._starts_array: mx.array | None = None
         self._offset: tuple[int, mx.array] | None = None
 
     @property
@@ -83,9 +86,21 @@ class BatchTurboKVCache(PackedCache):
         size = self.size()
         if not any(self._padding):
             return mlx_lm_cache.create_attention_mask(N, size, return_array, window_size)
-        return create_causal_mask(
+        mask = create_causal_mask(
             N, offset=size, window_size=window_size, left_padding=self.left_padding
         )
+        if window_size is not None:
+            return mask
+        mask = PaddedCausal(mask)
+        mask.starts = self._starts
+        return mask
+
+    @property
+    def _starts(self) -> mx.array:
+        """The first row of each sequence as kernels take it, made once."""
+        if self._starts_array is None:
+            self._starts_array = at_least_eight(self.left_padding)
+        return self._starts_array
 
     def prepare(
         self,

@@ -12,7 +12,7 @@ from ..layout import TILE, KVLayout
 from ..rotation import base_order, rotation_width, signs
 from . import assemble, quantize, tables
 from .decode import MAX_QUERIES, decode
-from .packed import PackedKV
+from .packed import PackedKV, PaddedCausal
 
 # dequantised K and V of one attention call are kept below this by taking KV heads in slices
 TRANSIENT_BYTES = 128 * 2**20
@@ -141,9 +141,17 @@ def attention(
     """
     if queries.shape[2] <= MAX_QUERIES and not isinstance(mask, mx.array):
         return decode(queries, packed, scale, mask == "causal", sinks, starts, backend=backend)
+    if queries.shape[2] <= MAX_QUERIES and starts is None and _is_padding_of(mask, queries, packed):
+        return decode(queries, packed, scale, True, sinks, mask.starts, backend=backend)
     if starts is not None:
         mask = _with_starts(queries.shape[2], packed.n_tokens, mask, starts)
     return _through_rows(queries, packed, scale, mask, sinks, backend)
+
+
+def _is_padding_of(mask: mx.array, queries: mx.array, packed: PackedKV) -> bool:
+    """Whether the mask says no more than where these sequences begin, and is causal."""
+    shape = (queries.shape[0], 1, queries.shape[2], packed.n_tokens)
+    return type(mask) is PaddedCausal and mask.shape == shape
 
 
 def _with_starts(n_queries: int, n_tokens: int, mask: mx.array | str | None, starts: mx.array):

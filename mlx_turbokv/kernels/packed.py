@@ -1,4 +1,4 @@
-"""What attention is given: packed K and V, and how much of them is valid."""
+"""What attention is given: packed K and V, how much of them is valid, and where padding ends."""
 
 from __future__ import annotations
 
@@ -33,3 +33,16 @@ class PackedKV(NamedTuple):
     def n_tokens(self) -> int:
         """Rows of the sequence."""
         return self.n_body + self.n_tail
+
+
+class PaddedCausal(mx.array):
+    """The causal mask of left-padded sequences; it knows the first valid row of each.
+
+    An array like any other where a model uses it otherwise. Kernels that read packed rows take
+    ``starts`` instead, and the array is never computed.
+
+    Shapes:
+        the array: [B, 1, L, n] bool; starts: [B] int32, followed by zeros up to 8.
+    """
+
+    starts: mx.array
