@@ -10,7 +10,7 @@ import mlx.core as mx
 from ..layout import TILE, KVLayout
 from . import quantize
 from .packed import PackedKV
-from .tiles import Rows, first_rows_mask, rows_to_tiles, tiles_to_rows
+from .tiles import Rows, first_rows_mask, padded, rows_to_tiles, tiles_to_rows
 
 # dequantised K and V of one attention call are kept below this by taking KV heads in slices
 TRANSIENT_BYTES = 128 * 2**20
@@ -36,7 +36,7 @@ def pack(
     v = quantize.quantize(values, layout.v_format, quantize.V_SCALE_RULE)
     rows = Rows(*k, *v)
     if n_partial:
-        rows = Rows(*(mx.pad(part, [(0, 0), (0, 0), (n_partial, 0), (0, 0)]) for part in rows))
+        rows = padded(rows, n_partial, 0)
     tiles = rows_to_tiles(rows, layout)
     if n_tail == 0:
         return tiles

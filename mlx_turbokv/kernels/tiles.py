@@ -56,6 +56,15 @@ def units_from_codes(codes: mx.array, bits: int) -> mx.array:
     return (parts << shifts).sum(axis=-1).astype(_WORD[unit_bits])
 
 
+def padded(rows: Rows, before: int, after: int) -> Rows:
+    """Rows with others of zero bits around them.
+
+    An f16 row has no scales, and nothing is computed of them: MLX's CUDA build crashes there.
+    """
+    widths = [(0, 0), (0, 0), (before, after), (0, 0)]
+    return Rows(*(mx.pad(part, widths) if part.shape[-1] else part for part in rows))
+
+
 def rows_to_tiles(rows: Rows, layout: KVLayout) -> mx.array:
     """Lay rows out in tiles; rows after the last are zero bits.
 
@@ -66,27 +75,32 @@ def rows_to_tiles(rows: Rows, layout: KVLayout) -> mx.array:
     n = rows.k.shape[2]
     n_tiles = -(-n // TILE)
     if extra := n_tiles * TILE - n:
-        rows = Rows(*(mx.pad(part, [(0, 0), (0, 0), (0, extra), (0, 0)]) for part in rows))
+        rows = padded(rows, 0, extra)
     k_bits = code_bits(layout.k_format, layout.itemsize)
     v_bits = layout.v_code_bits
 
-    tiled = Rows(*(part.reshape(*part.shape[:2], n_tiles, TILE, -1) for part in rows))
-    k_bytes = _units_to_bytes(tiled.k, k_bits)
+    def tiled(part: mx.array) -> mx.array:
+        return part.reshape(*part.shape[:2], n_tiles, TILE, part.shape[-1])
+
+    k_bytes = _units_to_bytes(tiled(rows.k), k_bits)
     regions, start = [], 0
     for width, count in _column_runs(layout):
         run = k_bytes[..., start : start + width * count]
         run = run.reshape(*run.shape[:-1], count, width)
         regions.append(_flat(mx.swapaxes(run, -3, -2)))
         start += width * count
-    regions.append(_scale_bytes(tiled.k_scales))
+    if rows.k_scales.shape[-1]:
+        regions.append(_scale_bytes(tiled(rows.k_scales)))
 
     units_per_quad = QUAD // UNITS[v_bits][1]
-    quads = tiled.v.reshape(*tiled.v.shape[:-1], -1, units_per_quad)
+    quads = tiled(rows.v)
+    quads = quads.reshape(*quads.shape[:-1], -1, units_per_quad)
     streams = mx.moveaxis(quads, -2, -3)  # [..., D/4, tokens, units]
     streams = _units_to_bytes(streams.reshape(*streams.shape[:-2], -1), v_bits)
     columns = streams.reshape(*streams.shape[:-1], -1, 16)
     regions.append(_flat(mx.swapaxes(columns, -3, -2)))
-    regions.append(_scale_bytes(tiled.v_scales))
+    if rows.v_scales.shape[-1]:
+        regions.append(_scale_bytes(tiled(rows.v_scales)))
     return mx.contiguous(mx.concatenate(regions, axis=-1)).view(mx.uint32)
 
 
