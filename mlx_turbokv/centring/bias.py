@@ -1,0 +1,84 @@
+"""References from the bias of a model's key projection: always at hand, nothing to calibrate.
+
+The bias is what an attention layer's keys are where its input is zero, at position 0. That holds
+for separate and fused projections, quantised or not, whatever the order of their outputs. Where
+keys are normalised after the projection this is no constant part of them; an input and its
+negative show that, and such a layer has no reference here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..kv_layers import KVLayer
+from ..shapes import own_caches
+from .probe import NotingCache
+
+# how far keys may be from affine in the input, relative to the largest: half precision
+AFFINE_RTOL = 2e-2
+
+
+def key_biases(model: nn.Module, layers: list[KVLayer]) -> dict[int, mx.array]:
+    """The constant part of the keys of KV layers, by ordinal; layers without one are missing.
+
+    Shapes:
+        returns: [H, head_dim] float32 each.
+    """
+    width = _embedding_width(model)
+    blocks = list(model.layers)
+    if width is None or not layers or max(layer.index for layer in layers) >= len(blocks):
+        return {}
+    if len(blocks) != len(own_caches(model)):
+        return {}  # which layer owns which cache is not known
+    found = {}
+    for layer in layers:
+        bias = _bias_of(blocks[layer.index], width)
+        if bias is not None:
+            found[layer.ordinal] = bias
+    return found
+
+
+def _bias_of(block: nn.Module, width: int) -> mx.array | None:
+    for module in _attention_modules(block):
+        zero = _keys_at(module, mx.zeros((1, 1, width)))
+        if zero is None:
+            continue
+        if not mx.any(zero).item():
+            return None
+        x = mx.random.normal((1, 1, width), key=mx.random.key(0))
+        up, down = _keys_at(module, x), _keys_at(module, -x)
+        worst = mx.abs(up + down - 2 * zero).max() / mx.maximum(mx.abs(up), mx.abs(down)).max()
+        return zero if worst.item() < AFFINE_RTOL else None
+    return None
+
+
+def _keys_at(module: nn.Module, x: mx.array) -> mx.array | None:
+    """The keys that an attention module makes of ``x`` at position 0; [H, head_dim] float32."""
+    noting = NotingCache(offset=0)
+    try:
+        module(x, mask=None, cache=noting)
+    except Exception:  # no attention after all, or one that needs more than these
+        return None
+    if noting.handed is None or noting.handed.shape[2] != 1:
+        return None
+    return noting.handed[0, :, 0].astype(mx.float32)
+
+
+def _attention_modules(block: nn.Module) -> Iterator[nn.Module]:
+    for name, module in block.named_modules():
+        leaf = name.rsplit(".", 1)[-1].lower()
+        if name and ("attn" in leaf or "attention" in leaf or "Attention" in type(module).__name__):
+            yield module
+
+
+def _embedding_width(model: nn.Module) -> int | None:
+    """The width of the model's hidden states: that of its first embedding."""
+    for _, module in model.named_modules():
+        if isinstance(module, nn.QuantizedEmbedding):
+            return module.dims
+        if isinstance(module, nn.Embedding):
+            return module.weight.shape[-1]
+    return None
