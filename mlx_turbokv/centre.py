@@ -16,6 +16,7 @@ sines for all layers and heads, rounded to half once, so writing and reading agr
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -131,6 +132,8 @@ class Centre:
         self.turning = turning
         self.source = source
         self.n_sharing = n_sharing
+        self._angles = mx.array(np.array(turning.angles, np.float32))
+        mx.eval(self.mu, self._angles)
         content = np.array(self.mu).tobytes() + repr((turning, BLOCK)).encode()
         self.digest = hashlib.sha256(content).hexdigest()
 
@@ -152,28 +155,31 @@ class Centre:
         n_blocks = -(-n_rows // BLOCK)
         return _table(self.turning, -(-n_blocks // TABLE_STEP) * TABLE_STEP)
 
-    def anchors(self, blocks: mx.array) -> mx.array:
-        """The anchors of blocks.
+    def anchors(self, first: int, n: int) -> mx.array:
+        """The anchors of blocks ``first`` to ``first + n``.
 
         Shapes:
-            blocks: [...] int32; returns: [..., H, head_dim] float32.
+            returns: [n, H, head_dim] float32.
         """
-        return self._turned(self.table(BLOCK * (int(blocks.max().item()) + 1))[blocks])
-
-    def _turned(self, entries: mx.array) -> mx.array:
-        """mu turned by entries of the table: [..., head_dim] to [..., H, head_dim]."""
-        first, second, place = _pair_indices(self.turning)
-        x, y = self.mu[:, first], self.mu[:, second]
-        entries = entries.astype(mx.float32)[..., None, :]
+        first_dims, second_dims, place = _pair_indices(self.turning)
+        x, y = self.mu[:, first_dims], self.mu[:, second_dims]
+        entries = self.table(BLOCK * (first + n))[first : first + n, None].astype(mx.float32)
         cosine, sine = mx.split(entries, 2, axis=-1)
         return mx.concatenate([x * cosine - y * sine, x * sine + y * cosine], axis=-1)[..., place]
 
-    def rows(self, first: int, n: int, padding: tuple[int, ...] | None = None) -> mx.array:
+    def rows(
+        self,
+        first: int,
+        n: int,
+        padding: tuple[int, ...] | None = None,
+        basis: Callable[[mx.array], mx.array] = lambda anchors: anchors,
+    ) -> mx.array:
         """The anchors of rows ``first`` to ``first + n``.
 
         Args:
             padding: rows before position 0 of each sequence; None where there are none. What
                 rows of padding get is of no account.
+            basis: a linear map that the anchors go through.
 
         Shapes:
             returns: [B or 1, H, n, head_dim] float32.
@@ -181,23 +187,17 @@ class Centre:
         starts = np.array(padding or (0,))[:, None]
         blocks = np.maximum(np.arange(first, first + n) - starts, 0) // BLOCK
         low, high = int(blocks.min()), int(blocks.max())
-        anchors = self._turned(self.table(first + n)[low : high + 1])  # [blocks, H, head_dim]
+        anchors = basis(self.anchors(low, high - low + 1))
         return mx.swapaxes(anchors[mx.array((blocks - low).astype(np.int32))], 1, 2)
-
-    @property
-    def mu_bytes(self) -> int:
-        """Bytes of mu."""
-        return self.mu.nbytes
 
     def nbytes(self, n_rows: int) -> int:
         """Bytes resident for ``n_rows`` positions: mu, and this layer's share of the table."""
-        return self.mu_bytes + self.table(max(n_rows, 1)).nbytes // self.n_sharing
+        return self.mu.nbytes + self.table(max(n_rows, 1)).nbytes // self.n_sharing
 
     @property
     def state(self) -> list:
         """What makes it anew: arrays and scalars."""
-        angles = mx.array(np.array(self.turning.angles, np.float32))
-        return [BLOCK, self.mu, self.turning.half, angles, self.source, self.n_sharing]
+        return [BLOCK, self.mu, self.turning.half, self._angles, self.source, self.n_sharing]
 
     @classmethod
     def from_state(cls, state: list) -> Centre:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from ..centre import Centre
 from ..layout import KVLayout
 
 
@@ -21,6 +22,8 @@ class PackedKV(NamedTuple):
     Args:
         n_body: valid rows of the body, a multiple of 32; rows after them are stale.
         n_tail: valid rows of the tail; rows after them are stale or zero.
+        centre: what was taken out of the keys; None where they are stored whole.
+        padding: rows before position 0 of each sequence, for ``centre``; None where there are none.
     """
 
     layout: KVLayout
@@ -28,6 +31,8 @@ class PackedKV(NamedTuple):
     n_body: int
     tail: mx.array | None
     n_tail: int
+    centre: Centre | None = None
+    padding: tuple[int, ...] | None = None
 
     @property
     def n_tokens(self) -> int:
