@@ -9,6 +9,8 @@ from typing import Any
 import mlx.nn as nn
 
 from .cache import TurboKVCache
+from .centring.choose import choose_centring
+from .centring.references import References
 from .errors import InputError
 from .formats import KVFormat, check_head_dim
 from .kernels.backend import select_backend
@@ -26,6 +28,7 @@ def make_prompt_cache(
     v: KVFormat | str = "turbo2",
     policy: Policy | str | os.PathLike | None = None,
     backend: str | None = None,
+    centre: bool | str | os.PathLike | References = True,
 ) -> list[Any]:
     """Caches for one sequence (or one batch) of ``model``: packed where its layers allow it.
 
@@ -33,6 +36,8 @@ def make_prompt_cache(
         k, v: formats of K and V, where the policy does not set them.
         policy: which layer gets which formats, an object or a name; None is the same everywhere.
         backend: ``metal``, ``cuda`` or ``reference``; None chooses.
+        centre: whether turbo keys are centred: True by what there is (means beside a policy file,
+            or the key projection's bias), False not, or calibrated references or their file.
 
     Returns:
         What mlx-lm's functions take as ``prompt_cache``. A layer whose formats are both f16 keeps
@@ -42,7 +47,7 @@ def make_prompt_cache(
         InputError: unknown format or policy, a policy that does not fit the model, or a head_dim
             that a format cannot store.
     """
-    return CacheFactory(model, _as_policy(k, v, policy), backend)()
+    return CacheFactory(model, _as_policy(k, v, policy), backend, centre=centre)()
 
 
 def attach(
@@ -51,6 +56,7 @@ def attach(
     v: KVFormat | str = "turbo2",
     policy: Policy | str | os.PathLike | None = None,
     backend: str | None = None,
+    centre: bool | str | os.PathLike | References = True,
 ) -> nn.Module:
     """Make packed caches the model's own, for every function of mlx-lm that creates caches.
 
@@ -66,7 +72,7 @@ def attach(
     previous = vars(model).get("make_cache")
     if isinstance(previous, CacheFactory):
         previous = previous.turbokv_previous
-    model.make_cache = CacheFactory(model, _as_policy(k, v, policy), backend, previous)
+    model.make_cache = CacheFactory(model, _as_policy(k, v, policy), backend, previous, centre)
     return model
 
 
@@ -88,6 +94,7 @@ class CacheFactory:
         policy: which KV layer gets which formats.
         backend: name of the back-end, or None.
         previous: the instance's own ``make_cache`` that this factory stands in for, if it had one.
+        centre: as ``make_prompt_cache`` takes it.
 
     Raises:
         InputError: the policy or a format does not fit the model, or the back-end is missing.
@@ -99,6 +106,7 @@ class CacheFactory:
         policy: Policy,
         backend: str | None = None,
         previous: Any = None,
+        centre: bool | str | os.PathLike | References = True,
     ) -> None:
         self.model = model
         self.policy = policy
@@ -110,7 +118,9 @@ class CacheFactory:
         self.layers: KVLayers = kv_layers(model, caches)
         self.formats: list[Pair] = policy.formats(self.layers.n_total)
         self._check_head_dims()
-        for note in [*policy.notes(self.layers.n_total), *self.layers.notes()]:
+        self.centring = choose_centring(model, self.layers, self.formats, centre, policy)
+        notes = [*policy.notes(self.layers.n_total), *self.layers.notes(), *self.centring.notes]
+        for note in notes:
             _say_once(model, note)
 
     def __call__(self, *args: Any, **kwargs: Any) -> list[Any]:
@@ -120,7 +130,7 @@ class CacheFactory:
             k, v = self.formats[layer.ordinal]
             if k.is_f16 and v.is_f16:
                 continue
-            packed = TurboKVCache(k, v, backend=self.backend)
+            packed = TurboKVCache(k, v, self.backend, self.centring.centres.get(layer.ordinal))
             if layer.sub is None:
                 caches[layer.index] = packed
             else:

@@ -33,26 +33,27 @@ def key_biases(model: nn.Module, layers: list[KVLayer]) -> dict[int, mx.array]:
         return {}
     if len(blocks) != len(own_caches(model)):
         return {}  # which layer owns which cache is not known
-    found = {}
+    zeros = {}
     for layer in layers:
-        bias = _bias_of(blocks[layer.index], width)
-        if bias is not None:
-            found[layer.ordinal] = bias
-    return found
+        for module in _attention_modules(blocks[layer.index]):
+            keys = _keys_at(module, mx.zeros((1, 1, width)))
+            if keys is not None:
+                zeros[layer.ordinal] = module, keys
+                break
+    present = {i: mx.any(keys) for i, (_, keys) in zeros.items()}
+    mx.eval(present)
+    return {
+        i: keys for i, (module, keys) in zeros.items()
+        if present[i].item() and _is_constant_part(module, keys, width)
+    }  # fmt: skip
 
 
-def _bias_of(block: nn.Module, width: int) -> mx.array | None:
-    for module in _attention_modules(block):
-        zero = _keys_at(module, mx.zeros((1, 1, width)))
-        if zero is None:
-            continue
-        if not mx.any(zero).item():
-            return None
-        x = mx.random.normal((1, 1, width), key=mx.random.key(0))
-        up, down = _keys_at(module, x), _keys_at(module, -x)
-        worst = mx.abs(up + down - 2 * zero).max() / mx.maximum(mx.abs(up), mx.abs(down)).max()
-        return zero if worst.item() < AFFINE_RTOL else None
-    return None
+def _is_constant_part(module: nn.Module, zero: mx.array, width: int) -> bool:
+    """Whether keys are affine in the input, so that ``zero`` is a part of all of them."""
+    x = mx.random.normal((1, 1, width), key=mx.random.key(0))
+    up, down = _keys_at(module, x), _keys_at(module, -x)
+    largest = mx.maximum(mx.abs(up), mx.abs(down)).max()
+    return (mx.abs(up + down - 2 * zero).max() < AFFINE_RTOL * largest).item()
 
 
 def _keys_at(module: nn.Module, x: mx.array) -> mx.array | None:
