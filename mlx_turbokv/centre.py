@@ -82,7 +82,7 @@ def block_means(turning: Turning, n_blocks: int) -> np.ndarray:
     """Mean cosine and sine of each pair's angle over each block's positions.
 
     Shapes:
-        returns: [n_blocks, head_dim] float16, cosines of all pairs, then sines.
+        returns: [n_blocks, pairs, 2] float16, cosine and sine.
     """
     angles = np.array(turning.angles, np.float64)
     small = np.abs(angles) < 1e-9
@@ -90,12 +90,12 @@ def block_means(turning: Turning, n_blocks: int) -> np.ndarray:
     length = np.where(small, 1.0, np.sin(BLOCK * halves) / (BLOCK * np.sin(halves)))
     centres = np.arange(n_blocks)[:, None] * BLOCK + (BLOCK - 1) / 2
     turned = centres * angles
-    return np.concatenate([np.cos(turned) * length, np.sin(turned) * length], -1).astype(np.float16)
+    return np.stack([np.cos(turned) * length, np.sin(turned) * length], -1).astype(np.float16)
 
 
 @lru_cache(maxsize=64)
 def _table(turning: Turning, n_blocks: int) -> mx.array:
-    array = mx.array(block_means(turning, n_blocks))
+    array = mx.array(block_means(turning, n_blocks).view(np.uint32)[..., 0])
     mx.eval(array)  # the server generates in a thread of its own
     return array
 
@@ -150,7 +150,7 @@ class Centre:
         """Mean cosines and sines of at least the blocks of ``n_rows`` positions.
 
         Shapes:
-            returns: [blocks, head_dim] float16.
+            returns: [blocks, pairs] uint32, a cosine in the low half and a sine in the high one.
         """
         n_blocks = -(-n_rows // BLOCK)
         return _table(self.turning, -(-n_blocks // TABLE_STEP) * TABLE_STEP)
@@ -163,8 +163,9 @@ class Centre:
         """
         first_dims, second_dims, place = _pair_indices(self.turning)
         x, y = self.mu[:, first_dims], self.mu[:, second_dims]
-        entries = self.table(BLOCK * (first + n))[first : first + n, None].astype(mx.float32)
-        cosine, sine = mx.split(entries, 2, axis=-1)
+        words = self.table(BLOCK * (first + n))[first : first + n, None, :, None]
+        entries = words.view(mx.float16).astype(mx.float32)
+        cosine, sine = entries[..., 0], entries[..., 1]
         return mx.concatenate([x * cosine - y * sine, x * sine + y * cosine], axis=-1)[..., place]
 
     def rows(
