@@ -18,6 +18,11 @@ TKV_FN int anchor_block(int row, int start) {
   return row > start ? (row - start) / ANCHOR_BLOCK : 0;
 }
 
+// The first row that has an anchor: a sequence's first key may be stored bare.
+TKV_FN bool has_anchor(int row, int start, int bare) {
+  return row >= start + bare;
+}
+
 // One dim of an anchor; `words`: the block's row of the table.
 TKV_FN float anchor_value(const device float* mu, const device uint* words, int half_dims, int dim) {
   const bool low = dim < half_dims;

@@ -426,7 +426,8 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
           const int last_block = anchor_block(n_tokens - 1, start);
           const int block = anchor_block(first, start) + p;
           blocks[i] = block < last_block ? block : last_block;
-          some[i] = anchor_block(first + lane, start) == block;
+          some[i] = anchor_block(first + lane, start) == block &&
+                    has_anchor(first + lane, start, params[P_BARE]);
         }
         add_anchors<KD, ROWS, STEP>(score, blocks, some, table, pairs, lane);
       }

@@ -13,6 +13,7 @@ constant constexpr int P_TAIL_STRIDE = 5;
 constant constexpr int P_TOKENS = 6;
 constant constexpr int P_STARTS = 7;       // whether `starts` holds each sequence's first row
 constant constexpr int P_HALF = 8;         // pairs of dims that lie apart
+constant constexpr int P_BARE = 9;         // first keys of a sequence that have no anchor
 
 constant constexpr int DEQUANTIZE_THREADS = 256;
 
@@ -88,10 +89,10 @@ TKV_FN void rotated_anchors(threadgroup float* anchors, threadgroup float* scrat
   }
 }
 
-// `split`: the first token of the tile in the second block of `anchors`.
+// Tokens before `bare` have no anchor; those from `split` on are in the second block of `anchors`.
 template <typename T, int BITS, int GROUP, int DIM, int RAW, bool IS_K, bool CENTRED>
 TKV_FN void dequantize_side(const device uint* codes, device T* out, threadgroup const float* levels,
-                            threadgroup const float* anchors, int split, int n_tokens,
+                            threadgroup const float* anchors, int bare, int split, int n_tokens,
                             int thread_index) {
   constexpr int QUADS = DIM / 4;
   constexpr int LAST = (DIM * BITS / 8 + 3) / 4 - 1;
@@ -118,7 +119,7 @@ TKV_FN void dequantize_side(const device uint* codes, device T* out, threadgroup
     const float scale = GROUP == 0 ? 1.0f : half_bits(scales[quad * 4 / (GROUP == 0 ? 1 : GROUP) * TILE + token]);
     device T* o = out + size_t(token) * DIM + quad * 4;
     float4 a = float4(0.0f, 0.0f, 0.0f, 0.0f);
-    if (CENTRED) {
+    if (CENTRED && token >= bare) {
       threadgroup const float* from = anchors + (token < split ? 0 : DIM) + quad * 4;
       a = float4(from[0], from[1], from[2], from[3]);
     }
@@ -158,8 +159,10 @@ TKV_FN void dequantize(const device uint* body, const device uint* tail, const d
     load_levels<KB>(levels, k_constants, thread_index);
     threadgroup float* anchors = levels + MAX_LEVELS;
     int split = TILE;
+    int bare = 0;
     if (CENTRED) {
       const int start = params[P_STARTS] != 0 ? starts[row / some] : 0;
+      bare = start + params[P_BARE] - tile * TILE;
       const int block = anchor_block(tile * TILE, start);
       split = start + (block + 1) * ANCHOR_BLOCK - tile * TILE;
       rotated_anchors<KD, KW>(anchors, anchors + 2 * KD, k_constants,
@@ -168,11 +171,11 @@ TKV_FN void dequantize(const device uint* body, const device uint* tail, const d
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     dequantize_side<T, KB, KG, KD, RAW, true, CENTRED>(codes, keys + first * KD, levels, anchors,
-                                                       split, n_tokens, thread_index);
+                                                       bare, split, n_tokens, thread_index);
   } else {
     load_levels<VB>(levels, v_constants, thread_index);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     dequantize_side<T, VB, VG, VD, RAW, false, false>(codes + K_WORDS, values + first * VD, levels,
-                                                      levels, TILE, n_tokens, thread_index);
+                                                      levels, 0, TILE, n_tokens, thread_index);
   }
 }

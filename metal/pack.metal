@@ -13,6 +13,7 @@ constant constexpr int P_FIRST = 4;        // row of the sequence of the first n
 constant constexpr int P_HALF = 5;         // pairs of dims that lie apart
 constant constexpr int P_HEADS = 6;        // KV heads
 constant constexpr int P_STARTS = 7;       // whether `starts` holds each sequence's first row
+constant constexpr int P_BARE = 8;         // first keys of a sequence that have no anchor
 
 constant constexpr int RULE_RAW = 0;
 constant constexpr int RULE_MATCHED = 1;
@@ -95,6 +96,7 @@ struct Anchors {
   int half_dims;
   int row;    // of the sequence, that of the side's first new token
   int start;  // the sequence's first row
+  int bare;   // keys from there on that have no anchor
 };
 
 template <typename T, int BITS, int GROUP, int DIM, int WIDTH, int RULE, bool CENTRED>
@@ -108,7 +110,8 @@ TKV_FN void quantize_turbo(const device T* x, threadgroup float* row, threadgrou
     TKV_UNROLL
     for (int j = 0; j < N; j++) {
       y[j] = lane + j * LANES < WIDTH ? float(x[first + lane + j * LANES]) : 0.0f;
-      if (CENTRED && lane + j * LANES < WIDTH) {
+      if (CENTRED && lane + j * LANES < WIDTH &&
+          has_anchor(anchors.row, anchors.start, anchors.bare)) {
         const device uint* words =
             anchors.table + anchor_block(anchors.row, anchors.start) * (DIM / 2);
         y[j] -= anchor_value(anchors.mu, words, anchors.half_dims, first + lane + j * LANES);
@@ -333,6 +336,7 @@ TKV_FN void pack(const device T* keys, const device T* values, const device uint
   anchors.table = table;
   anchors.half_dims = params[P_HALF];
   anchors.row = params[P_FIRST] + skipped;
+  anchors.bare = params[P_BARE];
   anchors.start = CENTRED && params[P_STARTS] != 0 ? starts[head / params[P_HEADS]] : 0;
   if (group.z == 0) {
     pack_side<T, KB, KG, KD, KW, K_RULE, GROUPS, true, CENTRED>(

@@ -117,6 +117,8 @@ class Centre:
         turning: how positions turn it.
         source: what it was taken from, for people.
         n_sharing: layers that share the table of cosines and sines.
+        bare_first: whether a sequence's first key is stored whole: an attention sink, it is unlike
+            all others, and mu would be added to it rather than taken out.
 
     Shapes:
         mu: [H, head_dim].
@@ -125,16 +127,24 @@ class Centre:
         ValueError: mu and turning differ in head_dim.
     """
 
-    def __init__(self, mu: mx.array, turning: Turning, source: str, n_sharing: int = 1) -> None:
+    def __init__(
+        self,
+        mu: mx.array,
+        turning: Turning,
+        source: str,
+        n_sharing: int = 1,
+        bare_first: bool = False,
+    ) -> None:
         if mu.ndim != 2 or mu.shape[-1] != turning.head_dim:
             raise ValueError(f"[Centre] mu {mu.shape} does not fit a head of {turning.head_dim}.")
         self.mu = mu.astype(mx.float32)
         self.turning = turning
         self.source = source
         self.n_sharing = n_sharing
+        self.bare_first = bare_first
         self._angles = mx.array(np.array(turning.angles, np.float32))
         mx.eval(self.mu, self._angles)
-        content = np.array(self.mu).tobytes() + repr((turning, BLOCK)).encode()
+        content = np.array(self.mu).tobytes() + repr((turning, BLOCK, bare_first)).encode()
         self.digest = hashlib.sha256(content).hexdigest()
 
     def __eq__(self, other: object) -> bool:
@@ -186,10 +196,14 @@ class Centre:
             returns: [B or 1, H, n, head_dim] float32.
         """
         starts = np.array(padding or (0,))[:, None]
-        blocks = np.maximum(np.arange(first, first + n) - starts, 0) // BLOCK
+        positions = np.arange(first, first + n) - starts
+        blocks = np.maximum(positions, 0) // BLOCK
         low, high = int(blocks.min()), int(blocks.max())
         anchors = basis(self.anchors(low, high - low + 1))
-        return mx.swapaxes(anchors[mx.array((blocks - low).astype(np.int32))], 1, 2)
+        rows = mx.swapaxes(anchors[mx.array((blocks - low).astype(np.int32))], 1, 2)
+        if self.bare_first and positions.min() <= 0:
+            rows = mx.where(mx.array(positions > 0)[:, None, :, None], rows, 0)
+        return rows
 
     def nbytes(self, n_rows: int) -> int:
         """Bytes resident for ``n_rows`` positions: mu, and this layer's share of the table."""
@@ -198,7 +212,8 @@ class Centre:
     @property
     def state(self) -> list:
         """What makes it anew: arrays and scalars."""
-        return [BLOCK, self.mu, self.turning.half, self._angles, self.source, self.n_sharing]
+        return [BLOCK, self.mu, self.turning.half, self._angles, self.source, self.n_sharing,
+                self.bare_first]  # fmt: skip
 
     @classmethod
     def from_state(cls, state: list) -> Centre:
@@ -207,8 +222,8 @@ class Centre:
         Raises:
             ValueError: it is no such state, or of another block size.
         """
-        block, mu, half, angles, source, n_sharing = state
+        block, mu, half, angles, source, n_sharing, bare_first = state
         if int(block) != BLOCK:
             raise ValueError(f"its keys are centred in blocks of {block}, not {BLOCK}")
         turning = Turning(int(half), tuple(float(a) for a in np.array(angles)))
-        return cls(mu, turning, str(source), int(n_sharing))
+        return cls(mu, turning, str(source), int(n_sharing), bool(bare_first))

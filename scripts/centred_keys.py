@@ -32,6 +32,7 @@ from record import record  # noqa: E402
 from mlx_turbokv import centre as centre_module  # noqa: E402
 from mlx_turbokv.api import CacheFactory  # noqa: E402
 from mlx_turbokv.cache import TurboKVCache  # noqa: E402
+from mlx_turbokv.centre import Centre  # noqa: E402
 from mlx_turbokv.centring.calibration import SINK_TOKENS, calibrate_keys  # noqa: E402
 from mlx_turbokv.evaluate.configuration import Prepared, parse_policy  # noqa: E402
 from mlx_turbokv.evaluate.perplexity import evaluate_windows  # noqa: E402
@@ -53,19 +54,16 @@ class SimulatedCache(KVCache):
         centre: taken out of the keys before, and put back.
         scales: what keys are divided by, [H, 1, head_dim].
         exact: first tokens whose keys, and whose values, stay exact.
-        bare: first tokens that nothing is taken out of.
     """
 
-    def __init__(self, packed: TurboKVCache, centre=None, scales=None, exact=(0, 0), bare=0) -> None:
+    def __init__(self, packed: TurboKVCache, centre=None, scales=None, exact=(0, 0)) -> None:
         super().__init__()
         self.packed, self.centre, self.scales = packed, centre, scales
-        self.exact, self.bare = exact, bare
+        self.exact = exact
 
     def update_and_fetch(self, keys: mx.array, values: mx.array):
         first, n = self.offset, keys.shape[2]
         anchors = 0 if self.centre is None else self.centre.rows(first, n)
-        if self.centre is not None and first < self.bare:
-            anchors = mx.where(mx.arange(first, first + n)[:, None] < self.bare, 0, anchors)
         scales = 1 if self.scales is None else self.scales
         k, v = self.packed.update_and_fetch((keys.astype(mx.float32) - anchors) / scales, values)
         k = (k[:, :, first:] * scales + anchors).astype(keys.dtype)
@@ -122,8 +120,12 @@ class Study:
 
     block = centre_module.BLOCK
 
-    def simulated(self, k, v, label, scaled=False, exact=(0, 0), bare=0, centred=True) -> Prepared:
+    def simulated(self, k, v, label, scaled=False, exact=(0, 0), bare=True, centred=True) -> Prepared:
         centres = self.centres() if centred else {}
+        if not bare:
+            centres = {
+                i: Centre(c.mu, c.turning, c.source, c.n_sharing) for i, c in centres.items()
+            }
 
         def caches():
             return [
@@ -132,7 +134,6 @@ class Study:
                     centres.get(i),
                     self.scales(i, centres.get(i)) if scaled else None,
                     exact,
-                    bare,
                 )
                 for i in range(len(self.energies))
             ]
@@ -212,7 +213,7 @@ def configurations(study: Study, part: str) -> list[Prepared]:
             for exact in ((0, 0), (1, 0), (0, 1), (1, 1), (4, 4)):
                 label = f"{k}/{v} centred, K of {exact[0]} and V of {exact[1]} exact"
                 configs.append(study.simulated(k, v, label, exact=exact))
-            configs.append(study.simulated(k, v, f"{k}/{v} centred, not the first", bare=1))
+            configs.append(study.simulated(k, v, f"{k}/{v} centred, the first too", bare=False))
             for exact in ((0, 0), (1, 0)):
                 label = f"{k}/{v}, K of {exact[0]} exact"
                 configs.append(study.simulated(k, v, label, exact=exact, centred=False))

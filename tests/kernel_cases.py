@@ -166,7 +166,7 @@ def _centre(case: Case, rng) -> Centre | None:
     mu = 4 * rng.standard_normal((case.heads[1], dim)).astype(np.float32)
     dims = dim // 4 // 2 * 2 if case.centred == "partial" else dim
     turning = Turning.of_rope(dim, dims, case.centred == "traditional", 1e4)
-    return Centre(mx.array(mu), turning, "case")
+    return Centre(mx.array(mu), turning, "case", bare_first=case.centred != "partial")
 
 
 def _starts(case: Case, n: int) -> np.ndarray | None:

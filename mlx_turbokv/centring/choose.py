@@ -92,7 +92,7 @@ def choose_centring(
             chosen[i] = biases[i], turning, BY_BIAS
     sharing = Counter(turning for _, turning, _ in chosen.values())
     centres = {
-        i: Centre(mu, turning, source, sharing[turning])
+        i: Centre(mu, turning, source, sharing[turning], not _in_all_keys(mu, biases.get(i)))
         for i, (mu, turning, source) in chosen.items()
     }
     notes = _large(biases, centres, formats)
@@ -123,6 +123,13 @@ def _whole(
         return model, layers
     skeleton = model_skeleton(model)
     return skeleton, kv_layers(skeleton).layers
+
+
+def _in_all_keys(mu: mx.array, bias: mx.array | None) -> bool:
+    """Whether a bias, which the first key has too, is the larger part of ``mu``."""
+    if bias is None:
+        return False
+    return (2 * mx.square(bias).sum() > mx.square(mu).sum()).item()
 
 
 def _still(mean: mx.array) -> Turning:

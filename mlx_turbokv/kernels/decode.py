@@ -74,7 +74,7 @@ def _launch(
     counts: tuple[int, int, int, int],
     scale: float,
     flags: tuple[bool, bool, bool],
-    half: int | None,
+    anchors: tuple[int, bool] | None,
 ) -> Launch:
     """
     Args:
@@ -82,21 +82,21 @@ def _launch(
         shape: sequences, query heads, KV heads, queries.
         counts: body rows, tiles of the body's buffer, tail rows, tiles of the tail's buffer.
         flags: causal, sinks, starts.
-        half: pairs of dims that lie apart in centred keys; None where keys are not centred.
+        anchors: of centred keys: pairs of dims that lie apart, whether first keys are bare.
     """
     k, v = tables.sides(layout)
     batch, n_heads, n_kv_heads, n_queries = shape
     n_body, body_stride, n_tail, tail_stride = counts
     causal, has_sinks, has_starts = flags
     n_rows = n_heads // n_kv_heads * n_queries
-    rows = rows_at_once(n_rows, max(k.dim, v.dim), half is not None)
+    rows = rows_at_once(n_rows, max(k.dim, v.dim), anchors is not None)
     chunks = -(-n_rows // rows)
     n_groups = batch * n_kv_heads
     splits = n_splits(-(-(n_body + n_tail) // TILE), n_groups * chunks)
     template = [("T", dtype), ("KB", k.bits), ("KG", k.group), ("KD", k.dim), ("KW", k.width)]
     template += [("VB", v.bits), ("VG", v.group), ("VD", v.dim), ("RAW", tables.RAW[layout.dtype])]
     partial_options = {
-        "template": [*template, ("ROWS", rows), ("CENTRED", half is not None)],
+        "template": [*template, ("ROWS", rows), ("CENTRED", anchors is not None)],
         "grid": (n_groups * THREADS, splits, chunks),
         "threadgroup": (THREADS, 1, 1),
         "output_shapes": [(n_groups * n_rows, splits, v.dim), (n_groups * n_rows, splits, 2)],
@@ -124,7 +124,7 @@ def _launch(
         int(has_sinks),
         scale_bits,
         1,
-        half or 0,
+        *(int(x) for x in anchors or (0, 0)),
     )
     outputs = ("partial", "stats")
     return Launch(
@@ -176,7 +176,7 @@ def decode(
         (n_body, body.shape[2] if n_body else 0, n_tail, tail.shape[2] if n_tail else 0),
         scale,
         (causal, sinks is not None, starts is not None),
-        None if centre is None else centre.turning.half,
+        None if centre is None else (centre.turning.half, centre.bare_first),
     )
     outputs, stats = launch.partial(
         inputs=[

@@ -55,7 +55,8 @@ def rotated_rows(
     layout, n = packed.layout, packed.n_tokens
     body, tail = packed.body, packed.tail
     batch, n_heads = (body if packed.n_body else tail).shape[:2]
-    plan = _plan(layout, dtype, packed.centre is not None)
+    centre = packed.centre
+    plan = _plan(layout, dtype, centre is not None)
     params = tables.int_array(
         n_heads,
         first,
@@ -65,7 +66,7 @@ def rotated_rows(
         tail.shape[2] if packed.n_tail else 0,
         n,
         int(packed.padding is not None),
-        0 if packed.centre is None else packed.centre.turning.half,
+        *((0, 0) if centre is None else (centre.turning.half, int(centre.bare_first))),
     )
     kernel = assemble.build(
         "dequantize", "dequantize.metal", INPUTS, ("keys", "values"), SOURCE, backend
@@ -77,7 +78,7 @@ def rotated_rows(
             params,
             plan.k_constants,
             plan.v_constants,
-            *tables.anchor_inputs(packed.centre, n, packed.padding),
+            *tables.anchor_inputs(centre, n, packed.padding),
         ],
         template=plan.template,
         grid=(-(-n // TILE) * THREADS, batch * count, 2),

@@ -79,9 +79,11 @@ def pack(
     n_tiles = -(-(n_tail + n_new) // TILE)
     stride = tail.shape[2] if n_tail else 0
     kernel = assemble.build("pack", "pack.metal", INPUTS, ("packed",), SOURCE, backend)
-    half, has_starts = (0, 0) if centre is None else (centre.turning.half, int(padding is not None))
-    first = 0 if centre is None else first
-    params = tables.int_array(n_new, n_tail, stride, n_tiles, first, half, n_heads, has_starts)
+    anchors = (0, 0, 0, 0, 0)
+    if centre is not None:
+        has_starts = int(padding is not None)
+        anchors = (first, centre.turning.half, n_heads, has_starts, int(centre.bare_first))
+    params = tables.int_array(n_new, n_tail, stride, n_tiles, *anchors)
     return kernel(
         inputs=[
             keys,
