@@ -188,8 +188,8 @@ class Centre:
         """The anchors of rows ``first`` to ``first + n``.
 
         Args:
-            padding: rows before position 0 of each sequence; None where there are none. What
-                rows of padding get is of no account.
+            padding: rows before position 0 of each sequence, which have no anchor; None where
+                there are none.
             basis: a linear map that the anchors go through.
 
         Shapes:
@@ -201,8 +201,9 @@ class Centre:
         low, high = int(blocks.min()), int(blocks.max())
         anchors = basis(self.anchors(low, high - low + 1))
         rows = mx.swapaxes(anchors[mx.array((blocks - low).astype(np.int32))], 1, 2)
-        if self.bare_first and positions.min() <= 0:
-            rows = mx.where(mx.array(positions > 0)[:, None, :, None], rows, 0)
+        whole = positions < int(self.bare_first)
+        if whole.any():
+            rows = mx.where(mx.array(whole)[:, None, :, None], 0, rows)
         return rows
 
     def nbytes(self, n_rows: int) -> int:

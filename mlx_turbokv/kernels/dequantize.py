@@ -158,7 +158,9 @@ def attention(
 def _is_padding_of(mask: mx.array, queries: mx.array, packed: PackedKV) -> bool:
     """Whether the mask says no more than where these sequences begin, and is causal."""
     shape = (queries.shape[0], 1, queries.shape[2], packed.n_tokens)
-    return type(mask) is PaddedCausal and mask.shape == shape
+    if type(mask) is not PaddedCausal or mask.shape != shape:
+        return False
+    return packed.centre is None or packed.padding is not None
 
 
 def _with_starts(n_queries: int, n_tokens: int, mask: mx.array | str | None, starts: mx.array):
