@@ -39,6 +39,7 @@ from mlx_turbokv.evaluate.perplexity import evaluate_windows  # noqa: E402
 from mlx_turbokv.evaluate.record import model_record  # noqa: E402
 from mlx_turbokv.evaluate.text import load_text  # noqa: E402
 from mlx_turbokv.evaluate.windows import cut_windows  # noqa: E402
+from mlx_turbokv.kernels.backend import select_backend  # noqa: E402
 from mlx_turbokv.policy import LayerList, Uniform  # noqa: E402
 
 KEYS = ("turbo3", "turbo4", "turbo5", "turbo6")
@@ -78,7 +79,9 @@ class SimulatedCache(KVCache):
 class Study:
     """A model, its references, and configurations made from them."""
 
-    def __init__(self, loaded, calibration: str, n_windows: int) -> None:
+    def __init__(self, loaded, calibration: str, n_windows: int, backend: str) -> None:
+        self.backend = backend
+        self.block = centre_module.BLOCK
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         windows = cut_windows(self.tokenizer, load_text(calibration).text, 512, n_windows)
         started = time.perf_counter()
@@ -90,11 +93,12 @@ class Study:
             "calibration_windows": len(windows),
             "calibration_seconds": time.perf_counter() - started,
             "block": centre_module.BLOCK,
+            "backend": backend,
         }
 
     def factory(self, policy, centred: bool) -> CacheFactory:
         return CacheFactory(
-            self.model, policy, "reference", centre=self.references if centred else False
+            self.model, policy, self.backend, centre=self.references if centred else False
         )
 
     def centres(self):
@@ -116,9 +120,7 @@ class Study:
                 centre_module._table.cache_clear()
             return make()
 
-        return Prepared(name, caches, backend="reference")
-
-    block = centre_module.BLOCK
+        return Prepared(name, caches, backend=self.backend)
 
     def simulated(self, k, v, label, scaled=False, exact=(0, 0), bare=True, centred=True) -> Prepared:
         centres = self.centres() if centred else {}
@@ -130,7 +132,7 @@ class Study:
         def caches():
             return [
                 SimulatedCache(
-                    TurboKVCache(k, v, "reference"),
+                    TurboKVCache(k, v, self.backend),
                     centres.get(i),
                     self.scales(i, centres.get(i)) if scaled else None,
                     exact,
@@ -197,9 +199,8 @@ def configurations(study: Study, part: str) -> list[Prepared]:
     configs = [study.config("f16/f16")]
     both = (False, True)
     if part == "formats":
-        pairs = [f"{k}/f16" for k in KEYS] + ["turbo5/turbo3", "turbo4/turbo3", "turbo3/turbo3"]
+        pairs = [f"{k}/f16" for k in KEYS] + ["turbo5/turbo3", "turbo4/turbo3"]
         configs += [study.config(pair, c) for pair in pairs for c in both]
-        configs += [study.config("la-v7"), study.config("f16/turbo3"), study.config("f16/turbo4")]
     elif part.startswith("context"):
         configs += [study.config(f"{k}/f16", c) for k in KEYS for c in both]
     elif part == "blocks":
@@ -248,16 +249,18 @@ def windows_of(study: Study, part: str, tokens: list[int], n_ctx: int, chunks: i
 @click.option("--text", default="wikitext-2", help="A text file, 'sample' or 'wikitext-2'.")
 @click.option("--calibration", default="sample", help="The text of the means.")
 @click.option("--calibration-windows", default=6, show_default=True)
+@click.option("--backend", default=None, help="Which kernels; blocks need the reference's.")
 @click.option("-c", "--ctx-size", default=512, show_default=True)
 @click.option("--contexts", default="512,2048,8192", show_default=True)
 @click.option("--chunks", default=64, show_default=True)
 @click.option("--parts", default=",".join(PARTS), show_default=True)
 @click.option("--json", "json_path", default=str(ROOT / "benchmarks/centred_keys.json"))
-def main(model, text, calibration, calibration_windows, ctx_size, contexts, chunks, parts, json_path):
+def main(model, text, calibration, calibration_windows, backend, ctx_size, contexts, chunks, parts, json_path):
     loaded, source = load(model), load_text(text)
     path = Path(json_path)
     results = json.loads(path.read_text()) if path.exists() else {}
-    study = Study(loaded, calibration, calibration_windows)
+    backend = select_backend(backend).name
+    study = Study(loaded, calibration, calibration_windows, backend)
     print(study.about, flush=True)
     tokens = list(study.tokenizer.encode(source.text, add_special_tokens=False))
     names = []
