@@ -7,6 +7,7 @@ from typing import Any
 
 from mlx.utils import tree_flatten
 
+from .centring.bias import has_key_bias
 from .errors import InputError
 from .kv_layers import KVLayer, KVLayers, kv_layers, own_caches
 from .shapes import KVShape
@@ -87,6 +88,7 @@ class ModelShape:
         n_parameters: weights of the whole model, or None where only KV shapes are known.
         max_context: positions that the model was made for, or None.
         n_heads: query heads, or None.
+        key_bias: whether the key projection has a bias, or None where it cannot be told.
     """
 
     name: str
@@ -95,6 +97,7 @@ class ModelShape:
     n_parameters: int | None = None
     max_context: int | None = None
     n_heads: int | None = None
+    key_bias: bool | None = None
 
     @property
     def shapes(self) -> list[KVShape]:
@@ -138,6 +141,7 @@ def shape_from_config(config: dict[str, Any], name: str) -> ModelShape:
         n_parameters=sum(array.size for _, array in tree_flatten(model.parameters())),
         max_context=text.get("max_position_embeddings"),
         n_heads=text.get("num_attention_heads"),
+        key_bias=has_key_bias(model),
     )
 
 

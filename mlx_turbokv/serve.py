@@ -77,12 +77,20 @@ class TurboModelProvider(server.ModelProvider):
         options: mlx_lm.server's.
         policy: which KV layer gets which formats.
         backend: ``metal``, ``cuda`` or ``reference``; None chooses.
+        centre: as ``attach`` takes it.
     """
 
-    def __init__(self, options: argparse.Namespace, policy: Policy, backend: str | None) -> None:
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        policy: Policy,
+        backend: str | None,
+        centre: bool | str = True,
+    ) -> None:
         super().__init__(options)
         self.policy = policy
         self.backend = backend
+        self.centre = centre
         self.failure: Exception | None = None
 
     def load_default(self) -> None:
@@ -113,9 +121,15 @@ class TurboModelProvider(server.ModelProvider):
         return model, tokenizer, config
 
     def _attach(self, model: Any, name: str) -> None:
-        attach(model, policy=self.policy, backend=self.backend)
+        attach(model, policy=self.policy, backend=self.backend, centre=self.centre)
+        factory = model.make_cache
+        turbo_keys = any(k.is_turbo for k, _ in factory.formats)
+        centred = f"{factory.centring.summary()}, " if turbo_keys else ""
         backend = select_backend(self.backend).name
-        print(f"Serving {name}: KV cache {self.policy.name}, {backend} back-end", file=sys.stderr)
+        print(
+            f"Serving {name}: KV cache {self.policy.name}, {centred}{backend} back-end",
+            file=sys.stderr,
+        )
 
 
 _sharded_load = server.sharded_load
@@ -154,7 +168,12 @@ class _Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-def serve(options: argparse.Namespace, policy: Policy, backend: str | None = None) -> None:
+def serve(
+    options: argparse.Namespace,
+    policy: Policy,
+    backend: str | None = None,
+    centre: bool | str = True,
+) -> None:
     """Run the server until it is interrupted or terminated.
 
     Args:
@@ -170,7 +189,7 @@ def serve(options: argparse.Namespace, policy: Policy, backend: str | None = Non
     logging.basicConfig(
         level=options.log_level.upper(), format="%(asctime)s - %(levelname)s - %(message)s"
     )
-    provider = TurboModelProvider(options, policy, backend)
+    provider = TurboModelProvider(options, policy, backend, centre)
     max_bytes = NO_LIMIT if options.prompt_cache_bytes is None else options.prompt_cache_bytes
     prompt_cache = LRUPromptCache(options.prompt_cache_size, max_bytes)
     generator = _Generator(provider, prompt_cache)

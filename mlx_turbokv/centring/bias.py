@@ -17,6 +17,8 @@ from ..kv_layers import KVLayer
 from ..shapes import own_caches
 from .probe import NotingCache
 
+# names of the modules that keys come out of, alone or beside queries and values
+PROJECTIONS = ("k_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv", "wqkv", "wk")
 # how far keys may be from affine in the input, relative to the largest: half precision
 AFFINE_RTOL = 2e-2
 
@@ -46,6 +48,16 @@ def key_biases(model: nn.Module, layers: list[KVLayer]) -> dict[int, mx.array]:
         i: keys for i, (module, keys) in zeros.items()
         if present[i].item() and _is_constant_part(module, keys, width)
     }  # fmt: skip
+
+
+def has_key_bias(model: nn.Module) -> bool:
+    """Whether some key projection has a bias, by its name: nothing is computed."""
+    for block in model.layers:
+        for module in _attention_modules(block) if block is not None else ():
+            for name, child in module.children().items():
+                if name in PROJECTIONS and isinstance(child, nn.Module) and "bias" in child:
+                    return True
+    return False
 
 
 def _is_constant_part(module: nn.Module, zero: mx.array, width: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any
@@ -41,7 +42,7 @@ class Centring:
         return describe(Counter(centre.source for centre in self.centres.values()))
 
 
-def describe(sources: Counter[str]) -> str:
+def describe(sources: Mapping[str, int]) -> str:
     """``keys centred by key bias (24 layers)``, or that none are."""
     if not sources:
         return "keys not centred"

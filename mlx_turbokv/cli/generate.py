@@ -11,7 +11,7 @@ import click
 
 from ..errors import InputError
 from .entry import run
-from .options import CACHE_HELP, cache_options, model_options
+from .options import CACHE_HELP, cache_options, centre_options, model_options
 
 _OPEN = {"show_default": True}
 _UNIT = click.FloatRange(0, 1)
@@ -62,6 +62,7 @@ _CACHE_OPTIONS = (
 @click.option(
     "--num-draft-tokens", default=3, type=click.IntRange(1), help="Tokens to draft.", **_OPEN
 )
+@centre_options
 @cache_options
 def command(**options: Any) -> None:
     """Generate text through a packed KV cache."""
@@ -104,9 +105,10 @@ class _Generation:
 
         from .. import models
         from ..api import make_prompt_cache
-        from .options import policy_from
+        from .options import centre_from, policy_from
 
         options = self.options
+        centre = centre_from(options["keys"], options["no_centre"])
         policy = policy_from(**{name: options[name] for name in _CACHE_OPTIONS})
         text = self._prompt_text()
         if options["seed"] is not None:
@@ -117,7 +119,9 @@ class _Generation:
             trust_remote_code=options["trust_remote_code"],
         )
         self._add_end_tokens()
-        fresh = make_prompt_cache(self.loaded.model, policy=policy, backend=options["backend"])
+        fresh = make_prompt_cache(
+            self.loaded.model, policy=policy, backend=options["backend"], centre=centre
+        )
         self.policy_name = policy.name
         self.caches, held = self._continued(fresh)
         tokens = self._tokens(text, held)

@@ -10,7 +10,7 @@ import click
 
 from ..errors import InputError
 from .entry import run
-from .options import BACKENDS, model_options
+from .options import BACKENDS, centre_from, centre_options, model_options
 
 DEFAULT_CTX = 512
 
@@ -34,6 +34,7 @@ DEFAULT_CTX = 512
     "mlx-kvN:GROUP for mlx-lm's own quantised cache; repeatable. f16/f16 is put first, as the "
     "reference. Without it: a table of eleven.",
 )
+@centre_options
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
 @click.option(
     "--output",
@@ -58,6 +59,8 @@ def command(
     ctx_size: int,
     chunks: int | None,
     configs: tuple[str, ...],
+    keys: str | None,
+    no_centre: bool,
     backend: str,
     output: str,
     markdown: bool,
@@ -77,12 +80,13 @@ def command(
     names = _with_reference(configs or configuration.DEFAULT_CONFIGS, configuration.REFERENCE)
     for name in names:
         configuration.check_name(name)
+    centre = centre_from(keys, no_centre)
     _check_sizes(ctx_size, chunks)
     _check_writable(json_path)
     source = load_text(text)
     loaded = load(model, adapter_path=adapter_path, trust_remote_code=trust_remote_code)
     _warn_about_context(loaded, ctx_size)
-    record = measure(loaded, source, names, ctx_size, chunks, backend, json_path, resume)
+    record = measure(loaded, source, names, ctx_size, chunks, backend, json_path, resume, centre)
     print(_render(record, "markdown" if markdown else output))
 
 
@@ -95,6 +99,7 @@ def measure(
     backend: str,
     json_path: str | None,
     resume: bool | None,
+    centre: bool | str = True,
 ) -> dict:
     """Run the evaluation with progress and checkpoints; write and return its record."""
     from ..evaluate import table
@@ -107,7 +112,7 @@ def measure(
     windows = cut_windows(loaded.tokenizer, source.text, ctx_size, chunks)
     if chunks is not None and len(windows) < chunks:
         _note(f"The text has {len(windows)} windows of {ctx_size}; all of them are scored.")
-    configs = [prepare(loaded.model, name, backend) for name in names]
+    configs = [prepare(loaded.model, name, backend, centre=centre) for name in names]
     versions = environment()
     model = model_record(loaded)
     settings = settings_of(windows, configs, model["source"], source.sha256, versions)

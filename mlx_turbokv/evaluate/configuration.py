@@ -52,6 +52,7 @@ class Prepared:
     k_bits, v_bits, bits: bits per value of K, of V and of both; None if the model's shapes
         cannot be learnt.
     backend: what packs and reads the rows: a back-end's name, or "mlx-lm".
+    centred: what the keys are centred by, in words.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Prepared:
     v_bits: float | None = None
     bits: float | None = None
     backend: str = "mlx-lm"
+    centred: str = "keys not centred"
 
 
 def parse_policy(name: str) -> Policy:
@@ -106,7 +108,11 @@ def check_name(name: str) -> None:
 
 
 def prepare(
-    model: nn.Module, config: str | Policy, backend: str | None = None, name: str | None = None
+    model: nn.Module,
+    config: str | Policy,
+    backend: str | None = None,
+    name: str | None = None,
+    centre: Any = True,
 ) -> Prepared:
     """Make a configuration ready for a model.
 
@@ -114,6 +120,7 @@ def prepare(
         config: a name, or a policy object.
         backend: as `make_prompt_cache` takes it.
         name: what to call it; default: as given.
+        centre: as `make_prompt_cache` takes it.
 
     Raises:
         InputError: an unknown name, or one that does not fit the model.
@@ -121,7 +128,7 @@ def prepare(
     if isinstance(config, str) and (peer := _PEER.fullmatch(config.strip().lower())):
         return _prepare_peer(model, name or config, int(peer[1]), int(peer[2] or _PEER_GROUP))
     policy = parse_policy(config) if isinstance(config, str) else config
-    factory = CacheFactory(model, policy, None if backend == "auto" else backend)
+    factory = CacheFactory(model, policy, None if backend == "auto" else backend, centre=centre)
     pairs = [factory.formats[layer.ordinal] for layer in factory.layers.layers]
     packed = not all(k.is_f16 and v.is_f16 for k, v in pairs)
     shapes = _shapes(model)
@@ -131,6 +138,7 @@ def prepare(
         layers=[(str(k), str(v)) for k, v in pairs],
         **_bits([(k.bits_per_value, v.bits_per_value) for k, v in pairs], shapes),
         backend=select_backend(factory.backend).name if packed else "mlx-lm",
+        centred=factory.centring.summary(),
     )
 
 

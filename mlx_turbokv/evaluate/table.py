@@ -110,6 +110,11 @@ def footnotes(record: dict) -> str:
         f"Δnll, KLD, Δp and same top are against {first}, position by position; ± is one "
         f"standard error, of PPL over tokens, of the others over {over}."
     ]
+    lines += [
+        f"{row['config']}: {row['centred']}."
+        for row in record["results"]
+        if row.get("centred", "").startswith("keys centred")
+    ]
     if record["model"].get("kv_itemsize") == 4:
         lines.append(
             "This model runs in float32 here: its f16 rows hold 4 bytes a value, and bits/value "
