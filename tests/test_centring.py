@@ -271,3 +271,65 @@ def test_large_biases_that_stay_are_named(caplog):
 def test_only_turbo_keys_get_a_centre():
     assert all(c.centre is None for c in caches(k="q8_0"))
     assert all(type(c.centre) is Centre for c in caches(k="turbo2"))
+
+
+@pytest.mark.parametrize("edge", ["single", "padded batch"])
+def test_kernels_keep_the_model_too(edge, metal_host, monkeypatch):
+    """Prefill and decode through pack, dequantize and decode, run on the CPU."""
+    from mlx_turbokv.kernels import assemble
+
+    monkeypatch.setattr(assemble, "factory", metal_host.metal_kernel)
+    held = make_prompt_cache(model(), "turbo4", "turbo6", backend="metal")
+    if edge == "single":
+        logits = [feed(held, 0, 35), feed(held, 35, 36), feed(held, 36, 39)]
+        assert divergence(mx.concatenate(logits), 0) < KEPT
+        return
+    other = make_prompt_cache(model(), "turbo4", "turbo6", backend="metal")
+    feed(held, 0, 35), feed(other, 0, 12)
+    batch = [TurboKVCache.merge(list(pair)) for pair in zip(held, other)]
+    logits = model()(mx.array([[TOKENS[35]], [TOKENS[12]]]), cache=batch)
+    assert divergence(logits[0], 35) < KEPT and divergence(logits[1], 12) < KEPT
+
+
+def test_options_of_the_commands():
+    from mlx_turbokv.cli.options import centre_from
+
+    assert centre_from() is True and centre_from(no_centre=True) is False
+    assert centre_from("means.keys.json") == "means.keys.json"
+    with pytest.raises(InputError, match="--keys and --no-centre cannot be given together"):
+        centre_from("means.keys.json", True)
+
+
+def test_the_closing_line_says_what_is_centred():
+    from mlx_turbokv.kv_summary import summarize
+
+    held = caches()
+    feed(held, 0, 5)
+    assert "turbo4/f16 layers), keys centred by key bias (3 layers), reference" in summarize(held).line("p")
+    held = caches(centre=False)
+    feed(held, 0, 5)
+    assert "turbo4/f16 layers), keys not centred, reference" in summarize(held).line("p")
+    held = caches(k="q8_0")
+    feed(held, 0, 5)
+    assert "centred" not in summarize(held).line("p")
+
+
+def test_plans_say_what_is_centred(tmp_path):
+    from mlx_turbokv.model_shapes import KNOWN, shape_from_config
+    from mlx_turbokv.plan import make_plan
+    from mlx_turbokv.policy import Uniform
+    from mlx_turbokv.policy_file import write_layer_list
+    from mlx_turbokv.policy import load_policy
+
+    def notes(name, policy=Uniform("turbo4", "turbo3"), centre=True):
+        shape = shape_from_config(KNOWN[name], name)
+        return " ".join(make_plan(shape, [("row", policy)], [4096], centre=centre).rows[0].notes)
+
+    assert "row: the turbo keys of 28 layers are centred by the bias" in notes("Qwen2.5-7B")
+    assert "are not centred: the model has no key bias" in notes("Llama-3.1-8B")
+    assert "(--no-centre), although the key projection has a bias" in notes("Qwen2.5-7B", centre=False)
+    assert "by the calibrated means in m.keys.json" in notes("Llama-3.1-8B", centre="m.keys.json")
+    assert "turbo keys" not in notes("Qwen2.5-7B", Uniform("q8_0", "turbo2"))
+    write_layer_list(tmp_path / "p.json", [("turbo4", "turbo3")] * 32)
+    (tmp_path / "p.keys.json").write_text("{}")
+    assert "means in p.keys.json" in notes("Llama-3.1-8B", load_policy(tmp_path / "p.json"))
