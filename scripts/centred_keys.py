@@ -210,7 +210,7 @@ def configurations(study: Study, part: str) -> list[Prepared]:
             for k in ("turbo3", "turbo4") for b in BLOCKS
         ]  # fmt: skip
     elif part == "sinks":
-        for k, v in (("turbo4", "f16"), ("turbo4", "turbo3"), ("turbo3", "turbo2")):
+        for k, v in (("turbo4", "f16"), ("turbo4", "turbo3")):
             for exact in ((0, 0), (1, 0), (0, 1), (1, 1), (4, 4)):
                 label = f"{k}/{v} centred, K of {exact[0]} and V of {exact[1]} exact"
                 configs.append(study.simulated(k, v, label, exact=exact))
