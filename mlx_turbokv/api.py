@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import mlx.nn as nn
 
 from .cache import TurboKVCache
-from .centring.choose import choose_centring
+from .centring.choose import Choice
 from .centring.references import References
 from .errors import InputError
 from .formats import KVFormat, check_head_dim
@@ -116,12 +117,28 @@ class CacheFactory:
         caches = own_caches(model)
         self._n_caches = len(caches)
         self.layers: KVLayers = kv_layers(model, caches)
-        self.formats: list[Pair] = policy.formats(self.layers.n_total)
-        self._check_head_dims()
-        self.centring = choose_centring(model, self.layers, self.formats, centre, policy)
+        self._choice = Choice(model, self.layers, centre, policy)
+        self._take_formats()
         notes = [*policy.notes(self.layers.n_total), *self.layers.notes(), *self.centring.notes]
         for note in notes:
             _say_once(model, note)
+
+    def with_policy(self, policy: Policy) -> CacheFactory:
+        """A factory for the same model under another policy, without looking at the model again.
+
+        Raises:
+            InputError: the policy or a format does not fit the model.
+        """
+        other = copy.copy(self)
+        other.policy = policy
+        other._take_formats()
+        return other
+
+    def _take_formats(self) -> None:
+        """Everything that depends on the policy's formats."""
+        self.formats: list[Pair] = self.policy.formats(self.layers.n_total)
+        self._check_head_dims()
+        self.centring = self._choice.of(self.formats)
 
     def __call__(self, *args: Any, **kwargs: Any) -> list[Any]:
         """Fresh caches; arguments go to the model's own factory."""

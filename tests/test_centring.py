@@ -17,7 +17,12 @@ from mlx_turbokv.centre import Centre
 from mlx_turbokv.centring.bias import key_biases
 from mlx_turbokv.centring.calibration import calibrate_keys
 from mlx_turbokv.centring.probe import NotingCache, find_turnings
-from mlx_turbokv.centring.references import References, load_references, save_references
+from mlx_turbokv.centring.references import (
+    References,
+    load_references,
+    save_references,
+    set_references,
+)
 from mlx_turbokv.errors import InputError
 from mlx_turbokv.evaluate.divergence import compare_logits
 from mlx_turbokv.kv_layers import kv_layers
@@ -221,6 +226,15 @@ def test_references_beside_a_policy_file_are_found(tmp_path):
     save_references(tmp_path / "p.json", calibrate_keys(model(), windows()))
     held = make_prompt_cache(model(), policy=tmp_path / "p.json", backend="reference")
     assert [c.centre.source for c in held] == ["calibrated mean"] * 3
+
+
+def test_references_given_to_a_model_are_found():
+    set_references(model(), calibrate_keys(model(), windows()))
+    try:
+        assert [c.centre.source for c in caches()] == ["calibrated mean"] * 3
+    finally:
+        set_references(model(), None)
+    assert [c.centre.source for c in caches()] == ["key bias"] * 3
 
 
 def test_references_are_checked(tmp_path):

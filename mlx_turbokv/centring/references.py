@@ -22,6 +22,7 @@ from ..errors import InputError
 
 MAKER = "mlx_turbokv key references"
 VERSION = 1
+ATTRIBUTE = "turbokv_references"
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,13 @@ def fingerprint(model: nn.Module) -> str:
             found.update(name.encode())
             found.update(np.array(weight.astype(mx.float32)).tobytes())
     return found.hexdigest()
+
+
+def set_references(model: nn.Module, references: References | None) -> None:
+    """Give a model references of its own: whatever makes its caches finds them; None takes them."""
+    vars(model).pop(ATTRIBUTE, None)
+    if references is not None:
+        setattr(model, ATTRIBUTE, references)
 
 
 def paths_for(path: str | os.PathLike) -> tuple[Path, Path]:
