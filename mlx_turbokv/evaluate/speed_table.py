@@ -46,16 +46,25 @@ def _ratio(ratio: float | None) -> str:
 
 def as_text(rows: list[dict]) -> str:
     """Aligned columns."""
-    lines = [list(HEADER), *cells(rows)]
-    failed = {i for i, row in enumerate(rows, 1) if "error" in row}
+    return align([list(HEADER), *cells(rows)], left=(1,))
+
+
+def align(lines: list[list[str]], left: tuple[int, ...]) -> str:
+    """Lines of cells in columns, numbers to the right and the columns of ``left`` to the left.
+
+    A line's last cell that is not empty may be longer than its column where only empty ones follow.
+    """
+    filled = [max((i for i, cell in enumerate(line) if cell), default=0) for line in lines]
     widths = [
-        max(len(line[i]) for n, line in enumerate(lines) if n not in failed or i < 3)
-        for i in range(len(HEADER))
+        max(len(line[i]) for line, last in zip(lines, filled) if i < last or last == len(line) - 1)
+        for i in range(len(lines[0]))
     ]
     out = []
     for line in lines:
-        padded = [line[0].rjust(widths[0]), line[1].ljust(widths[1])]
-        padded += [cell.rjust(width) for cell, width in zip(line[2:], widths[2:])]
+        padded = [
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths))
+        ]
         out.append("  ".join(padded).rstrip())
     return "\n".join(out)
 
