@@ -82,7 +82,7 @@ def command(**options: Any) -> int:
 
             require_matplotlib()  # refused now, since nothing would be kept of the run
         record = _measured(options)
-    print(_render(record, options["output"]))
+    print(render(record, options["output"]))
     for line in record["not_measured"]:
         note(f"Not measured within the time limit: {line}.")
     if options["plot"]:
@@ -107,46 +107,54 @@ def _measured(options: dict[str, Any]) -> dict:
     points = [Point("context", n) for n in options["contexts"]]
     points += [Point("prompt", n) for n in prompts]
     model, about, vocab_size = _model(options)
-    configs = [configuration.prepare(model, name, options["backend"]) for name in names]
     settings = Settings(
         options["generation_tokens"], options["num_trials"], options["prefill_step_size"],
         vocab_size,
     )  # fmt: skip
-    record = _record(about, names, configs, settings, options["seed"])
     limit = options["time_limit"]
-    deadline = None if limit is None else started + limit
-    return _measure(model, record, configs, points, settings, deadline, options)
+    return measure(
+        model, about, names, list(dict.fromkeys(points)), settings, options["backend"],
+        options["json_path"], not options["no_resume"], options["seed"],
+        None if limit is None else started + limit,
+    )  # fmt: skip
 
 
-def _measure(
-    model: Any, record: dict, configs: list, points: list, settings: Any,
-    deadline: float | None, options: dict[str, Any],
+def measure(
+    model: Any, about: dict, names: list[str], points: list, settings: Any, backend: str,
+    json_path: str | None, resume: bool = True, seed: int = 0, deadline: float | None = None,
 ) -> dict:  # fmt: skip
+    """Measure points that the JSON file does not have yet; write and return the record.
+
+    Args:
+        about: what the record says of the model: ``model``, ``weights`` and ``weight_bytes``.
+    """
+    from ..evaluate.configuration import prepare
     from ..evaluate.speed import measure_point
 
-    path = options["json_path"]
-    kept = [] if options["no_resume"] else _kept_rows(path, record)
-    done = {(row["kind"], row["tokens"]) for row in kept}
-    record["rows"] = kept
+    configs = [prepare(model, name, backend) for name in names]
+    record = _record(about, names, configs, settings, seed)
+    if resume:
+        _keep(json_path, record, points)
+    done = {(row["kind"], row["tokens"]) for row in record["rows"]}
     steps = (settings.num_trials + 1) * len(configs)
     with Progress(steps * len(points)) as progress:
         for i, point in enumerate(points):
             label = f"{point.kind} {point.tokens:,}"
             if (point.kind, point.tokens) in done:
-                note(f"{label}: kept from {path}")
+                note(f"{label}: kept from {json_path}")
                 continue
             if deadline is not None and time.perf_counter() > deadline:
                 record["not_measured"].append(label)
                 continue
 
             def tick(step: int, _all: int, name: str, i: int = i, label: str = label) -> None:
-                progress(i * steps + step, 0, f"{label} {name}")
+                progress(i * steps + step, len(points) * steps, f"{label} {name}")
 
             record["rows"] += measure_point(model, point, configs, settings, deadline, tick)
-            if path is not None:
-                write_json(path, record)
-    if path is not None:
-        write_json(path, record)
+            if json_path is not None:
+                write_json(json_path, record)
+    if json_path is not None:
+        write_json(json_path, record)
     return record
 
 
@@ -203,13 +211,13 @@ def _record(about: dict, names: list[str], configs: list, settings: Any, seed: i
     }
 
 
-def _kept_rows(path: str | None, record: dict) -> list[dict]:
-    """Rows of an earlier run with the same settings, those that failed left out.
+def _keep(path: str | None, record: dict, points: list) -> None:
+    """Put the finished rows of an earlier run with the same settings into the record.
 
     Raises: InputError if the file holds another run.
     """
     if path is None or not os.path.exists(path):
-        return []
+        return
     found = read_json(path, WHAT)
     same = ("model", "weights", "configs", "generation_tokens", "num_trials", "prefill_step_size",
             "seed", "environment")  # fmt: skip
@@ -220,10 +228,14 @@ def _kept_rows(path: str | None, record: dict) -> list[dict]:
             "anew."
         )
     failed = {(r["kind"], r["tokens"]) for r in found["rows"] if "error" in r}
-    return [r for r in found["rows"] if (r["kind"], r["tokens"]) not in failed]
+    kept = [r for r in found["rows"] if (r["kind"], r["tokens"]) not in failed]
+    record["rows"] = kept
+    if {(p.kind, p.tokens) for p in points} <= {(r["kind"], r["tokens"]) for r in kept}:
+        # Nothing is measured now: the command and commit are those of the run that did.
+        record |= {key: found[key] for key in ("command", "commit")}
 
 
-def _render(record: dict, output: str) -> str:
+def render(record: dict, output: str) -> str:
     from ..evaluate import speed_table
     from ..evaluate.table import as_json
 

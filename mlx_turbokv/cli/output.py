@@ -71,5 +71,6 @@ class Progress:
         self.bar.close()
 
     def __call__(self, done: int, total: int, name: str) -> None:
+        self.bar.total = total
         self.bar.set_postfix_str(name, refresh=False)
         self.bar.update(done - self.bar.n)

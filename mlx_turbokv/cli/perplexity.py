@@ -10,6 +10,7 @@ from .entry import run
 from .options import BACKENDS, centre_from, centre_options, model_options
 from .output import Progress, check_writable, note, write_json
 
+WHAT = "perplexity and divergence by cache configuration"
 DEFAULT_CTX = 512
 
 
@@ -121,7 +122,7 @@ def measure(
     with Progress(len(windows) * len(configs)) as progress:
         evaluation = evaluate_windows(loaded.model, windows, configs, checkpoint, progress)
     record = {
-        "what": "perplexity and divergence by cache configuration",
+        "what": WHAT,
         "model": model,
         "text": {"name": source.name, "sha256": source.sha256},
         "n_ctx": ctx_size,

@@ -48,8 +48,8 @@ class Journal:
             self._read()
 
     def _read(self) -> None:
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        records = []
+        text = self.path.read_text(encoding="utf-8")
+        lines, records = text.splitlines(), []
         for line in lines:
             try:
                 records.append(json.loads(line))
@@ -66,7 +66,7 @@ class Journal:
                 f"({', '.join(sorted(names))}); --no-resume starts anew."
             )
         self.parts = records[1:]
-        if len(records) < len(lines):
+        if len(records) < len(lines) or not text.endswith("\n"):
             part = self.path.with_name(self.path.name + ".new")
             part.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
             part.replace(self.path)
