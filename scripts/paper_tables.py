@@ -270,6 +270,7 @@ def report(short: dict, long: dict | None, needle: dict | None, bench: dict | No
 @click.option("--long-chunks", default=8, show_default=True, help="Windows of --long-ctx; 0: none.")
 @click.option("--long-ctx", default=LONG_CTX, show_default=True)
 @click.option("--group", type=click.Choice(["32", "head"]), default="32", show_default=True)
+@click.option("--dtype", help="Dequantise the weights to this type, such as float16.")
 @click.option("--backend", default="auto", show_default=True)
 @click.option("--out", "folder", metavar="FOLDER", help="Measure, and keep the records there.")
 @click.option("--from", "short_path", metavar="JSON", help="A perplexity record instead.")
@@ -278,7 +279,7 @@ def report(short: dict, long: dict | None, needle: dict | None, bench: dict | No
 @click.option("--bench", "bench_path", metavar="JSON", help="A bench record.")
 @click.option("--json", "json_path", metavar="FILE", help="Write the verdicts there.")
 def command(
-    model, adapter_path, trust_remote_code, text, chunks, long_chunks, long_ctx, group, backend,
+    model, adapter_path, trust_remote_code, text, chunks, long_chunks, long_ctx, group, dtype, backend,
     folder, short_path, long_path, needle_path, bench_path, json_path,
 ) -> None:  # fmt: skip
     """Print the paper's tables and claims beside what is measured here."""
@@ -293,9 +294,13 @@ def command(
     else:
         from mlx_turbokv.evaluate.text import load_text
         from mlx_turbokv.models import load
+        import mlx.core as mx
 
         source = load_text(text)
-        loaded = load(model, adapter_path=adapter_path, trust_remote_code=trust_remote_code)
+        form = {} if dtype is None else {"dtype": getattr(mx, dtype), "packed": False}
+        loaded = load(
+            model, adapter_path=adapter_path, trust_remote_code=trust_remote_code, **form
+        )
         Path(folder).mkdir(parents=True, exist_ok=True)
         suffix = ":32" if group == "32" else ""
         short = measure(loaded, source, Path(folder), 512, chunks, suffix, backend)
