@@ -82,7 +82,17 @@ def as_svg(figure: Figure, label: str) -> str:
     text = re.sub(r'\s(width|height)="[\d.]+pt"', "", text, count=2)
     # Names inside an SVG are the page's: two figures must not share them.
     salt = re.sub(r"\W+", "-", label.lower())
-    text = re.sub(r'\bid="([^"]+)"', rf'id="{salt}-\1"', text)
+    seen: set[str] = set()
+
+    def once(match: re.Match) -> str:
+        # matplotlib repeats a marker's definition; the first one serves.
+        name = f"{salt}-{match[1]}"
+        if name in seen:
+            return ""
+        seen.add(name)
+        return f'id="{name}"'
+
+    text = re.sub(r'\bid="([^"]+)"', once, text)
     text = re.sub(r'(xlink:href="|href="|url\()#', rf"\1#{salt}-", text)
     # As wide as drawn where there is room; letters then are as large as the page's.
     head = f'<svg role="img" aria-label="{label}" style="--drawn:{1.15 * figure.get_figwidth():.3g}in"'
