@@ -104,6 +104,15 @@ def test_only_the_exact_answer_counts(response, found):
     assert is_found(response, "123456") is found
 
 
+def test_cases_come_mixed_and_each_once():
+    cases = make_cases([512, 1024, 512], [0, 0.5, 1], haystack.KINDS, 2)
+    assert len(cases) == len(set(cases)) == 2 * 3 * 3 * 2
+    assert [c.repeat for c in cases] == [0] * 18 + [1] * 18
+    start = cases[:9]  # half of the first repeat
+    assert {c.context for c in start} == {512, 1024} and {c.depth for c in start} == {0, 0.5, 1}
+    assert {c.kind for c in start} == set(haystack.KINDS)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -211,7 +220,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(model, hay, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         needle.run_cases(model, hay, cases, configs, Journal(path, settings), stop)
     kept, steps = Journal(path, settings), []
-    assert [part["case"] for part in kept.parts] == ["password/700/0/0"]
+    assert [part["case"] for part in kept.parts] == [cases[0].name]
     again = needle.run_cases(model, hay, cases, configs, kept, lambda *a: steps.append(a[2]))
     assert steps[0] == "kept" and len(steps) == 5
     assert json.dumps(again) == json.dumps(whole)

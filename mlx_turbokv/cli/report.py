@@ -195,8 +195,8 @@ class _Report:
         contexts = list(self.options["needle_contexts"])
         cases = make_cases(contexts, depths, KINDS)
         expected = {
-            "model": self.model, "text": self._text(), "contexts": contexts, "depths": depths,
-            "kinds": list(KINDS), "repeats": 1, "not_measured": 0,
+            "model": self.model, "text": self._text(), "contexts": sorted(set(contexts)),
+            "depths": depths, "kinds": sorted(KINDS), "repeats": 1, "not_measured": 0,
         }  # fmt: skip
         kept = self._kept("needle", needle.WHAT, expected)
         if kept is not None and [r["config"] for r in kept["summary"]] == self.few:

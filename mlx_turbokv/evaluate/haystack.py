@@ -7,6 +7,7 @@ configuration, and a run that is resumed, meets the same prompts.
 
 from __future__ import annotations
 
+import hashlib
 import random
 import re
 from collections.abc import Sequence
@@ -63,7 +64,7 @@ class Prompt:
 def make_cases(
     contexts: Sequence[int], depths: Sequence[float], kinds: Sequence[str], repeats: int = 1
 ) -> list[Case]:
-    """All cases; contexts change fastest, so a run that is cut short has some of each.
+    """All cases, repeat by repeat, mixed within one: a run cut short has some of every place.
 
     Raises: InputError for an unknown kind, a depth outside 0 to 1, or a number below 1.
     """
@@ -75,11 +76,11 @@ def make_cases(
             raise InputError(f"Depth {depth:g} is not accepted: it must be from 0 to 1.")
     if repeats < 1:
         raise InputError(f"Repeats {repeats} are not accepted: at least 1 is needed.")
-    cases = [
+    cases = {
         Case(kind, context, depth, repeat)
         for repeat in range(repeats) for depth in depths for kind in kinds for context in contexts
-    ]  # fmt: skip
-    return list(dict.fromkeys(cases))
+    }  # fmt: skip
+    return sorted(cases, key=lambda case: (case.repeat, hashlib.sha256(case.name.encode()).digest()))
 
 
 def split_sentences(text: str) -> list[str]:

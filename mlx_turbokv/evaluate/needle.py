@@ -154,7 +154,7 @@ def summarise(records: Sequence[dict], configs: Sequence[Prepared]) -> list[dict
             **_rates(records, config.name, names[0]),
         }
         for key in ("kind", "context"):
-            values = list(dict.fromkeys(r[key] for r in records))
+            values = sorted({r[key] for r in records})
             row[f"by_{key}"] = [
                 {key: value}
                 | _rates([r for r in records if r[key] == value], config.name, names[0])
