@@ -326,7 +326,8 @@ def command(
     page, found = report(short, long, needle, bench)
     print(page)
     if json_path is not None:
-        about = {key: short[key] for key in ("model", "text", "environment", "command")}
+        kept = ("model", "text", "n_ctx", "n_windows", "backend", "environment", "command")
+        about = {key: short[key] for key in kept}
         record = {"what": "claims of the paper", **about, "claims": found}
         write_json(json_path, json.loads(json.dumps(record)))
 

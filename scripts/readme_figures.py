@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
+from mlx_turbokv.evaluate import needle_table  # noqa: E402
+from paper_tables import difference_cell  # noqa: E402
 from mlx_turbokv.evaluate.table import as_markdown, footnotes, heading  # noqa: E402
 
 
@@ -101,9 +103,41 @@ def centred() -> str:
     return "\n\n".join([about, table(["K/V", *names.values()], rows), f"`{record['command']}`"])
 
 
+def needle() -> str:
+    """What is still found, f16 beside every configuration."""
+    record = read("needle")
+    parts = [needle_table.heading(record).replace("\n", "; ") + "."]
+    parts += [needle_table.as_markdown(record["summary"]), needle_table.footnotes(record)]
+    if record["not_measured"]:
+        n, left = len(record["cases"]), record["not_measured"]
+        parts.append(f"{left} of {n + left} cases were left when the time was over.")
+    return "\n\n".join([*parts, f"`{record['command']}`"])
+
+
+def claims() -> str:
+    """The paper's claims on the default model."""
+    record = read("paper_claims")
+    about = (
+        f"{record['model']['name']} on {record['text']['name']}, {record['n_windows']} windows of "
+        f"{record['n_ctx']}, {record['environment']['device']}."
+    )
+    rows = [
+        [
+            entry["claim"],
+            difference_cell(entry),
+            entry["verdict"],
+            entry["by_kld"]["verdict"] if "by_kld" in entry else "–",
+        ]
+        for entry in record["claims"]
+    ]
+    header = ["the paper says", "difference, nats (95 %)", "by loss", "by divergence from f16"]
+    return "\n\n".join([about, table(header, rows), f"`{record['command']}`"])
+
+
 SECTIONS = {
     "perplexity": perplexity, "centred": centred, "decode": decode, "reference": reference,
 }  # fmt: skip
+SECTIONS |= {"needle": needle, "claims": claims}
 
 
 def drawn(readme: str) -> str:
