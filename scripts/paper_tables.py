@@ -196,15 +196,16 @@ def speed_table(bench: dict, names: dict[str, str]) -> str:
     return "### Speed in tokens a second (paper: phi-4, M5 Max, 8,192 tokens)\n\n" + markdown(header, rows)
 
 
-def judged(short: dict[str, dict], long: dict[str, dict] | None, needle: dict | None) -> list[dict]:
-    """Every claim with its verdicts."""
+def judged(short: dict, long: dict | None, needle: dict | None) -> list[dict]:
+    """Every claim with its verdicts; ``where`` is the tokens of a window, or what else was asked."""
+    records = [short] if long is None else [short, long]
+    places = [(f"{r['n_ctx']:,}", roles_of(r)) for r in records]
+    short = places[0][1]
     wanted = claims.CLAIMS
     if any(role in short for role in RAW):
         wanted += claims.HYBRID_CLAIMS
     found = []
-    for where, results in (("512", short), ("long", long)):
-        if results is None:
-            continue
+    for where, results in places:
         for claim in wanted:
             found.append({
                 "claim": claim.text, "where": where, "unit": "nats",
@@ -212,10 +213,10 @@ def judged(short: dict[str, dict], long: dict[str, dict] | None, needle: dict | 
                 "by_kld": claims.judge(claim, results, "kld"),
             })  # fmt: skip
     cost = claims.turbo2_cost(short)
-    found.append({"claim": "turbo2 for V costs 3 to 5 % of PPL", "where": "512", "unit": "PPL", **cost})
+    found.append({"claim": "turbo2 for V costs 3 to 5 % of PPL", "where": places[0][0], "unit": "PPL", **cost})
     if long is not None:
         text = "the gain of Boundary V over turbo2 shrinks with the context"
-        found.append({"claim": text, "where": "both", "unit": "nats", **claims.dilution(short, long)})
+        found.append({"claim": text, "where": "both", "unit": "nats", **claims.dilution(short, places[1][1])})
     if needle is not None:
         name = short["la-v7"]["config"] if "la-v7" in short else "la-v7"
         names = {r["config"] for r in needle["summary"]}
@@ -255,7 +256,7 @@ def report(short: dict, long: dict | None, needle: dict | None, bench: dict | No
     """(everything as Markdown, the verdicts)."""
     results, model = roles_of(short), short["model"]["name"]
     long_results = None if long is None else roles_of(long)
-    found = judged(results, long_results, needle)
+    found = judged(short, long, needle)
     parts = [
         f"{model} on {short['text']['name']}, {short['n_windows']} windows of {short['n_ctx']}"
         + ("" if long is None else f" and {long['n_windows']} of {long['n_ctx']}")
@@ -328,6 +329,8 @@ def command(
     if json_path is not None:
         kept = ("model", "text", "n_ctx", "n_windows", "backend", "environment", "command")
         about = {key: short[key] for key in kept}
+        if long is not None:
+            about["long"] = {key: long[key] for key in ("n_ctx", "n_windows")}
         record = {"what": "claims of the paper", **about, "claims": found}
         write_json(json_path, json.loads(json.dumps(record)))
 

@@ -117,20 +117,23 @@ def needle() -> str:
 def claims() -> str:
     """The paper's claims on the default model."""
     record = read("paper_claims")
+    long = record["long"]
     about = (
         f"{record['model']['name']} on {record['text']['name']}, {record['n_windows']} windows of "
-        f"{record['n_ctx']}, {record['environment']['device']}."
+        f"{record['n_ctx']:,} and {long['n_windows']} of {long['n_ctx']:,}; "
+        f"{record['environment']['device']}."
     )
     rows = [
         [
             entry["claim"],
+            entry["where"],
             difference_cell(entry),
             entry["verdict"],
             entry["by_kld"]["verdict"] if "by_kld" in entry else "–",
         ]
         for entry in record["claims"]
     ]
-    header = ["the paper says", "difference, nats (95 %)", "by loss", "by divergence from f16"]
+    header = ["the paper says", "tokens", "difference, nats (95 %)", "by loss", "by divergence from f16"]
     return "\n\n".join([about, table(header, rows), f"`{record['command']}`"])
 
 

@@ -111,7 +111,7 @@ def test_a_hybrid_is_measured_by_ordinal_and_by_raw_index(tmp_path, monkeypatch)
                  "--json", str(verdicts)]  # fmt: skip
     result = CliRunner().invoke(tables.command, arguments)
     assert result.exception is None, result.output
-    found = {c["claim"]: c for c in json.loads(verdicts.read_text())["claims"] if c["where"] == "512"}
+    found = {c["claim"]: c for c in json.loads(verdicts.read_text())["claims"]}
     for claim in (*claims.CLAIMS, *claims.HYBRID_CLAIMS):
         assert found[claim.text]["verdict"] != claims.MISSING
     assert "### Quality at 512 tokens" in result.output and "| la-v7 |" in result.output
