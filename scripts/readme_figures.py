@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from mlx_turbokv.evaluate import needle_table  # noqa: E402
+from mlx_turbokv.report import summary  # noqa: E402
 from paper_tables import difference_cell  # noqa: E402
 from mlx_turbokv.evaluate.table import as_markdown, footnotes, heading  # noqa: E402
 
@@ -137,10 +138,26 @@ def claims() -> str:
     return "\n\n".join([about, table(header, rows), f"`{record['command']}`"])
 
 
+def report() -> str:
+    """The summary of a report on the default model."""
+    record = read("report")
+    header, rows, front = summary.table_of(record)
+    rows = [[f"{row[0]} ●" if row[0] in front else row[0], *row[1:]] for row in rows]
+    quality, needles = record["perplexity"], record["needle"]
+    about = (
+        f"{record['model']['name']}, {record['environment']['device']}, back-end "
+        f"{record['backend']}: {quality['n_windows']} windows of {quality['n_ctx']} of "
+        f"{quality['text']['name']}, {len(needles['cases'])} needles at "
+        f"{' and '.join(f'{n:,}' for n in needles['contexts'])} tokens."
+    )
+    parts = [about, table(header, rows), " ".join(summary.notes(record))]
+    return "\n\n".join([*parts, f"`{quality['command']}`"])
+
+
 SECTIONS = {
     "perplexity": perplexity, "centred": centred, "decode": decode, "reference": reference,
+    "needle": needle, "claims": claims, "report": report,
 }  # fmt: skip
-SECTIONS |= {"needle": needle, "claims": claims}
 
 
 def drawn(readme: str) -> str:

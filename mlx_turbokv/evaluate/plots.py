@@ -99,11 +99,6 @@ def as_svg(figure: Figure, label: str) -> str:
     return text.replace("<svg", head, 1)
 
 
-def legend(ax: Axes, **options) -> None:
-    """A legend without a box."""
-    ax.legend(frameon=False, fontsize=8, labelcolor=INK, **options)
-
-
 def token_axis(ax: Axes, values: list[int]) -> None:
     """A logarithmic axis of context lengths, marked where they are."""
     ax.set_xscale("log", base=2)
@@ -151,8 +146,10 @@ def bytes_unit(largest: float) -> tuple[str, int]:
 def legend_below(figure: Figure, ax: Axes, title: str | None = None) -> None:
     """One legend for all panels, under them; each name once."""
     entries = dict(zip(*reversed(ax.get_legend_handles_labels())))
+    widest = 40 + 4.8 * max(map(len, entries), default=0)  # points, at 8 points a letter
+    columns = max(1, min(len(entries), int(72 * figure.get_figwidth() / widest)))
     box = figure.legend(
-        entries.values(), entries.keys(), loc="outside lower center", ncols=4, frameon=False,
+        entries.values(), entries.keys(), loc="outside lower center", ncols=columns, frameon=False,
         fontsize=8, labelcolor=INK, title=title, title_fontsize=8,
     )  # fmt: skip
     box.get_title().set_color(INK)

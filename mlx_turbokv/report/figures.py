@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..evaluate.plots import (
@@ -10,27 +11,17 @@ from ..evaluate.plots import (
     GRID,
     INK,
     bytes_unit,
-    legend,
     legend_below,
     new_figure,
     token_axis,
 )
 
+from .pareto import pareto_front
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LOWEST_KLD = 1e-6
-
-
-def pareto_front(points: list[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other undercuts in both coordinates, from left to right."""
-    order = sorted(range(len(points)), key=lambda i: points[i])
-    front, best = [], math.inf
-    for i in order:
-        if points[i][1] < best:
-            front.append(i)
-            best = points[i][1]
-    return front
 
 
 def divergence_figure(results: list[dict]) -> Figure:
@@ -64,13 +55,14 @@ _PLACES = (
     (7, 0), (7, 10), (7, -10), (-7, 0), (-7, 10), (-7, -10), (7, 21), (7, -21), (-7, 21),
     (-7, -21), (16, 32), (16, -32), (-16, 32), (-16, -32), (24, 44), (24, -44), (-24, -44),
 )  # fmt: skip
-_LETTER, _LINE = 4.9, 10.0  # size of a letter and of a line at 8 points
+_LETTER, _LINE = 5.2, 10.0  # size of a letter and of a line at 8 points
 
 
 def _label(ax, points: list[tuple[float, float]], names: list[str]) -> None:
     """Names beside their points, each where it covers no other; far ones get a thin line."""
     scale = 72 / ax.figure.dpi
     at = [tuple(scale * c for c in ax.transData.transform(point)) for point in points]
+    inside = tuple(scale * c for c in ax.bbox.extents)
     taken = [(x - 6, y - 11, x + 6, y + 11) for x, y in at]  # a name under a dot is that dot's
     for point, (x, y), name in sorted(zip(points, at, names), key=lambda entry: entry[1]):
         width = _LETTER * len(name)
@@ -79,7 +71,12 @@ def _label(ax, points: list[tuple[float, float]], names: list[str]) -> None:
             left = x + place[0] - (width if place[0] < 0 else 0)
             return left, y + place[1] - _LINE / 2, left + width, y + place[1] + _LINE / 2
 
-        place = min(_PLACES, key=lambda p: (sum(_overlap(box(p), b) for b in taken), _PLACES.index(p)))
+        def covered(place: tuple[int, int], box: Callable = box) -> float:
+            at = box(place)
+            beyond = (at[2] - at[0]) * (at[3] - at[1]) - _overlap(at, inside)
+            return beyond + sum(_overlap(at, other) for other in taken)
+
+        place = min(_PLACES, key=lambda p: (round(covered(p), 3), _PLACES.index(p)))
         taken.append(box(place))
         far = abs(place[1]) > 10
         ax.annotate(
@@ -152,7 +149,7 @@ def memory_figure(plan: dict, bench: dict | None = None) -> Figure:
     unit, size = bytes_unit(max(plan["f16_bytes"].values()))
     figure, axes = new_figure(7.6, 3.9)
     ax = axes[0, 0]
-    for color, row in zip(COLORS, rows):
+    for color, row in zip(COLORS * 2, rows):
         held = {int(n): b for n, b in row["bytes"].items()}
         y = [held[n] / size for n in contexts]
         ax.plot(contexts, y, color=color, linewidth=1.4, label=row["name"])
@@ -166,5 +163,5 @@ def memory_figure(plan: dict, bench: dict | None = None) -> Figure:
     token_axis(ax, contexts)
     ax.set_yscale("log")
     ax.set_ylabel(f"KV cache, {unit}")
-    legend(ax)
+    legend_below(figure, ax)
     return figure

@@ -8,7 +8,7 @@ from importlib.resources import files
 
 from ..evaluate import needle_table, plots, speed_table, table
 from ..plan_report import table_of_json
-from . import figures
+from . import figures, summary
 
 Section = tuple[str, str, str]  # id, title, HTML
 
@@ -56,68 +56,9 @@ def _about(record: dict) -> str:
 
 def _summary(record: dict) -> Section:
     """Each configuration in one line, over all parts."""
-    quality = {r["config"]: r for r in (record.get("perplexity") or {"results": []})["results"]}
-    found = {r["config"]: r for r in (record.get("needle") or {"summary": []})["summary"]}
-    speed = _longest(record.get("bench"))
-    names = list(dict.fromkeys([*quality, *found, *speed]))
-    header = ["K/V"]
-    header += ["bits/value", "KLD", "Δnll", "same top"] if quality else []
-    header += ["needles, of f16’s"] if found else []
-    header += ["generation, of f16", "KV bytes"] if speed else []
-    front = _front(list(quality.values())[1:])
-    rows = []
-    for name in names:
-        cells = [name]
-        if quality:
-            cells += _quality_cells(quality.get(name), name == next(iter(quality)))
-        if found:
-            cells.append(_found_cell(found.get(name)))
-        if speed:
-            cells += _speed_cells(speed.get(name))
-        rows.append(cells)
-    html = _table(header, rows, front)
-    if front:
-        html += (
-            '<p class="note">● Nothing measured here has both fewer bits and a smaller KLD: '
-            f"{escape(', '.join(n for n in names if n in front))}.</p>"
-        )
-    if speed:
-        tokens = next(iter(speed.values()))["tokens"]
-        html += f'<p class="note">Speed and bytes are those at {tokens:,} tokens.</p>'
+    header, rows, front = summary.table_of(record)
+    html = _table(header, rows, front) + "".join(_notes(n) for n in summary.notes(record))
     return "summary", "Summary", html
-
-
-def _quality_cells(row: dict | None, is_reference: bool) -> list[str]:
-    if row is None:
-        return ["–"] * 4
-    cells = table.rows([row, row])[0 if is_reference else 1]
-    return [cells[1], cells[5], cells[4], cells[8]]
-
-
-def _found_cell(row: dict | None) -> str:
-    if row is None:
-        return "–"
-    return f"{row['found_of_reference']}/{row['reference_found']}"
-
-
-def _speed_cells(row: dict | None) -> list[str]:
-    if row is None or "error" in row:
-        return ["–", "–"]
-    ratio = row["generation_of_first"]
-    return ["?" if ratio is None else f"{ratio:.2f}×", table.bytes_text(row["kv_bytes"])]
-
-
-def _longest(bench: dict | None) -> dict[str, dict]:
-    """Rows of the longest context, by configuration."""
-    rows = [r for r in (bench or {"rows": []})["rows"] if "error" not in r]
-    longest = max((r["tokens"] for r in rows), default=0)
-    return {r["config"]: r for r in rows if r["tokens"] == longest}
-
-
-def _front(results: list[dict]) -> set[str]:
-    rows = [r for r in results if r["bits_per_value"] is not None]
-    points = [(r["bits_per_value"], r["kld"]["mean"]) for r in rows]
-    return {rows[i]["config"] for i in figures.pareto_front(points)}
 
 
 def _quality(record: dict) -> Section:
@@ -125,7 +66,7 @@ def _quality(record: dict) -> Section:
     others = part["results"][1:]
     rows = table.rows(part["results"])
     html = f"<p>{escape(table.heading(part).splitlines()[0])}.</p>"
-    html += _table(list(table.COLUMNS), rows, _front(others))
+    html += _table(list(table.COLUMNS), rows, summary.front_of(others))
     html += _notes(table.footnotes(part))
     html += _figure(
         figures.divergence_figure(others),
