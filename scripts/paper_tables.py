@@ -77,23 +77,13 @@ def raw_index_policies(model, folder: Path, group: str) -> list[str]:
     return names
 
 
-def fitting(model, names: list[str], backend: str) -> list[str]:
-    """The configurations that the model has enough KV layers for; what has not is said."""
-    from mlx_turbokv.evaluate.configuration import prepare
-
-    found = []
-    for name in names:
-        try:
-            prepare(model, name, backend)
-            found.append(name)
-        except InputError as error:
-            note(f"Left out {name}: {error}")
-    return found
-
-
 def measure(loaded, text, folder: Path, n_ctx: int, chunks: int, group: str, backend: str) -> dict:
     """The record of one context length; kept if the folder has it with these settings."""
-    names = fitting(loaded.model, ["f16/f16", *config_names(group).values()], backend)
+    from mlx_turbokv.evaluate.configuration import fitting
+
+    names, reasons = fitting(loaded.model, ["f16/f16", *config_names(group).values()], backend)
+    for reason in reasons:
+        note(reason)
     names += raw_index_policies(loaded.model, folder, group)
     path = folder / f"{'short' if n_ctx < LONG_CTX else 'long'}.json"
     if path.is_file():

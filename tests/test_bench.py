@@ -186,6 +186,16 @@ def test_the_command_keeps_points_that_were_measured(shape_file, tmp_path, monke
     assert anew.exception is None and len(json.loads(out.read_text())["rows"]) == 2
 
 
+def test_a_default_that_does_not_fit_the_model_is_left_out_and_said(tmp_path):
+    path, out = tmp_path / "config.json", tmp_path / "b.json"
+    path.write_text(json.dumps(tiny_config("llama", num_hidden_layers=1, head_dim=32)))
+    arguments = ["--shape", str(path), "--dtype", "float32", "-p", "20", "-g", "2", "-n", "1"]
+    result = CliRunner().invoke(bench.command, [*arguments, "--json", str(out)])
+    assert result.exception is None and "Left out mlx-kv8:64" in result.output
+    configs = [row["config"] for row in json.loads(out.read_text())["rows"]]
+    assert configs == ["f16/f16", "q8_0/turbo2", "turbo4/turbo3"]
+
+
 def test_points_after_the_time_limit_are_said(shape_file, tmp_path):
     out = tmp_path / "b.json"
     result = _run(shape_file, out, "--context", "40", "-p", "20", "--time-limit", "0")

@@ -70,7 +70,7 @@ _COUNT = click.IntRange(1)
 def command(**options: Any) -> int:
     """Prompt and generation speed and peak memory through several caches.
 
-    Trials of the configurations take turns within one run, as mlx_lm.benchmark's otherwise.
+    As mlx_lm.benchmark, but trials of the configurations take turns within one run.
     """
     check_writable(options["json_path"])
     check_writable(options["plot"])
@@ -107,6 +107,10 @@ def _measured(options: dict[str, Any]) -> dict:
     points = [Point("context", n) for n in options["contexts"]]
     points += [Point("prompt", n) for n in prompts]
     model, about, vocab_size = _model(options)
+    if not options["configs"]:
+        names, reasons = configuration.fitting(model, names, options["backend"])
+        for reason in reasons:
+            note(reason)
     settings = Settings(
         options["generation_tokens"], options["num_trials"], options["prefill_step_size"],
         vocab_size,

@@ -108,6 +108,10 @@ def _measured(options: dict[str, Any]) -> dict:
             f"Warning: a context of {max(contexts)} is above the {loaded.max_context} tokens that "
             f"{loaded.name} was made for."
         )
+    if not options["configs"]:
+        names, reasons = configuration.fitting(loaded.model, names, options["backend"])
+        for reason in reasons:
+            note(reason)
     limit = options["time_limit"]
     return measure(
         loaded, source, names, cases, options["backend"], options["json_path"], options["resume"],

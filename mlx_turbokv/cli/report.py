@@ -114,26 +114,17 @@ class _Report:
         )
         self.model, self.environment = model_record(self.loaded), environment()
         if not given:
-            self.names = self._fitting(self.names)
+            backend = options["backend"]
+            self.names, reasons = configuration.fitting(self.loaded.model, self.names, backend)
+            self.few = [name for name in self.few if name in self.names]
+            for reason in reasons:
+                note(reason)
 
     @staticmethod
     def _names(configs: tuple[str, ...]) -> list[str]:
         from ..evaluate.configuration import REFERENCE
 
         return list(dict.fromkeys([REFERENCE, *configs]))
-
-    def _fitting(self, names: list[str]) -> list[str]:
-        """The default configurations that fit the model; what does not is said."""
-        from ..evaluate.configuration import prepare
-
-        found = []
-        for name in names:
-            try:
-                prepare(self.loaded.model, name, self.options["backend"])
-                found.append(name)
-            except InputError as error:
-                note(f"Left out: {error}")
-        return found
 
     def measured(self) -> dict:
         """The whole record; each part is also a file of its own."""
