@@ -209,3 +209,15 @@ def test_names_in_the_plot_do_not_cover_points(n):
     ]  # fmt: skip
     drawn = figures.divergence_figure(rows).axes[0]
     assert sorted(t.get_text() for t in drawn.texts) == sorted(r["config"] for r in rows)
+
+
+def test_parts_with_other_centring_are_measured_anew(folder, tmp_path, monkeypatch):
+    for name in ("text.txt", "perplexity.json", "plan.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    record = json.loads((tmp_path / "perplexity.json").read_text())
+    record["results"][1]["centred"] = "keys centred by something else"
+    (tmp_path / "perplexity.json").write_text(json.dumps(record))
+    result = _run(monkeypatch, tmp_path, "--skip", "needle", "--skip", "bench", "--no-centre")
+    assert result.exception is None, result.output
+    again = json.loads((tmp_path / "perplexity.json").read_text())
+    assert again["results"][1]["centred"] == "keys not centred"

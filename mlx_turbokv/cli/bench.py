@@ -10,7 +10,7 @@ import click
 
 from ..errors import InputError
 from .entry import run
-from .options import BACKENDS, model_options
+from .options import BACKENDS, centre_from, centre_options, model_options
 from .output import Progress, check_writable, note, read_json, write_json
 
 WHAT = "speed and memory by cache configuration"
@@ -51,6 +51,7 @@ _COUNT = click.IntRange(1)
     help="As in perplexity; repeatable. The first is what the others are compared with.  "
     f"[default: {', '.join(DEFAULT_CONFIGS)}]",
 )  # fmt: skip
+@centre_options
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", **_OPEN)
 @click.option(
     "--time-limit", type=click.FloatRange(0), metavar="SECONDS",
@@ -100,6 +101,7 @@ def _measured(options: dict[str, Any]) -> dict:
     from ..evaluate.speed import Point, Settings
 
     started = time.perf_counter()
+    centre = centre_from(options["keys"], options["no_centre"])
     names = list(dict.fromkeys(options["configs"] or DEFAULT_CONFIGS))
     for name in names:
         configuration.check_name(name)
@@ -119,13 +121,14 @@ def _measured(options: dict[str, Any]) -> dict:
     return measure(
         model, about, names, list(dict.fromkeys(points)), settings, options["backend"],
         options["json_path"], not options["no_resume"], options["seed"],
-        None if limit is None else started + limit,
+        None if limit is None else started + limit, centre,
     )  # fmt: skip
 
 
 def measure(
     model: Any, about: dict, names: list[str], points: list, settings: Any, backend: str,
     json_path: str | None, resume: bool = True, seed: int = 0, deadline: float | None = None,
+    centre: bool | str = True,
 ) -> dict:  # fmt: skip
     """Measure points that the JSON file does not have yet; write and return the record.
 
@@ -135,7 +138,7 @@ def measure(
     from ..evaluate.configuration import prepare
     from ..evaluate.speed import measure_point
 
-    configs = [prepare(model, name, backend) for name in names]
+    configs = [prepare(model, name, backend, centre=centre) for name in names]
     record = _record(about, names, configs, settings, seed)
     if resume:
         _keep(json_path, record, points)
@@ -200,6 +203,7 @@ def _record(about: dict, names: list[str], configs: list, settings: Any, seed: i
         "what": WHAT,
         **about,
         "configs": names,
+        "centred": {c.name: c.centred for c in configs},
         "backend": next((c.backend for c in configs if c.backend != "mlx-lm"), "mlx-lm"),
         "generation_tokens": settings.generation_tokens,
         "num_trials": settings.num_trials,
@@ -223,7 +227,7 @@ def _keep(path: str | None, record: dict, points: list) -> None:
     if path is None or not os.path.exists(path):
         return
     found = read_json(path, WHAT)
-    same = ("model", "weights", "configs", "generation_tokens", "num_trials", "prefill_step_size",
+    same = ("model", "weights", "configs", "centred", "generation_tokens", "num_trials", "prefill_step_size",
             "seed", "environment")  # fmt: skip
     differ = [key for key in same if found.get(key) != record[key]]
     if differ:

@@ -9,7 +9,7 @@ import click
 
 from ..errors import InputError
 from .entry import run
-from .options import BACKENDS, model_options
+from .options import BACKENDS, centre_from, centre_options, model_options
 from .output import Progress, check_writable, note, read_json, write_json
 
 WHAT = "needle in a haystack by cache configuration"
@@ -41,6 +41,7 @@ _OPEN = {"show_default": True}
     help="As in perplexity; repeatable; f16/f16 is put first.  "
     f"[default: {', '.join(DEFAULT_CONFIGS)}]",
 )  # fmt: skip
+@centre_options
 @click.option("--prefill-step-size", default=2048, type=click.IntRange(1), **_OPEN)
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", **_OPEN)
 @click.option(
@@ -84,6 +85,7 @@ def command(**options: Any) -> None:
 
 def _measured(options: dict[str, Any]) -> dict:
     started = time.perf_counter()
+    centre = centre_from(options["keys"], options["no_centre"])
     # MLX is imported by models, after the CPU's BLAS was looked for.
     from ..models import load
     from ..evaluate import configuration
@@ -116,6 +118,7 @@ def _measured(options: dict[str, Any]) -> dict:
     return measure(
         loaded, source, names, cases, options["backend"], options["json_path"], options["resume"],
         None if limit is None else started + limit, options["prefill_step_size"],
+        centre,
     )  # fmt: skip
 
 
@@ -134,6 +137,7 @@ def measure(
     resume: bool | None,
     deadline: float | None = None,
     prefill_step_size: int = 2048,
+    centre: bool | str = True,
 ) -> dict:
     """Run the cases with progress and a journal; write and return the record."""
     from ..evaluate.configuration import prepare
@@ -142,12 +146,12 @@ def measure(
     from ..evaluate.needle import run_cases, summarise
     from ..evaluate.record import checkout_commit, command_line, environment, model_record
 
-    configs = [prepare(loaded.model, name, backend) for name in names]
+    configs = [prepare(loaded.model, name, backend, centre=centre) for name in names]
     versions, model = environment(), model_record(loaded)
     settings = {
         "model": model["source"],
         "text_sha256": source.sha256,
-        "configurations": [[c.name, c.layers, c.backend] for c in configs],
+        "configurations": [[c.name, c.layers, c.backend, c.centred] for c in configs],
         "versions": {k: versions[k] for k in ("mlx_turbokv", "mlx", "mlx_lm", "device")},
     }
     journal = Journal(journal_path("needle", settings, json_path), settings, resume)

@@ -10,7 +10,7 @@ import click
 
 from ..errors import InputError
 from .entry import run
-from .options import BACKENDS, model_options
+from .options import BACKENDS, centre_from, centre_options, model_options
 from .output import check_writable, note, read_json, write_json
 
 PARTS = ("perplexity", "needle", "plan", "bench")
@@ -62,6 +62,7 @@ _COUNT = click.IntRange(1)
 )  # fmt: skip
 @click.option("-g", "--generation-tokens", type=_COUNT, help="bench.  [64; quick: 8]")
 @click.option("-n", "--num-trials", type=_COUNT, help="bench.  [5; quick: 2]")
+@centre_options
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
 @click.option("--no-resume", is_flag=True, help="Measure everything anew.")
 def command(**options: Any) -> None:
@@ -101,6 +102,7 @@ class _Report:
         from ..evaluate.text import load_text
 
         self.options, self.folder = options, folder
+        self.centre = centre_from(options["keys"], options["no_centre"])
         given = options["configs"]
         self.names = self._names(given or QUALITY_CONFIGS)
         self.few = self._names(given or FEW_CONFIGS)
@@ -119,6 +121,12 @@ class _Report:
             self.few = [name for name in self.few if name in self.names]
             for reason in reasons:
                 note(reason)
+        self.centred = {name: self._prepared(name).centred for name in [*self.names, *self.few]}
+
+    def _prepared(self, name: str) -> Any:
+        from ..evaluate.configuration import prepare
+
+        return prepare(self.loaded.model, name, self.options["backend"], centre=self.centre)
 
     @staticmethod
     def _names(configs: tuple[str, ...]) -> list[str]:
@@ -155,6 +163,12 @@ class _Report:
         note(f"{name}: kept from {path}")
         return found
 
+    def _same(self, rows: list[dict], names: list[str]) -> bool:
+        """Whether these are the configurations, with keys centred as they are now."""
+        return [(r["config"], r.get("centred")) for r in rows] == [
+            (name, self.centred[name]) for name in names
+        ]
+
     def _text(self) -> dict:
         return {"name": self.source.name, "sha256": self.source.sha256}
 
@@ -171,11 +185,11 @@ class _Report:
             "model": self.model, "text": self._text(), "n_ctx": n_ctx, "n_windows": len(windows),
         }  # fmt: skip
         kept = self._kept("perplexity", perplexity.WHAT, expected)
-        if kept is not None and [r["config"] for r in kept["results"]] == self.names:
+        if kept is not None and self._same(kept["results"], self.names):
             return kept
         return perplexity.measure(
             self.loaded, self.source, self.names, n_ctx, chunks, self.options["backend"],
-            str(self.folder / "perplexity.json"), self._resume(),
+            str(self.folder / "perplexity.json"), self._resume(), self.centre,
         )  # fmt: skip
 
     def _needle(self) -> dict:
@@ -190,11 +204,11 @@ class _Report:
             "depths": depths, "kinds": sorted(KINDS), "repeats": 1, "not_measured": 0,
         }  # fmt: skip
         kept = self._kept("needle", needle.WHAT, expected)
-        if kept is not None and [r["config"] for r in kept["summary"]] == self.few:
+        if kept is not None and self._same(kept["summary"], self.few):
             return kept
         return needle.measure(
             self.loaded, self.source, self.few, cases, self.options["backend"],
-            str(self.folder / "needle.json"), self._resume(),
+            str(self.folder / "needle.json"), self._resume(), centre=self.centre,
         )  # fmt: skip
 
     def _plan(self) -> dict:
@@ -231,12 +245,13 @@ class _Report:
         path = self.folder / "bench.json"
         expected = {
             "model": self.model, "configs": self.few, "num_trials": settings.num_trials,
+            "centred": {name: self.centred[name] for name in self.few},
             "generation_tokens": settings.generation_tokens,
         }  # fmt: skip
         resume = self._kept("bench", bench.WHAT, expected) is not None
         return bench.measure(
             self.loaded.model, about, self.few, points, settings, options["backend"], str(path),
-            resume,
+            resume, centre=self.centre,
         )  # fmt: skip
 
 

@@ -151,6 +151,7 @@ def summarise(records: Sequence[dict], configs: Sequence[Prepared]) -> list[dict
             "config": config.name,
             "bits_per_value": config.bits,
             "backend": config.backend,
+            "centred": config.centred,
             **_rates(records, config.name, names[0]),
         }
         for key in ("kind", "context"):

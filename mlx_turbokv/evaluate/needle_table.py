@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .speed_table import align
+from .table import centring_notes
 
 HEADER = ("K/V", "bits/value", "found", "of what f16 finds", "Δ log p of the answer")
 
@@ -53,8 +54,10 @@ def heading(record: dict) -> str:
 
 def footnotes(record: dict) -> str:
     """How to read the columns."""
-    return (
+    lines = [
         f"Found: the greedy answer is exactly the needle. Δ log p: log-probability of the right "
         f"answer, in nats, against {record['summary'][0]['config']}, case by case, ± one standard "
         "error over cases."
-    )
+    ]
+    lines += centring_notes({row["config"]: row.get("centred") for row in record["summary"]})
+    return "\n".join(lines)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .table import bytes_text
+from .table import bytes_text, centring_notes
 
 HEADER = (
     "tokens", "K/V", "bits/value", "prompt tok/s", "of first", "generation tok/s", "of first",
@@ -97,4 +97,5 @@ def footnotes(record: dict) -> str:
             "Rows without a prompt speed: the cache was filled with random K and V, packed by the "
             "cache itself, without running the model; its memory is that of generation alone."
         )
+    lines += centring_notes(record.get("centred", {}))
     return "\n".join(lines)
