@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import click
 
-from ..errors import InputError
 from .entry import run
 from .options import BACKENDS, centre_from, centre_options, model_options
+from .output import Progress, check_writable, note, write_json
 
+WHAT = "perplexity and divergence by cache configuration"
 DEFAULT_CTX = 512
 
 
@@ -82,7 +81,7 @@ def command(
         configuration.check_name(name)
     centre = centre_from(keys, no_centre)
     _check_sizes(ctx_size, chunks)
-    _check_writable(json_path)
+    check_writable(json_path)
     source = load_text(text)
     loaded = load(model, adapter_path=adapter_path, trust_remote_code=trust_remote_code)
     _warn_about_context(loaded, ctx_size)
@@ -111,7 +110,7 @@ def measure(
 
     windows = cut_windows(loaded.tokenizer, source.text, ctx_size, chunks)
     if chunks is not None and len(windows) < chunks:
-        _note(f"The text has {len(windows)} windows of {ctx_size}; all of them are scored.")
+        note(f"The text has {len(windows)} windows of {ctx_size}; all of them are scored.")
     configs = [prepare(loaded.model, name, backend, centre=centre) for name in names]
     versions = environment()
     model = model_record(loaded)
@@ -119,11 +118,11 @@ def measure(
     path = checkpoint_path(settings, json_path)
     checkpoint = Checkpoint(path, settings, resume)
     if kept := sum(i < len(windows) for i in checkpoint.windows):
-        _note(f"{kept} of {len(windows)} windows were finished before ({path}).")
-    with _progress(len(windows) * len(configs)) as progress:
+        note(f"{kept} of {len(windows)} windows were finished before ({path}).")
+    with Progress(len(windows) * len(configs)) as progress:
         evaluation = evaluate_windows(loaded.model, windows, configs, checkpoint, progress)
     record = {
-        "what": "perplexity and divergence by cache configuration",
+        "what": WHAT,
         "model": model,
         "text": {"name": source.name, "sha256": source.sha256},
         "n_ctx": ctx_size,
@@ -137,10 +136,7 @@ def measure(
         "results": evaluation.summary(),
     }
     if json_path is not None:
-        target = Path(json_path)
-        part = target.with_name(target.name + ".new")
-        part.write_text(table.as_json(record) + "\n", encoding="utf-8")
-        part.replace(target)
+        write_json(json_path, record)
     checkpoint.done()
     return record
 
@@ -165,50 +161,12 @@ def _check_sizes(ctx_size: int, chunks: int | None) -> None:
     check_sizes(ctx_size, chunks)
 
 
-def _check_writable(json_path: str | None) -> None:
-    """Refuse a bad path before the run, not after it."""
-    if json_path is None:
-        return
-    target = Path(json_path)
-    if target.is_dir() or not target.parent.is_dir():
-        raise InputError(
-            f"{json_path} cannot be written: give a file in a folder that exists."
-        )
-
-
 def _warn_about_context(loaded: Any, ctx_size: int) -> None:
     if loaded.max_context and ctx_size > loaded.max_context:
-        _note(
+        note(
             f"Warning: a context of {ctx_size} is above the {loaded.max_context} tokens that "
             f"{loaded.name} was made for."
         )
-
-
-def _note(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
-class _progress:
-    """A progress bar on stderr: a line that redraws on a terminal, sparse lines elsewhere."""
-
-    def __init__(self, total: int):
-        from tqdm import tqdm
-
-        terminal = sys.stderr.isatty()
-        self.bar = tqdm(
-            total=total, unit="run", file=sys.stderr, mininterval=0.5 if terminal else 30,
-            dynamic_ncols=terminal, leave=False,
-        )  # fmt: skip
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.bar.close()
-
-    def __call__(self, done: int, total: int, name: str) -> None:
-        self.bar.set_postfix_str(name, refresh=False)
-        self.bar.update(done - self.bar.n)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ formats that a policy leaves open), and `mlx-kvN[:GROUP]`, mlx-lm's own affine `
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -105,6 +105,20 @@ def check_name(name: str) -> None:
     """
     if not _PEER.fullmatch(name.strip().lower()):
         parse_policy(name)
+
+
+def fitting(
+    model: nn.Module, names: Sequence[str], backend: str | None = None
+) -> tuple[list[str], list[str]]:
+    """The names that fit a model, and a sentence on each that does not."""
+    found, reasons = [], []
+    for name in names:
+        try:
+            prepare(model, name, backend)
+            found.append(name)
+        except InputError as error:
+            reasons.append(f"Left out {name}: {error}")
+    return found, reasons
 
 
 def prepare(
