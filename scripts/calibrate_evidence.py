@@ -83,7 +83,8 @@ class Steps:
             "ctx_size": 64 if self.small else 512, "chunks": 1 if self.small else chunks,
             "held_out_chunks": None, "budgets": self.variants, "base": "f16/f16", "refine": 0,
             "formats": ("q8_0", "turbo2") if self.small else FORMATS, "compare": (),
-            "batch_size": self.batch, "backend": self.backend, "keys": False, "no_centre": False, "resume": None, **changes,
+            "batch_size": self.batch, "backend": self.backend,
+            "keys": False, "no_centre": False, "resume": None, **changes,
         }  # fmt: skip
         record = Calibration(self.loaded, folder, options, note, Progress).run(source, None)
         write_json(f"{name}/calibration.json", record)

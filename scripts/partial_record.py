@@ -41,7 +41,7 @@ def main() -> None:
     checkpoint = Checkpoint(given.partial, settings)
     model = load(given.model).model
     results = []
-    for name, layers, backend in settings["configurations"]:
+    for name, layers, backend, *_ in settings["configurations"]:
         config = prepare_layers(model, [tuple(pair) for pair in layers], name, "reference")
         config = type(config)(**{**vars(config), "backend": backend})
         results.append(ConfigResult(config))

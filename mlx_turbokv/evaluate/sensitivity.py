@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -18,8 +19,8 @@ from ..api import CacheFactory
 from ..errors import InputError
 from ..policy import LayerList
 from ..shapes import own_caches
-from .journal import Journal
 from .divergence import Reference
+from .journal import Journal
 from .windows import batch_logits, targets_of
 
 PARTS = ("k", "v")
