@@ -115,7 +115,6 @@ def measure(
     centre: bool | str = True,
 ) -> dict:
     """Run the evaluation with progress and checkpoints; write and return its record."""
-    from ..evaluate import table
     from ..evaluate.checkpoint import Checkpoint, checkpoint_path
     from ..evaluate.configuration import prepare
     from ..evaluate.perplexity import evaluate_windows, settings_of
