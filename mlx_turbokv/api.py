@@ -7,16 +7,19 @@ import os
 from typing import Any
 
 import mlx.nn as nn
+from mlx_lm.models.cache import RotatingKVCache
 
 from .cache import TurboKVCache
 from .errors import InputError
 from .formats import KVFormat, check_head_dim
 from .kernels.backend import select_backend
-from .kv_layers import KVLayers, kv_layers
+from .kv_layers import KVLayer, KVLayers, kv_layers
 from .policy import Pair, Policy, Uniform, load_policy
+from .rotating_cache import TurboRotatingKVCache
 from .shapes import own_caches
 
 logger = logging.getLogger("mlx_turbokv")
+KEPT_TOKENS = 4  # first tokens that stay when max_kv_size is reached; mlx-lm keeps as many
 _said: set[tuple[str, str]] = set()
 
 
@@ -26,6 +29,9 @@ def make_prompt_cache(
     v: KVFormat | str = "turbo2",
     policy: Policy | str | os.PathLike | None = None,
     backend: str | None = None,
+    *,
+    compress_sliding: bool = False,
+    max_kv_size: int | None = None,
 ) -> list[Any]:
     """Caches for one sequence (or one batch) of ``model``: packed where its layers allow it.
 
@@ -33,16 +39,23 @@ def make_prompt_cache(
         k, v: formats of K and V, where the policy does not set them.
         policy: which layer gets which formats, an object or a name; None is the same everywhere.
         backend: ``metal``, ``cuda`` or ``reference``; None chooses.
+        compress_sliding: pack layers with a sliding window too. They then count as KV layers, in
+            the model's order with the others: the first two of a boundary may be sliding layers,
+            and a list of formats has an entry for each. Without it they keep mlx-lm's own cache
+            and policies don't see them.
+        max_kv_size: tokens that a KV layer holds at most; beyond them the oldest go, but for the
+            first 4. None lets caches grow. Layers with a window of their own keep that.
 
     Returns:
         What mlx-lm's functions take as ``prompt_cache``. A layer whose formats are both f16 keeps
         mlx-lm's own cache.
 
     Raises:
-        InputError: unknown format or policy, a policy that does not fit the model, or a head_dim
-            that a format cannot store.
+        InputError: unknown format or policy, a policy that does not fit the model, a head_dim
+            that a format cannot store, or a max_kv_size below 1.
     """
-    return CacheFactory(model, _as_policy(k, v, policy), backend)()
+    policy = _as_policy(k, v, policy)
+    return CacheFactory(model, policy, backend, None, compress_sliding, max_kv_size)()
 
 
 def attach(
@@ -51,11 +64,15 @@ def attach(
     v: KVFormat | str = "turbo2",
     policy: Policy | str | os.PathLike | None = None,
     backend: str | None = None,
+    *,
+    compress_sliding: bool = False,
+    max_kv_size: int | None = None,
 ) -> nn.Module:
     """Make packed caches the model's own, for every function of mlx-lm that creates caches.
 
     Attaching again replaces what was attached. The arguments are those of ``make_prompt_cache``.
-    mlx-lm's ``max_kv_size`` is for models without a factory of their own, so it has no effect then.
+    What mlx-lm's functions are given as ``max_kv_size`` reaches no model that has a factory of its
+    own, and this gives it one: give ``max_kv_size`` here.
 
     Returns:
         The model.
@@ -66,7 +83,10 @@ def attach(
     previous = vars(model).get("make_cache")
     if isinstance(previous, CacheFactory):
         previous = previous.turbokv_previous
-    model.make_cache = CacheFactory(model, _as_policy(k, v, policy), backend, previous)
+    policy = _as_policy(k, v, policy)
+    model.make_cache = CacheFactory(
+        model, policy, backend, previous, compress_sliding, max_kv_size
+    )
     return model
 
 
@@ -88,9 +108,11 @@ class CacheFactory:
         policy: which KV layer gets which formats.
         backend: name of the back-end, or None.
         previous: the instance's own ``make_cache`` that this factory stands in for, if it had one.
+        compress_sliding, max_kv_size: as ``make_prompt_cache`` takes them.
 
     Raises:
-        InputError: the policy or a format does not fit the model, or the back-end is missing.
+        InputError: the policy or a format does not fit the model, the back-end is missing, or
+            max_kv_size is below 1.
     """
 
     def __init__(
@@ -99,40 +121,59 @@ class CacheFactory:
         policy: Policy,
         backend: str | None = None,
         previous: Any = None,
+        compress_sliding: bool = False,
+        max_kv_size: int | None = None,
     ) -> None:
+        if max_kv_size is not None and max_kv_size < 1:
+            raise InputError(f"max_kv_size {max_kv_size} is not accepted: it must be 1 or more.")
         self.model = model
         self.policy = policy
         self.backend = backend
         self.turbokv_previous = previous
+        self.compress_sliding = compress_sliding
+        self.max_kv_size = max_kv_size
         select_backend(backend)  # one that is missing is an error now, not at the first token
         caches = own_caches(model)
         self._n_caches = len(caches)
-        self.layers: KVLayers = kv_layers(model, caches)
+        self.layers: KVLayers = kv_layers(model, caches, compress_sliding)
         self.formats: list[Pair] = policy.formats(self.layers.n_total)
         self._check_head_dims()
         for note in [*policy.notes(self.layers.n_total), *self.layers.notes()]:
             _say_once(model, note)
+        if max_kv_size is not None and all(x.window for x in self.layers.layers):
+            _say_once(model, "max_kv_size has no effect: no layer keeps all tokens in a KV cache.")
 
     def __call__(self, *args: Any, **kwargs: Any) -> list[Any]:
         """Fresh caches; arguments go to the model's own factory."""
         caches = own_caches(self.model, *args, **kwargs)
         for layer in self._layers_of(caches).layers:
-            k, v = self.formats[layer.ordinal]
-            if k.is_f16 and v.is_f16:
-                continue
-            packed = TurboKVCache(k, v, backend=self.backend)
             if layer.sub is None:
-                caches[layer.index] = packed
+                caches[layer.index] = self._cache(layer, caches[layer.index])
             else:
                 entries = list(caches[layer.index].caches)
-                entries[layer.sub] = packed
+                entries[layer.sub] = self._cache(layer, entries[layer.sub])
                 caches[layer.index].caches = tuple(entries)
         return caches
+
+    def _cache(self, layer: KVLayer, own: Any) -> Any:
+        """The cache of a KV layer in place of the model's own."""
+        k, v = self.formats[layer.ordinal]
+        is_f16 = k.is_f16 and v.is_f16
+        window, keep = layer.window, getattr(own, "keep", 0)
+        if window is None and self.max_kv_size is not None:
+            window, keep = self.max_kv_size, min(KEPT_TOKENS, self.max_kv_size - 1)
+            own = RotatingKVCache(window, keep)
+        if is_f16:
+            return own
+        if window is None:
+            return TurboKVCache(k, v, backend=self.backend)
+        return TurboRotatingKVCache(k, v, window, keep, self.backend)
 
     def _layers_of(self, caches: list[Any]) -> KVLayers:
         """The KV layers of these caches: a model may have been split since it was attached."""
         if len(caches) != self._n_caches:
-            self.layers, self._n_caches = kv_layers(self.model, caches), len(caches)
+            self.layers = kv_layers(self.model, caches, self.compress_sliding)
+            self._n_caches = len(caches)
         return self.layers
 
     def _check_head_dims(self) -> None:
