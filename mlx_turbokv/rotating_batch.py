@@ -162,11 +162,11 @@ class BatchTurboRotatingKVCache(RotatingRows):
         Raises:
             ValueError: tokens that a window would need have been dropped.
         """
-        n = min(self.n_rows, n)
+        asked, n = n, min(self.n_rows, n)
         for padding, offset in zip(self._padding, self._offsets()):
             if self.n_rows - padding - n < min(offset - n, self.max_size - 1):
                 raise ValueError(
-                    f"[BatchTurboRotatingKVCache] {n} tokens cannot be taken back: the window of "
+                    f"[BatchTurboRotatingKVCache] {asked} tokens cannot be taken back: the window of "
                     f"{self.max_size} has moved on, and older tokens are gone."
                 )
         super().trim(n)

@@ -161,8 +161,8 @@ class TurboRotatingKVCache(RotatingRows):
     def trim(self, n: int) -> int:
         """Take up to ``n`` tokens off the end; returns how many.
 
-        After the window has moved on, as many can be taken as leave it complete: at least
-        SPARE_TOKENS.
+        After the window has moved on, as many can be taken as leave it complete: back to at least
+        SPARE_TOKENS before the furthest token.
 
         Raises:
             ValueError: tokens that the window would need have been dropped.

@@ -19,6 +19,7 @@ from test_rotating_cache import (
     FORMATS,
     K_DIM,
     N_HEADS,
+    SCALE,
     V_DIM,
     attention,
     dequantised,
@@ -80,7 +81,7 @@ class BatchMachine(RuleBasedStateMachine):
         mask = cache.make_mask(n)
         got = cache.update_and_fetch(keys, values)
         q = self.rng.standard_normal((len(rows), N_HEADS, n, K_DIM)).astype(np.float32)
-        output = mx.fast.scaled_dot_product_attention(mx.array(q), *got, scale=1.0, mask=mask)
+        output = mx.fast.scaled_dot_product_attention(mx.array(q), *got, scale=SCALE, mask=mask)
         grown = []
         for i, (held, n_valid) in enumerate(zip(rows, valid)):
             new = dequantised(keys[i : i + 1], values[i : i + 1], self.formats)
@@ -143,7 +144,7 @@ class BatchMachine(RuleBasedStateMachine):
         mask = single.make_mask(1)
         got = single.update_and_fetch(keys, values)
         q = self.rng.standard_normal((1, N_HEADS, 1, K_DIM)).astype(np.float32)
-        output = mx.fast.scaled_dot_product_attention(mx.array(q), *got, scale=1.0, mask=mask)
+        output = mx.fast.scaled_dot_product_attention(mx.array(q), *got, scale=SCALE, mask=mask)
         new = dequantised(keys, values, self.formats)
         k, v = np.concatenate([k, new[0]], 1), np.concatenate([v, new[1]], 1)
         seen = np.arange(k.shape[1]) >= k.shape[1] - self.max_size
