@@ -77,12 +77,20 @@ class TurboModelProvider(server.ModelProvider):
         options: mlx_lm.server's.
         policy: which KV layer gets which formats.
         backend: ``metal``, ``cuda`` or ``reference``; None chooses.
+        compress_sliding: whether sliding windows are packed too.
     """
 
-    def __init__(self, options: argparse.Namespace, policy: Policy, backend: str | None) -> None:
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        policy: Policy,
+        backend: str | None,
+        compress_sliding: bool = False,
+    ) -> None:
         super().__init__(options)
         self.policy = policy
         self.backend = backend
+        self.compress_sliding = compress_sliding
         self.failure: Exception | None = None
 
     def load_default(self) -> None:
@@ -113,7 +121,12 @@ class TurboModelProvider(server.ModelProvider):
         return model, tokenizer, config
 
     def _attach(self, model: Any, name: str) -> None:
-        attach(model, policy=self.policy, backend=self.backend)
+        attach(
+            model,
+            policy=self.policy,
+            backend=self.backend,
+            compress_sliding=self.compress_sliding,
+        )
         backend = select_backend(self.backend).name
         print(f"Serving {name}: KV cache {self.policy.name}, {backend} back-end", file=sys.stderr)
 
@@ -154,13 +167,19 @@ class _Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-def serve(options: argparse.Namespace, policy: Policy, backend: str | None = None) -> None:
+def serve(
+    options: argparse.Namespace,
+    policy: Policy,
+    backend: str | None = None,
+    compress_sliding: bool = False,
+) -> None:
     """Run the server until it is interrupted or terminated.
 
     Args:
         options: what ``parse`` read.
         policy: which KV layer gets which formats.
         backend: ``metal``, ``cuda`` or ``reference``; None chooses.
+        compress_sliding: whether sliding windows are packed too.
 
     Raises:
         InputError: the model cannot be loaded, the policy does not fit it, or the address cannot
@@ -170,7 +189,7 @@ def serve(options: argparse.Namespace, policy: Policy, backend: str | None = Non
     logging.basicConfig(
         level=options.log_level.upper(), format="%(asctime)s - %(levelname)s - %(message)s"
     )
-    provider = TurboModelProvider(options, policy, backend)
+    provider = TurboModelProvider(options, policy, backend, compress_sliding)
     max_bytes = NO_LIMIT if options.prompt_cache_bytes is None else options.prompt_cache_bytes
     prompt_cache = LRUPromptCache(options.prompt_cache_size, max_bytes)
     generator = _Generator(provider, prompt_cache)

@@ -54,10 +54,18 @@ def model_options(function: F) -> F:
     return function
 
 
+sliding_option = click.option(
+    "--compress-sliding",
+    is_flag=True,
+    help="Pack layers with a sliding window too; policies then count them as KV layers.",
+)
+
+
 def cache_options(function: F) -> F:
-    """Adds the options of the packed cache; ``policy_from`` reads them."""
+    """Adds the options of the packed cache; ``policy_from`` reads those of the policy."""
     formats = ", ".join(FORMAT_NAMES)
     for option in (
+        sliding_option,
         click.option(
             "--backend",
             type=click.Choice(BACKENDS),

@@ -10,7 +10,7 @@ import click
 
 from ..errors import InputError
 from .entry import run
-from .options import BACKENDS, model_options
+from .options import BACKENDS, model_options, sliding_option
 
 DEFAULT_CTX = 512
 
@@ -35,6 +35,7 @@ DEFAULT_CTX = 512
     "reference. Without it: a table of eleven.",
 )
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
+@sliding_option
 @click.option(
     "--output",
     type=click.Choice(["text", "markdown", "json"]),
@@ -59,6 +60,7 @@ def command(
     chunks: int | None,
     configs: tuple[str, ...],
     backend: str,
+    compress_sliding: bool,
     output: str,
     markdown: bool,
     json_path: str | None,
@@ -82,7 +84,9 @@ def command(
     source = load_text(text)
     loaded = load(model, adapter_path=adapter_path, trust_remote_code=trust_remote_code)
     _warn_about_context(loaded, ctx_size)
-    record = measure(loaded, source, names, ctx_size, chunks, backend, json_path, resume)
+    record = measure(
+        loaded, source, names, ctx_size, chunks, backend, json_path, resume, compress_sliding
+    )
     print(_render(record, "markdown" if markdown else output))
 
 
@@ -95,6 +99,7 @@ def measure(
     backend: str,
     json_path: str | None,
     resume: bool | None,
+    compress_sliding: bool = False,
 ) -> dict:
     """Run the evaluation with progress and checkpoints; write and return its record."""
     from ..evaluate import table
@@ -107,7 +112,9 @@ def measure(
     windows = cut_windows(loaded.tokenizer, source.text, ctx_size, chunks)
     if chunks is not None and len(windows) < chunks:
         _note(f"The text has {len(windows)} windows of {ctx_size}; all of them are scored.")
-    configs = [prepare(loaded.model, name, backend) for name in names]
+    configs = [
+        prepare(loaded.model, name, backend, compress_sliding=compress_sliding) for name in names
+    ]
     versions = environment()
     model = model_record(loaded)
     settings = settings_of(windows, configs, model["source"], source.sha256, versions)
@@ -124,6 +131,7 @@ def measure(
         "n_ctx": ctx_size,
         "n_windows": evaluation.n_windows,
         "reference": names[0],
+        "compress_sliding": compress_sliding,
         "backend": next((c.backend for c in configs if c.backend != "mlx-lm"), "mlx-lm"),
         "seconds": round(evaluation.seconds, 1),
         "windows_kept_from_before": kept,

@@ -34,7 +34,9 @@ class _Command(click.Command):
 )
 @cache_options
 @click.pass_context
-def command(ctx: click.Context, backend: str, **cache: Any) -> None:
+def command(
+    ctx: click.Context, backend: str, compress_sliding: bool, **cache: Any
+) -> None:
     """Serve a model over HTTP, as mlx_lm.server does, through packed KV caches.
 
     Every option of mlx_lm.server is accepted; only --kv-bits is not, which asks for another cache.
@@ -46,7 +48,7 @@ def command(ctx: click.Context, backend: str, **cache: Any) -> None:
     from ..serve import parse, serve
 
     policy = policy_from(**cache)
-    serve(parse(ctx.args), policy, backend)
+    serve(parse(ctx.args), policy, backend, compress_sliding)
 
 
 def main() -> None:
