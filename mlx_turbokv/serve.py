@@ -17,7 +17,7 @@ from mlx_lm import server
 from mlx_lm.generate import maybe_set_recommended_wired_limit
 from mlx_lm.models.cache import LRUPromptCache
 
-from . import models
+from . import distributed, models
 from .api import attach
 from .errors import InputError
 from .kernels.backend import select_backend
@@ -116,6 +116,7 @@ class TurboModelProvider(server.ModelProvider):
         return loaded.model, loaded.tokenizer, loaded.config
 
     def _load_sharded(self, path: str, **options: Any) -> tuple[Any, ...]:
+        distributed.check_source(path)
         model, tokenizer, config = _sharded_load(path, **options)
         self._attach(model, path)
         return model, tokenizer, config
@@ -128,6 +129,8 @@ class TurboModelProvider(server.ModelProvider):
             compress_sliding=self.compress_sliding,
         )
         backend = select_backend(self.backend).name
+        if not distributed.is_first():
+            return
         print(f"Serving {name}: KV cache {self.policy.name}, {backend} back-end", file=sys.stderr)
 
 

@@ -19,6 +19,11 @@ _UNIT = click.FloatRange(0, 1)
 _CACHE_OPTIONS = (
     "cache_type_k", "cache_type_v", "policy", "boundary", "layer_adaptive",
 )  # fmt: skip
+_NOT_DISTRIBUTED = {
+    "prompt_cache_file": "--prompt-cache-file",
+    "draft_model": "--draft-model",
+    "adapter_path": "--adapter-path",
+}
 
 
 @click.command("generate", epilog=CACHE_HELP)
@@ -63,6 +68,11 @@ _CACHE_OPTIONS = (
 @click.option(
     "--num-draft-tokens", default=3, type=click.IntRange(1), help="Tokens to draft.", **_OPEN
 )
+@click.option(
+    "--pipeline",
+    is_flag=True,
+    help="Under mlx.launch: divide up the layers of the model, and not the heads of each layer.",
+)
 @cache_options
 def command(**options: Any) -> None:
     """Generate text through a packed KV cache."""
@@ -103,20 +113,29 @@ class _Generation:
     def run(self) -> None:
         import mlx.core as mx
 
-        from .. import models
+        from .. import distributed, models
         from ..api import make_prompt_cache
         from .options import policy_from
 
         options = self.options
         policy = policy_from(**{name: options[name] for name in _CACHE_OPTIONS})
+        several = distributed.n_processes() > 1
+        if several:
+            self._check_for_several()
         text = self._prompt_text()
-        if options["seed"] is not None:
-            mx.random.seed(options["seed"])
-        self.loaded = models.load(
-            options["model"],
-            adapter_path=options["adapter_path"],
-            trust_remote_code=options["trust_remote_code"],
-        )
+        if several:
+            self.loaded = distributed.load(
+                options["model"], options["pipeline"], options["trust_remote_code"]
+            )
+            distributed.agree_on_a_seed(options["seed"])
+        else:
+            if options["seed"] is not None:
+                mx.random.seed(options["seed"])
+            self.loaded = models.load(
+                options["model"],
+                adapter_path=options["adapter_path"],
+                trust_remote_code=options["trust_remote_code"],
+            )
         self._add_end_tokens()
         fresh = make_prompt_cache(
             self.loaded.model,
@@ -139,6 +158,18 @@ class _Generation:
             print(summarize(self.caches[:n_layers]).line(self.policy_name))
         if self.file is not None:
             self._save(tokens + generated, response_text)
+        if several:
+            distributed.wait_for_the_others()
+
+    def _check_for_several(self) -> None:
+        """Refuse what mlx.launch's processes cannot do together; all but the first fall silent."""
+        from .. import distributed
+
+        distributed.check_options(self.options, _NOT_DISTRIBUTED)
+        if self.options["prompt"] == "-":
+            raise InputError("--prompt - cannot be used over several machines: give the text.")
+        if not distributed.is_first():
+            distributed.be_silent()
 
     def _prompt_text(self) -> str:
         prompt = self.options["prompt"]
