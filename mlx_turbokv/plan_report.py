@@ -154,6 +154,8 @@ def _beside(plan: Plan) -> list[str]:
     if not parts:
         return []
     sizes = [f"{_size(size)} at {n:,}" for n, size in plan.beside_bytes_at.items()]
+    if len(set(plan.beside_bytes_at.values())) == 1:
+        sizes = [_size(next(iter(plan.beside_bytes_at.values())))]
     return [f"Every row counts {' and '.join(parts)} as mlx-lm keeps them: {', '.join(sizes)}."]
 
 

@@ -21,7 +21,7 @@ from mlx_turbokv import InputError, distributed
 
 LAUNCH = [
     sys.executable, str(Path(sys.executable).parent / "mlx.launch"), "-n", "2", "--backend", "ring",
-    "--python", sys.executable, "--",
+    "--starting-port", str(20_000 + os.getpid() % 20_000), "--python", sys.executable, "--",
 ]  # fmt: skip
 SECONDS = 240
 ENVIRONMENT = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}

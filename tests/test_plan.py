@@ -142,7 +142,9 @@ def test_memory_goes_to_windows_and_states_first(tmp_path) -> None:
     assert (plan["kv_layers"], sliding["kv_layers"]) == (3, 6)
     assert sliding["windows"] == [16, None] * 3
     said = CliRunner().invoke(command, [*args, "-c", "4096"]).stdout
-    assert "Every row counts 3 windows as mlx-lm keeps them: 0.0 MiB at 4,096." in said
+    assert "Every row counts 3 windows as mlx-lm keeps them: 0.0 MiB." in said
+    said = CliRunner().invoke(command, [*args, "-c", "4", "-c", "9"]).stdout
+    assert "keeps them: 0.0 MiB at 4, 0.0 MiB at 9." in said
 
 
 def test_a_boundary_that_does_not_pay_is_said_so() -> None:
