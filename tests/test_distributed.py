@@ -19,7 +19,8 @@ def launch(architecture: str, how: str, folder: Path) -> list[dict]:
     """What both ranks saw."""
     port = 20_000 + os.getpid() % 20_000  # mlx.launch's default serves one run on a machine
     command = [sys.executable, str(LAUNCH), "-n", "2", "--backend", "ring"]
-    command += ["--starting-port", str(port), "--python", sys.executable, str(SCRIPT), architecture, how, str(folder)]
+    command += ["--starting-port", str(port), "--python", sys.executable]
+    command += [str(SCRIPT), architecture, how, str(folder)]
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
     ended = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     files = sorted(folder.glob("*.json"))
