@@ -17,4 +17,6 @@ constant constexpr int P_SPLITS = 8;
 constant constexpr int P_STARTS = 9;      // whether `starts` holds each sequence's first token
 constant constexpr int P_SINKS = 10;      // whether `sinks` holds a logit per query head
 constant constexpr int P_SCALE = 11;      // bits of the float
+constant constexpr int P_HALF = 13;       // pairs of dims that lie apart, for anchors
+constant constexpr int P_BARE = 14;       // first keys of a sequence that have no anchor
 constant constexpr int P_ONE = 12;  // 1: makes a loop's count unknown, so that it stays rolled

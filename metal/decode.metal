@@ -9,8 +9,8 @@
 // merge.metal joins the splits.
 //
 // A token that no query may see costs a weight of zero; what its row holds is never multiplied, so
-// stale rows may hold anything. The anchor of centred keys will enter where `score` is scaled: one
-// product q.a per block of tokens, added to every score of the block.
+// stale rows may hold anything. With centred keys a score gets one product q.a more, a block's: what
+// q and mu give for each pair of dims is worked out once, and a block's cosines and sines multiply it.
 
 // how far a score may lie above the running maximum before everything is rescaled
 constant constexpr float MARGIN = 8.0f;
@@ -45,11 +45,13 @@ TKV_CONST_FN int merge_rows(int rows, int v_dim) {
 TKV_CONST_FN int decode_head_floats(int rows) {
   return 2 * MAX_LEVELS + 2 * DECODE_GROUPS * padded_rows(rows) + 3 * padded_rows(rows);
 }
-TKV_CONST_FN int decode_floats(int rows, int k_dim, int v_dim) {
+TKV_CONST_FN int decode_weight_floats(int rows) {
+  return larger(DECODE_GROUPS * decode_step(rows) * TILE * padded_rows(rows), DECODE_GROUPS * 128);
+}
+// with centred keys, what queries and mu give comes after the weights
+TKV_CONST_FN int decode_floats(int rows, int k_dim, int v_dim, bool centred) {
   return (decode_head_floats(rows) + 3) / 4 * 4 +
-         larger(k_dim * padded_rows(rows) +
-                    larger(DECODE_GROUPS * decode_step(rows) * TILE * padded_rows(rows),
-                           DECODE_GROUPS * 128),
+         larger((centred ? 2 : 1) * k_dim * padded_rows(rows) + decode_weight_floats(rows),
                 DECODE_GROUPS * v_dim * merge_rows(rows, v_dim));
 }
 
@@ -85,6 +87,76 @@ TKV_FN void load_queries(const device T* q, threadgroup float* queries, threadgr
       if (i < W) {
         queries[(first + i) * RP + row] = x[j] * factor;
       }
+    }
+  }
+}
+
+// q.RoPE(mu) of each pair and row is u cos + w sin: u and w, [pair][2][row].
+template <typename T, int DIM, int ROWS>
+TKV_FN void load_pairs(const device T* q, threadgroup float* pairs, const device float* mu,
+                       int half_dims, int n_rows, float scale, int thread_index) {
+  constexpr int RP = padded_rows(ROWS);
+  for (int i = thread_index; i < DIM / 2 * RP; i += DECODE_GROUPS * LANES) {
+    const int row = i % RP;
+    const int pair = i / RP;
+    const int first = pair_first(pair, half_dims);
+    const int second = pair_second(pair, half_dims);
+    const float x = row < n_rows ? float(q[row * DIM + first]) * scale : 0.0f;
+    const float y = row < n_rows ? float(q[row * DIM + second]) * scale : 0.0f;
+    pairs[2 * pair * RP + row] = x * mu[first] + y * mu[second];
+    pairs[(2 * pair + 1) * RP + row] = y * mu[first] - x * mu[second];
+  }
+}
+
+// Adds q.anchor to the scores of STEP tiles, `blocks` the block of each; with `some`, to those of
+// the lanes alone whose token is in it. A part of the SIMD group sums for each tile.
+template <int DIM, int ROWS, int STEP>
+TKV_FN void add_anchors(thread float* score, thread const int* blocks, thread const bool* some,
+                        const device uint* table, threadgroup const float* pairs, int lane) {
+  constexpr int RP = padded_rows(ROWS);
+  constexpr int PART = LANES / STEP;
+  const device uint* words = table + (STEP == 2 && lane >= PART ? blocks[STEP - 1] : blocks[0]) * (DIM / 2);
+  float found[ROWS];
+  TKV_UNROLL
+  for (int r = 0; r < ROWS; r++) {
+    found[r] = 0.0f;
+  }
+  TKV_UNROLL
+  for (int j = 0; j < ceil_div(DIM / 2, PART); j++) {
+    const int pair = lane % PART + j * PART;
+    const bool inside = pair < DIM / 2;
+    const uint word = inside ? words[pair] : 0u;
+    const float cosine = half_bits(word);
+    const float sine = half_bits(word >> 16);
+    threadgroup const float* at = pairs + (inside ? pair : 0) * 2 * RP;
+    TKV_UNROLL
+    for (int r = 0; r < ROWS; r++) {
+      float u;
+      float w;
+      if (RP % 4 == 0) {
+        u = component(((threadgroup const float4*)at)[r / 4], r % 4);
+        w = component(((threadgroup const float4*)at)[RP / 4 + r / 4], r % 4);
+      } else {
+        u = at[r];
+        w = at[RP + r];
+      }
+      found[r] += u * cosine + w * sine;
+    }
+  }
+  TKV_UNROLL
+  for (int r = 0; r < ROWS; r++) {
+    TKV_UNROLL
+    for (int distance = 1; distance < PART; distance *= 2) {
+      found[r] += simd_shuffle_xor(found[r], ushort(distance));
+    }
+    float other = found[r];
+    if (STEP == 2) {
+      other = simd_shuffle_xor(found[r], ushort(PART));
+    }
+    TKV_UNROLL
+    for (int i = 0; i < STEP; i++) {
+      const float anchor = (lane / PART == i) ? found[r] : other;
+      score[i * ROWS + r] += some[i] ? anchor : 0.0f;
     }
   }
 }
@@ -250,10 +322,11 @@ TKV_FN void add_values(thread float* output, thread const uint* words, const dev
   }
 }
 
-template <typename T, int KB, int KG, int KD, int KW, int VB, int VG, int VD, int RAW, int ROWS>
+template <typename T, int KB, int KG, int KD, int KW, int VB, int VG, int VD, int RAW, int ROWS, bool CENTRED>
 TKV_FN void decode_partial(const device T* q, const device uint* body, const device uint* tail,
                            const device int* starts, const device int* params,
                            const device uint* k_constants, const device uint* v_constants,
+                           const device float* mu, const device uint* table,
                            device float* partial, device float* stats, threadgroup float4* shared,
                            uint3 group, uint simd, uint lane_index) {
   constexpr int RP = padded_rows(ROWS);
@@ -275,6 +348,7 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
   threadgroup float* sums = maxima + DECODE_GROUPS * RP;
   threadgroup float* queries = k_levels + (decode_head_floats(ROWS) + 3) / 4 * 4;
   threadgroup float* all_weights = queries + KD * RP;
+  threadgroup float* pairs = all_weights + (CENTRED ? decode_weight_floats(ROWS) : 0);
 
   const int row0 = int(group.z) * ROWS;
   const int all_rows = params[P_ROWS];
@@ -291,6 +365,10 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
   const size_t first_row = size_t(head) * size_t(all_rows) + size_t(row0);
   load_queries<T, KW, KD, ROWS>(q + first_row * KD, queries, all_weights, k_constants, n_rows,
                                 scale, simd_group, lane);
+  if (CENTRED) {
+    load_pairs<T, KD, ROWS>(q + first_row * KD, pairs, mu + head % params[P_HEADS] * KD,
+                            params[P_HALF], n_rows, scale, thread_index);
+  }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
   // this split's tiles; those before the sequence's start are nobody's
@@ -337,6 +415,23 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
     float score[STEP * ROWS];
     key_scores<KB, KG, KD, RAW, ROWS, STEP>(score, tiles, (threadgroup const float4*)queries,
                                             k_levels, SPANS == 1 ? 1 : SPANS - 1 + params[P_ONE], lane);
+    if (CENTRED) {
+      int blocks[STEP];
+      bool some[STEP];
+      const int parts = start % ANCHOR_BLOCK == 0 ? 1 : 2;  // blocks that a tile's tokens lie in
+      for (int p = 0; p < parts; p++) {
+        TKV_UNROLL
+        for (int i = 0; i < STEP; i++) {
+          const int first = (t + i < end ? t + i : end - 1) * TILE;
+          const int last_block = anchor_block(n_tokens - 1, start);
+          const int block = anchor_block(first, start) + p;
+          blocks[i] = block < last_block ? block : last_block;
+          some[i] = anchor_block(first + lane, start) == block &&
+                    has_anchor(first + lane, start, params[P_BARE]);
+        }
+        add_anchors<KD, ROWS, STEP>(score, blocks, some, table, pairs, lane);
+      }
+    }
 
     bool grown = false;
     float highest[ROWS];

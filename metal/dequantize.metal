@@ -11,6 +11,9 @@ constant constexpr int P_BODY_STRIDE = 3;  // tiles of one head in the body's bu
 constant constexpr int P_BODY_TILES = 4;   // and those that are valid
 constant constexpr int P_TAIL_STRIDE = 5;
 constant constexpr int P_TOKENS = 6;
+constant constexpr int P_STARTS = 7;       // whether `starts` holds each sequence's first row
+constant constexpr int P_HALF = 8;         // pairs of dims that lie apart
+constant constexpr int P_BARE = 9;         // first keys of a sequence that have no anchor
 
 constant constexpr int DEQUANTIZE_THREADS = 256;
 
@@ -56,9 +59,41 @@ TKV_FN uint stream_word(const device uint* columns, int quad, int word) {
   return columns[(word / 4 * (DIM / 4) + quad) * 4 + word % 4];
 }
 
-template <typename T, int BITS, int GROUP, int DIM, int RAW, bool IS_K>
+// The anchors of two blocks in the rotated basis, [2][DIM]; `scratch`: 128 floats a SIMD group.
+template <int DIM, int WIDTH>
+TKV_FN void rotated_anchors(threadgroup float* anchors, threadgroup float* scratch,
+                            const device uint* constants, const device float* mu,
+                            const device uint* table, int half_dims, int block, int last_block,
+                            int simd_group, int lane) {
+  constexpr int W = WIDTH == 0 ? 32 : WIDTH;
+  constexpr int N = ceil_div(W, LANES);
+  const float factor = 1.0f / sqrt(float(W));
+  for (int item = simd_group; item < 2 * (DIM / W); item += DEQUANTIZE_THREADS / LANES) {
+    const int side = item / (DIM / W);
+    const int first = item % (DIM / W) * W;
+    const device uint* words = table + (block + side < last_block ? block + side : last_block) * (DIM / 2);
+    float x[N];
+    TKV_UNROLL
+    for (int j = 0; j < N; j++) {
+      const int i = lane + j * LANES;
+      x[j] = i < W ? anchor_value(mu, words, half_dims, first + i) : 0.0f;
+    }
+    rotate<W>(x, constants, scratch + simd_group * 128, lane);
+    TKV_UNROLL
+    for (int j = 0; j < N; j++) {
+      const int i = lane + j * LANES;
+      if (i < W) {
+        anchors[side * DIM + first + i] = x[j] * factor;
+      }
+    }
+  }
+}
+
+// Tokens before `bare` have no anchor; those from `split` on are in the second block of `anchors`.
+template <typename T, int BITS, int GROUP, int DIM, int RAW, bool IS_K, bool CENTRED>
 TKV_FN void dequantize_side(const device uint* codes, device T* out, threadgroup const float* levels,
-                            int n_tokens, int thread_index) {
+                            threadgroup const float* anchors, int bare, int split, int n_tokens,
+                            int thread_index) {
   constexpr int QUADS = DIM / 4;
   constexpr int LAST = (DIM * BITS / 8 + 3) / 4 - 1;
   const device ushort* scales = (const device ushort*)(codes + code_words(BITS, DIM));
@@ -83,16 +118,26 @@ TKV_FN void dequantize_side(const device uint* codes, device T* out, threadgroup
     const float4 v = quad_values<BITS, RAW>(bits, levels);
     const float scale = GROUP == 0 ? 1.0f : half_bits(scales[quad * 4 / (GROUP == 0 ? 1 : GROUP) * TILE + token]);
     device T* o = out + size_t(token) * DIM + quad * 4;
-    o[0] = T(v.x * scale);
-    o[1] = T(v.y * scale);
-    o[2] = T(v.z * scale);
-    o[3] = T(v.w * scale);
+    float4 a = float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (CENTRED && token >= bare) {
+      threadgroup const float* from = anchors + (token < split ? 0 : DIM) + quad * 4;
+      a = float4(from[0], from[1], from[2], from[3]);
+    }
+    o[0] = T(v.x * scale + a.x);
+    o[1] = T(v.y * scale + a.y);
+    o[2] = T(v.z * scale + a.z);
+    o[3] = T(v.w * scale + a.w);
   }
 }
 
-template <typename T, int KB, int KG, int KD, int VB, int VG, int VD, int RAW>
+TKV_CONST_FN int dequantize_floats(int k_dim, bool centred) {
+  return MAX_LEVELS + (centred ? 2 * k_dim + DEQUANTIZE_THREADS / LANES * 128 : 0);
+}
+
+template <typename T, int KB, int KG, int KD, int KW, int VB, int VG, int VD, int RAW, bool CENTRED>
 TKV_FN void dequantize(const device uint* body, const device uint* tail, const device int* params,
                        const device uint* k_constants, const device uint* v_constants,
+                       const device float* mu, const device uint* table, const device int* starts,
                        device T* keys, device T* values, threadgroup float4* shared, uint3 group,
                        uint simd, uint lane) {
   constexpr int K_WORDS = side_words(KB, KG, KD);
@@ -112,12 +157,25 @@ TKV_FN void dequantize(const device uint* body, const device uint* tail, const d
   const size_t first = size_t(row) * params[P_TOKENS] + tile * TILE;
   if (group.z == 0) {
     load_levels<KB>(levels, k_constants, thread_index);
+    threadgroup float* anchors = levels + MAX_LEVELS;
+    int split = TILE;
+    int bare = 0;
+    if (CENTRED) {
+      const int start = params[P_STARTS] != 0 ? starts[row / some] : 0;
+      bare = start + params[P_BARE] - tile * TILE;
+      const int block = anchor_block(tile * TILE, start);
+      split = start + (block + 1) * ANCHOR_BLOCK - tile * TILE;
+      rotated_anchors<KD, KW>(anchors, anchors + 2 * KD, k_constants,
+                              mu + head % size_t(params[P_HEADS]) * KD, table, params[P_HALF], block,
+                              anchor_block(params[P_TOKENS] - 1, start), int(simd), int(lane));
+    }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    dequantize_side<T, KB, KG, KD, RAW, true>(codes, keys + first * KD, levels, n_tokens, thread_index);
+    dequantize_side<T, KB, KG, KD, RAW, true, CENTRED>(codes, keys + first * KD, levels, anchors,
+                                                       bare, split, n_tokens, thread_index);
   } else {
     load_levels<VB>(levels, v_constants, thread_index);
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    dequantize_side<T, VB, VG, VD, RAW, false>(codes + K_WORDS, values + first * VD, levels, n_tokens,
-                                               thread_index);
+    dequantize_side<T, VB, VG, VD, RAW, false, false>(codes + K_WORDS, values + first * VD, levels,
+                                                      levels, 0, TILE, n_tokens, thread_index);
   }
 }

@@ -9,6 +9,11 @@ constant constexpr int P_NEW = 0;          // new tokens of a head
 constant constexpr int P_OLD = 1;          // rows kept from the old tail
 constant constexpr int P_OLD_STRIDE = 2;   // tiles of one head in the old tail's buffer
 constant constexpr int P_TILES = 3;        // tiles of one head in the output
+constant constexpr int P_FIRST = 4;        // row of the sequence of the first new token
+constant constexpr int P_HALF = 5;         // pairs of dims that lie apart
+constant constexpr int P_HEADS = 6;        // KV heads
+constant constexpr int P_STARTS = 7;       // whether `starts` holds each sequence's first row
+constant constexpr int P_BARE = 8;         // first keys of a sequence that have no anchor
 
 constant constexpr int RULE_RAW = 0;
 constant constexpr int RULE_MATCHED = 1;
@@ -84,10 +89,20 @@ TKV_FN float fitted_scale(float energy, float with_levels, float of_levels, floa
   return RULE == RULE_LEAST_SQUARES ? with_levels / of_levels : energy / with_levels;
 }
 
-template <typename T, int BITS, int GROUP, int DIM, int WIDTH, int RULE>
+// What centred keys are centred by: mu of the KV head, the table, and where the rows begin.
+struct Anchors {
+  const device float* mu;
+  const device uint* table;
+  int half_dims;
+  int row;    // of the sequence, that of the side's first new token
+  int start;  // the sequence's first row
+  int bare;   // keys from there on that have no anchor
+};
+
+template <typename T, int BITS, int GROUP, int DIM, int WIDTH, int RULE, bool CENTRED>
 TKV_FN void quantize_turbo(const device T* x, threadgroup float* row, threadgroup uchar* codes,
                            threadgroup ushort* scales, threadgroup const float* levels,
-                           const device uint* constants, int lane) {
+                           const device uint* constants, Anchors anchors, int lane) {
   constexpr int N = ceil_div(WIDTH, LANES);
   const float factor = 1.0f / sqrt(float(WIDTH));
   for (int first = 0; first < DIM; first += WIDTH) {
@@ -95,6 +110,12 @@ TKV_FN void quantize_turbo(const device T* x, threadgroup float* row, threadgrou
     TKV_UNROLL
     for (int j = 0; j < N; j++) {
       y[j] = lane + j * LANES < WIDTH ? float(x[first + lane + j * LANES]) : 0.0f;
+      if (CENTRED && lane + j * LANES < WIDTH &&
+          has_anchor(anchors.row, anchors.start, anchors.bare)) {
+        const device uint* words =
+            anchors.table + anchor_block(anchors.row, anchors.start) * (DIM / 2);
+        y[j] -= anchor_value(anchors.mu, words, anchors.half_dims, first + lane + j * LANES);
+      }
     }
     rotate<WIDTH>(y, constants, row + first, lane);
     simdgroup_barrier(mem_flags::mem_threadgroup);
@@ -237,11 +258,11 @@ TKV_FN Word value_word(const device T* rows, threadgroup const uchar* codes, int
   return word;
 }
 
-template <typename T, int BITS, int GROUP, int DIM, int WIDTH, int RULE, int GROUPS, bool IS_K>
+template <typename T, int BITS, int GROUP, int DIM, int WIDTH, int RULE, int GROUPS, bool IS_K, bool CENTRED>
 TKV_FN void pack_side(const device T* rows, const device uint* old, device uint* out,
                       const device uint* constants, threadgroup float* row_buffers,
                       threadgroup uchar* codes, threadgroup ushort* scales, threadgroup float* levels,
-                      int first, int end, int simd_group, int lane) {
+                      Anchors anchors, int first, int end, int simd_group, int lane) {
   const int thread_index = simd_group * LANES + lane;
   if (WIDTH != 0) {
     for (int i = thread_index; i < 2 * MAX_LEVELS; i += GROUPS * LANES) {
@@ -259,8 +280,11 @@ TKV_FN void pack_side(const device T* rows, const device uint* old, device uint*
         constexpr int G = GROUP == 0 ? 32 : GROUP;
         constexpr int B = BITS > 6 ? 6 : BITS;
         simdgroup_barrier(mem_flags::mem_threadgroup);
-        quantize_turbo<T, B, G, DIM, W, RULE>(x, row_buffers + simd_group * DIM, codes + token * DIM,
-                                              scales + token, levels, constants, lane);
+        Anchors here = anchors;
+        here.row += token - first;
+        quantize_turbo<T, B, G, DIM, W, RULE, CENTRED>(x, row_buffers + simd_group * DIM,
+                                                       codes + token * DIM, scales + token, levels,
+                                                       constants, here, lane);
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -285,10 +309,11 @@ TKV_FN void pack_side(const device T* rows, const device uint* old, device uint*
   }
 }
 
-template <typename T, int KB, int KG, int KD, int KW, int K_RULE, int VB, int VG, int VD, int VW, int V_RULE>
+template <typename T, int KB, int KG, int KD, int KW, int K_RULE, int VB, int VG, int VD, int VW, int V_RULE, bool CENTRED>
 TKV_FN void pack(const device T* keys, const device T* values, const device uint* tail,
                  const device int* params, const device uint* k_constants,
-                 const device uint* v_constants, device uint* packed, threadgroup float* row_buffers,
+                 const device uint* v_constants, const device float* mu, const device uint* table,
+                 const device int* starts, device uint* packed, threadgroup float* row_buffers,
                  threadgroup uchar* codes, threadgroup ushort* scales, threadgroup float* levels,
                  uint3 group, uint simd, uint lane) {
   constexpr int GROUPS = pack_groups(larger(KD, VD));
@@ -302,17 +327,24 @@ TKV_FN void pack(const device T* keys, const device T* values, const device uint
   const int first = n_old <= tile * TILE ? 0 : (n_old - tile * TILE < TILE ? n_old - tile * TILE : TILE);
   const int left = n_old + n_new - tile * TILE;
   const int end = left < TILE ? left : TILE;
-  const size_t row = head * n_new + size_t(tile * TILE + first - n_old > 0 ? tile * TILE + first - n_old : 0);
+  const int skipped = tile * TILE + first - n_old > 0 ? tile * TILE + first - n_old : 0;
+  const size_t row = head * n_new + size_t(skipped);
   const device uint* old = tail + (head * params[P_OLD_STRIDE] + tile) * TILE_WORDS;
   device uint* out = packed + (head * params[P_TILES] + tile) * TILE_WORDS;
+  Anchors anchors;
+  anchors.mu = mu + head % size_t(CENTRED ? params[P_HEADS] : 1) * KD;
+  anchors.table = table;
+  anchors.half_dims = params[P_HALF];
+  anchors.row = params[P_FIRST] + skipped;
+  anchors.bare = params[P_BARE];
+  anchors.start = CENTRED && params[P_STARTS] != 0 ? starts[head / params[P_HEADS]] : 0;
   if (group.z == 0) {
-    pack_side<T, KB, KG, KD, KW, K_RULE, GROUPS, true>(keys + row * KD, old, out, k_constants,
-                                                       row_buffers, codes, scales, levels, first,
-                                                       end, int(simd), int(lane));
+    pack_side<T, KB, KG, KD, KW, K_RULE, GROUPS, true, CENTRED>(
+        keys + row * KD, old, out, k_constants, row_buffers, codes, scales, levels, anchors, first,
+        end, int(simd), int(lane));
   } else {
-    pack_side<T, VB, VG, VD, VW, V_RULE, GROUPS, false>(values + row * VD, old + K_WORDS,
-                                                        out + K_WORDS, v_constants, row_buffers,
-                                                        codes, scales, levels, first, end,
-                                                        int(simd), int(lane));
+    pack_side<T, VB, VG, VD, VW, V_RULE, GROUPS, false, false>(
+        values + row * VD, old + K_WORDS, out + K_WORDS, v_constants, row_buffers, codes, scales,
+        levels, anchors, first, end, int(simd), int(lane));
   }
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from typing import Any
@@ -10,8 +11,10 @@ import mlx.nn as nn
 from mlx_lm.models.cache import RotatingKVCache
 
 from .cache import TurboKVCache
+from .centring.choose import Choice
+from .centring.references import References
 from .errors import InputError
-from .formats import KVFormat, check_head_dim
+from .formats import KVFormat, as_format, check_head_dim
 from .kernels.backend import select_backend
 from .kv_layers import KVLayer, KVLayers, kv_layers
 from .policy import Pair, Policy, Uniform, load_policy
@@ -29,6 +32,7 @@ def make_prompt_cache(
     v: KVFormat | str = "turbo2",
     policy: Policy | str | os.PathLike | None = None,
     backend: str | None = None,
+    centre: bool | str | os.PathLike | References = True,
     *,
     compress_sliding: bool = False,
     max_kv_size: int | None = None,
@@ -39,6 +43,9 @@ def make_prompt_cache(
         k, v: formats of K and V, where the policy does not set them.
         policy: which layer gets which formats, an object or a name; None is the same everywhere.
         backend: ``metal``, ``cuda`` or ``reference``; None chooses.
+        centre: whether turbo keys are centred: True by what there is (means beside a policy file,
+            or the key projection's bias), False not, or calibrated references or their file. Keys
+            of windows, those of max_kv_size included, never are.
         compress_sliding: pack layers with a sliding window too. They then count as KV layers, in
             the model's order with the others: the first two of a boundary may be sliding layers,
             and a list of formats has an entry for each. Without it they keep mlx-lm's own cache
@@ -55,7 +62,7 @@ def make_prompt_cache(
             that a format cannot store, or a max_kv_size below 1.
     """
     policy = _as_policy(k, v, policy)
-    return CacheFactory(model, policy, backend, None, compress_sliding, max_kv_size)()
+    return CacheFactory(model, policy, backend, None, centre, compress_sliding, max_kv_size)()
 
 
 def attach(
@@ -64,6 +71,7 @@ def attach(
     v: KVFormat | str = "turbo2",
     policy: Policy | str | os.PathLike | None = None,
     backend: str | None = None,
+    centre: bool | str | os.PathLike | References = True,
     *,
     compress_sliding: bool = False,
     max_kv_size: int | None = None,
@@ -85,7 +93,7 @@ def attach(
         previous = previous.turbokv_previous
     policy = _as_policy(k, v, policy)
     model.make_cache = CacheFactory(
-        model, policy, backend, previous, compress_sliding, max_kv_size
+        model, policy, backend, previous, centre, compress_sliding, max_kv_size
     )
     return model
 
@@ -108,6 +116,7 @@ class CacheFactory:
         policy: which KV layer gets which formats.
         backend: name of the back-end, or None.
         previous: the instance's own ``make_cache`` that this factory stands in for, if it had one.
+        centre: as ``make_prompt_cache`` takes it.
         compress_sliding, max_kv_size: as ``make_prompt_cache`` takes them.
 
     Raises:
@@ -121,11 +130,17 @@ class CacheFactory:
         policy: Policy,
         backend: str | None = None,
         previous: Any = None,
+        centre: bool | str | os.PathLike | References = True,
         compress_sliding: bool = False,
         max_kv_size: int | None = None,
     ) -> None:
         if max_kv_size is not None and max_kv_size < 1:
             raise InputError(f"max_kv_size {max_kv_size} is not accepted: it must be 1 or more.")
+        if max_kv_size is not None and not isinstance(centre, bool):
+            raise InputError(
+                f"Key references cannot be used with max_kv_size {max_kv_size}: the keys of a "
+                "window stay whole."
+            )
         self.model = model
         self.policy = policy
         self.backend = backend
@@ -136,12 +151,44 @@ class CacheFactory:
         caches = own_caches(model)
         self._n_caches = len(caches)
         self.layers: KVLayers = kv_layers(model, caches, compress_sliding)
-        self.formats: list[Pair] = policy.formats(self.layers.n_total)
-        self._check_head_dims()
-        for note in [*policy.notes(self.layers.n_total), *self.layers.notes()]:
+        growing = kv_layers(model, caches) if compress_sliding else self.layers
+        ordinals = {(x.index, x.sub): x.ordinal for x in self.layers.layers}
+        self._n_growing = growing.n_total
+        self._growing = {ordinals[x.index, x.sub]: x.ordinal for x in growing.layers}
+        # a window's rows have no positions of their own to turn a reference by
+        centre = centre if max_kv_size is None else False
+        self._choice = Choice(model, growing, centre, policy)
+        self._take_formats()
+        notes = [*policy.notes(self.layers.n_total), *self.layers.notes(), *self.centring.notes]
+        if compress_sliding:
+            sliding = [x for x in self.layers.layers if x.window]
+            sliding = KVLayers(sliding, [], self.layers.n_total)
+            notes += Choice(model, sliding, False, policy).of(self.formats).notes
+        for note in notes:
             _say_once(model, note)
         if max_kv_size is not None and all(x.window for x in self.layers.layers):
             _say_once(model, "max_kv_size has no effect: no layer keeps all tokens in a KV cache.")
+
+    def with_policy(self, policy: Policy) -> CacheFactory:
+        """A factory for the same model under another policy, without looking at the model again.
+
+        Raises:
+            InputError: the policy or a format does not fit the model.
+        """
+        other = copy.copy(self)
+        other.policy = policy
+        other._take_formats()
+        return other
+
+    def _take_formats(self) -> None:
+        """Everything that depends on the policy's formats."""
+        self.formats: list[Pair] = self.policy.formats(self.layers.n_total)
+        self._check_head_dims()
+        f16 = as_format("f16")
+        growing = [(f16, f16)] * self._n_growing
+        for ordinal, among_growing in self._growing.items():
+            growing[among_growing] = self.formats[ordinal]
+        self.centring = self._choice.of(growing)
 
     def __call__(self, *args: Any, **kwargs: Any) -> list[Any]:
         """Fresh caches; arguments go to the model's own factory."""
@@ -166,7 +213,8 @@ class CacheFactory:
         if is_f16:
             return own
         if window is None:
-            return TurboKVCache(k, v, backend=self.backend)
+            centre = self.centring.centres.get(self._growing[layer.ordinal])
+            return TurboKVCache(k, v, self.backend, centre)
         return TurboRotatingKVCache(k, v, window, keep, self.backend)
 
     def _layers_of(self, caches: list[Any]) -> KVLayers:

@@ -14,13 +14,16 @@ from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.base import create_causal_mask
 
 from .cache import TurboKVCache
+from .centre import Centre
 from .errors import InputError
 from .formats import KVFormat
+from .kernels.packed import PaddedCausal
+from .kernels.tables import at_least_eight
 from .kernels.tiles import Rows, rows_to_tiles, tiles_to_rows
 from .layout import TILE, KVLayout
 from .packed_cache import PackedCache
 
-STATE_LENGTH = 12
+STATE_LENGTH = 13
 
 
 class BatchTurboKVCache(PackedCache):
@@ -30,6 +33,7 @@ class BatchTurboKVCache(PackedCache):
         k_format, v_format: formats or their names.
         left_padding: rows before the first token of each sequence.
         backend: ``metal``, ``cuda`` or ``reference``; None chooses.
+        centre: what to take out of the keys before they are quantised.
 
     Raises:
         InputError: an unknown format or back-end.
@@ -41,15 +45,20 @@ class BatchTurboKVCache(PackedCache):
         v_format: KVFormat | str,
         left_padding: Sequence[int],
         backend: str | None = None,
+        centre: Centre | None = None,
     ) -> None:
-        super().__init__(k_format, v_format, backend)
+        super().__init__(k_format, v_format, backend, centre)
         self._right_padding: list[int] | None = None
         self._pad(left_padding)
 
     def _pad(self, left_padding: Sequence[int]) -> None:
         self._padding = [int(n) for n in left_padding]
         self._padding_array: mx.array | None = None
+        self._starts_array: mx.array | None = None
         self._offset: tuple[int, mx.array] | None = None
+
+    def _row_padding(self) -> tuple[int, ...] | None:
+        return tuple(self._padding) if any(self._padding) else None
 
     @property
     def batch_size(self) -> int:
@@ -83,9 +92,21 @@ class BatchTurboKVCache(PackedCache):
         size = self.size()
         if not any(self._padding):
             return mlx_lm_cache.create_attention_mask(N, size, return_array, window_size)
-        return create_causal_mask(
+        mask = create_causal_mask(
             N, offset=size, window_size=window_size, left_padding=self.left_padding
         )
+        if window_size is not None:
+            return mask
+        mask = PaddedCausal(mask)
+        mask.starts = self._starts
+        return mask
+
+    @property
+    def _starts(self) -> mx.array:
+        """The first row of each sequence as kernels take it, made once."""
+        if self._starts_array is None:
+            self._starts_array = at_least_eight(self.left_padding)
+        return self._starts_array
 
     def prepare(
         self,
@@ -162,7 +183,7 @@ class BatchTurboKVCache(PackedCache):
 
         Its rows are computed at once: a lazy copy would hold on to the whole batch.
         """
-        cache = TurboKVCache(self.k_format, self.v_format, self._backend_name)
+        cache = TurboKVCache(self.k_format, self.v_format, self._backend_name, self.centre)
         padding, n = self._padding[idx], self.size()
         if self.empty() or n <= padding:
             return cache
@@ -181,9 +202,8 @@ class BatchTurboKVCache(PackedCache):
         """
         n = max(c.size() for c in caches)
         first = caches[0]
-        merged = cls(
-            first.k_format, first.v_format, [n - c.size() for c in caches], first._backend_name
-        )
+        padding = [n - c.size() for c in caches]
+        merged = cls(first.k_format, first.v_format, padding, first._backend_name, first.centre)
         layout = _common_layout(caches)
         if layout is not None:
             n_heads = next(c.keys.shape[1] for c in caches if not c.empty())
@@ -229,6 +249,10 @@ def _common_layout(caches: Sequence[PackedCache]) -> KVLayout | None:
         raise ValueError(
             f"[BatchTurboKVCache] caches of different formats or shapes cannot be one batch: "
             f"{', '.join(named)}; {', '.join(str(s) for s in shapes)}."
+        )
+    if len({c.centre for c in caches}) > 1:
+        raise ValueError(
+            "[BatchTurboKVCache] caches whose keys are centred differently cannot be one batch."
         )
     return next(iter(shapes))[0] if shapes else None
 

@@ -19,6 +19,7 @@ class TurboKVCache(PackedCache):
     Args:
         k_format, v_format: formats or their names.
         backend: ``metal``, ``cuda`` or ``reference``; None chooses.
+        centre: what to take out of the keys before they are quantised.
 
     Raises:
         InputError: an unknown format or back-end.

@@ -82,7 +82,7 @@ class KVLayers:
             if entry.index not in indices:
                 indices.append(entry.index)
         return [
-            f"Not compressed: layer{'s' * (len(indices) > 1)} {_ranges(indices)} ({reason})."
+            f"Not compressed: layer{'s' * (len(indices) > 1)} {ranges(indices)} ({reason})."
             for reason, indices in by_reason.items()
         ]
 
@@ -209,7 +209,7 @@ def _pipeline_stage(model: nn.Module) -> Any | None:
     return None
 
 
-def _ranges(indices: list[int]) -> str:
+def ranges(indices: list[int]) -> str:
     """Sorted numbers as text, with runs of three or more shortened: 0-2, 4, 5."""
     parts: list[str] = []
     start = previous = indices[0]

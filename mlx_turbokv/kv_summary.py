@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_lm.models.cache import CacheList, KVCache
 
 from .cache import TurboKVCache, TurboRotatingKVCache
+from .centring.choose import describe
 
 F16_BYTES = 2
 PACKED = (TurboKVCache, TurboRotatingKVCache)
@@ -25,6 +26,7 @@ class KVSummary:
     bits_per_value: of the formats, scales included and spare rows not.
     pairs: number of layers by ``K/V`` formats.
     backend: of the packed layers, or None without any.
+    centred: number of layers whose keys are centred, by what they are centred by.
     """
 
     tokens: int
@@ -33,15 +35,18 @@ class KVSummary:
     bits_per_value: float
     pairs: dict[str, int]
     backend: str | None
+    centred: dict[str, int] = field(default_factory=dict)
 
     def line(self, policy: str) -> str:
         """The closing line of ``generate``."""
         pairs = ", ".join(f"{n} x {pair}" for pair, n in self.pairs.items())
+        turbo_keys = any(pair.startswith("turbo") for pair in self.pairs)
+        centred = f"{describe(self.centred)}, " if turbo_keys else ""
         backend = f"{self.backend} back-end" if self.backend else "mlx-lm's own cache"
         return (
             f"KV cache: {self.tokens} tokens, {self.resident_bytes:,} bytes resident, "
             f"{self.f16_bytes:,} bytes in f16, {self.bits_per_value:.2f} bits per value, "
-            f"{policy} ({pairs} layers), {backend}"
+            f"{policy} ({pairs} layers), {centred}{backend}"
         )
 
 
@@ -73,7 +78,12 @@ def summarize(caches: list[Any]) -> KVSummary:
         bits_per_value=n_bits / n_values if n_values else 0.0,
         pairs=dict(pairs),
         backend=backends[0] if backends else None,
+        centred=dict(Counter(c.centre.source for c in layers if _is_centred(c))),
     )
+
+
+def _is_centred(cache: Any) -> bool:
+    return isinstance(cache, TurboKVCache) and cache.centre is not None
 
 
 def _rows(cache: Any, packed: bool) -> list[tuple[int, float]]:

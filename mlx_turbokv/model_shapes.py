@@ -10,6 +10,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import ArraysCache, ChunkedKVCache, RotatingKVCache
 
+from .centring.bias import has_key_bias
 from .errors import InputError
 from .kv_layers import KVLayer, KVLayers, kv_layers, own_caches
 from .kv_summary import leaves
@@ -110,6 +111,7 @@ class ModelShape:
         n_parameters: weights of the whole model, or None where only KV shapes are known.
         max_context: positions that the model was made for, or None.
         n_heads: query heads, or None.
+        key_bias: whether the key projection has a bias, or None where it cannot be told.
         beside: sliding windows, chunks and recurrent states that are left alone.
     """
 
@@ -119,6 +121,7 @@ class ModelShape:
     n_parameters: int | None = None
     max_context: int | None = None
     n_heads: int | None = None
+    key_bias: bool | None = None
     beside: tuple[Beside, ...] = ()
 
     @property
@@ -165,6 +168,7 @@ def shape_from_config(
         n_parameters=sum(array.size for _, array in tree_flatten(model.parameters())),
         max_context=text.get("max_position_embeddings"),
         n_heads=text.get("num_attention_heads"),
+        key_bias=has_key_bias(model),
         beside=_beside(model, layers),
     )
 

@@ -10,6 +10,7 @@ import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
 
 from . import attention
+from .centre import Centre
 from .errors import InputError
 from .formats import KVFormat, as_format
 from .kernels.backend import Backend, select_backend
@@ -17,7 +18,7 @@ from .kernels.packed import PackedKV
 from .layout import TILE, KVLayout
 
 FLUSH_TOKENS = 256
-STATE_VERSION = 1
+STATE_VERSION = 2
 attention.install()
 
 
@@ -27,18 +28,27 @@ class PackedCache(mlx_lm_cache._BaseCache):
     Args:
         k_format, v_format: formats or their names.
         backend: ``metal``, ``cuda`` or ``reference``; None chooses.
+        centre: what to take out of the keys before they are quantised; turbo keys only.
 
     Raises:
-        InputError: an unknown format or back-end.
+        InputError: an unknown format or back-end, or a centre for keys that are not turbo.
     """
 
     flush_tokens = FLUSH_TOKENS  # tokens in the tail that go into the body
+    centre: Centre | None = None
 
     def __init__(
-        self, k_format: KVFormat | str, v_format: KVFormat | str, backend: str | None = None
+        self,
+        k_format: KVFormat | str,
+        v_format: KVFormat | str,
+        backend: str | None = None,
+        centre: Centre | None = None,
     ) -> None:
         self.k_format = as_format(k_format)
         self.v_format = as_format(v_format)
+        if centre is not None and not self.k_format.is_turbo:
+            raise InputError(f"Keys in {self.k_format} cannot be centred: turbo formats can.")
+        self.centre = centre
         self._backend_name = select_backend(backend).name
         self._clear()
 
@@ -63,7 +73,14 @@ class PackedCache(mlx_lm_cache._BaseCache):
         """
         if self.layout is None:
             raise ValueError(f"[{type(self).__name__}] the cache is empty.")
-        return PackedKV(self.layout, self.body, self.n_body, self.tail, self.n_tail)
+        padding = None if self.centre is None else self._row_padding()
+        return PackedKV(
+            self.layout, self.body, self.n_body, self.tail, self.n_tail, self.centre, padding
+        )
+
+    def _row_padding(self) -> tuple[int, ...] | None:
+        """Rows before position 0 of each sequence; None where there are none."""
+        return None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Pack new tokens and return all of K and V, to be used in attention.
@@ -100,25 +117,30 @@ class PackedCache(mlx_lm_cache._BaseCache):
 
     def _append(self, keys: mx.array, values: mx.array) -> None:
         """Pack the new tokens into the tail, or into the body where they fill enough tiles."""
-        pack, layout = self.backend.pack, self.layout
         n_new = keys.shape[2]
         total = self.n_tail + n_new
         if total < self.flush_tokens:
-            self.tail = pack(keys, values, layout, self.tail, self.n_tail)
+            self.tail = self._pack(keys, values)
             self.n_tail = total
             return
         n_left = total % TILE
         n_flushed = n_new - n_left if n_new >= n_left else 0
         if n_flushed:
-            flushed = pack(
-                keys[:, :, :n_flushed], values[:, :, :n_flushed], layout, self.tail, self.n_tail
-            )
+            flushed = self._pack(keys[:, :, :n_flushed], values[:, :, :n_flushed])
             self.tail, self.n_tail = None, 0
             self._extend_body(flushed)
         if n_flushed < n_new:
-            rest = keys[:, :, n_flushed:], values[:, :, n_flushed:]
-            self.tail = pack(*rest, layout, self.tail, self.n_tail)
+            self.tail = self._pack(keys[:, :, n_flushed:], values[:, :, n_flushed:])
             self.n_tail += n_new - n_flushed
+
+    def _pack(self, keys: mx.array, values: mx.array) -> mx.array:
+        """The tail with these tokens after it."""
+        options = {}
+        if self.centre is not None:
+            options = {"centre": self.centre, "first": self.size(), "padding": self._row_padding()}
+        return self.backend.pack(
+            keys, values, self.layout, self.tail, self.n_tail, **options
+        )
 
     def _extend_body(self, tiles: mx.array) -> None:
         """Add full tiles to the body."""
@@ -178,7 +200,10 @@ class PackedCache(mlx_lm_cache._BaseCache):
     @property
     def nbytes(self) -> int:
         """Bytes resident, stale rows and the tail's free rows included."""
-        return sum(part.nbytes for part in (self.body, self.tail) if part is not None)
+        rows = sum(part.nbytes for part in (self.body, self.tail) if part is not None)
+        if self.centre is None or not rows:
+            return rows
+        return rows + self.centre.nbytes(self.size())
 
     def is_trimmable(self) -> bool:
         """Tokens can be taken off the end."""
@@ -204,6 +229,7 @@ class PackedCache(mlx_lm_cache._BaseCache):
     def state(self) -> list:
         """What saving, loading and evaluation need: arrays and scalars."""
         header = [STATE_VERSION, str(self.k_format), str(self.v_format)]
+        header.append(None if self.centre is None else self.centre.state)
         if self.layout is None:
             return [*header, None, None, 0, 0, 0, 0, ""]
         layout = self.layout
@@ -219,9 +245,11 @@ class PackedCache(mlx_lm_cache._BaseCache):
                 f"version {STATE_VERSION}."
             )
         try:
-            version, k_format, v_format, body, tail, n_body, n_tail, k_dim, v_dim, dtype = state
-        except (TypeError, ValueError):
-            raise InputError(f"This is not the state of a {type(self).__name__}.") from None
+            version, k_format, v_format, centre, body, tail, *counts, dtype = state
+            n_body, n_tail, k_dim, v_dim = counts
+            self.centre = None if centre is None else Centre.from_state(centre)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"This is not the state of a {type(self).__name__}: {error}.") from None
         self.k_format, self.v_format = KVFormat.parse(k_format), KVFormat.parse(v_format)
         if not hasattr(self, "_backend_name"):
             self._backend_name = select_backend().name

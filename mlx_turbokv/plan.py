@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from .centring.references import paths_for
 from .errors import InputError
 from .formats import KVFormat, as_format, check_head_dim
 from .model_shapes import ModelShape
@@ -76,11 +77,13 @@ def make_plan(
     contexts: Iterable[int],
     memory_bytes: int | None = None,
     weight_bytes: int | None = None,
+    centre: bool | str = True,
 ) -> Plan:
     """Compute a plan.
 
     Args:
         policies: (name, policy), a row each.
+        centre: as ``make_prompt_cache`` takes it.
 
     Raises:
         InputError: no KV layer to compress, a context below 1, a policy that does not fit, or a
@@ -102,7 +105,7 @@ def make_plan(
         memory_bytes=memory_bytes,
         beside_bytes_at={n: sum(x.bytes_at(n) for x in model.beside) for n in contexts},
     )
-    plan.rows.extend(_row(plan, name, policy) for name, policy in policies)
+    plan.rows.extend(_row(plan, name, policy, centre) for name, policy in policies)
     return plan
 
 
@@ -137,7 +140,7 @@ def runs(formats: list[Pair]) -> list[tuple[int, int, Pair]]:
     return found
 
 
-def _row(plan: Plan, name: str, policy: Policy) -> Row:
+def _row(plan: Plan, name: str, policy: Policy, centre: bool | str) -> Row:
     shapes = plan.model.shapes
     formats = policy.formats(len(shapes))
     for (k, v), shape in zip(formats, shapes):
@@ -153,7 +156,11 @@ def _row(plan: Plan, name: str, policy: Policy) -> Row:
         v_bits=v_bits,
         bits=bits,
         bytes_at={n: _bytes_at(formats, plan.model, n) for n in plan.contexts},
-        notes=[*policy.notes(len(shapes)), *_unprofitable(name, formats, shapes, v_bits)],
+        notes=[
+            *policy.notes(len(shapes)),
+            *_unprofitable(name, formats, shapes, v_bits),
+            *_centring(name, plan.model, formats, policy, centre),
+        ],
         max_tokens=None if free is None else _most_tokens(formats, plan.model, free),
     )
 
@@ -176,6 +183,28 @@ def _unprofitable(
         f"{name} does not pay: V takes {v_bits:.2f} bits per value over {len(formats)} KV layers, "
         f"and {rival} in every layer takes {uniform:.2f}."
     ]
+
+
+def _centring(
+    name: str, model: ModelShape, formats: list[Pair], policy: Policy, centre: bool | str
+) -> list[str]:
+    """Says whether turbo keys will be centred, and by what."""
+    n = sum(k.is_turbo for k, _ in formats)
+    if n == 0 or model.key_bias is None:
+        return []
+    beside = getattr(policy, "path", None)
+    if centre is False:
+        how = "stay as they are (--no-centre)"
+        if model.key_bias:
+            how += ", although the key projection has a bias"
+    elif isinstance(centre, str) or (beside and paths_for(beside)[1].is_file()):
+        file = paths_for(centre if isinstance(centre, str) else beside)[1]
+        how = f"are centred by the calibrated means in {file.name}"
+    elif model.key_bias:
+        how = "are centred by the bias of the key projection"
+    else:
+        how = "are not centred: the model has no key bias, and no calibrated means were given"
+    return [f"{name}: the turbo keys of {n} layer{'s' * (n > 1)} {how}."]
 
 
 def _bits(formats: list[Pair], shapes: list[KVShape]) -> tuple[float, float, float]:

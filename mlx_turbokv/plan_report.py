@@ -55,6 +55,19 @@ def as_json(plan: Plan) -> dict[str, Any]:
     }
 
 
+def table_of_json(record: dict[str, Any]) -> tuple[list[str], list[list[str]], list[str]]:
+    """A plan that ``as_json`` gave, as (header, rows, sentences below)."""
+    contexts = [int(n) for n in record["f16_bytes"]]
+    header = ["cache", "K bits", "V bits", "bits", "of f16", *(f"{n:,} tokens" for n in contexts)]
+    rows, notes = [], list(record["left_alone"])
+    for row in record["rows"]:
+        held = {int(n): size for n, size in row["bytes"].items()}
+        cells = [row["name"], f"{row['k_bits']:.2f}", f"{row['v_bits']:.2f}", f"{row['bits']:.2f}"]
+        rows.append([*cells, f"{row['bits'] / 16:.1%}", *(_size(held[n]) for n in contexts)])
+        notes += row["notes"]
+    return header, rows, notes
+
+
 def _json_row(plan: Plan, row: Row) -> dict[str, Any]:
     result = {
         "name": row.name,

@@ -168,10 +168,12 @@ class LayerList(Policy):
     Args:
         pairs: (K format, V format) of each KV layer, in order.
         label: what to call the list, such as its file's name.
+        path: its file; references of keys may lie beside it.
     """
 
     pairs: tuple[Pair, ...]
     label: str = "list"
+    path: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         pairs = tuple((as_format(k), as_format(v)) for k, v in self.pairs)

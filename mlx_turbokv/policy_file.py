@@ -42,7 +42,7 @@ def read_layer_list(path: str | os.PathLike) -> LayerList:
     if not isinstance(layers, list) or not layers:
         raise InputError(f"Policy file {str(path)!r} has no list named 'layers'.")
     pairs = tuple(_read_pair(path, ordinal, layer) for ordinal, layer in enumerate(layers))
-    return LayerList(pairs, path.stem)
+    return LayerList(pairs, path.stem, str(path))
 
 
 def _read_pair(path: Path, ordinal: int, layer: object) -> tuple[KVFormat, KVFormat]:

@@ -77,6 +77,7 @@ class TurboModelProvider(server.ModelProvider):
         options: mlx_lm.server's.
         policy: which KV layer gets which formats.
         backend: ``metal``, ``cuda`` or ``reference``; None chooses.
+        centre: as ``attach`` takes it.
         compress_sliding: whether sliding windows are packed too.
     """
 
@@ -85,11 +86,13 @@ class TurboModelProvider(server.ModelProvider):
         options: argparse.Namespace,
         policy: Policy,
         backend: str | None,
+        centre: bool | str = True,
         compress_sliding: bool = False,
     ) -> None:
         super().__init__(options)
         self.policy = policy
         self.backend = backend
+        self.centre = centre
         self.compress_sliding = compress_sliding
         self.failure: Exception | None = None
 
@@ -126,12 +129,19 @@ class TurboModelProvider(server.ModelProvider):
             model,
             policy=self.policy,
             backend=self.backend,
+            centre=self.centre,
             compress_sliding=self.compress_sliding,
         )
-        backend = select_backend(self.backend).name
         if not distributed.is_first():
             return
-        print(f"Serving {name}: KV cache {self.policy.name}, {backend} back-end", file=sys.stderr)
+        factory = model.make_cache
+        turbo_keys = any(k.is_turbo for k, _ in factory.formats)
+        centred = f"{factory.centring.summary()}, " if turbo_keys else ""
+        backend = select_backend(self.backend).name
+        print(
+            f"Serving {name}: KV cache {self.policy.name}, {centred}{backend} back-end",
+            file=sys.stderr,
+        )
 
 
 _sharded_load = server.sharded_load
@@ -174,6 +184,7 @@ def serve(
     options: argparse.Namespace,
     policy: Policy,
     backend: str | None = None,
+    centre: bool | str = True,
     compress_sliding: bool = False,
 ) -> None:
     """Run the server until it is interrupted or terminated.
@@ -192,7 +203,7 @@ def serve(
     logging.basicConfig(
         level=options.log_level.upper(), format="%(asctime)s - %(levelname)s - %(message)s"
     )
-    provider = TurboModelProvider(options, policy, backend, compress_sliding)
+    provider = TurboModelProvider(options, policy, backend, centre, compress_sliding)
     max_bytes = NO_LIMIT if options.prompt_cache_bytes is None else options.prompt_cache_bytes
     prompt_cache = LRUPromptCache(options.prompt_cache_size, max_bytes)
     generator = _Generator(provider, prompt_cache)

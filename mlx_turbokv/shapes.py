@@ -71,14 +71,15 @@ def probe_positions(model: nn.Module, positions: Iterable[Position]) -> dict[Pos
     try:
         caches = own_caches(model)
         for (index, sub), cache in recording.items():
-            _put(caches, index, sub, cache)
+            put_cache(caches, index, sub, cache)
         model(mx.zeros((1, 1), mx.int32), cache=caches)
     except Exception:  # what a model needs beyond tokens is known to its own loader alone
         return {}
     return {at: cache.shape for at, cache in recording.items() if cache.shape is not None}
 
 
-def _put(caches: list[Any], index: int, sub: int | None, cache: Any) -> None:
+def put_cache(caches: list[Any], index: int, sub: int | None, cache: Any) -> None:
+    """Put a cache in a list of caches, or in the CacheList at ``index``."""
     if sub is None:
         caches[index] = cache
         return

@@ -6,6 +6,7 @@ that nothing is found in a cache. Times are for one call, MLX's launches include
 its graph takes in Python is given beside it.
 
     python scripts/bench_kernels.py --out benchmarks/bench_kernels.json
+    python scripts/bench_kernels.py --fast --pairs "turbo4/turbo3,turbo4/turbo3 centred"
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import mlx.core as mx  # noqa: E402
 from record import record  # noqa: E402
 
+from mlx_turbokv.centre import Centre, Turning  # noqa: E402
 from mlx_turbokv.formats import KVFormat  # noqa: E402
 from mlx_turbokv.kernels import decode, dequantize, pack  # noqa: E402
 from mlx_turbokv.kernels.backend import available_backends  # noqa: E402
@@ -39,21 +41,25 @@ def copies(bytes_each: int) -> int:
     return max(2, min(CALLS, -(-ROTATED_BYTES // bytes_each)))
 
 
-def packed_variant(pair: str, keys, values, queries, backend: str, through_rows: bool):
+def packed_variant(pair: str, how: list[str], keys, values, queries, backend: str):
     """A callable over rotating packed buffers, and the bytes that one call reads."""
     k_format, v_format = (KVFormat.parse(name) for name in pair.split("/"))
     dim, n = keys.shape[-1], keys.shape[2]
     layout = KVLayout(k_format, v_format, dim, dim, "float16")
-    first = pack.pack(keys, values, layout, backend=backend)
+    centre = None
+    if "centred" in how:
+        turning = Turning.of_rope(dim, dim, False, 1e6)
+        centre = Centre(mx.random.normal((keys.shape[1], dim)), turning, "random")
+    first = pack.pack(keys, values, layout, centre=centre, backend=backend)
     bodies = [mx.array(first) for _ in range(copies(first.nbytes))]
     bodies = [body + mx.array(0, mx.uint32) for body in bodies]
     mx.eval(bodies)
-    views = [PackedKV(layout, body, n, None, 0) for body in bodies]
+    views = [PackedKV(layout, body, n, None, 0, centre) for body in bodies]
     scale = dim**-0.5
 
     def call(i: int):
         view = views[i % len(views)]
-        if through_rows:
+        if "rows" in how:
             return dequantize._through_rows(queries, view, scale, None, None, backend)
         return decode.decode(queries, view, scale, backend=backend)
 
@@ -121,8 +127,8 @@ def bench(n: int, heads: tuple[int, int], dim: int, names, backend: str, rounds:
         elif name.startswith("kv_bits"):
             variants[name] = kv_bits_variant(keys, values, queries, int(name[-1]))
         else:
-            pair, _, how = name.partition(" ")
-            variants[name] = packed_variant(pair, keys, values, queries, backend, how == "rows")
+            pair, *how = name.split()
+            variants[name] = packed_variant(pair, how, keys, values, queries, backend)
     for call, _ in variants.values():
         timed(call)
     times = {name: [] for name in variants}
@@ -162,7 +168,7 @@ def copy_bandwidth() -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", default=",".join(PAIRS), help="K/V pairs, comma-separated")
+    parser.add_argument("--pairs", default=",".join(PAIRS), help="K/V pairs, comma-separated; a pair may say centred")
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)))
     parser.add_argument("--heads", default="32,8", help="query heads, KV heads")
     parser.add_argument("--head-dim", type=int, default=128)

@@ -48,6 +48,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", default=None, help="metal or cuda; default: what is here")
     parser.add_argument("--sanitize", action="store_true", help="a small subset, for a sanitizer")
+    parser.add_argument("--centred", action="store_true", help="the cases of centred keys alone")
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th case from i on")
     parser.add_argument("--seconds", type=float, default=400, help="time for the kernel cases")
     parser.add_argument("--model", default=None, help="a GGUF file or folder of the default model")
@@ -62,6 +63,8 @@ def main() -> int:
         print("no GPU back-end here", file=sys.stderr)
         return 1
     cases = SANITIZE_CASES if args.sanitize else ALL_CASES
+    if args.centred:
+        cases = [case for case in cases if case.centred]
     shard, n_shards = (int(x) for x in args.shard.split("/"))
     cases = [] if args.no_kernels else cases[shard::n_shards]
     results, failures = check_kernels(backend, cases, args.seconds)

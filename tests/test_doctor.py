@@ -29,6 +29,7 @@ KERNELS_OF = {
     "decode.metal": {"decode_partial"},
     "merge.metal": {"decode_merge"},
     "dequantize.metal": {"dequantize"},
+    "anchor.h": {"pack", "decode_partial", "dequantize"},
     "attention.h": {"decode_partial", "decode_merge"},
     "hadamard.h": {"pack", "decode_partial", "decode_merge", "dequantize"},
     "common.h": {"pack", "decode_partial", "decode_merge", "dequantize"},
@@ -104,7 +105,7 @@ def test_doctor_passes_on_the_reference_back_end(tmp_path) -> None:
     assert result.return_value == 0
     assert result.stdout.startswith("### mlx_turbokv doctor: PASS")
     assert "checked here: **reference**" in result.stdout
-    assert "turbo4/turbo3 head_dim 64 float16: decode" in result.stderr
+    assert "turbo4/turbo3 centred head_dim 64 float16: decode" in result.stderr
     record = json.loads(file.read_text())
     assert record["passed"] and len(record["variants"]) == len(variant_set("quick"))
     for variant in record["variants"]:

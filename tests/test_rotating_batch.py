@@ -296,7 +296,7 @@ def test_state_of_another_version_or_class_is_refused() -> None:
         BatchTurboRotatingKVCache.from_state([7, *batch.state[1:]])
     with pytest.raises(InputError, match="version 7"):
         BatchTurboRotatingKVCache.from_state([7, "of another length"])
-    for other in (filled(3).state, [1, 2], []):
+    for other in (filled(3).state, ["x", 2], []):
         with pytest.raises(InputError, match="not the state"):
             BatchTurboRotatingKVCache.from_state(other)
     with pytest.raises(InputError, match="not the state"):

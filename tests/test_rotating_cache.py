@@ -30,8 +30,9 @@ from mlx_turbokv.rotating_cache import SLACK_TOKENS, SPARE_TOKENS
 N_HEADS, K_DIM, V_DIM = 2, 32, 24
 FORMATS = [("q8_0", "turbo2"), ("turbo3", "turbo6:32"), ("f16", "turbo4"), ("turbo5", "q8_0")]
 WINDOWS = [(1, 0), (5, 0), (16, 4), (33, 0), (64, 33), (100, 0), (150, 4)]
-# attention in float32 against float64 over the same rows, which are of order 1
-ATTENTION_TOLERANCE = 1e-5
+# Attention in float32 against float64 over the same rows, of order 1; where rows are packed in
+# another shape, a half-precision scale may round the other way. A row too many is 1e-2 and more.
+ATTENTION_TOLERANCE = 1e-4
 SCALE = 0.2
 
 
@@ -255,6 +256,11 @@ def test_a_long_decode_holds_the_window_and_little_more() -> None:
     mx.eval(cache.state)
     new = [tokens(rng, 1) for _ in range(600)]
     mx.eval(new)
+    warm = copy.deepcopy(cache)  # tables that are made once
+    for keys, values in new[:100]:
+        warm.update_and_fetch(keys, values)
+        mx.eval(warm.state)
+    del warm
     most = []
     for keys, values in new:
         cache.update_and_fetch(keys, values)

@@ -11,7 +11,7 @@ from .. import __version__
 from .entry import run
 
 # Modules of this folder that are no commands.
-_HELPERS = {"entry", "options"}
+_HELPERS = {"entry", "options", "output"}
 
 
 class LazyGroup(click.Group):

@@ -12,7 +12,7 @@ import click
 
 from ..errors import InputError
 from .entry import run
-from .options import CACHE_HELP, cache_options, model_options
+from .options import CACHE_HELP, cache_options, centre_options, model_options
 
 _OPEN = {"show_default": True}
 _UNIT = click.FloatRange(0, 1)
@@ -73,6 +73,7 @@ _NOT_DISTRIBUTED = {
     is_flag=True,
     help="Under mlx.launch: divide up the layers of the model, and not the heads of each layer.",
 )
+@centre_options
 @cache_options
 def command(**options: Any) -> None:
     """Generate text through a packed KV cache."""
@@ -115,9 +116,10 @@ class _Generation:
 
         from .. import distributed, models
         from ..api import make_prompt_cache
-        from .options import policy_from
+        from .options import centre_from, policy_from
 
         options = self.options
+        centre = centre_from(options["keys"], options["no_centre"])
         policy = policy_from(**{name: options[name] for name in _CACHE_OPTIONS})
         several = distributed.n_processes() > 1
         if several:
@@ -141,6 +143,7 @@ class _Generation:
             self.loaded.model,
             policy=policy,
             backend=options["backend"],
+            centre=centre,
             compress_sliding=options["compress_sliding"],
             max_kv_size=options["max_kv_size"],
         )

@@ -106,6 +106,36 @@ def cache_options(function: F) -> F:
     return function
 
 
+def centre_options(function: F) -> F:
+    """Adds --keys and --no-centre; ``centre_from`` reads them."""
+    for option in (
+        click.option(
+            "--no-centre",
+            is_flag=True,
+            help="Leave turbo keys as they are; else what is constant in them is taken out first.",
+        ),
+        click.option(
+            "--keys",
+            metavar="FILE",
+            help="Mean keys that calibrate --keys wrote. Without it: those beside the policy's "
+            "file, or the key projection's bias.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def centre_from(keys: str | None = None, no_centre: bool = False) -> bool | str:
+    """What ``make_prompt_cache`` takes as ``centre``.
+
+    Raises:
+        InputError: --keys beside --no-centre.
+    """
+    if keys is not None and no_centre:
+        raise InputError("--keys and --no-centre cannot be given together.")
+    return keys if keys is not None else not no_centre
+
+
 def policy_from(
     cache_type_k: KVFormat | None = None,
     cache_type_v: KVFormat | None = None,

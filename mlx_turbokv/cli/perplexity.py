@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import click
 
-from ..errors import InputError
 from .entry import run
-from .options import BACKENDS, model_options, sliding_option
+from .options import BACKENDS, centre_from, centre_options, model_options, sliding_option
+from .output import Progress, check_writable, note, write_json
 
+WHAT = "perplexity and divergence by cache configuration"
 DEFAULT_CTX = 512
 
 
@@ -34,6 +33,7 @@ DEFAULT_CTX = 512
     "mlx-kvN:GROUP for mlx-lm's own quantised cache; repeatable. f16/f16 is put first, as the "
     "reference. Without it: a table of eleven.",
 )
+@centre_options
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
 @sliding_option
 @click.option(
@@ -59,6 +59,8 @@ def command(
     ctx_size: int,
     chunks: int | None,
     configs: tuple[str, ...],
+    keys: str | None,
+    no_centre: bool,
     backend: str,
     compress_sliding: bool,
     output: str,
@@ -79,14 +81,16 @@ def command(
     names = _with_reference(configs or configuration.DEFAULT_CONFIGS, configuration.REFERENCE)
     for name in names:
         configuration.check_name(name)
+    centre = centre_from(keys, no_centre)
     _check_sizes(ctx_size, chunks)
-    _check_writable(json_path)
+    check_writable(json_path)
     source = load_text(text)
     loaded = load(model, adapter_path=adapter_path, trust_remote_code=trust_remote_code)
     _warn_about_context(loaded, ctx_size)
     record = measure(
-        loaded, source, names, ctx_size, chunks, backend, json_path, resume, compress_sliding
-    )
+        loaded, source, names, ctx_size, chunks, backend, json_path, resume, centre,
+        compress_sliding,
+    )  # fmt: skip
     print(_render(record, "markdown" if markdown else output))
 
 
@@ -99,6 +103,7 @@ def measure(
     backend: str,
     json_path: str | None,
     resume: bool | None,
+    centre: bool | str = True,
     compress_sliding: bool = False,
 ) -> dict:
     """Run the evaluation with progress and checkpoints; write and return its record."""
@@ -111,9 +116,10 @@ def measure(
 
     windows = cut_windows(loaded.tokenizer, source.text, ctx_size, chunks)
     if chunks is not None and len(windows) < chunks:
-        _note(f"The text has {len(windows)} windows of {ctx_size}; all of them are scored.")
+        note(f"The text has {len(windows)} windows of {ctx_size}; all of them are scored.")
     configs = [
-        prepare(loaded.model, name, backend, compress_sliding=compress_sliding) for name in names
+        prepare(loaded.model, name, backend, centre=centre, compress_sliding=compress_sliding)
+        for name in names
     ]
     versions = environment()
     model = model_record(loaded)
@@ -121,11 +127,11 @@ def measure(
     path = checkpoint_path(settings, json_path)
     checkpoint = Checkpoint(path, settings, resume)
     if kept := sum(i < len(windows) for i in checkpoint.windows):
-        _note(f"{kept} of {len(windows)} windows were finished before ({path}).")
-    with _progress(len(windows) * len(configs)) as progress:
+        note(f"{kept} of {len(windows)} windows were finished before ({path}).")
+    with Progress(len(windows) * len(configs)) as progress:
         evaluation = evaluate_windows(loaded.model, windows, configs, checkpoint, progress)
     record = {
-        "what": "perplexity and divergence by cache configuration",
+        "what": WHAT,
         "model": model,
         "text": {"name": source.name, "sha256": source.sha256},
         "n_ctx": ctx_size,
@@ -140,10 +146,7 @@ def measure(
         "results": evaluation.summary(),
     }
     if json_path is not None:
-        target = Path(json_path)
-        part = target.with_name(target.name + ".new")
-        part.write_text(table.as_json(record) + "\n", encoding="utf-8")
-        part.replace(target)
+        write_json(json_path, record)
     checkpoint.done()
     return record
 
@@ -168,50 +171,12 @@ def _check_sizes(ctx_size: int, chunks: int | None) -> None:
     check_sizes(ctx_size, chunks)
 
 
-def _check_writable(json_path: str | None) -> None:
-    """Refuse a bad path before the run, not after it."""
-    if json_path is None:
-        return
-    target = Path(json_path)
-    if target.is_dir() or not target.parent.is_dir():
-        raise InputError(
-            f"{json_path} cannot be written: give a file in a folder that exists."
-        )
-
-
 def _warn_about_context(loaded: Any, ctx_size: int) -> None:
     if loaded.max_context and ctx_size > loaded.max_context:
-        _note(
+        note(
             f"Warning: a context of {ctx_size} is above the {loaded.max_context} tokens that "
             f"{loaded.name} was made for."
         )
-
-
-def _note(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
-class _progress:
-    """A progress bar on stderr: a line that redraws on a terminal, sparse lines elsewhere."""
-
-    def __init__(self, total: int):
-        from tqdm import tqdm
-
-        terminal = sys.stderr.isatty()
-        self.bar = tqdm(
-            total=total, unit="run", file=sys.stderr, mininterval=0.5 if terminal else 30,
-            dynamic_ncols=terminal, leave=False,
-        )  # fmt: skip
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.bar.close()
-
-    def __call__(self, done: int, total: int, name: str) -> None:
-        self.bar.set_postfix_str(name, refresh=False)
-        self.bar.update(done - self.bar.n)
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import click
 
 from ..errors import InputError
 from .entry import run
-from .options import CACHE_HELP, cache_options, policy_from
+from .options import CACHE_HELP, cache_options, centre_from, centre_options, policy_from
 
 DEFAULT_CONTEXTS = (4096, 32768, 131072)
 # Rows beside what was asked for: the uniform steps, Boundary V, and its wider form.
@@ -49,6 +49,7 @@ _CACHE_OPTIONS = ("cache_type_k", "cache_type_v", "policy", "boundary", "layer_a
     show_default=True, help="How the result is printed.",
 )  # fmt: skip
 @click.option("--markdown", is_flag=True, help="The same as --output markdown.")
+@centre_options
 @cache_options
 def command(
     model: str | None,
@@ -64,6 +65,8 @@ def command(
     markdown: bool,
     backend: str,
     compress_sliding: bool,
+    keys: str | None,
+    no_centre: bool,
     **cache: Any,
 ) -> None:
     """Compare cache formats on a model by its shape alone: no weights are loaded."""
@@ -77,6 +80,7 @@ def command(
 
     if memory is not None and memory <= 0:
         raise InputError(f"Memory {memory} is not accepted: it must be more than 0.")
+    centre = centre_from(keys, no_centre)
     rows = [(name, parse_policy(name)) for name in configs]
     asked = {name: cache[name] for name in _CACHE_OPTIONS}
     if any(value is not None for value in asked.values()):
@@ -96,6 +100,7 @@ def command(
         contexts or DEFAULT_CONTEXTS,
         None if memory is None else int(memory * GIB),
         weight_bytes,
+        centre,
     )
     if output == "json":
         click.echo(json.dumps(as_json(plan), indent=1))

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from .entry import run
-from .options import CACHE_HELP, cache_options, policy_from
+from .options import CACHE_HELP, cache_options, centre_from, centre_options, policy_from
 
 
 class _Command(click.Command):
@@ -32,10 +32,16 @@ class _Command(click.Command):
     epilog=CACHE_HELP,
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
 )
+@centre_options
 @cache_options
 @click.pass_context
 def command(
-    ctx: click.Context, backend: str, compress_sliding: bool, **cache: Any
+    ctx: click.Context,
+    backend: str,
+    compress_sliding: bool,
+    keys: str | None,
+    no_centre: bool,
+    **cache: Any,
 ) -> None:
     """Serve a model over HTTP, as mlx_lm.server does, through packed KV caches.
 
@@ -48,7 +54,9 @@ def command(
     from ..serve import parse, serve
 
     policy = policy_from(**cache)
-    serve(parse(ctx.args), policy, backend, compress_sliding)
+    serve(
+        parse(ctx.args), policy, backend, centre_from(keys, no_centre), compress_sliding
+    )
 
 
 def main() -> None:

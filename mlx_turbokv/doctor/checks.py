@@ -16,6 +16,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from ..centre import Centre, Turning
 from ..formats import KVFormat
 from ..kernels import dequantize, quantize, reference
 from ..kernels.backend import Backend
@@ -89,6 +90,9 @@ class _Case:
         n = N_BODY + N_TAIL
         self.keys = self._rows(n, variant.k_head_dim)
         self.values = self._rows(n, variant.v_head_dim)
+        self.centre: Centre | None = None
+        if variant.centred:
+            self._centre(n)
 
     def _rows(self, n: int, dim: int) -> mx.array:
         """Rows of different magnitudes, one of them zero."""
@@ -97,36 +101,57 @@ class _Case:
         rows[:, :, 3] = 0
         return mx.array(rows.astype(np.float32)).astype(self.dtype)
 
+    def _centre(self, n: int) -> None:
+        """Keys get a constant part some times as large as what varies."""
+        dim = self.variant.k_head_dim
+        mu = 4 * self.rng.standard_normal((N_KV_HEADS, dim)).astype(np.float32)
+        self.centre = Centre(mx.array(mu), Turning.of_rope(dim, dim, False, 1e4), "doctor", 1, True)
+        with mx.stream(mx.cpu):
+            anchors = self.centre.rows(0, n)
+            self.keys = (self.keys + anchors).astype(self.dtype)
+            mx.eval(self.keys)
+
+    def _at(self, first: int) -> dict:
+        """What packing rows from ``first`` on is told of the centre."""
+        if self.centre is None:
+            return {}
+        return {"centre": self.centre, "first": first}
+
     def packed(self) -> PackedKV:
         """A body and a tail that the reference packed."""
         with mx.stream(mx.cpu):
-            body = reference.pack(self.keys[:, :, :N_BODY], self.values[:, :, :N_BODY], self.layout)
-            tail = reference.pack(self.keys[:, :, N_BODY:], self.values[:, :, N_BODY:], self.layout)
+            k, v, layout = self.keys, self.values, self.layout
+            body = reference.pack(k[:, :, :N_BODY], v[:, :, :N_BODY], layout, **self._at(0))
+            tail = reference.pack(k[:, :, N_BODY:], v[:, :, N_BODY:], layout, **self._at(N_BODY))
             mx.eval(body, tail)
-        return PackedKV(self.layout, body, N_BODY, tail, N_TAIL)
+        return PackedKV(self.layout, body, N_BODY, tail, N_TAIL, self.centre)
 
     def pack(self, backend: Backend) -> float:
         """Rows behind a tail that is kept; returns the share of codes that differ."""
         layout, n = self.layout, N_BODY + N_TAIL
         with mx.stream(mx.cpu):
-            tail = reference.pack(self.keys[:, :, :N_KEPT], self.values[:, :, :N_KEPT], layout)
+            kept = self.keys[:, :, :N_KEPT], self.values[:, :, :N_KEPT]
+            tail = reference.pack(*kept, layout, **self._at(0))
             mx.eval(tail)
         new = self.keys[:, :, N_KEPT:], self.values[:, :, N_KEPT:]
-        tiles = backend.pack(*new, layout, tail, N_KEPT)
+        tiles = backend.pack(*new, layout, tail, N_KEPT, **self._at(N_KEPT))
         mx.eval(tiles)
         with mx.stream(mx.cpu):
             rows = tiles_to_rows(tiles, layout)
             free = tiles[:, :, -1] & ~first_rows_mask(layout, n % TILE)
             if free.any().item():
                 raise Failed("rows behind the last are not zero")
-            want = reference.pack(self.keys, self.values, layout)
+            want = reference.pack(self.keys, self.values, layout, **self._at(0))
+            keys = self.keys
+            if self.centre is not None:
+                keys = keys.astype(mx.float32) - self.centre.rows(0, n)
             if want.shape != tiles.shape:
                 raise Failed(f"shape {tiles.shape} instead of {want.shape}")
             wanted = tiles_to_rows(want, layout)
-            mx.eval(rows, wanted)
+            mx.eval(rows, wanted, keys)
         share = 0.0
         for side, fmt, x, rule in (
-            ("k", layout.k_format, self.keys, quantize.K_SCALE_RULE),
+            ("k", layout.k_format, keys, quantize.K_SCALE_RULE),
             ("v", layout.v_format, self.values, quantize.V_SCALE_RULE),
         ):
             bits = code_bits(fmt, layout.itemsize)
@@ -169,6 +194,8 @@ class _Case:
             logits = self.rng.standard_normal(n_heads).astype(np.float32)
             sinks = mx.array(logits).astype(self.dtype)
         if edge == "starts":
+            if packed.centre is not None:
+                packed = packed._replace(padding=(n // 3,))
             seen = np.arange(n) >= n // 3
             if backend.name == "reference":
                 mask = mx.array(np.broadcast_to(seen, (1, 1, n_queries, n)))
@@ -248,6 +275,9 @@ def _expected_rows(packed: PackedKV) -> list[np.ndarray]:
                 codes = oracle.codes_from_units(units, fmt.bits)
                 rows.append(oracle.dequantized(codes, np.array(scales), fmt))
         found.append(np.concatenate(rows, axis=2))
+    if packed.centre is not None:
+        with mx.stream(mx.cpu):
+            found[0] = found[0] + _float64(packed.centre.rows(0, packed.n_tokens, packed.padding))
     return found
 
 

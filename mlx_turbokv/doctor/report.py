@@ -42,6 +42,7 @@ def _facts(record: dict) -> list[tuple[str, str]]:
          f"mlx-lm {record['mlx_lm']}"),
         ("back-ends", f"{', '.join(record['backends'])}; checked here: **{record['backend']}**"),
         ("kernel sources", _sources(record)),
+        ("centred keys", f"checked in {sum(v['centred'] for v in record['variants'])} variants"),
         ("command", f"`{record['command']}`"),
     ]  # fmt: skip
     return rows

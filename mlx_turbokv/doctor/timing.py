@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import mlx.core as mx
 
+from ..centre import Centre, Turning
 from ..kernels.backend import Backend
 from ..kernels.packed import PackedKV
 from .checks import timed
@@ -34,11 +35,16 @@ def time_variant(variant: Variant, backend: Backend) -> dict:
     calls, rounds = (1, 3) if backend.name == "reference" else (8, 5)
     keys, values = (_noise((1, n_kv_heads, n, dim), dtype) for dim in dims)
     queries = _noise((1, n_heads, 1, dims[0]), dtype)
-    tiles = backend.pack(keys, values, layout)
+    options = {}
+    if variant.centred:
+        turning = Turning.of_rope(dims[0], dims[0], False, 1e4)
+        mu = _noise((n_kv_heads, dims[0]), mx.float32)
+        options = {"centre": Centre(mu, turning, "noise")}
+    tiles = backend.pack(keys, values, layout, **options)
     mx.eval(tiles)
-    packed = PackedKV(layout, tiles, n, None, 0)
+    packed = PackedKV(layout, tiles, n, None, 0, options.get("centre"))
     scale = dims[0] ** -0.5
-    pack = timed(lambda: backend.pack(keys, values, layout), calls, rounds)
+    pack = timed(lambda: backend.pack(keys, values, layout, **options), calls, rounds)
     decode = timed(lambda: backend.attention(queries, packed, scale), calls, rounds)
     rows = timed(lambda: backend.dequantize(packed, mx.float16), calls, rounds)
     fp16 = _fp16_attention(dims, (n, n_kv_heads, n_heads), calls, rounds)

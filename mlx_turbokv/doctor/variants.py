@@ -28,7 +28,10 @@ DTYPES = ("float16", "float16", "bfloat16", "float16", "float32")
 
 @dataclass(frozen=True)
 class Variant:
-    """One pair of formats with the shape that decode is checked on besides the plain one."""
+    """One pair of formats with the shape that decode is checked on besides the plain one.
+
+    ``centred``: keys have a large constant part, which is taken out.
+    """
 
     k_format: str
     v_format: str
@@ -38,12 +41,14 @@ class Variant:
     gqa_factor: int = 1
     n_queries: int = 1
     edge: str = "plain"
+    centred: bool = False
 
     def __str__(self) -> str:
         dims = f"{self.k_head_dim}"
         if self.v_head_dim != self.k_head_dim:
             dims += f"/{self.v_head_dim}"
-        return f"{self.k_format}/{self.v_format} head_dim {dims} {self.dtype}"
+        centred = " centred" * self.centred
+        return f"{self.k_format}/{self.v_format}{centred} head_dim {dims} {self.dtype}"
 
     @property
     def layout(self) -> KVLayout:
@@ -89,5 +94,6 @@ def variant_set(which: str = "default") -> list[Variant]:
     found = []
     for i, pair in enumerate(pairs):
         gqa, queries, edge = SHAPES[i % len(SHAPES)]
-        found.append(Variant(*pair, DTYPES[i % len(DTYPES)], gqa, queries, edge))
+        centred = i % 2 == 1 and KVFormat.parse(pair[0]).is_turbo
+        found.append(Variant(*pair, DTYPES[i % len(DTYPES)], gqa, queries, edge, centred))
     return found

@@ -1,79 +1,31 @@
-"""Finished windows of a run, kept on disk as they finish.
-
-One JSON line for the settings, then one a window. A line that was cut off by an interruption is
-dropped; everything before it counts.
-"""
+"""Finished windows of a perplexity run, kept in a journal as they finish."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 
-from ..default_model import cache_dir
-from ..errors import InputError
 from .divergence import PositionStats
+from .journal import Journal, journal_path
 
 
 def checkpoint_path(settings: dict, json_path: str | Path | None) -> Path:
     """Where a run keeps its finished windows: beside its JSON file, or in the cache folder."""
-    if json_path is not None:
-        return Path(f"{json_path}.partial")
-    name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    return cache_dir() / f"perplexity-{name}.partial"
+    return journal_path("perplexity", settings, json_path)
 
 
-class Checkpoint:
-    """Finished windows at `path`, for a run with these settings.
+class Checkpoint(Journal):
+    """Finished windows at `path`, for a run with these settings; the arguments are a journal's.
 
-    Args:
-        path: the file; made at the first finished window.
-        settings: what makes two runs comparable (everything but the number of windows).
-        resume: True demands an unfinished run, False forgets it, None takes it if there is one.
+    The settings are everything but the number of windows.
 
     Raises:
         InputError: the file belongs to a run with other settings, or there is nothing to resume.
     """
 
-    def __init__(self, path: str | Path, settings: dict, resume: bool | None = None):
-        self.path = Path(path)
-        # As they read back from the file: tuples become lists.
-        self.settings = json.loads(json.dumps(settings))
-        self.windows: dict[int, dict[str, dict]] = {}
-        exists = self.path.is_file()
-        if resume and not exists:
-            raise InputError(f"There is no unfinished run to resume at {self.path}.")
-        if exists and resume is False:
-            self.path.unlink()
-        elif exists:
-            self._read()
-
-    def _read(self) -> None:
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        records = []
-        for line in lines:
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                break
-        if not records:
-            self.path.unlink()
-            return
-        found = records[0].get("settings") or {}
-        names = [k for k in {**found, **self.settings} if found.get(k) != self.settings.get(k)]
-        if names:
-            raise InputError(
-                f"{self.path} holds an unfinished run with other settings "
-                f"({', '.join(sorted(names))}); --no-resume starts anew."
-            )
-        self.windows = {r["window"]: r["results"] for r in records[1:]}
-        if len(records) < len(lines):
-            self._rewrite(records)
-
-    def _rewrite(self, records: list[dict]) -> None:
-        part = self.path.with_name(self.path.name + ".new")
-        part.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
-        part.replace(self.path)
+    @property
+    def windows(self) -> dict[int, dict[str, dict]]:
+        """The finished windows, by index."""
+        return {part["window"]: part["results"] for part in self.parts}
 
     def get(self, index: int) -> dict[str, tuple[PositionStats, int]] | None:
         """Results of a window by configuration, with each one's KV bytes; None if unfinished."""
@@ -90,14 +42,4 @@ class Checkpoint:
         record = {
             name: {"stats": stats.to_json(), "kv_bytes": n} for name, (stats, n) in results.items()
         }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        new = not self.path.exists()
-        with self.path.open("a", encoding="utf-8") as file:
-            if new:
-                file.write(json.dumps({"settings": self.settings}) + "\n")
-            file.write(json.dumps({"window": index, "results": record}) + "\n")
-        self.windows[index] = record
-
-    def done(self) -> None:
-        """The run has ended and its results are kept elsewhere."""
-        self.path.unlink(missing_ok=True)
+        self.add({"window": index, "results": record})

@@ -7,7 +7,7 @@ formats that a policy leaves open), and `mlx-kvN[:GROUP]`, mlx-lm's own affine `
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -52,6 +52,7 @@ class Prepared:
     k_bits, v_bits, bits: bits per value of K, of V and of both; None if the model's shapes
         cannot be learnt.
     backend: what packs and reads the rows: a back-end's name, or "mlx-lm".
+    centred: what the keys are centred by, in words.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Prepared:
     v_bits: float | None = None
     bits: float | None = None
     backend: str = "mlx-lm"
+    centred: str = "keys not centred"
 
 
 def parse_policy(name: str) -> Policy:
@@ -105,11 +107,26 @@ def check_name(name: str) -> None:
         parse_policy(name)
 
 
+def fitting(
+    model: nn.Module, names: Sequence[str], backend: str | None = None
+) -> tuple[list[str], list[str]]:
+    """The names that fit a model, and a sentence on each that does not."""
+    found, reasons = [], []
+    for name in names:
+        try:
+            prepare(model, name, backend)
+            found.append(name)
+        except InputError as error:
+            reasons.append(f"Left out {name}: {error}")
+    return found, reasons
+
+
 def prepare(
     model: nn.Module,
     config: str | Policy,
     backend: str | None = None,
     name: str | None = None,
+    centre: Any = True,
     compress_sliding: bool = False,
 ) -> Prepared:
     """Make a configuration ready for a model.
@@ -118,6 +135,7 @@ def prepare(
         config: a name, or a policy object.
         backend: as `make_prompt_cache` takes it.
         name: what to call it; default: as given.
+        centre: as `make_prompt_cache` takes it.
         compress_sliding: as `make_prompt_cache` takes it; mlx-lm's own quantised cache has no
             window, and is not concerned.
 
@@ -127,8 +145,13 @@ def prepare(
     if isinstance(config, str) and (peer := _PEER.fullmatch(config.strip().lower())):
         return _prepare_peer(model, name or config, int(peer[1]), int(peer[2] or _PEER_GROUP))
     policy = parse_policy(config) if isinstance(config, str) else config
-    backend = None if backend == "auto" else backend
-    factory = CacheFactory(model, policy, backend, compress_sliding=compress_sliding)
+    factory = CacheFactory(
+        model,
+        policy,
+        None if backend == "auto" else backend,
+        centre=centre,
+        compress_sliding=compress_sliding,
+    )
     pairs = [factory.formats[layer.ordinal] for layer in factory.layers.layers]
     packed = not all(k.is_f16 and v.is_f16 for k, v in pairs)
     shapes = _shapes(model, compress_sliding)
@@ -138,6 +161,7 @@ def prepare(
         layers=[(str(k), str(v)) for k, v in pairs],
         **_bits([(k.bits_per_value, v.bits_per_value) for k, v in pairs], shapes),
         backend=select_backend(factory.backend).name if packed else "mlx-lm",
+        centred=factory.centring.summary(),
     )
 
 

@@ -78,6 +78,7 @@ class Evaluation:
             "v_bits_per_value": config.v_bits,
             "layers": config.layers,
             "backend": config.backend,
+            "centred": config.centred,
             "kv_bytes": result.kv_bytes,
             "n_predictions": int(kld.size),
             "ppl": statistics.perplexity(result.of("nll")),
@@ -149,7 +150,7 @@ def settings_of(
         "text_sha256": text_sha256,
         "n_ctx": int(windows.shape[1]),
         "first_window": digest(first),
-        "configurations": [[c.name, c.layers, c.backend] for c in configs],
+        "configurations": [[c.name, c.layers, c.backend, c.centred] for c in configs],
         "versions": {k: versions[k] for k in ("mlx_turbokv", "mlx", "mlx_lm")},
         "device": versions["device"],
     }  # fmt: skip

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import shlex
+import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 
 def _version(name: str) -> str | None:
@@ -42,6 +44,26 @@ def command_line() -> str:
     """The command that runs now, with files by their names alone."""
     words = [sys.argv[0], *sys.argv[1:]]
     return shlex.join(os.path.basename(w) if os.path.isabs(w) else w for w in words)
+
+
+def checkout_commit() -> str | None:
+    """The commit of the checkout that the package runs from, a plus where files differ from it.
+
+    None where the package is installed away from its repository.
+    """
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(root), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "-uno")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def environment() -> dict:

@@ -102,6 +102,13 @@ def heading(record: dict) -> str:
     )
 
 
+def centring_notes(centred: dict[str, str | None]) -> list[str]:
+    """A sentence on each configuration whose keys are centred."""
+    return [
+        f"{name}: {how}." for name, how in centred.items() if how and how.startswith("keys centred")
+    ]
+
+
 def footnotes(record: dict) -> str:
     """How to read the errors and the bytes."""
     first = record["results"][0]["config"]
@@ -110,6 +117,7 @@ def footnotes(record: dict) -> str:
         f"Δnll, KLD, Δp and same top are against {first}, position by position; ± is one "
         f"standard error, of PPL over tokens, of the others over {over}."
     ]
+    lines += centring_notes({row["config"]: row.get("centred") for row in record["results"]})
     if record["model"].get("kv_itemsize") == 4:
         lines.append(
             "This model runs in float32 here: its f16 rows hold 4 bytes a value, and bits/value "

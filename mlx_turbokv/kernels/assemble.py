@@ -17,7 +17,12 @@ import mlx.core as mx
 factory: Callable | None = None
 SHARED_FILES = ("common.h", "hadamard.h")
 # what a kernel's file needs beside those
-NEEDS = {"decode.metal": ("attention.h",), "merge.metal": ("attention.h",)}
+NEEDS = {
+    "decode.metal": ("attention.h", "anchor.h"),
+    "merge.metal": ("attention.h",),
+    "pack.metal": ("anchor.h",),
+    "dequantize.metal": ("anchor.h",),
+}
 # MLX copies the text at every launch: what the compiler does not need is left out, lines stay
 _COMMENT_OR_INDENT = re.compile(r"^ +|(?: *)//.*$", re.M)
 # how a kernel knows its threads: attributes in Metal, macros of compat/cuda.h in CUDA

@@ -76,10 +76,10 @@ def _backend(name: str, forced: bool) -> Backend:
     )
 
 
-def _pack(name, forced, keys, values, layout, tail=None, n_tail=0):
+def _pack(name, forced, keys, values, layout, tail=None, n_tail=0, **options):
     if _covered(name, forced, layout):
-        return pack.pack(keys, values, layout, tail, n_tail, backend=name)
-    return reference.pack(keys, values, layout, tail, n_tail)
+        return pack.pack(keys, values, layout, tail, n_tail, **options, backend=name)
+    return reference.pack(keys, values, layout, tail, n_tail, **options)
 
 
 def _attention(name, forced, queries, packed, scale, mask=None, sinks=None, **options):

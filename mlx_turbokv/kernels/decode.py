@@ -20,12 +20,13 @@ FULL_WAVE = 264
 MIN_SPLIT_TILES = 4
 
 PARTIAL_SOURCE = f"""
-TKV_SHARED(float4, shared, decode_floats(ROWS, KD, VD) / 4);
-decode_partial<T, KB, KG, KD, KW, VB, VG, VD, RAW, ROWS>(
-    queries, body, tail, starts, params, k_constants, v_constants, partial, stats, shared,
-    {assemble.THREAD});
+TKV_SHARED(float4, shared, decode_floats(ROWS, KD, VD, CENTRED) / 4);
+decode_partial<T, KB, KG, KD, KW, VB, VG, VD, RAW, ROWS, CENTRED>(
+    queries, body, tail, starts, params, k_constants, v_constants, mu, table, partial, stats,
+    shared, {assemble.THREAD});
 """
 PARTIAL_INPUTS = ("queries", "body", "tail", "starts", "params", "k_constants", "v_constants")
+PARTIAL_INPUTS += tables.ANCHOR_INPUTS[:2]
 MERGE_SOURCE = f"""
 TKV_SHARED(float4, shared, 2 * VD);
 decode_merge<T, VD, VW>(
@@ -47,9 +48,14 @@ class Launch(NamedTuple):
     small_stats: bool
 
 
-def rows_at_once(n_rows: int, widest: int) -> int:
-    """Query rows that one threadgroup takes: as many as registers hold, evenly cut."""
+def rows_at_once(n_rows: int, widest: int, centred: bool = False) -> int:
+    """Query rows that one threadgroup takes: as many as registers hold, evenly cut.
+
+    Sixteen rows of 128 dims leave no threadgroup memory for what queries and anchors give.
+    """
     most = 16 if widest <= 128 else (8 if widest <= 256 else 4)
+    if centred and widest > 64:
+        most = min(most, 8)
     return -(-n_rows // -(-n_rows // most))
 
 
@@ -68,6 +74,7 @@ def _launch(
     counts: tuple[int, int, int, int],
     scale: float,
     flags: tuple[bool, bool, bool],
+    anchors: tuple[int, bool] | None,
 ) -> Launch:
     """
     Args:
@@ -75,20 +82,21 @@ def _launch(
         shape: sequences, query heads, KV heads, queries.
         counts: body rows, tiles of the body's buffer, tail rows, tiles of the tail's buffer.
         flags: causal, sinks, starts.
+        anchors: of centred keys: pairs of dims that lie apart, whether first keys are bare.
     """
     k, v = tables.sides(layout)
     batch, n_heads, n_kv_heads, n_queries = shape
     n_body, body_stride, n_tail, tail_stride = counts
     causal, has_sinks, has_starts = flags
     n_rows = n_heads // n_kv_heads * n_queries
-    rows = rows_at_once(n_rows, max(k.dim, v.dim))
+    rows = rows_at_once(n_rows, max(k.dim, v.dim), anchors is not None)
     chunks = -(-n_rows // rows)
     n_groups = batch * n_kv_heads
     splits = n_splits(-(-(n_body + n_tail) // TILE), n_groups * chunks)
     template = [("T", dtype), ("KB", k.bits), ("KG", k.group), ("KD", k.dim), ("KW", k.width)]
     template += [("VB", v.bits), ("VG", v.group), ("VD", v.dim), ("RAW", tables.RAW[layout.dtype])]
     partial_options = {
-        "template": [*template, ("ROWS", rows)],
+        "template": [*template, ("ROWS", rows), ("CENTRED", anchors is not None)],
         "grid": (n_groups * THREADS, splits, chunks),
         "threadgroup": (THREADS, 1, 1),
         "output_shapes": [(n_groups * n_rows, splits, v.dim), (n_groups * n_rows, splits, 2)],
@@ -116,6 +124,7 @@ def _launch(
         int(has_sinks),
         scale_bits,
         1,
+        *(int(x) for x in anchors or (0, 0)),
     )
     outputs = ("partial", "stats")
     return Launch(
@@ -149,13 +158,14 @@ def decode(
     Args:
         causal: the last query sees every row, the one before all but the last, and so on.
         sinks: one logit a query head that takes part in the softmax and has no value.
-        starts: the first valid row of each sequence, int32; None where all are valid.
+        starts: the first valid row of each sequence, int32; None where all are valid. Positions
+            of centred keys count from it.
 
     Shapes:
         queries: [B, n_heads, L, k_head_dim]; sinks: [n_heads]; starts: [B].
         returns: [B, n_heads, L, v_head_dim], in the queries' dtype.
     """
-    layout, body, n_body, tail, n_tail = packed
+    layout, body, n_body, tail, n_tail, centre, _ = packed
     batch, n_heads, n_queries, _ = queries.shape
     launch = _launch(
         assemble.factory,
@@ -166,6 +176,7 @@ def decode(
         (n_body, body.shape[2] if n_body else 0, n_tail, tail.shape[2] if n_tail else 0),
         scale,
         (causal, sinks is not None, starts is not None),
+        None if centre is None else (centre.turning.half, centre.bare_first),
     )
     outputs, stats = launch.partial(
         inputs=[
@@ -176,6 +187,7 @@ def decode(
             launch.params,
             launch.k_constants,
             launch.v_constants,
+            *tables.anchor_inputs(centre, n_body + n_tail, None)[:2],
         ],
         **launch.partial_options,
     )

@@ -12,18 +12,19 @@ from ..layout import TILE, KVLayout
 from ..rotation import base_order, rotation_width, signs
 from . import assemble, quantize, tables
 from .decode import MAX_QUERIES, decode
-from .packed import PackedKV
+from .packed import PackedKV, PaddedCausal
 from .reference import with_starts
 
 # dequantised K and V of one attention call are kept below this by taking KV heads in slices
 TRANSIENT_BYTES = 128 * 2**20
 THREADS = 256
 SOURCE = f"""
-TKV_SHARED(float4, shared, MAX_LEVELS / 4);
-dequantize<T, KB, KG, KD, VB, VG, VD, RAW>(
-    body, tail, params, k_constants, v_constants, keys, values, shared, {assemble.THREAD});
+TKV_SHARED(float4, shared, dequantize_floats(KD, CENTRED) / 4);
+dequantize<T, KB, KG, KD, KW, VB, VG, VD, RAW, CENTRED>(
+    body, tail, params, k_constants, v_constants, mu, table, starts, keys, values, shared,
+    {assemble.THREAD});
 """
-INPUTS = ("body", "tail", "params", "k_constants", "v_constants")
+INPUTS = ("body", "tail", "params", "k_constants", "v_constants", *tables.ANCHOR_INPUTS)
 scaled_dot_product_attention = mx.fast.scaled_dot_product_attention
 
 
@@ -36,10 +37,11 @@ class Plan(NamedTuple):
 
 
 @lru_cache(maxsize=None)
-def _plan(layout: KVLayout, dtype: mx.Dtype) -> Plan:
+def _plan(layout: KVLayout, dtype: mx.Dtype, centred: bool) -> Plan:
     k, v = tables.sides(layout)
-    template = [("T", dtype), ("KB", k.bits), ("KG", k.group), ("KD", k.dim), ("VB", v.bits)]
-    template += [("VG", v.group), ("VD", v.dim), ("RAW", tables.RAW[layout.dtype])]
+    template = [("T", dtype), ("KB", k.bits), ("KG", k.group), ("KD", k.dim), ("KW", k.width)]
+    template += [("VB", v.bits), ("VG", v.group), ("VD", v.dim), ("RAW", tables.RAW[layout.dtype])]
+    template += [("CENTRED", centred)]
     return Plan(template, tables.constants(k), tables.constants(v))
 
 
@@ -54,7 +56,8 @@ def rotated_rows(
     layout, n = packed.layout, packed.n_tokens
     body, tail = packed.body, packed.tail
     batch, n_heads = (body if packed.n_body else tail).shape[:2]
-    plan = _plan(layout, dtype)
+    centre = packed.centre
+    plan = _plan(layout, dtype, centre is not None)
     params = tables.int_array(
         n_heads,
         first,
@@ -63,7 +66,8 @@ def rotated_rows(
         packed.n_body // TILE,
         tail.shape[2] if packed.n_tail else 0,
         n,
-        0,
+        int(packed.padding is not None),
+        *((0, 0) if centre is None else (centre.turning.half, int(centre.bare_first))),
     )
     kernel = assemble.build(
         "dequantize", "dequantize.metal", INPUTS, ("keys", "values"), SOURCE, backend
@@ -75,6 +79,7 @@ def rotated_rows(
             params,
             plan.k_constants,
             plan.v_constants,
+            *tables.anchor_inputs(centre, n, packed.padding),
         ],
         template=plan.template,
         grid=(-(-n // TILE) * THREADS, batch * count, 2),
@@ -140,11 +145,23 @@ def attention(
         queries: [B, n_heads, L, k_head_dim]; sinks: [n_heads]; starts: [B].
         returns: [B, n_heads, L, v_head_dim], in the queries' dtype.
     """
-    if queries.shape[2] <= MAX_QUERIES and not isinstance(mask, mx.array):
+    # rows of padding have no positions, so they need starts that hide them
+    hidden = packed.padding is None or starts is not None
+    if queries.shape[2] <= MAX_QUERIES and not isinstance(mask, mx.array) and hidden:
         return decode(queries, packed, scale, mask == "causal", sinks, starts, backend=backend)
+    if queries.shape[2] <= MAX_QUERIES and starts is None and _is_padding_of(mask, queries, packed):
+        return decode(queries, packed, scale, True, sinks, mask.starts, backend=backend)
     if starts is not None:
         mask = with_starts(queries.shape[2], packed.n_tokens, mask, starts)
     return _through_rows(queries, packed, scale, mask, sinks, backend)
+
+
+def _is_padding_of(mask: mx.array, queries: mx.array, packed: PackedKV) -> bool:
+    """Whether the mask says no more than where these sequences begin, and is causal."""
+    shape = (queries.shape[0], 1, queries.shape[2], packed.n_tokens)
+    if type(mask) is not PaddedCausal or mask.shape != shape:
+        return False
+    return packed.centre is None or packed.padding is not None
 
 
 def _through_rows(

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from ..centre import Centre
 from ..layout import TILE, KVLayout
 from . import assemble, quantize, tables
 
@@ -15,11 +16,12 @@ TKV_SHARED(float, row_buffers, pack_groups(larger(KD, VD)) * larger(KD, VD));
 TKV_SHARED(uchar, codes, 32 * larger(KD, VD));
 TKV_SHARED(ushort, scales, pack_scales(KG, KD, VG, VD));
 TKV_SHARED(float, levels, 2 * MAX_LEVELS);
-pack<T, KB, KG, KD, KW, KR, VB, VG, VD, VW, VR>(
-    keys, values, tail, params, k_constants, v_constants, packed, row_buffers, codes, scales,
-    levels, {assemble.THREAD});
+pack<T, KB, KG, KD, KW, KR, VB, VG, VD, VW, VR, CENTRED>(
+    keys, values, tail, params, k_constants, v_constants, mu, table, starts, packed, row_buffers,
+    codes, scales, levels, {assemble.THREAD});
 """
 INPUTS = ("keys", "values", "tail", "params", "k_constants", "v_constants")
+INPUTS += tables.ANCHOR_INPUTS
 WIDE = 256  # wider rows get fewer SIMD groups, as pack_groups in the kernel says
 
 
@@ -33,12 +35,14 @@ class Plan(NamedTuple):
 
 
 @lru_cache(maxsize=None)
-def _plan(layout: KVLayout, dtype: mx.Dtype, k_rule: str, v_rule: str) -> Plan:
+def _plan(
+    layout: KVLayout, dtype: mx.Dtype, k_rule: str, v_rule: str, centred: bool
+) -> Plan:
     k, v = tables.sides(layout)
     rules = quantize.SCALE_RULES
     template = [("T", dtype), ("KB", k.bits), ("KG", k.group), ("KD", k.dim), ("KW", k.width)]
     template += [("KR", rules.index(k_rule)), ("VB", v.bits), ("VG", v.group), ("VD", v.dim)]
-    template += [("VW", v.width), ("VR", rules.index(v_rule))]
+    template += [("VW", v.width), ("VR", rules.index(v_rule)), ("CENTRED", centred)]
     threads = 128 if max(k.dim, v.dim) > WIDE else 256
     return Plan(template, threads, tables.constants(k), tables.constants(v))
 
@@ -49,6 +53,9 @@ def pack(
     layout: KVLayout,
     tail: mx.array | None = None,
     n_tail: int = 0,
+    centre: Centre | None = None,
+    first: int = 0,
+    padding: tuple[int, ...] | None = None,
     *,
     backend: str = "metal",
 ) -> mx.array:
@@ -57,6 +64,8 @@ def pack(
     Args:
         tail: packed rows that the new ones follow; None where there are none.
         n_tail: how many rows of the tail are kept.
+        centre: what is taken out of the keys; its rows begin with ``first``, the sequences' own
+            positions after ``padding`` rows.
 
     Shapes:
         keys, values: [B, H, L, k_head_dim or v_head_dim].
@@ -65,12 +74,16 @@ def pack(
     """
     if values.dtype != keys.dtype:
         values = values.astype(keys.dtype)
-    plan = _plan(layout, keys.dtype, quantize.K_SCALE_RULE, quantize.V_SCALE_RULE)
+    plan = _plan(layout, keys.dtype, quantize.K_SCALE_RULE, quantize.V_SCALE_RULE, centre is not None)
     batch, n_heads, n_new, _ = keys.shape
     n_tiles = -(-(n_tail + n_new) // TILE)
     stride = tail.shape[2] if n_tail else 0
     kernel = assemble.build("pack", "pack.metal", INPUTS, ("packed",), SOURCE, backend)
-    params = tables.int_array(n_new, n_tail, stride, n_tiles, 0, 0, 0, 0)
+    anchors = (0, 0, 0, 0, 0)
+    if centre is not None:
+        has_starts = int(padding is not None)
+        anchors = (first, centre.turning.half, n_heads, has_starts, int(centre.bare_first))
+    params = tables.int_array(n_new, n_tail, stride, n_tiles, *anchors)
     return kernel(
         inputs=[
             keys,
@@ -79,6 +92,7 @@ def pack(
             params,
             plan.k_constants,
             plan.v_constants,
+            *tables.anchor_inputs(centre, first + n_new, padding),
         ],
         template=plan.template,
         grid=(n_tiles * plan.threads, batch * n_heads, 2),

@@ -1,4 +1,4 @@
-"""What attention is given: packed K and V, and how much of them is valid."""
+"""What attention is given: packed K and V, how much of them is valid, and where padding ends."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from ..centre import Centre
 from ..layout import KVLayout
 
 
@@ -21,6 +22,8 @@ class PackedKV(NamedTuple):
     Args:
         n_body: valid rows of the body, a multiple of 32; rows after them are stale.
         n_tail: valid rows of the tail; rows after them are stale or zero.
+        centre: what was taken out of the keys; None where they are stored whole.
+        padding: rows before position 0 of each sequence, for ``centre``; None where there are none.
     """
 
     layout: KVLayout
@@ -28,8 +31,23 @@ class PackedKV(NamedTuple):
     n_body: int
     tail: mx.array | None
     n_tail: int
+    centre: Centre | None = None
+    padding: tuple[int, ...] | None = None
 
     @property
     def n_tokens(self) -> int:
         """Rows of the sequence."""
         return self.n_body + self.n_tail
+
+
+class PaddedCausal(mx.array):
+    """The causal mask of left-padded sequences; it knows the first valid row of each.
+
+    An array like any other where a model uses it otherwise. Kernels that read packed rows take
+    ``starts`` instead, and the array is never computed.
+
+    Shapes:
+        the array: [B, 1, L, n] bool; starts: [B] int32, followed by zeros up to 8.
+    """
+
+    starts: mx.array

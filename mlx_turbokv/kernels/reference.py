@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from ..centre import Centre
 from ..layout import TILE, KVLayout
 from . import quantize
 from .packed import PackedKV
-from .tiles import Rows, first_rows_mask, rows_to_tiles, tiles_to_rows
+from .tiles import Rows, first_rows_mask, padded, rows_to_tiles, tiles_to_rows
 
 # dequantised K and V of one attention call are kept below this by taking KV heads in slices
 TRANSIENT_BYTES = 128 * 2**20
@@ -18,13 +19,22 @@ scaled_dot_product_attention = mx.fast.scaled_dot_product_attention
 
 
 def pack(
-    keys: mx.array, values: mx.array, layout: KVLayout, tail: mx.array | None = None, n_tail: int = 0
+    keys: mx.array,
+    values: mx.array,
+    layout: KVLayout,
+    tail: mx.array | None = None,
+    n_tail: int = 0,
+    centre: Centre | None = None,
+    first: int = 0,
+    padding: tuple[int, ...] | None = None,
 ) -> mx.array:
     """Quantise new tokens and append them to the tail.
 
     Args:
         tail: packed rows that the new ones follow; None where there are none.
         n_tail: how many rows of the tail are kept.
+        centre: what is taken out of the keys; its rows begin with ``first``, the sequences' own
+            positions after ``padding`` rows.
 
     Shapes:
         keys, values: [B, H, L, k_head_dim or v_head_dim].
@@ -32,11 +42,13 @@ def pack(
         returns: [B, H, ceil((n_tail + L) / 32), layout.tile_words] uint32.
     """
     n_full, n_partial = divmod(n_tail, TILE)
+    if centre is not None:
+        keys = keys.astype(mx.float32) - centre.rows(first, keys.shape[2], padding)
     k = quantize.quantize(keys, layout.k_format, quantize.K_SCALE_RULE)
     v = quantize.quantize(values, layout.v_format, quantize.V_SCALE_RULE)
     rows = Rows(*k, *v)
     if n_partial:
-        rows = Rows(*(mx.pad(part, [(0, 0), (0, 0), (n_partial, 0), (0, 0)]) for part in rows))
+        rows = padded(rows, n_partial, 0)
     tiles = rows_to_tiles(rows, layout)
     if n_tail == 0:
         return tiles
@@ -81,7 +93,7 @@ def attention(
 
     outputs = []
     for first in range(0, n_kv_heads, step):
-        keys, values = _rotated(tiles[:, first : first + step], packed)
+        keys, values = _rotated(tiles[:, first : first + step], packed, first)
         heads = slice(first * gqa_factor, (first + step) * gqa_factor)
         per_head = isinstance(mask, mx.array) and mask.ndim > 2 and mask.shape[-3] > 1
         output = scaled_dot_product_attention(
@@ -144,12 +156,19 @@ def _tiles(packed: PackedKV) -> mx.array:
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
 
 
-def _rotated(tiles: mx.array, packed: PackedKV) -> tuple[mx.array, mx.array]:
+def _rotated(
+    tiles: mx.array, packed: PackedKV, first_head: int = 0
+) -> tuple[mx.array, mx.array]:
     """Dequantised rows of tiles, turbo rows in the rotated basis, float32."""
     layout, n = packed.layout, packed.n_tokens
     dtype = getattr(mx, layout.dtype)
     rows = Rows(*(part[:, :, :n] for part in tiles_to_rows(tiles, layout)))
     keys = quantize.values(rows.k, rows.k_scales, layout.k_format, layout.k_head_dim, dtype)
+    if packed.centre is not None:
+        anchors = packed.centre.rows(
+            0, n, packed.padding, lambda x: quantize.rotate(x, layout.k_head_dim)
+        )
+        keys = keys + anchors[:, first_head : first_head + keys.shape[1]]
     values = quantize.values(rows.v, rows.v_scales, layout.v_format, layout.v_head_dim, dtype)
     return keys, values
 

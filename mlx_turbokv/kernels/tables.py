@@ -9,10 +9,12 @@ import mlx.core as mx
 import numpy as np
 
 from ..codebook import boundaries, codebook
+from ..centre import Centre
 from ..formats import KVFormat
 from ..layout import KVLayout
 from ..rotation import base_order, hadamard, rotation_width, signs
 
+ANCHOR_INPUTS = ("mu", "table", "starts")
 MAX_HEAD_DIM = 512
 MAX_LEVELS = 64
 MAX_ORDER = 36
@@ -94,6 +96,29 @@ def _bits(flags: np.ndarray, n_words: int) -> np.ndarray:
 def int_array(*numbers: int) -> mx.array:
     """Run-time parameters, evaluated; a step's layers share one array."""
     array = mx.array(numbers, mx.int32)
+    mx.eval(array)
+    return array
+
+
+def anchor_inputs(
+    centre: Centre | None, n_rows: int, padding: tuple[int, ...] | None
+) -> tuple[mx.array, mx.array, mx.array]:
+    """mu, the table for ``n_rows`` rows, and each sequence's first row; stand-ins where absent."""
+    if centre is None:
+        return no_mu(), no_tiles(), placeholder()
+    starts = placeholder() if padding is None else padding_array(padding)
+    return centre.mu, centre.table(n_rows), starts
+
+
+def padding_array(padding: tuple[int, ...]) -> mx.array:
+    """Rows before each sequence, at least eight numbers."""
+    return int_array(*padding, *(0,) * (8 - len(padding)))
+
+
+@lru_cache(maxsize=None)
+def no_mu() -> mx.array:
+    """Stands for a reference that is absent."""
+    array = mx.zeros((8,), mx.float32)
     mx.eval(array)
     return array
 

@@ -18,6 +18,7 @@ from ..layout import QUAD, TILE, KVLayout
 
 # bits of a code: (bits of a unit, codes in a unit)
 UNITS = {2: (8, 4), 3: (12, 4), 4: (8, 2), 5: (10, 2), 6: (12, 2), 8: (8, 1), 16: (16, 1), 32: (32, 1)}
+_BY_SIZE = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 _WORD = {8: mx.uint8, 10: mx.uint16, 12: mx.uint16, 16: mx.uint16, 32: mx.uint32}
 
 
@@ -55,6 +56,15 @@ def units_from_codes(codes: mx.array, bits: int) -> mx.array:
     return (parts << shifts).sum(axis=-1).astype(_WORD[unit_bits])
 
 
+def padded(rows: Rows, before: int, after: int) -> Rows:
+    """Rows with others of zero bits around them.
+
+    An f16 row has no scales, and nothing is computed of them: MLX's CUDA build crashes there.
+    """
+    widths = [(0, 0), (0, 0), (before, after), (0, 0)]
+    return Rows(*(mx.pad(part, widths) if part.shape[-1] else part for part in rows))
+
+
 def rows_to_tiles(rows: Rows, layout: KVLayout) -> mx.array:
     """Lay rows out in tiles; rows after the last are zero bits.
 
@@ -65,27 +75,32 @@ def rows_to_tiles(rows: Rows, layout: KVLayout) -> mx.array:
     n = rows.k.shape[2]
     n_tiles = -(-n // TILE)
     if extra := n_tiles * TILE - n:
-        rows = Rows(*(mx.pad(part, [(0, 0), (0, 0), (0, extra), (0, 0)]) for part in rows))
+        rows = padded(rows, 0, extra)
     k_bits = code_bits(layout.k_format, layout.itemsize)
     v_bits = layout.v_code_bits
 
-    tiled = Rows(*(part.reshape(*part.shape[:2], n_tiles, TILE, -1) for part in rows))
-    k_bytes = _units_to_bytes(tiled.k, k_bits)
+    def tiled(part: mx.array) -> mx.array:
+        return part.reshape(*part.shape[:2], n_tiles, TILE, part.shape[-1])
+
+    k_bytes = _units_to_bytes(tiled(rows.k), k_bits)
     regions, start = [], 0
     for width, count in _column_runs(layout):
         run = k_bytes[..., start : start + width * count]
         run = run.reshape(*run.shape[:-1], count, width)
         regions.append(_flat(mx.swapaxes(run, -3, -2)))
         start += width * count
-    regions.append(_scale_bytes(tiled.k_scales))
+    if rows.k_scales.shape[-1]:
+        regions.append(_scale_bytes(tiled(rows.k_scales)))
 
     units_per_quad = QUAD // UNITS[v_bits][1]
-    quads = tiled.v.reshape(*tiled.v.shape[:-1], -1, units_per_quad)
+    quads = tiled(rows.v)
+    quads = quads.reshape(*quads.shape[:-1], -1, units_per_quad)
     streams = mx.moveaxis(quads, -2, -3)  # [..., D/4, tokens, units]
     streams = _units_to_bytes(streams.reshape(*streams.shape[:-2], -1), v_bits)
     columns = streams.reshape(*streams.shape[:-1], -1, 16)
     regions.append(_flat(mx.swapaxes(columns, -3, -2)))
-    regions.append(_scale_bytes(tiled.v_scales))
+    if rows.v_scales.shape[-1]:
+        regions.append(_scale_bytes(tiled(rows.v_scales)))
     return mx.contiguous(mx.concatenate(regions, axis=-1)).view(mx.uint32)
 
 
@@ -97,27 +112,20 @@ def tiles_to_rows(tiles: mx.array, layout: KVLayout) -> Rows:
         returns: 32 T rows.
     """
     B, H, n_tiles, _ = tiles.shape
-    as_bytes = tiles.view(mx.uint8)
     _, k_scales_at, v_at, v_scales_at, end = layout.offsets
     k_bits = code_bits(layout.k_format, layout.itemsize)
-    v_bits = layout.v_code_bits
 
     runs, start = [], 0
     for width, count in _column_runs(layout):
         stop = start + TILE * width * count
-        run = as_bytes[..., start:stop].reshape(B, H, n_tiles, count, TILE, width)
-        runs.append(mx.swapaxes(run, -3, -2).reshape(B, H, n_tiles * TILE, count * width))
+        run = _words(tiles, start, stop, width).reshape(B, H, n_tiles, count, TILE, -1)
+        runs.append(mx.swapaxes(run, -3, -2).reshape(B, H, n_tiles * TILE, -1).view(mx.uint8))
         start = stop
     k_bytes = runs[0] if len(runs) == 1 else mx.concatenate(runs, axis=-1)
-
-    columns = as_bytes[..., v_at:v_scales_at].reshape(B, H, n_tiles, v_bits, -1, 16)
-    streams = mx.swapaxes(columns, -3, -2).reshape(B, H, n_tiles, -1, v_bits * 16)
-    quads = _bytes_to_units(streams, v_bits)
-    quads = quads.reshape(*quads.shape[:-1], TILE, QUAD // UNITS[v_bits][1])
-    v = mx.moveaxis(quads, -3, -2)  # [..., tokens, D/4, units]
+    v_units = _v_units(tiles, v_at, v_scales_at, layout.v_code_bits)
 
     def scales(first: int, last: int) -> mx.array:
-        region = as_bytes[..., first:last].view(mx.float16)
+        region = _words(tiles, first, last, 2).view(mx.float16)
         region = region.reshape(B, H, n_tiles, (last - first) // (2 * TILE), TILE)
         return mx.swapaxes(region, -1, -2).reshape(B, H, n_tiles * TILE, -1)
 
@@ -126,9 +134,41 @@ def tiles_to_rows(tiles: mx.array, layout: KVLayout) -> Rows:
     return Rows(
         _bytes_to_units(k_bytes, k_bits),
         scales(k_scales_at, v_at) if k_groups else empty,
-        v.reshape(B, H, n_tiles * TILE, -1),
+        v_units,
         scales(v_scales_at, end) if v_groups else empty,
     )
+
+
+def _v_units(tiles: mx.array, first: int, last: int, bits: int) -> mx.array:
+    """The units of V's rows, from bytes ``first`` to ``last`` of each tile.
+
+    Shapes:
+        returns: [B, H, 32 T, units in a row].
+    """
+    B, H, n_tiles, _ = tiles.shape
+    unit_bits, per_unit = UNITS[bits]
+    quad_bytes, ragged = divmod(QUAD * bits, 8)
+    if ragged or 16 % quad_bytes:
+        columns = _words(tiles, first, last, 16).reshape(B, H, n_tiles, bits, -1, 2)
+        streams = mx.swapaxes(columns, -3, -2).reshape(B, H, n_tiles, -1, 2 * bits)
+        quads = _bytes_to_units(streams.view(mx.uint8), bits)
+        quads = quads.reshape(*quads.shape[:-1], TILE, QUAD // per_unit)
+        rows = mx.moveaxis(quads, -3, -2)  # [..., tokens, D/4, units]
+        return rows.reshape(B, H, n_tiles * TILE, -1)
+    # whole quads in every column: one turn of words brings them in order
+    words = _words(tiles, first, last, quad_bytes)
+    words = words.reshape(B, H, n_tiles, bits, -1, 16 // quad_bytes, max(1, quad_bytes // 8))
+    rows = mx.swapaxes(words, -3, -2).reshape(B, H, n_tiles * TILE, -1)
+    return rows.view(_WORD[unit_bits])
+
+
+def _words(tiles: mx.array, first: int, last: int, width: int) -> mx.array:
+    """Bytes ``first`` to ``last`` of each tile, in the largest words that runs of ``width`` allow.
+
+    A copy that changes the order costs by the word, not by the byte.
+    """
+    size = min(width, 8)
+    return tiles.view(_BY_SIZE[size])[..., first // size : last // size]
 
 
 @lru_cache(maxsize=1024)

@@ -1,0 +1,76 @@
+"""What the longer commands share: notes and progress on stderr, and JSON files."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+
+
+def note(text: str) -> None:
+    """Say something beside the results."""
+    print(text, file=sys.stderr)
+
+
+def check_writable(path: str | None) -> None:
+    """Refuse a bad path before the run, not after it.
+
+    Raises: InputError.
+    """
+    if path is None:
+        return
+    target = Path(path)
+    if target.is_dir() or not target.parent.is_dir():
+        raise InputError(f"{path} cannot be written: give a file in a folder that exists.")
+
+
+def write_json(path: str, record: Any) -> None:
+    """Write beside and rename: an interruption never leaves half a file."""
+    target = Path(path)
+    part = target.with_name(target.name + ".new")
+    text = json.dumps(record, indent=1, ensure_ascii=False)
+    part.write_text(text + "\n", encoding="utf-8")
+    part.replace(target)
+
+
+def read_json(path: str, what: str) -> dict:
+    """A record that ``write_json`` wrote, whose ``what`` begins with this.
+
+    Raises: InputError for another or an unreadable file.
+    """
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}).") from None
+    except ValueError:
+        raise InputError(f"{path} is not a JSON file.") from None
+    if not isinstance(record, dict) or not str(record.get("what", "")).startswith(what):
+        raise InputError(f"{path} is not a record of {what}.")
+    return record
+
+
+class Progress:
+    """A progress bar on stderr: a line that redraws on a terminal, sparse lines elsewhere."""
+
+    def __init__(self, total: int, unit: str = "run"):
+        from tqdm import tqdm
+
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=total, unit=unit, file=sys.stderr, mininterval=0.5 if terminal else 30,
+            dynamic_ncols=terminal, leave=False,
+        )  # fmt: skip
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def __call__(self, done: int, total: int, name: str) -> None:
+        self.bar.total = total
+        self.bar.set_postfix_str(name, refresh=False)
+        self.bar.update(done - self.bar.n)

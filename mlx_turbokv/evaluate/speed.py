@@ -1,0 +1,271 @@
+"""Speed and memory of whole models through several caches, taking turns within one run.
+
+Two kinds of points. A *prompt* point is mlx_lm.benchmark's: a random prompt through an empty
+cache, then generation. A *context* point times generation alone: the cache is filled with random
+rows of K and V, packed by the cache's own ``update_and_fetch``, without running the model; that
+makes 131,072 tokens affordable, and what decoding reads is as large and as packed as after a real
+prompt.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.generate import generate_step
+
+from ..errors import InputError
+from ..kv_layers import KVLayers, kv_layers
+from ..shapes import own_caches
+from .configuration import Prepared
+
+FILL_STEP = 8192  # rows written at a time into a cache that is filled without the model
+BUILD_STEPS = 16
+Tick = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How points are measured.
+
+    generation_tokens: tokens timed after the prompt.
+    num_trials: timed repeats, after one that is not timed.
+    prefill_step_size: prompt tokens at a time.
+    vocab_size: tokens of random prompts are below this.
+    """
+
+    generation_tokens: int = 128
+    num_trials: int = 5
+    prefill_step_size: int = 2048
+    vocab_size: int = 32000
+
+
+@dataclass(frozen=True)
+class Point:
+    """What is measured: ``kind`` is "prompt" or "context", ``tokens`` how many are in the cache."""
+
+    kind: str
+    tokens: int
+
+
+@dataclass
+class Trials:
+    """What one configuration gave at one point, trial by trial; seconds and bytes."""
+
+    config: Prepared
+    prompt_s: list[float] = field(default_factory=list)
+    generation_s: list[float] = field(default_factory=list)
+    build_s: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+    kv_bytes: int = 0
+    error: str | None = None
+
+
+def measure_point(
+    model: nn.Module,
+    point: Point,
+    configs: Sequence[Prepared],
+    settings: Settings,
+    deadline: float | None = None,
+    tick: Tick | None = None,
+) -> list[dict]:
+    """Rows of one point, one a configuration; ratios are to the first configuration's.
+
+    Trials are the outer loop and configurations the inner one, so a drift of the machine meets all
+    of them. A configuration that fails has its error in its row, and the others go on.
+
+    Args:
+        deadline: a ``time.perf_counter`` value after which no further trial starts, once each
+            configuration has one.
+    """
+    trials = [Trials(c) for c in configs]
+    runner = _Contexts if point.kind == "context" else _Prompts
+    runs = runner(model, point.tokens, settings)
+    for i in range(settings.num_trials + 1):
+        if i > 1 and deadline is not None and time.perf_counter() > deadline:
+            break
+        for j, trial in enumerate(trials):
+            if trial.error is None:
+                try:
+                    runs.run(trial, timed=i > 0)
+                except (RuntimeError, NotImplementedError, InputError) as error:
+                    trial.error = (str(error).splitlines() or [type(error).__name__])[0]
+            if tick:
+                done = i * len(trials) + j + 1
+                tick(done, (settings.num_trials + 1) * len(trials), trial.config.name)
+    runs.close()
+    return [_row(point, trial, trials[0], settings) for trial in trials]
+
+
+class _Prompts:
+    """A random prompt through an empty cache, then generation."""
+
+    def __init__(self, model: nn.Module, tokens: int, settings: Settings):
+        self.model, self.settings = model, settings
+        self.prompt = mx.random.randint(0, settings.vocab_size, (tokens,))
+        mx.eval(self.prompt)
+
+    def run(self, trial: Trials, timed: bool) -> None:
+        mx.synchronize()
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        caches = trial.config.make_caches()
+        prompt_s, generation_s = _generate(self.model, self.prompt, caches, self.settings)
+        peak = mx.get_peak_memory() - before
+        if timed:
+            trial.prompt_s.append(prompt_s)
+            trial.generation_s.append(generation_s)
+        else:
+            trial.build_s = _build_times(self.model, caches)
+        trial.peak_bytes = max(trial.peak_bytes, peak)
+        trial.kv_bytes = sum(c.nbytes for c in caches)
+
+    def close(self) -> None:
+        mx.clear_cache()
+
+
+class _Contexts:
+    """Generation after a context that was written into the cache without the model."""
+
+    def __init__(self, model: nn.Module, tokens: int, settings: Settings):
+        self.model, self.settings, self.tokens = model, settings, tokens
+        self.found = kv_layers(model)
+        if not self.found.layers:
+            raise InputError("This model has no KV layer, so there is no context to fill.")
+        self.held: dict[str, list] = {}
+
+    def run(self, trial: Trials, timed: bool) -> None:
+        name = trial.config.name
+        mx.synchronize()
+        if not timed:
+            mx.clear_cache()
+            before = mx.get_active_memory()
+            self.held[name] = trial.config.make_caches()
+            fill(self.held[name], self.found, self.tokens, _dtype(self.model, self.found))
+            mx.synchronize()
+            mx.clear_cache()
+            mx.reset_peak_memory()
+        caches = self.held[name]
+        first = mx.zeros((1,), mx.int32)
+        _, generation_s = _generate(self.model, first, caches, self.settings)
+        if timed:
+            trial.generation_s.append(generation_s)
+        else:
+            trial.peak_bytes = mx.get_peak_memory() - before
+            trial.kv_bytes = sum(c.nbytes for c in caches)
+            trial.build_s = _build_times(self.model, caches)
+        for cache in _leaves(caches, self.found):
+            cache.trim(cache.offset - self.tokens)
+
+    def close(self) -> None:
+        self.held.clear()
+        mx.clear_cache()
+
+
+def fill(caches: list, found: KVLayers, tokens: int, dtype: mx.Dtype) -> None:
+    """Write ``tokens`` random rows of K and V into each KV layer; recurrent states stay empty.
+
+    Raises: InputError if the model's shapes cannot be learnt.
+    """
+    for layer, cache in zip(found.layers, _leaves(caches, found)):
+        if layer.shape is None:
+            raise InputError(
+                "The heads of this model's K and V cannot be learnt, so its cache cannot be "
+                "filled: give --prompt-tokens in place of --context."
+            )
+        for start in range(0, tokens, FILL_STEP):
+            n = min(FILL_STEP, tokens - start)
+            shape = (1, layer.shape.n_kv_heads, n)
+            k = mx.random.normal((*shape, layer.shape.k_head_dim), dtype)
+            v = mx.random.normal((*shape, layer.shape.v_head_dim), dtype)
+            cache.update_and_fetch(k, v)
+            mx.eval(cache.state)
+            del k, v
+        mx.clear_cache()
+
+
+def _leaves(caches: list, found: KVLayers) -> list:
+    """The caches of the KV layers, in order."""
+    return [
+        caches[x.index] if x.sub is None else caches[x.index].caches[x.sub] for x in found.layers
+    ]
+
+
+def _dtype(model: nn.Module, found: KVLayers) -> mx.Dtype:
+    """The type of a model's K and V; the call that shows it is never computed."""
+    caches = own_caches(model)
+    model(mx.zeros((1, 1), mx.int32), cache=caches)
+    return _leaves(caches, found)[0].keys.dtype
+
+
+def _generate(
+    model: nn.Module, prompt: mx.array, caches: list, settings: Settings
+) -> tuple[float, float]:
+    """Seconds until the first token, and seconds a token after it; as mlx-lm generates."""
+    n = settings.generation_tokens
+    start = time.perf_counter()
+    steps = generate_step(
+        prompt, model, max_tokens=n + 1, prompt_cache=caches,
+        prefill_step_size=settings.prefill_step_size,
+    )  # fmt: skip
+    next(steps)
+    first = time.perf_counter()
+    for _ in range(n):
+        next(steps)
+    last = time.perf_counter()
+    steps.close()
+    mx.eval([c.state for c in caches])  # the step that was begun ahead has ended too
+    return first - start, (last - first) / n
+
+
+def _build_times(model: nn.Module, caches: list) -> list[float]:
+    """Seconds of Python that building one decode step takes, nothing computed meanwhile."""
+    token, times = mx.zeros((1, 1), mx.int32), []
+    for _ in range(BUILD_STEPS):
+        start = time.perf_counter()
+        logits = model(token, cache=caches)[:, -1]
+        times.append(time.perf_counter() - start)
+        mx.eval(logits, [c.state for c in caches])
+    return times
+
+
+def _row(point: Point, trial: Trials, first: Trials, settings: Settings) -> dict:
+    row = {
+        "kind": point.kind,
+        "tokens": point.tokens,
+        "config": trial.config.name,
+        "bits_per_value": trial.config.bits,
+        "backend": trial.config.backend,
+    }
+    if trial.error is not None or not trial.generation_s:
+        return row | {"error": trial.error or "no trial was finished"}
+    generation = [1 / s for s in trial.generation_s]
+    row |= {
+        "generation_tps": _spread(generation),
+        "step_ms": 1e3 * median(trial.generation_s),
+        "build_ms": 1e3 * median(trial.build_s),
+        "peak_bytes_above_weights": trial.peak_bytes,
+        "kv_bytes": trial.kv_bytes,
+        "generation_of_first": _ratio(first.generation_s, trial.generation_s),
+    }
+    if point.kind == "prompt":
+        row["prompt_tps"] = _spread([point.tokens / s for s in trial.prompt_s])
+        row["prompt_of_first"] = _ratio(first.prompt_s, trial.prompt_s)
+    return row
+
+
+def _spread(values: list[float]) -> dict:
+    return {
+        "median": median(values), "min": min(values), "max": max(values), "trials": values
+    }  # fmt: skip
+
+
+def _ratio(first: list[float], these: list[float]) -> float | None:
+    """Median over trials of the first configuration's time to this one's; more is faster."""
+    pairs = [a / b for a, b in zip(first, these)]
+    return median(pairs) if pairs else None

@@ -1,0 +1,79 @@
+"""Each configuration of a report in one line, over all that was measured of it."""
+
+from __future__ import annotations
+
+from ..evaluate import table
+from .pareto import pareto_front
+
+
+def table_of(record: dict) -> tuple[list[str], list[list[str]], set[str]]:
+    """(header, rows, configurations that nothing beats in bits and KLD together)."""
+    quality = _quality(record)
+    found = {r["config"]: r for r in (record.get("needle") or {"summary": []})["summary"]}
+    speed = _longest(record.get("bench"))
+    names = list(dict.fromkeys([*quality, *found, *speed]))
+    header = ["K/V"]
+    header += ["bits/value", "KLD", "Δnll", "same top"] if quality else []
+    header += ["needles, of f16’s"] if found else []
+    header += ["generation, of f16", "KV bytes"] if speed else []
+    rows = []
+    for name in names:
+        cells = [name]
+        if quality:
+            cells += _quality_cells(quality.get(name), name == next(iter(quality)))
+        if found:
+            cells.append(_found_cell(found.get(name)))
+        if speed:
+            cells += _speed_cells(speed.get(name))
+        rows.append(cells)
+    return header, rows, front_of(list(quality.values())[1:])
+
+
+def notes(record: dict) -> list[str]:
+    """Sentences that belong under the table."""
+    quality, speed = _quality(record), _longest(record.get("bench"))
+    lines = []
+    if front := front_of(list(quality.values())[1:]):
+        names = ", ".join(n for n in quality if n in front)
+        lines.append(f"● Nothing measured here has both fewer bits and a smaller KLD: {names}.")
+    if speed:
+        tokens = next(iter(speed.values()))["tokens"]
+        lines.append(f"Speed and bytes are those at {tokens:,} tokens.")
+    return lines
+
+
+def front_of(results: list[dict]) -> set[str]:
+    """The configurations of a perplexity record that nothing beats in bits and KLD together."""
+    rows = [r for r in results if r["bits_per_value"] is not None]
+    points = [(r["bits_per_value"], r["kld"]["mean"]) for r in rows]
+    return {rows[i]["config"] for i in pareto_front(points)}
+
+
+def _quality(record: dict) -> dict[str, dict]:
+    results = (record.get("perplexity") or {"results": []})["results"]
+    return {r["config"]: r for r in results}
+
+
+def _quality_cells(row: dict | None, is_reference: bool) -> list[str]:
+    if row is None:
+        return ["–"] * 4
+    cells = table.rows([row, row])[0 if is_reference else 1]
+    return [cells[1], cells[5], cells[4], cells[8]]
+
+
+def _found_cell(row: dict | None) -> str:
+    return "–" if row is None else f"{row['found_of_reference']}/{row['reference_found']}"
+
+
+def _speed_cells(row: dict | None) -> list[str]:
+    if row is None:
+        return ["–", "–"]
+    ratio = row["generation_of_first"]
+    return ["?" if ratio is None else f"{ratio:.2f}×", table.bytes_text(row["kv_bytes"])]
+
+
+def _longest(bench: dict | None) -> dict[str, dict]:
+    """Rows of the longest context, by configuration."""
+    rows = [r for r in (bench or {"rows": []})["rows"] if "error" not in r]
+    longest = max((r["tokens"] for r in rows), default=0)
+    return {r["config"]: r for r in rows if r["tokens"] == longest}

@@ -1,0 +1,52 @@
+"""The GPU check's referee: it settles near-ties, and lets nothing else pass."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+
+from witnessed import WitnessedCache  # noqa: E402
+
+from mlx_turbokv import TurboKVCache  # noqa: E402
+
+N = 3000
+PAIRS = [("q8_0", "turbo2"), ("turbo4", "turbo3"), ("turbo6", "turbo5")]
+
+
+def settled(pair, keys, values, noise: float) -> tuple[WitnessedCache, TurboKVCache]:
+    """Packs rows, and the same rows moved by ``noise``, with the first as the witness."""
+    rng = np.random.default_rng(1)
+    witness = TurboKVCache(*pair, backend="reference")
+    witness.update_and_fetch(mx.array(keys), mx.array(values))
+    cache = WitnessedCache(witness, "reference")
+    moved = [x * (1 + noise * rng.standard_normal(x.shape)) for x in (keys, values)]
+    cache.update_and_fetch(*(mx.array(x.astype(np.float32)) for x in moved))
+    return cache, witness
+
+
+@pytest.fixture(scope="module")
+def rows():
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal((1, 2, N, 64)).astype(np.float32) for _ in range(2)]
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_rounding_turns_codes_and_is_settled(rows, pair):
+    cache, witness = settled(pair, *rows, noise=3e-5)
+    assert cache.n_codes == 2 * 2 * N * 64
+    assert 0 < cache.n_turned < 1e-3 * cache.n_codes
+    assert cache.n_wrong == 0
+    for ours, theirs in zip(cache.keys_and_values(), witness.keys_and_values()):
+        assert np.array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_more_than_rounding_is_wrong(rows, pair):
+    cache, _ = settled(pair, *rows, noise=3e-2)
+    assert cache.n_wrong > 0.2 * cache.n_turned
