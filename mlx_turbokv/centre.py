@@ -142,6 +142,7 @@ class Centre:
         self.source = source
         self.n_sharing = n_sharing
         self.bare_first = bare_first
+        self._table: tuple[int, mx.array | None] = (0, None)
         self._angles = mx.array(np.array(turning.angles, np.float32))
         mx.eval(self.mu, self._angles)
         content = np.array(self.mu).tobytes() + repr((turning, BLOCK, bare_first)).encode()
@@ -162,8 +163,10 @@ class Centre:
         Shapes:
             returns: [blocks, pairs] uint32, a cosine in the low half and a sine in the high one.
         """
-        n_blocks = -(-n_rows // BLOCK)
-        return _table(self.turning, -(-n_blocks // TABLE_STEP) * TABLE_STEP)
+        n_blocks = -(-n_rows // (BLOCK * TABLE_STEP)) * TABLE_STEP
+        if self._table[0] != n_blocks:  # asked for at every step and layer
+            self._table = n_blocks, _table(self.turning, n_blocks)
+        return self._table[1]
 
     def anchors(self, first: int, n: int) -> mx.array:
         """The anchors of blocks ``first`` to ``first + n``.

@@ -203,7 +203,8 @@ def judged(short: dict, long: dict | None, needle: dict | None) -> list[dict]:
                 "by_kld": claims.judge(claim, results, "kld"),
             })  # fmt: skip
     cost = claims.turbo2_cost(short)
-    found.append({"claim": "turbo2 for V costs 3 to 5 % of PPL", "where": places[0][0], "unit": "PPL", **cost})
+    text = "turbo2 for V costs 3 to 5 % of PPL"
+    found.append({"claim": text, "where": places[0][0], "unit": "PPL", **cost})
     if long is not None:
         text = "the gain of Boundary V over turbo2 shrinks with the context"
         found.append({"claim": text, "where": "both", "unit": "nats", **claims.dilution(short, places[1][1])})

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from mlx_turbokv.evaluate import needle_table  # noqa: E402
+from mlx_turbokv.evaluate.statistics import ratio  # noqa: E402
 from mlx_turbokv.report import summary  # noqa: E402
 from paper_tables import difference_cell  # noqa: E402
 from mlx_turbokv.evaluate.table import as_markdown, footnotes, heading  # noqa: E402
@@ -35,6 +36,81 @@ def perplexity() -> str:
     record = read("perplexity")
     parts = [heading(record).replace("\n", "; ") + ".", as_markdown(record["results"])]
     return "\n\n".join([*parts, footnotes(record), f"`{record['command']}`"])
+
+
+def calibrated() -> str:
+    """Calibrated policies beside uniform formats, Boundary V and mlx-lm's caches."""
+    record = read("calibrate")
+    found = {r["config"]: r for r in record["results"]}
+    boundary = found["la-v7"]
+    policies = [r for name, r in found.items() if name.startswith("sample/")]
+    ratios = {n: ratio(r["kld_by_window"], boundary["kld_by_window"]) for n, r in found.items()}
+    shown = policies + [found[name] for name in BESIDE_CALIBRATED]
+    rows = [
+        [_policy_name(r["config"]), f"{r['bits_per_value']:.3f}", f"{r['k_bits_per_value']:.2f}",
+         f"{r['v_bits_per_value']:.2f}", f"{r['kld']['mean']:.5f} ± {r['kld']['se']:.5f}",
+         f"{100 * r['same_top']['mean']:.1f} %", _ratio_text(ratios[r["config"]])]
+        for r in sorted(shown, key=lambda r: -r["bits_per_value"])
+    ]  # fmt: skip
+    at_its_bits = next(r for r in policies if r["config"].endswith("bits-la-v7.json"))
+    enough = [r for r in policies if ratios[r["config"]]["interval"][1] <= 1]
+    least = min(enough, key=lambda r: r["bits_per_value"])
+    summary = (
+        f"At the bits of `la-v7` ({boundary['bits_per_value']:.3f} per value), the calibrated "
+        f"policy has {_ratio_text(ratios[at_its_bits['config']])} times its KLD. The smallest "
+        f"budget here that does not exceed its KLD, with the whole interval, is "
+        f"{least['bits_per_value']:.3f} bits: "
+        f"{least['bits_per_value'] / boundary['bits_per_value']:.2f} of its bits."
+    )
+    checked = read("calibration")["policies"]
+    factors = [at["measured_over_predicted"]["mean"] for at in checked]
+    most = max(checked, key=lambda at: at["measured_over_predicted"]["mean"])
+    summary += (
+        f" On the calibration windows the whole assignments measured {min(factors):.2f} to "
+        f"{max(factors):.2f} times what was predicted, the most at {most['bits_per_value']:.3f} bits."
+    )
+    uniform = {r["bits_per_value"]: r for r in record["results"] if r["config"] in EQUAL_BITS}
+    beside = [
+        r["kld"]["mean"] / uniform[r["bits_per_value"]]["kld"]["mean"]
+        for r in policies if r["bits_per_value"] in uniform
+    ]  # fmt: skip
+    summary += (
+        " Much of the gain is the balance between K and V, which one pair of formats in every layer "
+        f"can strike too: `turbo6/turbo5` has {_ratio_text(ratios['turbo6/turbo5'])} times the KLD "
+        f"of `la-v7`. At equal bits, calibrated policies have {min(beside):.2f} to "
+        f"{max(beside):.2f} times the KLD of one pair in every layer."
+    )
+    few = {r["windows"]: max(r["mean_excess"]) for r in read("calibration_windows")["rows"]}
+    summary += (
+        f" Few windows are enough: on the windows left out, policies from one window are predicted "
+        f"to cost at most {few[1]:.1%} more than the best ones, from four {few[4]:.1%}."
+    )
+    about = heading(record).replace("\n", "; ") + ". In brackets: 95 % interval, paired bootstrap."
+    header = ["K/V", "bits/value", "K bits", "V bits", "KLD", "same top", "KLD / `la-v7`'s"]
+    return "\n\n".join([summary, about, table(header, rows), f"`{record['command']}`"])
+
+
+BESIDE_CALIBRATED = (
+    "q8_0/q8_0", "la-v7", "mode-10", "q8_0/turbo3", "q8_0/turbo2", "turbo6/turbo5",
+    "turbo5/turbo5", "turbo5/turbo4", "turbo4/turbo4", "turbo4/turbo3", "turbo3/turbo3",
+)  # fmt: skip
+EQUAL_BITS = (
+    "turbo5/turbo5", "turbo5/turbo4", "turbo4/turbo4", "turbo4/turbo3", "turbo3/turbo3",
+    "turbo3/turbo2",
+)  # fmt: skip
+
+
+def _policy_name(config: str) -> str:
+    """sample/bits-3.5.json is a policy calibrated for 3.5 bits."""
+    if not config.endswith(".json"):
+        return config
+    budget = config.split("/")[-1].removeprefix("bits-").removesuffix(".json")
+    return f"**calibrated** for {budget if budget.startswith('la') else budget + ' bits'}"
+
+
+def _ratio_text(found: dict) -> str:
+    low, high = found["interval"]
+    return f"{found['mean']:.3f} ({low:.3f} to {high:.3f})"
 
 
 def decode() -> str:
@@ -155,8 +231,8 @@ def report() -> str:
 
 
 SECTIONS = {
-    "perplexity": perplexity, "centred": centred, "decode": decode, "reference": reference,
-    "needle": needle, "claims": claims, "report": report,
+    "perplexity": perplexity, "calibrated": calibrated, "centred": centred,
+    "decode": decode, "reference": reference, "needle": needle, "claims": claims, "report": report,
 }  # fmt: skip
 
 

@@ -281,6 +281,8 @@ def _near_boundaries(different, units, wanted, x, fmt, unsure) -> bool:
         first = unit * per_unit // width * width
         group = y[(*row, slice(first, first + width))]
         raw = np.sqrt((group**2).mean())
+        if raw == 0:
+            return False
         near = y[(*row, slice(unit * per_unit, (unit + 1) * per_unit))] / raw
         off = np.linalg.norm(unsure[row[1]][first // len(rotation) * len(rotation) :][: len(rotation)])
         if np.abs(near[:, None] - thresholds).min() > BOUNDARY + off / raw:

@@ -15,9 +15,10 @@ from mlx_turbokv.cli.perplexity import command
 from mlx_turbokv.errors import InputError
 from mlx_turbokv.evaluate import configuration, table, text
 from mlx_turbokv.evaluate.checkpoint import Checkpoint
-from mlx_turbokv.evaluate.divergence import PositionStats, compare_logits
+from mlx_turbokv.evaluate.divergence import PositionStats, Reference, compare_logits
+from mlx_turbokv.evaluate.journal import Journal
 from mlx_turbokv.evaluate.perplexity import evaluate_windows, perplexity
-from mlx_turbokv.evaluate.windows import cut_windows, scored_logits
+from mlx_turbokv.evaluate.windows import batch_logits, cut_windows, scored_logits
 
 KLD_TOLERANCE = 1e-6  # nats a position: float32 sums against float64
 
@@ -88,6 +89,17 @@ def test_divergence_agrees_with_float64(n, distance):
     np.testing.assert_allclose(found.delta_p, delta, atol=1e-6)
     assert (found.same_top == (a.argmax(-1) == b.argmax(-1))).all()
     assert (found.top_right == (b.argmax(-1) == targets)).all()
+
+
+@pytest.mark.parametrize("vocabulary", [49_152, 151_937])
+def test_long_vocabularies_lose_nothing_in_the_sum(vocabulary):
+    rng = np.random.default_rng(2)
+    a = rng.normal(0, 3, (8, vocabulary)).astype(np.float32)
+    a[:, 7] += 14
+    targets = np.full(8, 7)
+    found = Reference(mx.array(a), mx.array(targets)).own_stats()
+    expected = -_log_softmax(a.astype(np.float64))[:, 7]
+    np.testing.assert_allclose(found.nll, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_divergence_of_masked_tokens_is_finite():
@@ -239,3 +251,44 @@ def test_unusable_text_files(tmp_path, content):
 def test_the_command_refuses_before_it_loads_a_model(arguments):
     result = CliRunner().invoke(command, arguments)
     assert isinstance(result.exception, InputError)
+
+
+def test_overlapping_windows_score_every_token_once():
+    """A stride of half a window: what is scored does not overlap, and leaves nothing out."""
+    found = cut_windows(Words(), list(range(45)), 16, stride=8)
+    assert found[:, 0].tolist() == [0, 8, 16, 24] and found.shape == (4, 16)
+    scored = np.concatenate([w[16 // 2 :] for w in found])
+    assert scored.tolist() == list(range(8, 40))
+
+
+def test_several_windows_at_once_give_the_logits_of_each(model, windows):
+    caches = configuration.prepare(model, "q8_0/turbo3").make_caches
+    found = batch_logits(model, windows, caches())
+    for window, logits in zip(windows, found):
+        np.testing.assert_allclose(logits, scored_logits(model, window, caches()), atol=1e-5)
+
+
+def test_kld_alone_is_that_of_the_comparison():
+    rng = np.random.default_rng(5)
+    a, b = (mx.array(rng.normal(0, 3, (35, 90)).astype(np.float32)) for _ in range(2))
+    reference = Reference(a, mx.zeros(35, mx.int32))
+    np.testing.assert_array_equal(reference.kld(b), reference.compare(b).kld)
+
+
+def test_summaries_name_the_bits_of_every_layer(model, windows):
+    configs = [configuration.prepare(model, n) for n in ("f16/f16", "q8_0/turbo2@boundary:1,0")]
+    record = evaluate_windows(model, windows, configs).summary()[1]
+    v = [layer[1] for layer in record["layer_bits"]]
+    assert v[0] > v[1] == v[2] == v[3]
+    assert np.mean(v) == pytest.approx(record["v_bits_per_value"])
+    low, high = record["kld"]["intervals"]["median"]
+    assert low <= record["kld"]["median"] <= high
+    assert record["flips"]["rate"]["mean"] == pytest.approx(1 - record["same_top"]["mean"])
+
+
+def test_a_journal_line_that_lost_its_end_of_line_is_ended(tmp_path):
+    path = tmp_path / "run.jsonl"
+    Journal(path, {"a": 1}).add({"b": 2})
+    path.write_text(path.read_text().rstrip("\n"))
+    Journal(path, {"a": 1}).add({"b": 3})
+    assert Journal(path, {"a": 1}).parts == [{"b": 2}, {"b": 3}]

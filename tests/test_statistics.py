@@ -82,3 +82,43 @@ def test_position_buckets_cover_every_position_once(n, n_buckets):
     assert all(a[1] == b[0] for a, b in zip(spans, spans[1:]))
     total = sum(b["mean"] * (b["positions"][1] - b["positions"][0]) for b in buckets)
     assert total == pytest.approx(sum(w.sum() for w in values) / 2)
+
+
+@given(LISTS, st.floats(0.1, 10))
+def test_a_ratio_of_proportional_windows_is_exact(values, factor):
+    """Paired resampling: whatever windows are drawn, the factor is the same."""
+    b = np.abs(values) + 1
+    found = statistics.ratio(factor * b, b)
+    assert found["mean"] == pytest.approx(factor)
+    assert found["interval"] == pytest.approx((factor, factor))
+
+
+def test_ratios_that_cannot_be_formed():
+    assert statistics.ratio([1.0], [2.0]) == {"mean": 0.5, "interval": None}
+    assert statistics.ratio([1.0, 2.0], [0.0, 0.0])["mean"] is None
+    with pytest.raises(ValueError, match="paired"):
+        statistics.ratio([1.0], [1.0, 2.0])
+
+
+def test_a_ratio_interval_covers_the_true_ratio_about_as_often_as_it_says():
+    rng = np.random.default_rng(3)
+    hits = 0
+    for _ in range(200):
+        b = rng.gamma(4.0, 1.0, 40)
+        low, high = statistics.ratio(b * rng.gamma(50.0, 0.01, 40), b)["interval"]
+        hits += low <= 0.5 <= high
+    assert 175 <= hits <= 199  # 95 % of 200, with its chance and the small sample
+
+
+def test_percentile_intervals_are_those_of_the_pooled_tokens():
+    """Against percentiles of each resample, its windows' tokens put one after the other."""
+    rng = np.random.default_rng(4)
+    windows = [rng.exponential(1 + i % 3, 20) for i in range(12)]
+    marks = {"median": 50, "p90": 90}
+    found = statistics.percentile_intervals(windows, marks)
+    drawn = np.random.default_rng(statistics.BOOTSTRAP_SEED).integers(0, 12, (2000, 12))
+    pooled = [np.concatenate([windows[i] for i in sample]) for sample in drawn]
+    for name, mark in marks.items():
+        at = [np.percentile(p, mark, method="inverted_cdf") for p in pooled]
+        np.testing.assert_allclose(found[name], np.percentile(at, [2.5, 97.5]), rtol=1e-12)
+    assert statistics.percentile_intervals(windows[:1], marks) is None

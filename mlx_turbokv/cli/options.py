@@ -14,6 +14,7 @@ from ..formats import FORMAT_NAMES, KVFormat
 F = TypeVar("F", bound=Callable[..., Any])
 
 DEFAULT_POLICY = "la-v7"
+DTYPES = ("float32", "float16", "bfloat16")
 BACKENDS = ("auto", "metal", "cuda", "reference")
 CACHE_HELP = (
     "Without cache options: K q8_0 and V by Boundary V (la-v7: q8_0 in the first and last two KV "
@@ -59,6 +60,23 @@ sliding_option = click.option(
     is_flag=True,
     help="Pack layers with a sliding window too; policies then count them as KV layers.",
 )
+
+
+def dtype_option(function: F) -> F:
+    """Adds --dtype; ``load_dtype`` reads it."""
+    return click.option(
+        "--dtype",
+        type=click.Choice(DTYPES),
+        help="Run the model in this type, its weights dequantised.  [default: as the model is; "
+        "float32 on a CPU under Linux]",
+    )(function)
+
+
+def load_dtype(name: str | None) -> dict[str, Any]:
+    """What ``models.load`` takes for --dtype."""
+    import mlx.core as mx
+
+    return {} if name is None else {"dtype": getattr(mx, name), "packed": False}
 
 
 def cache_options(function: F) -> F:

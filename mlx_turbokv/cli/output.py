@@ -55,7 +55,7 @@ def read_json(path: str, what: str) -> dict:
 class Progress:
     """A progress bar on stderr: a line that redraws on a terminal, sparse lines elsewhere."""
 
-    def __init__(self, total: int, unit: str = "run"):
+    def __init__(self, total: int = 1, unit: str = "run"):
         from tqdm import tqdm
 
         terminal = sys.stderr.isatty()

@@ -7,7 +7,15 @@ from typing import Any
 import click
 
 from .entry import run
-from .options import BACKENDS, centre_from, centre_options, model_options, sliding_option
+from .options import (
+    BACKENDS,
+    centre_from,
+    centre_options,
+    dtype_option,
+    load_dtype,
+    model_options,
+    sliding_option,
+)
 from .output import Progress, check_writable, note, write_json
 
 WHAT = "perplexity and divergence by cache configuration"
@@ -16,6 +24,7 @@ DEFAULT_CTX = 512
 
 @click.command("perplexity")
 @model_options
+@dtype_option
 @click.option(
     "--text",
     "-f",
@@ -55,6 +64,7 @@ def command(
     model: str | None,
     adapter_path: str | None,
     trust_remote_code: bool,
+    dtype: str | None,
     text: str | None,
     ctx_size: int,
     chunks: int | None,
@@ -85,7 +95,12 @@ def command(
     _check_sizes(ctx_size, chunks)
     check_writable(json_path)
     source = load_text(text)
-    loaded = load(model, adapter_path=adapter_path, trust_remote_code=trust_remote_code)
+    loaded = load(
+        model,
+        adapter_path=adapter_path,
+        trust_remote_code=trust_remote_code,
+        **load_dtype(dtype),
+    )
     _warn_about_context(loaded, ctx_size)
     record = measure(
         loaded, source, names, ctx_size, chunks, backend, json_path, resume, centre,
@@ -107,7 +122,6 @@ def measure(
     compress_sliding: bool = False,
 ) -> dict:
     """Run the evaluation with progress and checkpoints; write and return its record."""
-    from ..evaluate import table
     from ..evaluate.checkpoint import Checkpoint, checkpoint_path
     from ..evaluate.configuration import prepare
     from ..evaluate.perplexity import evaluate_windows, settings_of

@@ -51,6 +51,7 @@ class Prepared:
     layers: names of K's and V's format in each KV layer.
     k_bits, v_bits, bits: bits per value of K, of V and of both; None if the model's shapes
         cannot be learnt.
+    layer_bits: the same of K and V in each KV layer.
     backend: what packs and reads the rows: a back-end's name, or "mlx-lm".
     centred: what the keys are centred by, in words.
     """
@@ -61,6 +62,7 @@ class Prepared:
     k_bits: float | None = None
     v_bits: float | None = None
     bits: float | None = None
+    layer_bits: list[tuple[float, float]] | None = None
     backend: str = "mlx-lm"
     centred: str = "keys not centred"
 
@@ -154,7 +156,7 @@ def prepare(
     )
     pairs = [factory.formats[layer.ordinal] for layer in factory.layers.layers]
     packed = not all(k.is_f16 and v.is_f16 for k, v in pairs)
-    shapes = _shapes(model, compress_sliding)
+    shapes = kv_shapes(model, compress_sliding)
     return Prepared(
         name=name or (config if isinstance(config, str) else policy.name),
         make_caches=factory,
@@ -166,15 +168,19 @@ def prepare(
 
 
 def prepare_layers(
-    model: nn.Module, pairs: list[tuple[str, str]], name: str, backend: str | None = None
+    model: nn.Module,
+    pairs: list[tuple[str, str]],
+    name: str,
+    backend: str | None = None,
+    centre: Any = True,
 ) -> Prepared:
     """A configuration from one pair of formats a KV layer."""
-    return prepare(model, LayerList(tuple(pairs), name), backend, name)
+    return prepare(model, LayerList(tuple(pairs), name), backend, name, centre)
 
 
 def _prepare_peer(model: nn.Module, name: str, bits: int, group: int) -> Prepared:
     found = kv_layers(model)
-    shapes = _shapes(model)
+    shapes = kv_shapes(model)
     for shape in shapes or []:
         for head_dim in (shape.k_head_dim, shape.v_head_dim):
             if head_dim % group:
@@ -209,7 +215,7 @@ def _peer_caches(model: nn.Module, bits: int, group: int) -> list[Any]:
     return caches
 
 
-def _shapes(model: nn.Module, compress_sliding: bool = False) -> list[KVShape] | None:
+def kv_shapes(model: nn.Module, compress_sliding: bool = False) -> list[KVShape] | None:
     """Shapes of the KV layers in order, or None if the model cannot be probed."""
     layers = kv_layers(model, None, compress_sliding)
     found = probe_shapes(model, layers)
@@ -224,7 +230,9 @@ def _bits(costs: list[tuple[Callable, Callable]], shapes: list[KVShape] | None) 
     v_values = sum(s.n_kv_heads * s.v_head_dim for s in shapes)
     k_bits = sum(s.n_kv_heads * s.k_head_dim * k(s.k_head_dim) for (k, _), s in zip(costs, shapes))
     v_bits = sum(s.n_kv_heads * s.v_head_dim * v(s.v_head_dim) for (_, v), s in zip(costs, shapes))
+    by_layer = [(k(s.k_head_dim), v(s.v_head_dim)) for (k, v), s in zip(costs, shapes)]
     return {
+        "layer_bits": by_layer,
         "k_bits": k_bits / k_values,
         "v_bits": v_bits / v_values,
         "bits": (k_bits + v_bits) / (k_values + v_values),

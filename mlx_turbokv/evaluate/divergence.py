@@ -11,8 +11,11 @@ from dataclasses import dataclass, fields
 import mlx.core as mx
 import numpy as np
 
-BLOCK = 16  # rows at a time: the passes over a block then find it in the processor's cache
+# Rows at a time. On a CPU the passes over a block then find it in the cache; on a GPU a block is
+# large enough to fill it.
+CPU_BLOCK, GPU_BLOCK = 16, 256
 LOWEST = -1e30
+SUMS = 64
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,8 @@ class Reference:
     def __init__(self, logits: mx.array, targets: mx.array):
         self.targets = targets
         parts = []
-        for i in range(0, targets.size, BLOCK):
-            logp, p, top = _distribution(logits[i : i + BLOCK])
+        for rows in _blocks(targets.size):
+            logp, p, top = _distribution(logits[rows])
             mx.eval(logp, p, top)
             parts.append((logp, p, top))
         self.logp, self.p, self.top = (mx.concatenate(x, axis=0) for x in zip(*parts))
@@ -81,11 +84,7 @@ class Reference:
         the rounding of the two normalisations, all that a plain sum would show where the
         distributions nearly agree, drops out.
         """
-        n = self.targets.size
-        blocks = [
-            self._compare_rows(logits[i : i + BLOCK], slice(i, i + BLOCK))
-            for i in range(0, n, BLOCK)
-        ]
+        blocks = [self._compare_rows(logits[rows], rows) for rows in _blocks(self.targets.size)]
         kld, target_logp, top = (np.concatenate(parts) for parts in zip(*blocks))
         return PositionStats(
             nll=-target_logp,
@@ -95,10 +94,22 @@ class Reference:
             top_right=top == np.array(self.targets),
         )
 
+    def kld(self, logits: mx.array) -> np.ndarray:
+        """The KLD of `compare` alone, [n]."""
+        parts = []
+        for rows in _blocks(self.targets.size):
+            logp, p, _ = _distribution(logits[rows])
+            parts.append(self._kld_rows(logp, p, rows))
+            mx.eval(parts[-1])
+        return np.maximum(np.array(mx.concatenate(parts)), 0.0)
+
+    def _kld_rows(self, logp: mx.array, p: mx.array, rows: slice) -> mx.array:
+        p_ref = self.p[rows]
+        return _sum_rows(p - p_ref - p_ref * (logp - self.logp[rows]))
+
     def _compare_rows(self, logits: mx.array, rows: slice) -> tuple[np.ndarray, ...]:
         logp, p, top = _distribution(logits)
-        p_ref = self.p[rows]
-        kld = mx.sum(p - p_ref - p_ref * (logp - self.logp[rows]), axis=-1)
+        kld = self._kld_rows(logp, p, rows)
         target_logp = _pick(logp, self.targets[rows])
         mx.eval(kld, target_logp, top)
         return np.array(kld), np.array(target_logp), np.array(top)
@@ -123,6 +134,12 @@ def compare_logits(reference: mx.array, logits: mx.array, targets: mx.array) -> 
     return Reference(reference, targets).compare(logits)
 
 
+def _blocks(n: int) -> list[slice]:
+    """Slices of n rows that are worked on one after the other."""
+    step = GPU_BLOCK if mx.default_device().type == mx.DeviceType.gpu else CPU_BLOCK
+    return [slice(i, i + step) for i in range(0, n, step)]
+
+
 def _distribution(logits: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """Log-probabilities, probabilities and most probable token of each row."""
     # A token masked with -inf has probability zero; 0 * -inf must not become NaN in the sums.
@@ -131,8 +148,23 @@ def _distribution(logits: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     # gives both the probability and the normaliser.
     shifted = logits - mx.max(logits, axis=-1, keepdims=True)
     e = mx.exp(shifted)
-    total = mx.sum(e, axis=-1, keepdims=True)
+    total = _sum_rows(e)[:, None]
     return shifted - mx.log(total), e * (1.0 / total), mx.argmax(logits, axis=-1)
+
+
+def _sum_rows(x: mx.array) -> mx.array:
+    """Sums of rows in two stages.
+
+    A vocabulary is long, and MLX's CPU sums a row one by one: in float32 that loses 1e-4 of the sum
+    of 50,000 probabilities. 64 sums of every 64th value lose a hundredth of it, and are faster.
+
+    Shapes: x [n, values]; returns [n].
+    """
+    whole = x.shape[-1] // SUMS * SUMS
+    if not whole:
+        return mx.sum(x, axis=-1)
+    total = mx.sum(mx.sum(x[:, :whole].reshape(x.shape[0], -1, SUMS), axis=1), axis=-1)
+    return total if whole == x.shape[-1] else total + mx.sum(x[:, whole:], axis=-1)
 
 
 def _plain(x: np.generic) -> int | float:

@@ -44,6 +44,10 @@ class ConfigResult:
         """One statistic, window by window."""
         return [getattr(w, name) for w in self.windows]
 
+    def window_means(self, name: str) -> np.ndarray:
+        """Mean of one statistic in each window, [n_windows]."""
+        return np.array([np.mean(x, dtype=np.float64) for x in self.of(name)])
+
 
 @dataclass
 class Evaluation:
@@ -56,6 +60,10 @@ class Evaluation:
     @property
     def n_windows(self) -> int:
         return len(self.results[0].windows)
+
+    def result(self, name: str) -> ConfigResult:
+        """What the configuration of this name gave."""
+        return next(r for r in self.results if r.config.name == name)
 
     def summary(self) -> list[dict]:
         """One record a configuration: everything the tables and the JSON file say."""
@@ -77,6 +85,7 @@ class Evaluation:
             "k_bits_per_value": config.k_bits,
             "v_bits_per_value": config.v_bits,
             "layers": config.layers,
+            "layer_bits": config.layer_bits,
             "backend": config.backend,
             "centred": config.centred,
             "kv_bytes": result.kv_bytes,
@@ -84,14 +93,21 @@ class Evaluation:
             "ppl": statistics.perplexity(result.of("nll")),
             "nll": statistics.block_summary(result.of("nll")),
             "delta_nll": statistics.block_summary(delta),
-            "kld": statistics.block_summary(result.of("kld")) | statistics.percentiles(kld),
+            "kld": statistics.block_summary(result.of("kld"))
+            | statistics.percentiles(kld)
+            | {
+                "intervals": statistics.percentile_intervals(
+                    result.of("kld"), statistics.INTERVALS
+                )
+            },
             "delta_p": {
-                "mean": float(delta_p.mean()),
+                **statistics.block_summary(result.of("delta_p")),
                 "rms": float(np.sqrt(np.mean(delta_p**2))),
                 "rms_interval": _rms_interval(result.of("delta_p")),
             },
             "same_top": statistics.block_summary(same_top),
             "flips": {
+                "rate": statistics.block_summary([1 - x for x in same_top]),
                 "top": int(np.sum(~np.concatenate(result.of("same_top")))),
                 "right_to_wrong": int(np.sum(was_right & ~right)),
                 "wrong_to_right": int(np.sum(~was_right & right)),
@@ -100,8 +116,8 @@ class Evaluation:
                 "kld": statistics.by_position(result.of("kld"), first),
                 "delta_nll": statistics.by_position(delta, first),
             },
-            "nll_by_window": [float(np.mean(w, dtype=np.float64)) for w in result.of("nll")],
-            "kld_by_window": [float(np.mean(w, dtype=np.float64)) for w in result.of("kld")],
+            "nll_by_window": result.window_means("nll").tolist(),
+            "kld_by_window": result.window_means("kld").tolist(),
         }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shlex
@@ -100,3 +101,21 @@ def model_record(loaded) -> dict:
         "dtype": str(widest).removeprefix("mlx.core."),
         "kv_itemsize": widest.size if widest is not None else None,
     }
+
+
+def weights_digest(model) -> str:
+    """sha256 over the names, shapes, types and first values of a model's weights.
+
+    Weights are sampled (the first 64 values of each), so that large models take no longer.
+    """
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    digest = hashlib.sha256()
+    for name, value in sorted(tree_flatten(model.parameters())):
+        digest.update(f"{name} {value.shape} {value.dtype}\n".encode())
+        first = mx.contiguous(value.reshape(-1)[:64])
+        if first.dtype != mx.bool_:
+            first = first.view(mx.uint8)
+        digest.update(bytes(first.tolist()))
+    return digest.hexdigest()

@@ -11,6 +11,12 @@ import numpy as np
 
 BOOTSTRAP_SAMPLES = 2000
 BOOTSTRAP_SEED = 20250101
+MARKS = {
+    "min": 0, "p01": 1, "p05": 5, "p10": 10, "median": 50,
+    "p90": 90, "p95": 95, "p99": 99, "p99.9": 99.9, "max": 100,
+}  # fmt: skip
+# Those whose errors are worth telling: a bootstrap says nothing of the extremes.
+INTERVALS = {name: MARKS[name] for name in ("median", "p90", "p95", "p99", "p99.9")}
 
 
 def standard_error(values: np.ndarray) -> float | None:
@@ -36,8 +42,7 @@ def bootstrap_interval(
     values = np.asarray(window_means, np.float64)
     if values.size < 2:
         return None
-    rng = np.random.default_rng(BOOTSTRAP_SEED)
-    drawn = rng.integers(0, values.size, size=(samples, values.size))
+    drawn = _resampled(values.size, samples)
     low, high = np.quantile(values[drawn].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
@@ -80,12 +85,8 @@ def perplexity(nll: list[np.ndarray]) -> dict:
 
 def percentiles(values: np.ndarray) -> dict:
     """The percentiles that llama-perplexity prints for KLD, and the extremes."""
-    marks = {
-        "min": 0, "p01": 1, "p05": 5, "p10": 10, "median": 50,
-        "p90": 90, "p95": 95, "p99": 99, "p99.9": 99.9, "max": 100,
-    }  # fmt: skip
-    found = np.percentile(np.asarray(values, np.float64), list(marks.values()))
-    return {name: float(x) for name, x in zip(marks, found)}
+    found = np.percentile(np.asarray(values, np.float64), list(MARKS.values()))
+    return {name: float(x) for name, x in zip(MARKS, found)}
 
 
 def by_position(windows: list[np.ndarray], first: int, n_buckets: int = 8) -> list[dict]:
@@ -104,3 +105,57 @@ def by_position(windows: list[np.ndarray], first: int, n_buckets: int = 8) -> li
         for a, b in zip(edges[:-1], edges[1:])
         if b > a
     ]
+
+
+def ratio(a: np.ndarray, b: np.ndarray, level: float = 0.95) -> dict:
+    """Ratio of two means over the same windows, with a paired bootstrap interval.
+
+    Each resample takes the same windows of both, so what they have in common cancels.
+
+    Args:
+        a, b: means of each window, in the same order.
+
+    Returns `mean`, None where b's mean is zero, and `interval`, None with fewer than two windows.
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.shape != b.shape:
+        raise ValueError(f"{a.size} and {b.size} windows cannot be paired")
+    if b.mean() == 0:
+        return {"mean": None, "interval": None}
+    found = {"mean": float(a.mean() / b.mean()), "interval": None}
+    if a.size > 1:
+        drawn = _resampled(a.size)
+        ratios = a[drawn].mean(axis=1) / b[drawn].mean(axis=1)
+        low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
+        found["interval"] = (float(low), float(high))
+    return found
+
+
+def _resampled(n: int, samples: int = BOOTSTRAP_SAMPLES) -> np.ndarray:
+    """Windows of each bootstrap sample, [samples, n]."""
+    return np.random.default_rng(BOOTSTRAP_SEED).integers(0, n, size=(samples, n))
+
+
+def percentile_intervals(
+    windows: list[np.ndarray], marks: dict[str, float], level: float = 0.95
+) -> dict[str, tuple[float, float]] | None:
+    """Bootstrap intervals over windows of percentiles of all tokens; None with fewer than two.
+
+    Args:
+        marks: percent by name.
+    """
+    if len(windows) < 2:
+        return None
+    values = np.concatenate(windows).astype(np.float64)
+    owner = np.repeat(np.arange(len(windows)), [w.size for w in windows])
+    order = np.argsort(values, kind="stable")
+    values, owner = values[order], owner[order]
+    found = []
+    for drawn in _resampled(len(windows)):
+        # A window that was drawn twice counts its tokens twice.
+        rank = np.cumsum(np.bincount(drawn, minlength=len(windows))[owner])
+        at = np.searchsorted(rank, np.array(list(marks.values())) / 100 * rank[-1])
+        found.append(values[np.minimum(at, values.size - 1)])
+    tail = 100 * (1 - level) / 2
+    low, high = np.percentile(found, [tail, 100 - tail], axis=0)
+    return {name: (float(a), float(b)) for name, a, b in zip(marks, low, high)}

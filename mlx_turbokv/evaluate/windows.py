@@ -46,25 +46,31 @@ def check_sizes(n_ctx: int, chunks: int | None) -> None:
 
 
 def cut_windows(
-    tokenizer, text: str | Sequence[int], n_ctx: int = 512, chunks: int | None = None
+    tokenizer,
+    text: str | Sequence[int],
+    n_ctx: int = 512,
+    chunks: int | None = None,
+    stride: int | None = None,
 ) -> np.ndarray:
-    """The first `chunks` non-overlapping windows (all of them if None), int32 [windows, n_ctx].
+    """The first `chunks` windows of a text (all of them if None), int32 [windows, n_ctx].
 
     `text` may be tokens already. BOS overwrites the first token of each window if the vocabulary
-    adds BOS.
+    adds BOS. Windows begin `stride` tokens apart, by default n_ctx: they do not overlap.
 
     Raises: InputError for n_ctx < 4, chunks < 1, or a text shorter than one window.
     """
     check_sizes(n_ctx, chunks)
+    stride = stride or n_ctx
     tokens = encode(tokenizer, text) if isinstance(text, str) else list(text)
-    available = len(tokens) // n_ctx
-    if available == 0:
+    available = (len(tokens) - n_ctx) // stride + 1
+    if available < 1:
         raise InputError(
             f"The text has {len(tokens)} tokens, fewer than one window of {n_ctx}; "
             "give a longer text or a smaller context."
         )
     n_windows = available if chunks is None else min(chunks, available)
-    windows = np.array(tokens[: n_windows * n_ctx], np.int32).reshape(n_windows, n_ctx)
+    starts = range(0, n_windows * stride, stride)
+    windows = np.array([tokens[i : i + n_ctx] for i in starts], np.int32)
     if adds_bos(tokenizer):
         windows[:, 0] = tokenizer.bos_token_id
     return windows
@@ -75,25 +81,35 @@ def first_scored(n_ctx: int) -> int:
     return n_ctx // 2
 
 
-def targets_of(window: np.ndarray) -> mx.array:
-    """The tokens that the scored positions should have predicted."""
-    return mx.array(window[first_scored(len(window)) + 1 :])
+def targets_of(windows: np.ndarray) -> mx.array:
+    """The tokens that the scored positions should have predicted.
+
+    Shapes: windows [..., n_ctx]; returns [..., n_ctx - n_ctx // 2 - 1].
+    """
+    return mx.array(windows[..., first_scored(windows.shape[-1]) + 1 :])
 
 
 def scored_logits(model, window: np.ndarray, caches: list) -> mx.array:
     """Logits of a window's scored positions, computed through the given empty caches.
 
+    Shapes: window [n_ctx]; returns [n_ctx - n_ctx // 2 - 1, vocabulary].
+    """
+    return batch_logits(model, window[None], caches)[0]
+
+
+def batch_logits(model, windows: np.ndarray, caches: list) -> mx.array:
+    """Logits of the scored positions of several windows at once.
+
     The context half goes in first: only its keys and values are evaluated, so its logits are
     never computed.
 
-    Shapes: window [n_ctx]; returns [n_ctx - n_ctx // 2 - 1, vocabulary].
+    Shapes: windows [B, n_ctx]; returns [B, n_ctx - n_ctx // 2 - 1, vocabulary].
     """
-    first = first_scored(len(window))
+    first = first_scored(windows.shape[1])
     for start in range(0, first, PREFILL_STEP):
-        piece = mx.array(window[start : min(start + PREFILL_STEP, first)])
-        model(piece[None], cache=caches)
+        model(mx.array(windows[:, start : min(start + PREFILL_STEP, first)]), cache=caches)
         mx.eval([c.state for c in caches])
-    return model(mx.array(window[first:-1])[None], cache=caches)[0]
+    return model(mx.array(windows[:, first:-1]), cache=caches)
 
 
 def digest(windows: np.ndarray) -> str:

@@ -1,0 +1,209 @@
+"""What a lower format costs, layer by layer, K and V apart.
+
+One slot (K or V of one KV layer) is changed at a time, everything else stays at the base, and the
+divergence from the f16 run is measured over the same windows. Windows are the outer loop, so the
+f16 run's distribution is held for one batch of windows at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..api import CacheFactory
+from ..errors import InputError
+from ..policy import LayerList
+from ..shapes import own_caches
+from .divergence import Reference
+from .journal import Journal
+from .windows import batch_logits, targets_of
+
+PARTS = ("k", "v")
+GPU_BATCH = 4
+Pairs = Sequence[tuple[str, str]]
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One slot in another format than the base's.
+
+    layer: ordinal of the KV layer.
+    part: 0 for K, 1 for V.
+    format: the format's name.
+    """
+
+    layer: int
+    part: int
+    format: str
+
+    @property
+    def key(self) -> str:
+        """Its name in records, such as 3.k.turbo2."""
+        return f"{self.layer}.{PARTS[self.part]}.{self.format}"
+
+    def applied(self, base: Pairs) -> list[tuple[str, str]]:
+        """The base with this change."""
+        pairs = [list(pair) for pair in base]
+        pairs[self.layer][self.part] = self.format
+        return [(k, v) for k, v in pairs]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Mean KLD from the f16 run, window by window.
+
+    base: the formats of all layers that are not changed.
+    base_kld: of the base itself, [n_windows].
+    kld: of the base with one change, [n_windows] each.
+    """
+
+    base: list[tuple[str, str]]
+    base_kld: np.ndarray
+    kld: dict[Change, np.ndarray]
+
+    def added(self, change: Change) -> np.ndarray:
+        """What a change adds to the base's KLD, [n_windows]."""
+        if self.base[change.layer][change.part] == change.format:
+            return np.zeros_like(self.base_kld)
+        return self.kld[change] - self.base_kld
+
+    def table(self, formats: Sequence[str]) -> np.ndarray:
+        """Mean over windows of what each change adds; infinite where it was not measured.
+
+        Shapes: returns [n_layers, 2, n_formats].
+        """
+        found = np.full((len(self.base), len(PARTS), len(formats)), np.inf)
+        for layer, pair in enumerate(self.base):
+            for part in range(len(PARTS)):
+                for i, name in enumerate(formats):
+                    change = Change(layer, part, name)
+                    if change in self.kld or pair[part] == name:
+                        found[layer, part, i] = self.added(change).mean()
+        return found
+
+    def predicted(self, pairs: Pairs) -> np.ndarray:
+        """The additive prediction of an assignment's KLD, [n_windows]."""
+        total = self.base_kld.copy()
+        for layer, pair in enumerate(pairs):
+            for part, name in enumerate(pair):
+                total += self.added(Change(layer, part, name))
+        return total
+
+
+def all_changes(base: Pairs, formats: Sequence[str]) -> list[Change]:
+    """Every slot in every format but its own."""
+    return [
+        Change(layer, part, name)
+        for layer, pair in enumerate(base)
+        for part in range(len(PARTS))
+        for name in formats
+        if pair[part] != name
+    ]
+
+
+def default_batch() -> int:
+    """Windows at a time: on a GPU one window of a small model leaves most of it idle."""
+    return GPU_BATCH if mx.default_device().type == mx.DeviceType.gpu else 1
+
+
+def measure(
+    model: nn.Module,
+    windows: np.ndarray,
+    base: Pairs,
+    changes: Iterable[Change],
+    *,
+    backend: str | None = None,
+    centre: Any = True,
+    batch: int | None = None,
+    records: Journal | None = None,
+    progress: Progress | None = None,
+) -> Sensitivity:
+    """Measure changes of a base over windows.
+
+    Args:
+        base: the pair of every KV layer that is not changed.
+        centre: what turbo keys are centred by, as `make_prompt_cache` takes it.
+        batch: windows at a time; None as `default_batch`.
+        records: what was measured before is taken from it, what is measured is added to it.
+        progress: called with (runs done, all runs, what ran) after each.
+
+    Shapes: windows [n_windows, n_ctx].
+    Raises: InputError where logits are not numbers, or a format does not fit the model.
+    """
+    base = [tuple(pair) for pair in base]
+    changes = list(changes)
+    batch = batch or default_batch()
+    run = _Run(model, base, records)
+    backend = None if backend == "auto" else backend
+    factory = CacheFactory(model, _policy(base), backend, centre=centre)
+    # Whatever a format may refuse is refused here, before anything is measured.
+    configs = [(c.key, factory.with_policy(_policy(c.applied(base)))) for c in changes]
+    if any(name != "f16" for pair in base for name in pair):
+        configs.insert(0, ("base", factory))
+    starts = range(0, len(windows), batch)
+    total, done, found = len(starts) * len(configs), 0, {key: [] for key, _ in configs}
+    for start in starts:
+        run.begin(start, windows[start : start + batch])
+        for key, make_caches in configs:
+            kld, was_kept = run.kld(key, make_caches)
+            found[key].append(kld)
+            done += 1
+            if progress:
+                progress(done, total, "kept" if was_kept else key)
+    joined = {key: np.concatenate(parts) for key, parts in found.items()}
+    base_kld = joined.get("base", np.zeros(len(windows)))
+    return Sensitivity(base, base_kld, {c: joined[c.key] for c in changes})
+
+
+def _policy(pairs: Pairs) -> LayerList:
+    return LayerList(tuple(pairs), "one changed")
+
+
+class _Run:
+    """One batch of windows at a time, with the f16 run's distribution made when it is needed."""
+
+    def __init__(self, model: nn.Module, base: Pairs, records: Journal | None):
+        self.model, self.records = model, records
+        self.base = ["/".join(pair) for pair in base]
+        self.kept = {
+            (*record["windows"], record["run"]): record["kld"]
+            for record in (records.parts if records else [])
+            if record["base"] == self.base
+        }
+
+    def begin(self, start: int, windows: np.ndarray) -> None:
+        self.start, self.windows, self.reference = start, windows, None
+
+    def kld(self, key: str, make_caches: Callable[[], list]) -> tuple[np.ndarray, bool]:
+        """Mean KLD of each window of the batch, and whether it had been measured before."""
+        n = len(self.windows)
+        kept = self.kept.get((self.start, n, key))
+        if kept is not None:
+            return np.array(kept), True
+        if self.reference is None:
+            targets = targets_of(self.windows).reshape(-1)
+            self.reference = Reference(self._logits(own_caches(self.model)), targets)
+        found = self.reference.kld(self._logits(make_caches()))
+        mx.clear_cache()  # runs differ in shapes: what one frees is seldom what the next one needs
+        if not np.all(np.isfinite(found)):
+            raise InputError(
+                f"The model's logits are not finite with {key}: its weights or its cache hold "
+                "values that are no numbers."
+            )
+        means = found.reshape(n, -1).mean(axis=1, dtype=np.float64)
+        if self.records:
+            self.records.add(
+                {"base": self.base, "windows": [self.start, n], "run": key, "kld": means.tolist()}
+            )
+        return means, False
+
+    def _logits(self, caches: list) -> mx.array:
+        logits = batch_logits(self.model, self.windows, caches)
+        mx.eval(logits)
+        return logits.reshape(-1, logits.shape[-1])

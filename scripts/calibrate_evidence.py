@@ -1,0 +1,200 @@
+"""What a calibrated policy is worth on wikitext-2, with the variants of calibrating it.
+
+    python scripts/calibrate_evidence.py FOLDER --held-out wiki.test.raw [--steps NAME,…] [--small]
+
+Steps, each resumed where it was interrupted; without --steps all but the first, in this order:
+
+    smoke      a few configurations on two windows, to see that they run
+    sample     sensitivities on the package's sample, around f16: the policies of BUDGETS
+    table      those policies, Boundary V and the nearest others on 64 windows of 512
+    long       the same on 8 windows of 2,048
+    more       uniform formats, presets and mlx-lm's caches on the same 64 windows
+    long-more  the same on the same 8 windows
+    base       sensitivities on the sample around turbo4/turbo4
+    own        sensitivities around f16 on 16 windows of text that the model writes itself
+    refine     policies of the step `sample`, measured again around themselves
+    variants   the policies of `base`, `own` and `refine` beside those of `sample`, 64 windows of 512
+
+--small makes everything tiny, to try the script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import hashlib
+import os
+import shutil
+import sys
+import time
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import mlx_turbokv  # noqa: E402, F401: before mlx.core, so that OpenBLAS is used
+import mlx.core as mx  # noqa: E402
+from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
+
+from mlx_turbokv.cli.output import Progress, note, write_json  # noqa: E402
+from mlx_turbokv.cli.perplexity import measure  # noqa: E402
+from mlx_turbokv.evaluate.calibrate import FORMATS  # noqa: E402
+from mlx_turbokv.evaluate.calibration_record import as_text, file_name, notes  # noqa: E402
+from mlx_turbokv.evaluate.calibration_run import Calibration  # noqa: E402
+from mlx_turbokv.evaluate.table import as_text as table_text  # noqa: E402
+from mlx_turbokv.evaluate.text import TextSource, load_text  # noqa: E402
+from mlx_turbokv.models import load  # noqa: E402
+
+BUDGETS = ("la-v7", "5.25", "4.75", "4.25", "3.75", "3.5", "3.25", "3", "2.75")
+VARIANT_BUDGETS = ("la-v7", "4.25", "3.5")
+NEAREST = (
+    "la-v7", "q8_0/turbo2", "turbo6/turbo5", "turbo4/turbo4", "turbo4/turbo3", "mlx-kv4:64",
+    "mlx-kv3:64",
+)  # fmt: skip
+OTHERS = (
+    "la-v7", "q8_0/q8_0", "q8_0/turbo4", "q8_0/turbo3", "turbo6/turbo6", "turbo5/turbo5",
+    "turbo5/turbo4", "turbo3/turbo3", "turbo3/turbo2", "turbo2/turbo2", "la-v5", "la-v6",
+    "mode-10", "mlx-kv8:64", "mlx-kv8:32", "mlx-kv4:32", "mlx-kv3:32", "mlx-kv2:64", "mlx-kv2:32",
+)  # fmt: skip
+STEPS = (
+    "smoke", "sample", "table", "long", "more", "long-more", "base", "own", "refine", "variants",
+)  # fmt: skip
+METHODS = {"long-more": "long_more", "variants": "variant_table"}
+
+
+class Steps:
+    """The steps by name, on one loaded model."""
+
+    def __init__(self, given: argparse.Namespace):
+        self.backend, self.batch, self.small = given.backend, given.batch_size, given.small
+        self.held_out = load_text(given.held_out)
+        self.loaded = load(dtype=getattr(mx, given.dtype), packed=False)
+        # Policies are called by their path in the folder.
+        given.folder.mkdir(parents=True, exist_ok=True)
+        os.chdir(given.folder)
+        self.n_windows, self.n_long, self.n_own = (1, 1, 1) if self.small else (64, 8, 16)
+        self.budgets = ("la-v7",) if self.small else BUDGETS
+        self.variants = ("la-v7",) if self.small else VARIANT_BUDGETS
+
+    def calibrate(self, name: str, source: TextSource, chunks: int | None, **changes) -> None:
+        folder = Path(name)
+        folder.mkdir(exist_ok=True)
+        options = {
+            "ctx_size": 64 if self.small else 512, "chunks": 1 if self.small else chunks,
+            "held_out_chunks": None, "budgets": self.variants, "base": "f16/f16", "refine": 0,
+            "formats": ("q8_0", "turbo2") if self.small else FORMATS, "compare": (),
+            "batch_size": self.batch, "backend": self.backend,
+            "keys": False, "no_centre": False, "resume": None, **changes,
+        }  # fmt: skip
+        record = Calibration(self.loaded, folder, options, note, Progress).run(source, None)
+        write_json(f"{name}/calibration.json", record)
+        print("\n".join([as_text(record), *notes(record)]), flush=True)
+
+    def sample(self) -> None:
+        self.calibrate("sample", load_text("sample"), None, budgets=self.budgets)
+
+    def base(self) -> None:
+        self.calibrate("base", load_text("sample"), None, base="turbo4/turbo4")
+
+    def own(self) -> None:
+        self.calibrate("own", self.own_text(), self.n_own)
+
+    def refine(self) -> None:
+        Path("refine").mkdir(exist_ok=True)
+        if not Path("refine/measurements.jsonl").exists():
+            shutil.copy("sample/measurements.jsonl", "refine/measurements.jsonl")
+        self.calibrate("refine", load_text("sample"), None, refine=1)
+
+    def smoke(self) -> None:
+        self.measure("smoke", ["f16/f16", *NEAREST[:5]], 512, 1 if self.small else 2)
+
+    def table(self) -> None:
+        self.measure("table", self.nearest(), 512, self.n_windows)
+
+    def long(self) -> None:
+        self.measure("long", self.nearest(), 2048, self.n_long)
+
+    def more(self) -> None:
+        self.measure("more", self.others(), 512, self.n_windows)
+
+    def long_more(self) -> None:
+        self.measure("long-more", self.others(), 2048, self.n_long)
+
+    def variant_table(self) -> None:
+        names = self.policies(("sample", "base", "own", "refine"), self.variants)
+        self.measure("variants", ["f16/f16", "la-v7", *names], 512, self.n_windows)
+
+    def nearest(self) -> list[str]:
+        others = NEAREST[:1] if self.small else NEAREST
+        return ["f16/f16", *others, *self.policies(("sample",), self.budgets)]
+
+    def others(self) -> list[str]:
+        return ["f16/f16", *(OTHERS[:2] if self.small else OTHERS)]
+
+    @staticmethod
+    def policies(steps: tuple[str, ...], budgets: tuple[str, ...]) -> list[str]:
+        paths = [f"{step}/{file_name(budget)}" for step in steps for budget in budgets]
+        return [path for path in paths if Path(path).is_file()]
+
+    def measure(self, name: str, configs: list[str], n_ctx: int, n_windows: int) -> None:
+        n_ctx = 64 if self.small else n_ctx
+        record = measure(
+            self.loaded, self.held_out, configs, n_ctx, n_windows, self.backend,
+            f"{name}.json", None,
+        )  # fmt: skip
+        print(table_text(record["results"]), flush=True)
+
+    def own_text(self) -> TextSource:
+        """Text that the model writes, each sequence from a few tokens of the sample."""
+        path = Path("own.txt")
+        if not path.is_file():
+            path.write_text(self.written(), encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
+        return TextSource("own", text, hashlib.sha256(text.encode()).hexdigest())
+
+    def written(self, prompt: int = 8, seed: int = 0) -> str:
+        tokenizer, model = self.loaded.tokenizer, self.loaded.model
+        n_sequences, length = (2, 80) if self.small else (20, 512)
+        sample = tokenizer.encode(load_text("sample").text, add_special_tokens=False)
+        starts = range(0, len(sample) - prompt, len(sample) // n_sequences)
+        tokens = mx.array([sample[i : i + prompt] for i in starts][:n_sequences])
+        caches = make_prompt_cache(model)
+        mx.random.seed(seed)
+        parts, step = [tokens], tokens
+        for _ in range(length - prompt):
+            logits = model(step, cache=caches)[:, -1].astype(mx.float32)
+            step = mx.random.categorical(logits)[:, None]
+            mx.async_eval(step)
+            parts.append(step)
+        rows = mx.concatenate(parts, axis=1).tolist()
+        return "\n\n".join(tokenizer.decode(row) for row in rows) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--held-out", required=True)
+    parser.add_argument("--steps", default=",".join(STEPS[1:]))
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--backend", default="reference")
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--small", action="store_true")
+    given = parser.parse_args()
+    names = given.steps.split(",")
+    if unknown := [n for n in names if n not in STEPS]:
+        parser.error(f"unknown step {unknown[0]!r}: accepted are {', '.join(STEPS)}")
+    faulthandler.enable()
+    steps, failed = Steps(given), False
+    for name in names:
+        started = time.perf_counter()
+        try:
+            getattr(steps, METHODS.get(name, name))()
+        except Exception:  # the other steps may still work
+            traceback.print_exc()
+            failed = True
+        print(f"[{name}: {time.perf_counter() - started:.1f} s]\n", flush=True)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
