@@ -55,7 +55,7 @@ def make_prompt_cache(
 
     Returns:
         What mlx-lm's functions take as ``prompt_cache``. A layer whose formats are both f16 keeps
-        mlx-lm's own cache.
+        mlx-lm's own cache, but for windows beside packed ones: one mask must fit them all.
 
     Raises:
         InputError: unknown format or policy, a policy that does not fit the model, a head_dim
@@ -185,6 +185,11 @@ class CacheFactory:
         self.formats: list[Pair] = self.policy.formats(self.layers.n_total)
         self._check_head_dims()
         f16 = as_format("f16")
+        self._packs_windows = any(
+            self.formats[x.ordinal] != (f16, f16)
+            for x in self.layers.layers
+            if x.window is not None or self.max_kv_size is not None
+        )
         growing = [(f16, f16)] * self._n_growing
         for ordinal, among_growing in self._growing.items():
             growing[among_growing] = self.formats[ordinal]
@@ -206,11 +211,13 @@ class CacheFactory:
         """The cache of a KV layer in place of the model's own."""
         k, v = self.formats[layer.ordinal]
         is_f16 = k.is_f16 and v.is_f16
+        windowed = layer.window is not None or self.max_kv_size is not None
         window, keep = layer.window, getattr(own, "keep", 0)
         if window is None and self.max_kv_size is not None:
             window, keep = self.max_kv_size, min(KEPT_TOKENS, self.max_kv_size - 1)
             own = RotatingKVCache(window, keep)
-        if is_f16:
+        # one mask serves all windows, and mlx-lm's columns are in another order than ours
+        if is_f16 and not (windowed and self._packs_windows):
             return own
         if window is None:
             centre = self.centring.centres.get(self._growing[layer.ordinal])

@@ -28,7 +28,7 @@ from test_architectures import (
 )
 from test_batch_generate import one_by_one, prompts, tokenizer
 from tiny_expected import EXPECTED, WINDOW
-from tiny_models import SimulatedQ8Cache, run_session, shared_model, through_q8
+from tiny_models import SimulatedQ8Cache, run_session, shared_model, through_q8, tiny_model
 from varied_models import varied_model
 
 from mlx_turbokv import (
@@ -38,6 +38,8 @@ from mlx_turbokv import (
     attach,
     make_prompt_cache,
 )
+from mlx_turbokv.evaluate.configuration import prepare
+from mlx_turbokv.evaluate.perplexity import evaluate_windows
 from mlx_turbokv.kv_layers import kv_layers, own_caches
 from mlx_turbokv.rotating_batch import BatchTurboRotatingKVCache
 
@@ -209,15 +211,56 @@ def test_a_list_of_formats_must_have_the_sliding_layers_too(tmp_path: Path) -> N
         make_prompt_cache(model, policy=path)
 
 
-def test_layers_in_f16_keep_mlx_lms_window() -> None:
-    caches = make_prompt_cache(
-        shared_model("gemma3"), policy="boundary:1,1:f16/f16", compress_sliding=True
-    )
-    kinds = [type(cache).__name__ for cache in caches]
-    assert kinds == [
-        "RotatingKVCache", "TurboKVCache", *["TurboRotatingKVCache", "TurboKVCache"], 
+def test_an_evaluation_packs_windows_if_asked() -> None:
+    """Every layer has its formats in the record, and the bytes at the end are fewer."""
+    model, found = shared_model("gemma3"), []
+    windows = np.random.default_rng(0).integers(0, 60, (2, 64)).astype(np.int32)
+    for compress in (False, True):
+        config = prepare(model, "q8_0/turbo2", "reference", compress_sliding=compress)
+        (record,) = evaluate_windows(model, windows, [config]).summary()
+        found.append(record)
+    assert [len(record["layers"]) for record in found] == [3, 6]
+    assert found[0]["bits_per_value"] == found[1]["bits_per_value"]
+    assert found[0]["nll"]["mean"] != found[1]["nll"]["mean"]
+
+
+def test_keys_of_windows_are_not_centred() -> None:
+    """A window's rows have no position that a reference could be turned by."""
+    model = tiny_model("gpt_oss")
+    for i, layer in enumerate(model.layers):
+        layer.self_attn.k_proj.bias = mx.full(layer.self_attn.k_proj.bias.shape, 5.0 + i)
+    caches = make_prompt_cache(model, "turbo4", "turbo4", compress_sliding=True)
+    centred = [cache.centre is not None for cache in caches]
+    assert centred == [not isinstance(cache, TurboRotatingKVCache) for cache in caches]
+    assert sum(centred) == 3
+    caches = make_prompt_cache(model, "turbo4", "turbo4", max_kv_size=64)
+    assert not any(getattr(cache, "centre", None) for cache in caches)
+    with pytest.raises(InputError, match="Key references cannot be used with max_kv_size 64"):
+        make_prompt_cache(model, "turbo4", centre="a.safetensors", max_kv_size=64)
+
+
+def test_windows_in_f16_are_of_one_kind_with_the_others() -> None:
+    """One mask serves all windows, so mlx-lm's caches cannot stand beside packed ones."""
+    model = shared_model("gemma3")
+
+    def kinds(policy: str) -> list[str]:
+        caches = make_prompt_cache(model, policy=policy, compress_sliding=True)
+        return [type(cache).__name__ for cache in caches]
+
+    assert kinds("boundary:1,1:f16/f16") == [
+        "TurboRotatingKVCache", "TurboKVCache", "TurboRotatingKVCache", "TurboKVCache",
         "TurboRotatingKVCache", "KVCache",
     ]  # fmt: skip
+    assert kinds("boundary:3,3:f16/f16") == ["RotatingKVCache", "KVCache"] * 3
+
+
+def test_a_batch_of_windows_of_which_some_are_f16() -> None:
+    model = varied_model("gpt_oss", sliding_window=24)
+    attach(model, policy="boundary:1,1:f16/f16", k="q8_0", v="turbo6", compress_sliding=True)
+    given = prompts([3, 60, 20], seed=4)
+    wanted = [one_by_one(model, prompt, 30) for prompt in given]
+    response = batch_generate(model, tokenizer(), given, max_tokens=30, return_token_ids=True)
+    assert sum(a == b for a, b in zip(response.token_ids, wanted)) >= 2
 
 
 MAX_KV_SIZE = 64
@@ -275,8 +318,8 @@ def test_max_kv_size_leaves_own_windows_and_f16_layers_in_bounds() -> None:
         model, policy="boundary:1,1:f16/f16", max_kv_size=40, compress_sliding=False
     )
     assert [type(c).__name__ for c in caches] == [
-        "RotatingKVCache", "RotatingKVCache", "RotatingKVCache", "TurboRotatingKVCache",
-        "RotatingKVCache", "RotatingKVCache",
+        "RotatingKVCache", "TurboRotatingKVCache", "RotatingKVCache", "TurboRotatingKVCache",
+        "RotatingKVCache", "TurboRotatingKVCache",
     ]  # fmt: skip
     assert [c.max_size for c in caches] == [16, 40, 16, 40, 16, 40]
     assert np.isfinite(np.array(run_session(model, caches, CUTS, 30))).all()
