@@ -13,7 +13,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from .kernels.backend import Backend
-from .kernels.packed import PackedKV
+from .kernels.packed import PackedKV, PaddedCausal
 from .kernels.tables import int_array
 
 _mlx_attention = mx.fast.scaled_dot_product_attention
@@ -88,6 +88,9 @@ def _attention_past_hidden_rows(
     packed, hidden = k.packed, k.hidden
     if mask is None and hidden.first == 0:
         starts = int_array(*[hidden.count] * q.shape[0])
+        return k.backend.attention(q, packed, scale, None, sinks, starts=starts)
+    if type(mask) is PaddedCausal and q.shape[2] == 1:
+        starts = mask.starts[: q.shape[0]] + hidden.count
         return k.backend.attention(q, packed, scale, None, sinks, starts=starts)
     mask = with_hidden_columns(mask, hidden, q.shape[2], packed.n_tokens)
     return k.backend.attention(q, packed, scale, mask, sinks)

@@ -16,6 +16,8 @@ from mlx_lm.models.base import create_causal_mask
 from .batch_cache import _as_list, _common_layout, _moved, _tiles
 from .errors import InputError
 from .formats import KVFormat
+from .kernels.packed import PaddedCausal
+from .kernels.tables import at_least_eight
 from .layout import TILE, KVLayout
 from .packed_cache import PackedCache
 from .rotating_cache import RotatingRows, TurboRotatingKVCache
@@ -91,7 +93,13 @@ class BatchTurboRotatingKVCache(RotatingRows):
         if N == 1 and not padded and not return_array and n_before < window_size:
             return None
         padding = mx.array([padding - hidden for padding in self._padding], mx.int32)
-        return create_causal_mask(N, n_before, window_size=window_size, left_padding=padding)
+        mask = create_causal_mask(N, n_before, window_size=window_size, left_padding=padding)
+        if N > 1 or n_before >= window_size:
+            return mask
+        mask = PaddedCausal(mask)
+        firsts = [max(0, padding - hidden) for padding in self._padding]
+        mask.starts = at_least_eight(mx.array(firsts, mx.int32))
+        return mask
 
     def _append(self, keys: mx.array, values: mx.array) -> None:
         self._roll()
