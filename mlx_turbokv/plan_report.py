@@ -64,7 +64,14 @@ def table_of_json(record: dict[str, Any]) -> tuple[list[str], list[list[str]], l
         held = {int(n): size for n, size in row["bytes"].items()}
         cells = [row["name"], f"{row['k_bits']:.2f}", f"{row['v_bits']:.2f}", f"{row['bits']:.2f}"]
         rows.append([*cells, f"{row['bits'] / 16:.1%}", *(_size(held[n]) for n in contexts)])
-        notes += row["notes"]
+    by_text: dict[str, list[str]] = {}
+    for row in record["rows"]:
+        for line in row["notes"]:
+            name = row["name"]
+            text = line.removeprefix(f"{name}: ") if line.startswith(f"{name}: ") else line
+            by_text.setdefault(text, []).extend([name] if text != line else [])
+    # What several rows have in common is said once.
+    notes += [f"{', '.join(names)}: {text}" if names else text for text, names in by_text.items()]
     return header, rows, notes
 
 

@@ -10,7 +10,7 @@ import click
 
 from ..errors import InputError
 from .entry import run
-from .options import BACKENDS, centre_from, centre_options, model_options
+from .options import BACKENDS, centre_from, centre_options, load_dtype, model_options
 from .output import Progress, check_writable, note, read_json, write_json
 
 WHAT = "speed and memory by cache configuration"
@@ -30,7 +30,11 @@ _COUNT = click.IntRange(1)
 @click.option(
     "--weight-bits", default=4, help="Of random weights: 2 to 8, or 16 for none packed.", **_OPEN
 )
-@click.option("--dtype", default="bfloat16", help="Of random weights' activations.", **_OPEN)
+@click.option(
+    "--dtype", metavar="TYPE",
+    help="The type to run in, a model's weights dequantised.  [default: as the model is, random "
+    "weights in bfloat16]",
+)  # fmt: skip
 @click.option("--seed", default=0, help="Of random weights and prompts.", **_OPEN)
 @click.option(
     "-p", "--prompt-tokens", multiple=True, type=_COUNT,
@@ -173,10 +177,16 @@ def _model(options: dict[str, Any]) -> tuple[Any, dict, int]:
     from ..evaluate.record import model_record
 
     if options["shape"] is None:
+        if options["dtype"] not in (None, *random_model.DTYPES):
+            raise InputError(
+                f"Type {options['dtype']!r} is not accepted: give one of "
+                f"{', '.join(random_model.DTYPES)}."
+            )
         loaded = models.load(
             options["model"],
             adapter_path=options["adapter_path"],
             trust_remote_code=options["trust_remote_code"],
+            **load_dtype(options["dtype"]),
         )
         mx.random.seed(options["seed"])
         model, about = loaded.model, {"model": model_record(loaded), "weights": "its own weights"}
@@ -185,7 +195,7 @@ def _model(options: dict[str, Any]) -> tuple[Any, dict, int]:
         if options["model"] is not None:
             raise InputError("--model and --shape cannot be given together.")
         config, name = random_model.shape_config(options["shape"])
-        bits, dtype = options["weight_bits"], options["dtype"]
+        bits, dtype = options["weight_bits"], options["dtype"] or "bfloat16"
         model = random_model.random_model(config, bits, dtype=dtype, seed=options["seed"])
         about = {
             "model": {"name": name, "source": os.path.basename(options["shape"]), "dtype": dtype},

@@ -9,7 +9,14 @@ import click
 
 from ..errors import InputError
 from .entry import run
-from .options import BACKENDS, centre_from, centre_options, model_options
+from .options import (
+    BACKENDS,
+    centre_from,
+    centre_options,
+    dtype_option,
+    load_dtype,
+    model_options,
+)
 from .output import Progress, check_writable, note, read_json, write_json
 
 WHAT = "needle in a haystack by cache configuration"
@@ -20,6 +27,7 @@ _OPEN = {"show_default": True}
 
 @click.command("needle")
 @model_options
+@dtype_option
 @click.option(
     "--text", "-f", default="sample", metavar="FILE|sample|wikitext-2",
     help="The haystack: any UTF-8 text; one too short for a context is repeated.", **_OPEN,
@@ -104,6 +112,7 @@ def _measured(options: dict[str, Any]) -> dict:
         options["model"],
         adapter_path=options["adapter_path"],
         trust_remote_code=options["trust_remote_code"],
+        **load_dtype(options["dtype"]),
     )
     if loaded.max_context and max(contexts) > loaded.max_context:
         note(

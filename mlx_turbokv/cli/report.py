@@ -10,7 +10,14 @@ import click
 
 from ..errors import InputError
 from .entry import run
-from .options import BACKENDS, centre_from, centre_options, model_options
+from .options import (
+    BACKENDS,
+    centre_from,
+    centre_options,
+    dtype_option,
+    load_dtype,
+    model_options,
+)
 from .output import check_writable, note, read_json, write_json
 
 PARTS = ("perplexity", "needle", "plan", "bench")
@@ -36,6 +43,7 @@ _COUNT = click.IntRange(1)
 
 @click.command("report")
 @model_options
+@dtype_option
 @click.option(
     "--out", "folder", default="turbokv-report", show_default=True, metavar="FOLDER",
     help="Takes report.html, report.json and a JSON file a part; parts that are there already, "
@@ -113,6 +121,7 @@ class _Report:
             options["model"],
             adapter_path=options["adapter_path"],
             trust_remote_code=options["trust_remote_code"],
+            **load_dtype(options["dtype"]),
         )
         self.model, self.environment = model_record(self.loaded), environment()
         if not given:

@@ -43,10 +43,11 @@ def as_markdown(summary: list[dict]) -> str:
 def heading(record: dict) -> str:
     """What was run, in two lines."""
     environment, text = record["environment"], record["text"]
-    kinds = ", ".join(record["kinds"])
+    kinds, n = ", ".join(record["kinds"]), len(record["depths"])
+    depths = "1 depth" if n == 1 else f"{n} depths"
     return (
         f"{record['model']['name']}, needles in {text['name']} (sha256 {text['sha256'][:12]}…): "
-        f"{len(record['cases'])} cases ({kinds}; {len(record['depths'])} depths)\n"
+        f"{len(record['cases'])} cases ({kinds}; {depths})\n"
         f"back-end {record['backend']}, mlx {environment['mlx']}, mlx-lm {environment['mlx_lm']}, "
         f"mlx_turbokv {environment['mlx_turbokv']}, {environment['device']}"
     )

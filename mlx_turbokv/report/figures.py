@@ -148,6 +148,7 @@ def memory_figure(plan: dict, bench: dict | None = None) -> Figure:
     unit, size = bytes_unit(max(plan["f16_bytes"].values()))
     figure, axes = new_figure(7.6, 3.9)
     ax = axes[0, 0]
+    held_at: list[int] = []
     for color, row in zip(COLORS * 2, rows):
         held = {int(n): b for n, b in row["bytes"].items()}
         y = [held[n] / size for n in contexts]
@@ -158,8 +159,9 @@ def memory_figure(plan: dict, bench: dict | None = None) -> Figure:
             if r["config"] == row["name"] and "error" not in r
         ]
         if measured:
+            held_at += [tokens for tokens, _ in measured]
             ax.plot(*zip(*measured), color=color, linestyle="", marker="o", fillstyle="none")
-    token_axis(ax, contexts)
+    token_axis(ax, [*contexts, *held_at])
     ax.set_yscale("log")
     ax.set_ylabel(f"KV cache, {unit}")
     legend_below(figure, ax)
