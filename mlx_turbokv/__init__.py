@@ -25,6 +25,7 @@ _WHERE = {
     "LayerList": "policy",
     "load_policy": "policy",
     "TurboKVCache": "cache",
+    "TurboRotatingKVCache": "cache",
     "make_prompt_cache": "api",
     "attach": "api",
     "detach": "api",

@@ -8,12 +8,22 @@ is dequantised. Whatever else a model does with K and V gets the dequantised val
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import mlx.core as mx
 
 from .kernels.backend import Backend
-from .kernels.packed import PackedKV
+from .kernels.packed import PackedKV, PaddedCausal
+from .kernels.tables import int_array
 
 _mlx_attention = mx.fast.scaled_dot_product_attention
+
+
+class Hidden(NamedTuple):
+    """Packed rows that models don't see: ``count`` rows from row ``first`` on."""
+
+    first: int = 0
+    count: int = 0
 
 
 class TurboArray(mx.array):
@@ -25,22 +35,32 @@ class TurboArray(mx.array):
     packed: PackedKV
     backend: Backend
     is_keys: bool
+    hidden: Hidden
 
 
 def lazy_keys_and_values(
-    packed: PackedKV, backend: Backend, dtype: mx.Dtype
+    packed: PackedKV, backend: Backend, dtype: mx.Dtype, hidden: Hidden = Hidden()
 ) -> tuple[TurboArray, TurboArray]:
     """K and V as models see them.
 
     Shapes:
-        returns: [B, H, n, k_head_dim] and [B, H, n, v_head_dim] in ``dtype``.
+        returns: [B, H, n, k_head_dim] and [B, H, n, v_head_dim] in ``dtype``; n are the rows that
+            are not hidden.
     """
     arrays = []
     for is_keys, values in zip((True, False), backend.dequantize(packed, dtype)):
-        array = TurboArray(values)
+        array = TurboArray(_without(values, hidden))
         array.packed, array.backend, array.is_keys = packed, backend, is_keys
+        array.hidden = hidden
         arrays.append(array)
     return arrays[0], arrays[1]
+
+
+def _without(rows: mx.array, hidden: Hidden) -> mx.array:
+    if hidden.count == 0:
+        return rows
+    seen = rows[:, :, hidden.first + hidden.count :]
+    return mx.concatenate([rows[:, :, : hidden.first], seen], axis=2) if hidden.first else seen
 
 
 def scaled_dot_product_attention(
@@ -56,8 +76,45 @@ def scaled_dot_product_attention(
     """`mx.fast.scaled_dot_product_attention` that reads packed K and V where it is given them."""
     if type(k) is TurboArray and type(v) is TurboArray:
         if k.packed is v.packed and k.is_keys and not v.is_keys and not options:
+            if k.hidden.count:
+                return _attention_past_hidden_rows(q, k, scale, mask, sinks)
             return k.backend.attention(q, k.packed, scale, mask, sinks)
     return _mlx_attention(q, k, v, scale=scale, mask=mask, sinks=sinks, **options)
+
+
+def _attention_past_hidden_rows(
+    q: mx.array, k: TurboArray, scale: float, mask: mx.array | str | None, sinks: mx.array | None
+) -> mx.array:
+    packed, hidden = k.packed, k.hidden
+    if mask is None and hidden.first == 0:
+        starts = int_array(*[hidden.count] * q.shape[0])
+        return k.backend.attention(q, packed, scale, None, sinks, starts=starts)
+    if type(mask) is PaddedCausal and q.shape[2] == 1:
+        starts = mask.starts[: q.shape[0]] + hidden.count
+        return k.backend.attention(q, packed, scale, None, sinks, starts=starts)
+    mask = with_hidden_columns(mask, hidden, q.shape[2], packed.n_tokens)
+    return k.backend.attention(q, packed, scale, mask, sinks)
+
+
+def with_hidden_columns(
+    mask: mx.array | str | None, hidden: Hidden, n_queries: int, n_rows: int
+) -> mx.array:
+    """A mask over all packed rows from one over those that are seen.
+
+    Shapes:
+        mask: [..., n_rows - hidden.count], "causal" (lower right) or None.
+        returns: [..., n_rows].
+    """
+    if isinstance(mask, mx.array):
+        fill = False if mask.dtype == mx.bool_ else -mx.inf
+        columns = mx.full((*mask.shape[:-1], hidden.count), fill, mask.dtype)
+        parts = [mask[..., : hidden.first], columns, mask[..., hidden.first :]]
+        return mx.concatenate(parts if hidden.first else parts[1:], axis=-1)
+    rows = mx.arange(n_rows)[None]
+    seen = (rows < hidden.first) | (rows >= hidden.first + hidden.count)
+    if mask is None:
+        return seen
+    return seen & (rows <= mx.arange(n_rows - n_queries, n_rows)[:, None])
 
 
 def install() -> None:

@@ -10,7 +10,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 
 from .packed_cache import FLUSH_TOKENS, STATE_VERSION, PackedCache
 
-__all__ = ["FLUSH_TOKENS", "STATE_VERSION", "TurboKVCache"]
+__all__ = ["FLUSH_TOKENS", "STATE_VERSION", "TurboKVCache", "TurboRotatingKVCache"]
 
 
 class TurboKVCache(PackedCache):
@@ -46,4 +46,6 @@ class TurboKVCache(PackedCache):
 
 mlx_lm_cache.TurboKVCache = TurboKVCache  # load_prompt_cache looks classes up there
 
-from . import batch_cache  # noqa: E402  it builds on TurboKVCache, and is to be found there too
+# they build on TurboKVCache, and are to be found there too
+from . import batch_cache  # noqa: E402
+from .rotating_cache import TurboRotatingKVCache  # noqa: E402

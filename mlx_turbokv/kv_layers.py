@@ -1,7 +1,8 @@
 """Finds the KV layers of any mlx-lm model, in order.
 
 The model's own cache factory says what each layer keeps. A plain ``KVCache`` grows with the
-context and is compressed; everything else is left alone, with a reason. The one thing a factory
+context and is compressed; a ``RotatingKVCache`` holds a sliding window and is compressed if that is
+asked for; everything else is left alone, with a reason. The one thing a factory
 does not tell is that absorbed multi-head latent attention (MLA) keeps latents in its ``KVCache``:
 that is read off the attention modules. Nor does it tell which layers use another layer's K and V
 and leave their own cache empty: a call with one token shows that, and the shapes of K and V.
@@ -39,21 +40,24 @@ class KVLayer:
         index: position in the cache list.
         sub: position inside a CacheList, or None.
         shape: heads and head_dims, where a call with one token could show them.
+        window: tokens of its sliding window, or None for a layer whose cache grows.
     """
 
     ordinal: int
     index: int
     sub: int | None = None
     shape: KVShape | None = None
+    window: int | None = None
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A cache that is left as it is, and why."""
+    """A cache that is left as it is, and why; ``window`` as in ``KVLayer``."""
 
     index: int
     reason: str
     sub: int | None = None
+    window: int | None = None
 
 
 @dataclass(frozen=True)
@@ -83,18 +87,24 @@ class KVLayers:
         ]
 
 
-def kv_layers(model: nn.Module, caches: list[Any] | None = None) -> KVLayers:
-    """Find the layers whose cache grows and can be compressed.
+def kv_layers(
+    model: nn.Module, caches: list[Any] | None = None, compress_sliding: bool = False
+) -> KVLayers:
+    """Find the layers that can be compressed: those whose cache grows, and sliding windows if asked.
+
+    Ordinals count the compressed layers in the model's order, so sliding layers have ordinals, and
+    shift those of the others, only with ``compress_sliding``.
 
     Args:
         model: a model of mlx-lm.
         caches: what the model's own factory made (default: call it); they are only looked at.
+        compress_sliding: whether layers with a sliding window are KV layers too.
     """
     caches = own_caches(model) if caches is None else caches
     stage = _pipeline_stage(model)
     if stage is None:
-        return _without_unused(model, _classify(model, caches))
-    whole = kv_layers(model_skeleton(model))
+        return _without_unused(model, _classify(model, caches, compress_sliding))
+    whole = kv_layers(model_skeleton(model), None, compress_sliding)
     here = range(stage.start_idx, stage.start_idx + len(caches))
     layers = [replace(x, index=x.index - here.start) for x in whole.layers if x.index in here]
     skipped = [replace(x, index=x.index - here.start) for x in whole.skipped if x.index in here]
@@ -124,7 +134,7 @@ def _without_unused(model: nn.Module, found: KVLayers) -> KVLayers:
     return KVLayers(layers, skipped, len(layers))
 
 
-def _classify(model: nn.Module, caches: list[Any]) -> KVLayers:
+def _classify(model: nn.Module, caches: list[Any], compress_sliding: bool) -> KVLayers:
     latent = _latent_indices(model, len(caches))
     layers: list[KVLayer] = []
     skipped: list[Skipped] = []
@@ -134,11 +144,12 @@ def _classify(model: nn.Module, caches: list[Any]) -> KVLayers:
         else:
             entries = [(None, cache)]
         for sub, entry in entries:
-            reason = _why_not(entry, index in latent)
+            reason = _why_not(entry, index in latent, compress_sliding)
+            window = entry.max_size if isinstance(entry, RotatingKVCache) else None
             if reason is None:
-                layers.append(KVLayer(len(layers), index, sub))
+                layers.append(KVLayer(len(layers), index, sub, window=window))
             else:
-                skipped.append(Skipped(index, reason, sub))
+                skipped.append(Skipped(index, reason, sub, window))
     return KVLayers(layers, skipped, len(layers))
 
 
@@ -150,8 +161,8 @@ def _is_hybrid_list(cache: CacheList) -> bool:
     return any(isinstance(entry, ArraysCache) for entry in cache.caches)
 
 
-def _why_not(cache: Any, latent: bool) -> str | None:
-    if type(cache) is KVCache:
+def _why_not(cache: Any, latent: bool, compress_sliding: bool) -> str | None:
+    if type(cache) is KVCache or (compress_sliding and type(cache) is RotatingKVCache):
         return LATENT if latent else None
     if isinstance(cache, ArraysCache):
         return RECURRENT

@@ -9,17 +9,18 @@ from typing import Any
 
 from mlx_lm.models.cache import CacheList, KVCache
 
-from .cache import TurboKVCache
+from .cache import TurboKVCache, TurboRotatingKVCache
 from .centring.choose import describe
 
 F16_BYTES = 2
+PACKED = (TurboKVCache, TurboRotatingKVCache)
 
 
 @dataclass(frozen=True)
 class KVSummary:
     """Totals over the KV layers (the packed ones and mlx-lm's own ``KVCache``).
 
-    tokens: the longest layer's.
+    tokens: that the layers were given; a window holds fewer, and its bytes are of those.
     resident_bytes: everything held, spare rows included.
     f16_bytes: of the same values in 16 bits, without spare rows.
     bits_per_value: of the formats, scales included and spare rows not.
@@ -60,16 +61,16 @@ def leaves(caches: list[Any]) -> Iterator[Any]:
 
 def summarize(caches: list[Any]) -> KVSummary:
     """Count what caches hold."""
-    layers = [c for c in leaves(caches) if isinstance(c, TurboKVCache) or type(c) is KVCache]
+    layers = [c for c in leaves(caches) if isinstance(c, PACKED) or type(c) is KVCache]
     pairs: Counter[str] = Counter()
     n_values = n_bits = 0.0
     for cache in layers:
-        packed = isinstance(cache, TurboKVCache)
+        packed = isinstance(cache, PACKED)
         pairs[f"{cache.k_format}/{cache.v_format}" if packed else "f16/f16"] += 1
         for values, bits in _rows(cache, packed):
             n_values += values
             n_bits += values * bits
-    backends = [c.backend.name for c in layers if isinstance(c, TurboKVCache)]
+    backends = [c.backend.name for c in layers if isinstance(c, PACKED)]
     return KVSummary(
         tokens=max((int(c.offset) for c in layers), default=0),
         resident_bytes=sum(c.nbytes for c in layers),
@@ -90,7 +91,7 @@ def _rows(cache: Any, packed: bool) -> list[tuple[int, float]]:
     if cache.empty():
         return []
     batch, heads = cache.keys.shape[:2]
-    n_rows = batch * heads * int(cache.offset)
+    n_rows = batch * heads * int(cache.size())
     if packed:
         layout = cache.layout
         return [

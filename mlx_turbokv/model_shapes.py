@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten
+from mlx_lm.models.cache import ArraysCache, ChunkedKVCache, RotatingKVCache
 
 from .centring.bias import has_key_bias
 from .errors import InputError
 from .kv_layers import KVLayer, KVLayers, kv_layers, own_caches
+from .kv_summary import leaves
 from .shapes import KVShape
 
 _PHI_4 = {
@@ -78,6 +82,25 @@ KNOWN: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
+class Beside:
+    """A cache that is left alone: a window of K and V, or a state that does not grow.
+
+    Args:
+        kind: ``"window"`` or ``"recurrent"``.
+        window: tokens of the window; 0 for a state.
+        n_bytes: of one token of a window, or of the whole state, in a bfloat16 model.
+    """
+
+    kind: str
+    window: int
+    n_bytes: int
+
+    def bytes_at(self, n_tokens: int) -> int:
+        """Bytes after ``n_tokens`` tokens."""
+        return self.n_bytes * (min(n_tokens, self.window) if self.window else 1)
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """What planning needs to know of a model.
 
@@ -89,6 +112,7 @@ class ModelShape:
         max_context: positions that the model was made for, or None.
         n_heads: query heads, or None.
         key_bias: whether the key projection has a bias, or None where it cannot be told.
+        beside: sliding windows, chunks and recurrent states that are left alone.
     """
 
     name: str
@@ -98,6 +122,7 @@ class ModelShape:
     max_context: int | None = None
     n_heads: int | None = None
     key_bias: bool | None = None
+    beside: tuple[Beside, ...] = ()
 
     @property
     def shapes(self) -> list[KVShape]:
@@ -111,8 +136,10 @@ def known_config(name: str) -> dict[str, Any] | None:
     return next((config for key, config in KNOWN.items() if key.casefold() == wanted), None)
 
 
-def shape_from_config(config: dict[str, Any], name: str) -> ModelShape:
-    """A model's KV layers, from its config.json alone.
+def shape_from_config(
+    config: dict[str, Any], name: str, compress_sliding: bool = False
+) -> ModelShape:
+    """A model's KV layers, from its config.json alone; ``compress_sliding`` as in ``kv_layers``.
 
     The model of mlx-lm is built with lazy weights, which are never made, and called with one
     token, which is never computed.
@@ -131,7 +158,7 @@ def shape_from_config(config: dict[str, Any], name: str) -> ModelShape:
         raise InputError(
             f"mlx-lm cannot build {name} (model type {config.get('model_type')!r}): {first}"
         ) from error
-    layers = kv_layers(model)
+    layers = kv_layers(model, None, compress_sliding)
     if any(layer.shape is None for layer in layers.layers):
         layers = _with_config_shapes(layers, text, name)
     return ModelShape(
@@ -142,6 +169,7 @@ def shape_from_config(config: dict[str, Any], name: str) -> ModelShape:
         max_context=text.get("max_position_embeddings"),
         n_heads=text.get("num_attention_heads"),
         key_bias=has_key_bias(model),
+        beside=_beside(model, layers),
     )
 
 
@@ -159,6 +187,31 @@ def hypothetical_shape(
     layers = [KVLayer(i, i, None, shape) for i in range(n_layers)]
     name = f"{n_layers} KV layers of {n_kv_heads} heads"
     return ModelShape(name, KVLayers(layers, [], n_layers), n_layers)
+
+
+def _beside(model: nn.Module, layers: KVLayers) -> tuple[Beside, ...]:
+    """What the caches left alone take, read off a call with one token that is never computed.
+
+    Empty for a model that cannot be called this way.
+    """
+    caches = own_caches(model)
+    packed = {(layer.index, layer.sub) for layer in layers.layers}
+    try:
+        model.set_dtype(mx.bfloat16)
+        model(mx.zeros((1, 1), mx.int32), cache=caches)
+    except Exception:  # what a model needs beyond tokens is known to its own loader alone
+        return ()
+    found = []
+    for index, cache in enumerate(caches):
+        for sub, entry in enumerate(leaves([cache])):
+            if (index, None) in packed or (index, sub) in packed:
+                continue
+            if isinstance(entry, ArraysCache):
+                found.append(Beside("recurrent", 0, entry.nbytes))
+            elif isinstance(entry, (RotatingKVCache, ChunkedKVCache)) and entry.keys is not None:
+                window = getattr(entry, "max_size", None) or entry.chunk_size
+                found.append(Beside("window", window, entry.nbytes // entry.keys.shape[2]))
+    return tuple(found)
 
 
 def _with_config_shapes(layers: KVLayers, text: dict[str, Any], name: str) -> KVLayers:

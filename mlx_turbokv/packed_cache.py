@@ -34,6 +34,7 @@ class PackedCache(mlx_lm_cache._BaseCache):
         InputError: an unknown format or back-end, or a centre for keys that are not turbo.
     """
 
+    flush_tokens = FLUSH_TOKENS  # tokens in the tail that go into the body
     centre: Centre | None = None
 
     def __init__(
@@ -118,7 +119,7 @@ class PackedCache(mlx_lm_cache._BaseCache):
         """Pack the new tokens into the tail, or into the body where they fill enough tiles."""
         n_new = keys.shape[2]
         total = self.n_tail + n_new
-        if total < FLUSH_TOKENS:
+        if total < self.flush_tokens:
             self.tail = self._pack(keys, values)
             self.n_tail = total
             return
@@ -183,9 +184,14 @@ class PackedCache(mlx_lm_cache._BaseCache):
         else:
             self.body = array
 
+    @property
+    def n_rows(self) -> int:
+        """Rows held, padding included."""
+        return self.n_body + self.n_tail
+
     def size(self) -> int:
         """Tokens in the cache, padding included."""
-        return self.n_body + self.n_tail
+        return self.n_rows
 
     def empty(self) -> bool:
         """Whether nothing has been written."""
@@ -205,17 +211,17 @@ class PackedCache(mlx_lm_cache._BaseCache):
 
     def trim(self, n: int) -> int:
         """Take up to ``n`` tokens off the end; returns how many."""
-        n = min(self.size(), n)
+        n = min(self.n_rows, n)
         if n <= self.n_tail:
             self.n_tail -= n
         else:
-            kept = self.size() - n
+            kept = self.n_rows - n
             self.n_body, self.n_tail = kept - kept % TILE, kept % TILE
             first = self.n_body // TILE
             self.tail = self.body[:, :, first : first + 1] if self.n_tail else None
         if self.n_tail == 0:
             self.tail = None
-        if self.size() == 0:
+        if self.n_rows == 0:
             self._clear()
         return n
 

@@ -10,9 +10,11 @@ from .errors import InputError
 from .formats import KVFormat, as_format, check_head_dim
 from .model_shapes import ModelShape
 from .policy import LayerList, Pair, Policy, Uniform, bits_per_value
+from .rotating_cache import SLACK_TOKENS
 from .shapes import KVShape
 
 GIB = 1 << 30
+MOST_TOKENS = 1 << 40  # what more tokens would take is not asked
 F16_BYTES = 2
 # What a boundary is measured against: the next uniform step up from turbo2.
 RIVAL_V = "turbo3"
@@ -27,7 +29,7 @@ class Row:
         policy: what it stands for.
         formats: (K, V) of every KV layer.
         k_bits, v_bits, bits: bits per value of K, of V and of both, scales included.
-        bytes_at: bytes of the KV cache by context length.
+        bytes_at: bytes of all caches of a sequence by context length, those left alone included.
         notes: sentences about this configuration.
         max_tokens: tokens that fit the memory, or None without a limit.
     """
@@ -48,7 +50,8 @@ class Plan:
     """Several configurations side by side.
 
     Args:
-        f16_bytes_at: bytes of the same layers in 16 bits, by context length.
+        f16_bytes_at: bytes of the same caches in 16 bits, by context length.
+        beside_bytes_at: of these, bytes of the sliding windows and states that are left alone.
         weight_bytes: what the weights take, or None where they are not known.
         memory_bytes: what there is for weights and cache, or None.
     """
@@ -59,6 +62,7 @@ class Plan:
     f16_bytes_at: dict[int, int]
     weight_bytes: int | None = None
     memory_bytes: int | None = None
+    beside_bytes_at: dict[int, int] = field(default_factory=dict)
 
     def free_bytes(self) -> int | None:
         """Memory that the weights leave."""
@@ -96,9 +100,10 @@ def make_plan(
         model=model,
         contexts=contexts,
         rows=[],
-        f16_bytes_at={n: n * _token_bytes(f16, model.shapes) for n in contexts},
+        f16_bytes_at={n: _bytes_at(f16, model, n) for n in contexts},
         weight_bytes=weight_bytes,
         memory_bytes=memory_bytes,
+        beside_bytes_at={n: sum(x.bytes_at(n) for x in model.beside) for n in contexts},
     )
     plan.rows.extend(_row(plan, name, policy, centre) for name, policy in policies)
     return plan
@@ -142,7 +147,6 @@ def _row(plan: Plan, name: str, policy: Policy, centre: bool | str) -> Row:
         check_head_dim(k, shape.k_head_dim)
         check_head_dim(v, shape.v_head_dim)
     k_bits, v_bits, bits = _bits(formats, shapes)
-    a_token = _token_bytes(formats, shapes)
     free = plan.free_bytes()
     return Row(
         name=name,
@@ -151,13 +155,13 @@ def _row(plan: Plan, name: str, policy: Policy, centre: bool | str) -> Row:
         k_bits=k_bits,
         v_bits=v_bits,
         bits=bits,
-        bytes_at={n: n * a_token for n in plan.contexts},
+        bytes_at={n: _bytes_at(formats, plan.model, n) for n in plan.contexts},
         notes=[
             *policy.notes(len(shapes)),
             *_unprofitable(name, formats, shapes, v_bits),
             *_centring(name, plan.model, formats, policy, centre),
         ],
-        max_tokens=None if free is None else max(0, free // a_token),
+        max_tokens=None if free is None else _most_tokens(formats, plan.model, free),
     )
 
 
@@ -212,9 +216,29 @@ def _bits(formats: list[Pair], shapes: list[KVShape]) -> tuple[float, float, flo
     )
 
 
-def _token_bytes(formats: list[Pair], shapes: list[KVShape]) -> int:
-    return sum(
-        s.n_kv_heads
-        * (k.row_bytes(s.k_head_dim, F16_BYTES) + v.row_bytes(s.v_head_dim, F16_BYTES))
-        for (k, v), s in zip(formats, shapes)
-    )
+def _bytes_at(formats: list[Pair], model: ModelShape, n: int) -> int:
+    """Bytes of all caches after ``n`` tokens."""
+    total = sum(x.bytes_at(n) for x in model.beside)
+    for layer in model.layers.layers:
+        k, v = formats[layer.ordinal]
+        shape, rows = layer.shape, n
+        if layer.window is not None:
+            spare = 0 if k.is_f16 and v.is_f16 else SLACK_TOKENS
+            rows = min(n, layer.window + spare)
+        total += rows * shape.n_kv_heads * k.row_bytes(shape.k_head_dim, F16_BYTES)
+        total += rows * shape.n_kv_heads * v.row_bytes(shape.v_head_dim, F16_BYTES)
+    return total
+
+
+def _most_tokens(formats: list[Pair], model: ModelShape, free: int) -> int | None:
+    """The longest context whose caches fit, or None where windows alone fit for ever."""
+    if _bytes_at(formats, model, MOST_TOKENS) <= free:
+        return None
+    fits, too_many = 0, MOST_TOKENS
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        if _bytes_at(formats, model, middle) <= free:
+            fits = middle
+        else:
+            too_many = middle
+    return fits

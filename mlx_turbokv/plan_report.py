@@ -49,6 +49,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "weight_bytes": plan.weight_bytes,
         "memory_bytes": plan.memory_bytes,
         "f16_bytes": plan.f16_bytes_at,
+        "bytes_left_alone": plan.beside_bytes_at,
+        "windows": [layer.window for layer in model.layers.layers],
         "rows": [_json_row(plan, row) for row in plan.rows],
     }
 
@@ -153,6 +155,7 @@ def _below(plan: Plan) -> list[str]:
                 f"and {hit} of the {right} KV layers to protect are protected."
             )
     lines += plan.model.layers.notes()
+    lines += _beside(plan)
     if plan.memory_bytes is not None and plan.weight_bytes is not None:
         lines.append(
             f"Of {_size(plan.memory_bytes)}, the weights take about {_size(plan.weight_bytes)}; "
@@ -161,6 +164,19 @@ def _below(plan: Plan) -> list[str]:
     if plan.model.max_context and any(n > plan.model.max_context for n in plan.contexts):
         lines.append(f"The model was made for {plan.model.max_context:,} tokens.")
     return lines if len(lines) > 1 else []
+
+
+def _beside(plan: Plan) -> list[str]:
+    """What every row's bytes count beside packed layers."""
+    kinds = [x.kind for x in plan.model.beside]
+    names = {"window": "windows", "recurrent": "recurrent states"}
+    parts = [f"{kinds.count(kind)} {names[kind]}" for kind in names if kind in kinds]
+    if not parts:
+        return []
+    sizes = [f"{_size(size)} at {n:,}" for n, size in plan.beside_bytes_at.items()]
+    if len(set(plan.beside_bytes_at.values())) == 1:
+        sizes = [_size(next(iter(plan.beside_bytes_at.values())))]
+    return [f"Every row counts {' and '.join(parts)} as mlx-lm keeps them: {', '.join(sizes)}."]
 
 
 def _run_text(first: int, last: int, pair: tuple) -> str:

@@ -3,7 +3,9 @@
 A policy maps n KV layers to n pairs (K format, V format). It counts ordinals among the layers
 whose cache grows and is compressed, never raw layer indices, so a hybrid's first two *KV* layers
 are its boundary wherever they stand in the network. Under pipeline parallelism the formats are
-computed over the whole model, and each rank takes its slice.
+computed over the whole model, and each rank takes its slice. Layers with a sliding window have no
+ordinal, unless they are packed as well (``compress_sliding``): then they are counted with the
+others, in the model's order.
 
 The presets are those of TurboQuant+'s TURBO_LAYER_ADAPTIVE (TheTom/llama-cpp-turboquant), counted
 in ordinals. To add a policy: a frozen dataclass with one method, ``pair``.

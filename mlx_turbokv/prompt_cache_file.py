@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import socket
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +23,7 @@ from .errors import InputError
 from .kv_summary import leaves
 
 MAKER = "mlx_turbokv"
+TEMPORARY = ".turbokv-"
 
 
 @dataclass
@@ -71,7 +74,8 @@ def save_prompt_cache(
     """Write what mlx-lm's ``save_prompt_cache`` writes, whole or not at all.
 
     The file is made under another name and renamed, so whatever ends the process leaves the old
-    file or the new one. ``mlx_lm.models.cache.load_prompt_cache`` reads it.
+    file or the new one. What killed processes left half written in the same folder is removed.
+    ``mlx_lm.models.cache.load_prompt_cache`` reads it.
 
     Args:
         caches: one entry a layer, packed or not.
@@ -82,7 +86,9 @@ def save_prompt_cache(
     """
     path, temporary = Path(path), None
     try:
-        handle, temporary = tempfile.mkstemp(".safetensors", ".turbokv-", path.parent)
+        _remove_abandoned(path.parent)
+        prefix = f"{TEMPORARY}{_host()}-{os.getpid()}-"
+        handle, temporary = tempfile.mkstemp(".safetensors", prefix, path.parent)
         os.close(handle)
         mlx_lm_cache.save_prompt_cache(temporary, caches, metadata)
         os.replace(temporary, path)
@@ -90,6 +96,37 @@ def save_prompt_cache(
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
         raise InputError(f"The prompt cache file {path} cannot be written ({error}).") from error
+
+
+def _host() -> str:
+    """Where process ids are this process's, as a file name's part: machine and namespace."""
+    name = re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname())[:64]
+    try:
+        return f"{name}_{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:  # not Linux
+        return name
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove temporary files of this machine's processes that are no more.
+
+    A process that cannot be asked about, or of another machine, keeps its file.
+    """
+    pattern = re.compile(re.escape(f"{TEMPORARY}{_host()}-") + r"(\d+)-\w+\.safetensors")
+    for path in folder.iterdir():
+        match = pattern.fullmatch(path.name)
+        if match and path.is_file() and not path.is_symlink() and _is_dead(int(match[1])):
+            path.unlink(missing_ok=True)
+
+
+def _is_dead(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return False
 
 
 def load(path: Path, model: str, fresh: list[Any], same_formats: bool) -> Saved:
@@ -155,6 +192,12 @@ def _check_match(path: Path, caches: list[Any], fresh: list[Any], same_formats: 
     held_leaves, wanted_leaves = list(leaves(caches)), list(leaves(fresh))
     for held, wanted in zip(held_leaves, wanted_leaves):
         held_formats, wanted_formats = _formats(held), _formats(wanted)
+        held_window, wanted_window = _window(held), _window(wanted)
+        if held_window != wanted_window:
+            raise InputError(
+                f"The prompt cache file {path} holds a layer with {held_window} where "
+                f"{wanted_window} is asked for: give the --max-kv-size that it was made with."
+            )
         if held_formats != wanted_formats and (
             same_formats or "/" not in held_formats or "/" not in wanted_formats
         ):
@@ -165,9 +208,14 @@ def _check_match(path: Path, caches: list[Any], fresh: list[Any], same_formats: 
 
 
 def _formats(cache: Any) -> str:
-    """``K/V`` of a cache that grows, or the class of any other."""
-    if type(cache).__name__ == "KVCache":
+    """``K/V`` of a cache that grows or has a window, or the class of any other."""
+    if type(cache) in (mlx_lm_cache.KVCache, mlx_lm_cache.RotatingKVCache):
         return "f16/f16"
     if hasattr(cache, "k_format"):
         return f"{cache.k_format}/{cache.v_format}"
     return type(cache).__name__
+
+
+def _window(cache: Any) -> str:
+    """What a cache's window is called."""
+    return f"a window of {cache.max_size} tokens" if hasattr(cache, "max_size") else "no window"

@@ -17,7 +17,7 @@ from mlx_lm import server
 from mlx_lm.generate import maybe_set_recommended_wired_limit
 from mlx_lm.models.cache import LRUPromptCache
 
-from . import models
+from . import distributed, models
 from .api import attach
 from .errors import InputError
 from .kernels.backend import select_backend
@@ -78,6 +78,7 @@ class TurboModelProvider(server.ModelProvider):
         policy: which KV layer gets which formats.
         backend: ``metal``, ``cuda`` or ``reference``; None chooses.
         centre: as ``attach`` takes it.
+        compress_sliding: whether sliding windows are packed too.
     """
 
     def __init__(
@@ -86,11 +87,13 @@ class TurboModelProvider(server.ModelProvider):
         policy: Policy,
         backend: str | None,
         centre: bool | str = True,
+        compress_sliding: bool = False,
     ) -> None:
         super().__init__(options)
         self.policy = policy
         self.backend = backend
         self.centre = centre
+        self.compress_sliding = compress_sliding
         self.failure: Exception | None = None
 
     def load_default(self) -> None:
@@ -116,12 +119,21 @@ class TurboModelProvider(server.ModelProvider):
         return loaded.model, loaded.tokenizer, loaded.config
 
     def _load_sharded(self, path: str, **options: Any) -> tuple[Any, ...]:
+        distributed.check_source(path)
         model, tokenizer, config = _sharded_load(path, **options)
         self._attach(model, path)
         return model, tokenizer, config
 
     def _attach(self, model: Any, name: str) -> None:
-        attach(model, policy=self.policy, backend=self.backend, centre=self.centre)
+        attach(
+            model,
+            policy=self.policy,
+            backend=self.backend,
+            centre=self.centre,
+            compress_sliding=self.compress_sliding,
+        )
+        if not distributed.is_first():
+            return
         factory = model.make_cache
         turbo_keys = any(k.is_turbo for k, _ in factory.formats)
         centred = f"{factory.centring.summary()}, " if turbo_keys else ""
@@ -173,6 +185,7 @@ def serve(
     policy: Policy,
     backend: str | None = None,
     centre: bool | str = True,
+    compress_sliding: bool = False,
 ) -> None:
     """Run the server until it is interrupted or terminated.
 
@@ -180,6 +193,7 @@ def serve(
         options: what ``parse`` read.
         policy: which KV layer gets which formats.
         backend: ``metal``, ``cuda`` or ``reference``; None chooses.
+        compress_sliding: whether sliding windows are packed too.
 
     Raises:
         InputError: the model cannot be loaded, the policy does not fit it, or the address cannot
@@ -189,7 +203,7 @@ def serve(
     logging.basicConfig(
         level=options.log_level.upper(), format="%(asctime)s - %(levelname)s - %(message)s"
     )
-    provider = TurboModelProvider(options, policy, backend, centre)
+    provider = TurboModelProvider(options, policy, backend, centre, compress_sliding)
     max_bytes = NO_LIMIT if options.prompt_cache_bytes is None else options.prompt_cache_bytes
     prompt_cache = LRUPromptCache(options.prompt_cache_size, max_bytes)
     generator = _Generator(provider, prompt_cache)

@@ -29,10 +29,11 @@ HEADER = """# What is compressed, by architecture
 Written by `python scripts/models_table.py` over a tiny random model of each model file of mlx-lm
 {version}. The tests run each through packed caches: a prompt in uneven cuts, 20 decoded tokens, a
 trim, and more. Counts are those of the tiny models; real ones have more layers of the same kinds.
-An entry of the cache list may hold two caches, so that both columns can speak of one layer.
+An entry of the cache list may hold two caches, so that both columns can speak of one layer. The
+option --compress-sliding adds the layers of its column: those with a sliding window.
 
-| architecture | caches | compressed | left alone, and why | remark |
-|---|---|---|---|---|
+| architecture | caches | compressed | with --compress-sliding | left alone, and why | remark |
+|---|---|---|---|---|---|
 """
 
 
@@ -49,7 +50,9 @@ def _row(name: str) -> str:
     found = kv_layers(model)
     remark = REMARKS.get(name, "")
     left = "; ".join(_left_alone(found))
-    return f"| {name} | {len(own_caches(model))} | {len(found.layers)} | {left} | {remark} |\n"
+    added = len(kv_layers(model, compress_sliding=True).layers) - len(found.layers)
+    cells = [name, len(own_caches(model)), len(found.layers), f"+{added}" if added else "", left]
+    return f"| {' | '.join(map(str, cells))} | {remark} |\n"
 
 
 def _left_alone(found: KVLayers) -> list[str]:

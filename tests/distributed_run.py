@@ -24,11 +24,13 @@ def run(architecture: str, how: str) -> dict:
     """Tokens of the split model and the formats of this rank's layers.
 
     Args:
-        how: tensor, pipeline, or alone; "late" after it attaches before the model is split.
+        how: tensor, pipeline, or alone; "late" after it attaches before the model is split, and
+            "sliding" packs sliding windows too.
     """
     mx.set_default_device(mx.cpu)
     model = varied_model(architecture, num_hidden_layers=6)
     options = {"k": "q8_0", "v": "turbo6", "policy": POLICY}
+    options["compress_sliding"] = "sliding" in how
     if how.endswith("-late"):
         mlx_turbokv.attach(model, **options)
     if how.startswith("tensor"):

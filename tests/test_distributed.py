@@ -17,8 +17,10 @@ LAUNCH = Path(sys.executable).parent / "mlx.launch"
 
 def launch(architecture: str, how: str, folder: Path) -> list[dict]:
     """What both ranks saw."""
-    command = [sys.executable, str(LAUNCH), "-n", "2", "--backend", "ring", "--python"]
-    command += [sys.executable, str(SCRIPT), architecture, how, str(folder)]
+    port = 20_000 + os.getpid() % 20_000  # mlx.launch's default serves one run on a machine
+    command = [sys.executable, str(LAUNCH), "-n", "2", "--backend", "ring"]
+    command += ["--starting-port", str(port), "--python", sys.executable]
+    command += [str(SCRIPT), architecture, how, str(folder)]
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
     ended = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     files = sorted(folder.glob("*.json"))
@@ -48,3 +50,15 @@ def test_pipeline_counts_kv_layers_over_the_whole_model(
         assert rank["tokens"] == alone["tokens"]
     assert ranks[1]["formats"] + ranks[0]["formats"] == alone["formats"]
     assert ranks[0]["formats"] and ranks[1]["formats"]
+
+
+@pytest.mark.parametrize("how", ["tensor-sliding", "pipeline-sliding", "pipeline-sliding-late"])
+def test_windows_are_packed_on_every_rank(how: str, tmp_path: Path) -> None:
+    alone, ranks = run("ministral3", "alone-sliding"), launch("ministral3", how, tmp_path)
+    assert alone["formats"] == ["q8_0/q8_0", *["q8_0/turbo6"] * 4, "q8_0/q8_0"]
+    for rank in ranks:
+        assert rank["tokens"] == alone["tokens"]
+    if how.startswith("tensor"):
+        assert {tuple(rank["formats"]) for rank in ranks} == {tuple(alone["formats"])}
+    else:
+        assert ranks[1]["formats"] + ranks[0]["formats"] == alone["formats"]

@@ -182,10 +182,25 @@ def test_context_above_the_limit_is_a_warning(call, small, tmp_path):
     assert re.search(r"Warning: .* beyond the 4 positions", err)
 
 
-def test_max_kv_size_stops_generation(call):
-    _, out, _ = call("-p", "the", "-m", 50, "--max-kv-size", 6)
-    assert int(re.search(r"KV cache: (\d+) tokens", out).group(1)) <= 6
-    _bad(call("-p", "abcdefgh", "--max-kv-size", 4), "--max-kv-size 4")
+def test_max_kv_size_bounds_the_cache_and_not_the_text(call, tmp_path):
+    _, out, _ = call("-p", "the", "-m", 400, "--max-kv-size", 64)
+    pattern = r"KV cache: (\d+) tokens, ([\d,]+) bytes resident, ([\d,]+) bytes in f16"
+    tokens, resident, f16 = (int(x.replace(",", "")) for x in re.search(pattern, out).groups())
+    assert tokens > 300
+    a_token = 2 * 2 * 32 * 2  # bytes in f16: 2 layers, 2 heads, 32 values of K and V
+    assert f16 == 64 * a_token and resident < 200 * a_token
+    file = tmp_path / "c.safetensors"
+    options = ("-m", 3, "--prompt-cache-file", file)
+    assert call("-p", "the", "--max-kv-size", 64, *options)[0] == 0
+    assert call("-p", "cat", "--max-kv-size", 64, *options)[0] == 0
+    _bad(call("-p", "cat", *options), "a window of 64 tokens", "--max-kv-size")
+
+
+def test_a_draft_model_is_refused_beyond_a_window(call, small):
+    draft = ("--draft-model", small, "--max-kv-size", 16)
+    _bad(call("-p", "the", "-m", 30, *draft), "beyond a window of 16 tokens")
+    plain = _answer(call("-p", "the", "-m", 5)[1])
+    assert _answer(call("-p", "the", "-m", 5, *draft)[1]) == plain
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,15 @@ import json
 import mlx.core as mx
 import pytest
 from click.testing import CliRunner
-from tiny_models import shared_model, tiny_config
+from mlx_lm.models.cache import KVCache
+from tiny_models import shared_model, tiny_config, tiny_model
 
 from mlx_turbokv import make_prompt_cache
 from mlx_turbokv.cli.entry import run
 from mlx_turbokv.cli.plan import command
 from mlx_turbokv.errors import InputError
+from mlx_turbokv.kv_layers import own_caches
+from mlx_turbokv.kv_summary import leaves
 from mlx_turbokv.model_shapes import KNOWN, hypothetical_shape, shape_from_config
 from mlx_turbokv.plan import make_plan, raw_index_v_bits, runs
 from mlx_turbokv.policy import LayerList, Uniform, load_policy
@@ -83,12 +86,65 @@ def test_bytes_against_hand_made_figures() -> None:
 def test_plan_is_what_caches_take() -> None:
     model = shared_model("jamba")
     shape = shape_from_config(tiny_config("jamba"), "tiny")
-    (row,) = make_plan(shape, [("x", Uniform("q8_0", "turbo2"))], [1024]).rows
+    plan = make_plan(shape, [("x", Uniform("q8_0", "turbo2"))], [1024])
+    planned = plan.rows[0].bytes_at[1024] - plan.beside_bytes_at[1024]
     caches = [c for c in make_prompt_cache(model, "q8_0", "turbo2") if hasattr(c, "k_format")]
     rows = mx.random.normal((1, 2, 1024, 32))
     for cache in caches:
         cache.update_and_fetch(rows, rows)
-    assert row.bytes_at[1024] <= sum(c.nbytes for c in caches) <= 1.1 * row.bytes_at[1024]
+    assert planned <= sum(c.nbytes for c in caches) <= 1.1 * planned
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_next", "gpt_oss", "jamba", "baichuan_m1"])
+def test_what_is_left_alone_is_counted_as_mlx_lm_keeps_it(name: str) -> None:
+    """A bfloat16 model runs 600 tokens; its caches tell their bytes themselves."""
+    shape = shape_from_config(tiny_config(name), "tiny")
+    model = tiny_model(name)
+    model.set_dtype(mx.bfloat16)
+    caches = own_caches(model)
+    model(mx.zeros((1, 599), mx.int32), cache=caches)
+    model(mx.zeros((1, 1), mx.int32), cache=caches)
+    alone = sum(c.nbytes for c in leaves(caches) if type(c) is not KVCache)
+    plan = make_plan(shape, [("x", Uniform("q8_0", "turbo2"))], [1, 600])
+    assert plan.beside_bytes_at[600] == alone
+    kv = sum(2 * 600 * s.n_values for s in shape.shapes)
+    assert plan.f16_bytes_at[600] == alone + kv
+    assert 0 < plan.beside_bytes_at[1] <= alone
+
+
+def test_windows_that_are_packed_are_counted_packed_and_bounded() -> None:
+    plans = []
+    for compress in (False, True):
+        shape = shape_from_config(tiny_config("gemma3"), "tiny", compress)
+        plans.append(make_plan(shape, [("x", Uniform("q8_0", "turbo2"))], [10, 5000, 6000]))
+    alone, packed = plans
+    assert packed.beside_bytes_at == {10: 0, 5000: 0, 6000: 0}
+    assert packed.f16_bytes_at == alone.f16_bytes_at
+    caches = make_prompt_cache(shared_model("gemma3"), "q8_0", "turbo2", compress_sliding=True)
+    rows = mx.random.normal((1, 2, 1, 32))
+    for cache in caches[::2]:
+        for _ in range(300):
+            cache.update_and_fetch(rows, rows)
+    grown = {n: packed.rows[0].bytes_at[n] - 3 * 2 * n * (34 + 10) for n in (10, 5000, 6000)}
+    assert grown[5000] == grown[6000] == 3 * 2 * (16 + 128) * (34 + 10)
+    assert grown[10] == 3 * 2 * 10 * (34 + 10)
+    assert sum(c.nbytes for c in caches[::2]) <= grown[5000]
+
+
+def test_memory_goes_to_windows_and_states_first(tmp_path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config("gemma3")))
+    args = ["--model", str(tmp_path), "--memory", "0.01", "-ctk", "q8_0", "-ctv", "turbo2"]
+    plan = plan_json(*args)
+    free = plan["memory_bytes"] - plan["weight_bytes"]
+    window = 3 * 2 * 16 * 32 * 2 * 2
+    assert plan["rows"][0]["max_tokens"] == (free - window) // (3 * 2 * (34 + 10))
+    sliding = plan_json(*args, "--compress-sliding")
+    assert (plan["kv_layers"], sliding["kv_layers"]) == (3, 6)
+    assert sliding["windows"] == [16, None] * 3
+    said = CliRunner().invoke(command, [*args, "-c", "4096"]).stdout
+    assert "Every row counts 3 windows as mlx-lm keeps them: 0.0 MiB." in said
+    said = CliRunner().invoke(command, [*args, "-c", "4", "-c", "9"]).stdout
+    assert "keeps them: 0.0 MiB at 4, 0.0 MiB at 9." in said
 
 
 def test_a_boundary_that_does_not_pay_is_said_so() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, trim_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
-from mlx_turbokv import attach, detach
+from mlx_turbokv import attach, detach, prompt_cache_file
 from mlx_turbokv.cache import TurboKVCache
 from mlx_turbokv.errors import InputError
 from mlx_turbokv.prompt_cache_file import save_prompt_cache
@@ -90,8 +91,8 @@ def test_hybrids_refuse_speculation_as_before() -> None:
         next(steps)
 
 
-def test_max_kv_size_does_not_make_a_packed_cache_rotate() -> None:
-    """mlx-lm passes it to no model with a cache factory of its own; nothing is dropped."""
+def test_max_kv_size_of_mlx_lms_functions_reaches_no_attached_model() -> None:
+    """mlx-lm passes it to no model with a cache factory of its own; attach takes it instead."""
     model = attach(varied_model("llama"))
     caches = make_prompt_cache(model, max_kv_size=32)
     assert {type(cache) for cache in caches} == {TurboKVCache}
@@ -174,6 +175,32 @@ def test_kill_during_a_save_leaves_the_file_whole(tmp_path: Path, delay_ms: int)
     for cache in caches:
         keys, values = cache.keys_and_values()
         assert mx.all(mx.isfinite(keys)).item() and keys.shape == values.shape
+    save_prompt_cache(path, caches)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_save_removes_what_dead_processes_left_and_nothing_else(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    host = prompt_cache_file._host()
+    dead = tmp_path / f".turbokv-{host}-{ended.pid}-abc_1.safetensors"
+    others = [
+        f".turbokv-{host}-{os.getpid()}-abc_1.safetensors",  # alive
+        f".turbokv-other_host-{ended.pid}-abc_1.safetensors",
+        f".turbokv-{host}-{ended.pid}-abc.txt",
+        f".turbokv-{host}-{'9' * 30}-abc.safetensors",  # no process's number
+        ".turbokv-abcdefgh.safetensors",  # by an older version, which named no process
+        f"turbokv-{host}-{ended.pid}-abc.safetensors",
+        "mine.safetensors",
+    ]
+    for name in [dead.name, *others]:
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / f".turbokv-{host}-{ended.pid}-folder.safetensors").mkdir()
+    (tmp_path / f".turbokv-{host}-{ended.pid}-link.safetensors").symlink_to(tmp_path / others[-1])
+    before = {path.name for path in tmp_path.iterdir()}
+    save_prompt_cache(tmp_path / "a.safetensors", [TurboKVCache("q8_0", "turbo2")])
+    after = {path.name for path in tmp_path.iterdir()}
+    assert after == before - {dead.name} | {"a.safetensors"}
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -131,10 +131,10 @@ class SimulatedQ8Cache(KVCache):
     """mlx-lm's cache over values that went through q8_0 and back: an oracle for the packed one."""
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        return super().update_and_fetch(_through_q8(keys), _through_q8(values))
+        return super().update_and_fetch(through_q8(keys), through_q8(values))
 
 
-def _through_q8(rows: mx.array) -> mx.array:
+def through_q8(rows: mx.array) -> mx.array:
     spare = -rows.shape[-1] % 32
     groups = mx.unflatten(mx.pad(rows, [(0, 0)] * 3 + [(0, spare)]), -1, (-1, 32))
     scale = (mx.max(mx.abs(groups), -1, keepdims=True) / 127).astype(mx.float16)

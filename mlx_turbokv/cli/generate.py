@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,11 @@ _UNIT = click.FloatRange(0, 1)
 _CACHE_OPTIONS = (
     "cache_type_k", "cache_type_v", "policy", "boundary", "layer_adaptive",
 )  # fmt: skip
+_NOT_DISTRIBUTED = {
+    "prompt_cache_file": "--prompt-cache-file",
+    "draft_model": "--draft-model",
+    "adapter_path": "--adapter-path",
+}
 
 
 @click.command("generate", epilog=CACHE_HELP)
@@ -47,7 +53,7 @@ _CACHE_OPTIONS = (
 @click.option(
     "--max-kv-size",
     type=click.IntRange(1),
-    help="Most tokens in the cache; generation stops there, since packed caches don't rotate.",
+    help="Most tokens in the cache: beyond them the oldest are dropped, but for the first 4.",
 )
 @click.option(
     "--prefill-step-size", default=2048, type=click.IntRange(1), help="Prompt tokens at a time.",
@@ -61,6 +67,11 @@ _CACHE_OPTIONS = (
 @click.option("--draft-model", metavar="ID|FOLDER|GGUF", help="For speculative decoding.")
 @click.option(
     "--num-draft-tokens", default=3, type=click.IntRange(1), help="Tokens to draft.", **_OPEN
+)
+@click.option(
+    "--pipeline",
+    is_flag=True,
+    help="Under mlx.launch: divide up the layers of the model, and not the heads of each layer.",
 )
 @centre_options
 @cache_options
@@ -103,31 +114,46 @@ class _Generation:
     def run(self) -> None:
         import mlx.core as mx
 
-        from .. import models
+        from .. import distributed, models
         from ..api import make_prompt_cache
         from .options import centre_from, policy_from
 
         options = self.options
         centre = centre_from(options["keys"], options["no_centre"])
         policy = policy_from(**{name: options[name] for name in _CACHE_OPTIONS})
+        several = distributed.n_processes() > 1
+        if several:
+            self._check_for_several()
         text = self._prompt_text()
-        if options["seed"] is not None:
-            mx.random.seed(options["seed"])
-        self.loaded = models.load(
-            options["model"],
-            adapter_path=options["adapter_path"],
-            trust_remote_code=options["trust_remote_code"],
-        )
+        if several:
+            self.loaded = distributed.load(
+                options["model"], options["pipeline"], options["trust_remote_code"]
+            )
+            distributed.agree_on_a_seed(options["seed"])
+        else:
+            if options["seed"] is not None:
+                mx.random.seed(options["seed"])
+            self.loaded = models.load(
+                options["model"],
+                adapter_path=options["adapter_path"],
+                trust_remote_code=options["trust_remote_code"],
+            )
         self._add_end_tokens()
         fresh = make_prompt_cache(
-            self.loaded.model, policy=policy, backend=options["backend"], centre=centre
+            self.loaded.model,
+            policy=policy,
+            backend=options["backend"],
+            centre=centre,
+            compress_sliding=options["compress_sliding"],
+            max_kv_size=options["max_kv_size"],
         )
         self.policy_name = policy.name
         self.caches, held = self._continued(fresh)
         tokens = self._tokens(text, held)
         n_common = self._rewind(held, tokens)
         max_tokens = self._max_tokens(len(tokens))
-        generated, response_text = self._stream(tokens[n_common:], max_tokens)
+        draft = self._draft(len(tokens) + (max_tokens if max_tokens > 0 else math.inf))
+        generated, response_text = self._stream(tokens[n_common:], max_tokens, draft)
         if options["verbose"]:
             from ..kv_summary import summarize
 
@@ -135,6 +161,18 @@ class _Generation:
             print(summarize(self.caches[:n_layers]).line(self.policy_name))
         if self.file is not None:
             self._save(tokens + generated, response_text)
+        if several:
+            distributed.wait_for_the_others()
+
+    def _check_for_several(self) -> None:
+        """Refuse what mlx.launch's processes cannot do together; all but the first fall silent."""
+        from .. import distributed
+
+        distributed.check_options(self.options, _NOT_DISTRIBUTED)
+        if self.options["prompt"] == "-":
+            raise InputError("--prompt - cannot be used over several machines: give the text.")
+        if not distributed.is_first():
+            distributed.be_silent()
 
     def _prompt_text(self) -> str:
         prompt = self.options["prompt"]
@@ -219,14 +257,7 @@ class _Generation:
         return n_common
 
     def _max_tokens(self, n_prompt: int) -> int:
-        max_tokens, largest = self.options["max_tokens"], self.options["max_kv_size"]
-        if largest is not None:
-            if n_prompt >= largest:
-                raise InputError(
-                    f"The prompt's {n_prompt:,} tokens do not fit --max-kv-size {largest:,}."
-                )
-            room = largest - n_prompt
-            max_tokens = room if max_tokens == -1 else min(max_tokens, room)
+        max_tokens = self.options["max_tokens"]
         limit = self.loaded.max_context
         if limit is not None and n_prompt + max(max_tokens, 0) > limit:
             more = f" and {max_tokens:,} new ones" if max_tokens > 0 else ""
@@ -237,10 +268,12 @@ class _Generation:
             )
         return max_tokens
 
-    def _draft(self) -> Any:
+    def _draft(self, n_tokens: float) -> Any:
+        """The draft model, its caches added to the model's; n_tokens may come to lie in them."""
         from mlx_lm.models.cache import make_prompt_cache
 
         from .. import models
+        from ..kv_summary import leaves
 
         if self.options["draft_model"] is None:
             return None
@@ -256,13 +289,19 @@ class _Generation:
                 f"{self.loaded.name} cannot decode speculatively: its cache cannot be taken back."
             )
         self.caches = [*self.caches, *make_prompt_cache(draft.model)]
+        windows = [cache.max_size for cache in leaves(self.caches) if hasattr(cache, "max_size")]
+        if windows and n_tokens > min(windows):
+            raise InputError(
+                f"A draft model cannot be used beyond a window of {min(windows):,} tokens, from "
+                "which mlx-lm takes no rejected tokens back; give a shorter prompt and "
+                "--max-tokens, or no --draft-model."
+            )
         return draft.model
 
-    def _stream(self, prompt: list[int], max_tokens: int) -> tuple[list[int], str]:
+    def _stream(self, prompt: list[int], max_tokens: int, draft: Any) -> tuple[list[int], str]:
         from mlx_lm import stream_generate
 
         verbose = self.options["verbose"]
-        draft = self._draft()
         if verbose:
             print("=" * 10)
         generated, text, response = [], [], None

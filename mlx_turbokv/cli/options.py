@@ -55,6 +55,13 @@ def model_options(function: F) -> F:
     return function
 
 
+sliding_option = click.option(
+    "--compress-sliding",
+    is_flag=True,
+    help="Pack layers with a sliding window too; policies then count them as KV layers.",
+)
+
+
 def dtype_option(function: F) -> F:
     """Adds --dtype; ``load_dtype`` reads it."""
     return click.option(
@@ -73,9 +80,10 @@ def load_dtype(name: str | None) -> dict[str, Any]:
 
 
 def cache_options(function: F) -> F:
-    """Adds the options of the packed cache; ``policy_from`` reads them."""
+    """Adds the options of the packed cache; ``policy_from`` reads those of the policy."""
     formats = ", ".join(FORMAT_NAMES)
     for option in (
+        sliding_option,
         click.option(
             "--backend",
             type=click.Choice(BACKENDS),

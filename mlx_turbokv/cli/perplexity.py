@@ -14,6 +14,7 @@ from .options import (
     dtype_option,
     load_dtype,
     model_options,
+    sliding_option,
 )
 from .output import Progress, check_writable, note, write_json
 
@@ -43,6 +44,7 @@ DEFAULT_CTX = 512
 )
 @centre_options
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
+@sliding_option
 @click.option(
     "--output",
     type=click.Choice(["text", "markdown", "json"]),
@@ -70,6 +72,7 @@ def command(
     keys: str | None,
     no_centre: bool,
     backend: str,
+    compress_sliding: bool,
     output: str,
     markdown: bool,
     json_path: str | None,
@@ -99,7 +102,10 @@ def command(
         **load_dtype(dtype),
     )
     _warn_about_context(loaded, ctx_size)
-    record = measure(loaded, source, names, ctx_size, chunks, backend, json_path, resume, centre)
+    record = measure(
+        loaded, source, names, ctx_size, chunks, backend, json_path, resume, centre,
+        compress_sliding,
+    )  # fmt: skip
     print(_render(record, "markdown" if markdown else output))
 
 
@@ -113,6 +119,7 @@ def measure(
     json_path: str | None,
     resume: bool | None,
     centre: bool | str = True,
+    compress_sliding: bool = False,
 ) -> dict:
     """Run the evaluation with progress and checkpoints; write and return its record."""
     from ..evaluate.checkpoint import Checkpoint, checkpoint_path
@@ -124,7 +131,10 @@ def measure(
     windows = cut_windows(loaded.tokenizer, source.text, ctx_size, chunks)
     if chunks is not None and len(windows) < chunks:
         note(f"The text has {len(windows)} windows of {ctx_size}; all of them are scored.")
-    configs = [prepare(loaded.model, name, backend, centre=centre) for name in names]
+    configs = [
+        prepare(loaded.model, name, backend, centre=centre, compress_sliding=compress_sliding)
+        for name in names
+    ]
     versions = environment()
     model = model_record(loaded)
     settings = settings_of(windows, configs, model["source"], source.sha256, versions)
@@ -141,6 +151,7 @@ def measure(
         "n_ctx": ctx_size,
         "n_windows": evaluation.n_windows,
         "reference": names[0],
+        "compress_sliding": compress_sliding,
         "backend": next((c.backend for c in configs if c.backend != "mlx-lm"), "mlx-lm"),
         "seconds": round(evaluation.seconds, 1),
         "windows_kept_from_before": kept,

@@ -64,6 +64,7 @@ def command(
     output: str,
     markdown: bool,
     backend: str,
+    compress_sliding: bool,
     keys: str | None,
     no_centre: bool,
     **cache: Any,
@@ -91,7 +92,7 @@ def command(
         shape = hypothetical_shape(kv_layers, kv_heads, head_dim, v_head_dim)
         weight_bytes = None
     else:
-        shape, weight_bytes = _shape_of(model, weight_bits)
+        shape, weight_bytes = _shape_of(model, weight_bits, compress_sliding)
     rows = rows or [(name, parse_policy(name)) for name in COMPARED]
     plan = make_plan(
         shape,
@@ -114,17 +115,19 @@ def main() -> None:
     run(command)
 
 
-def _shape_of(model: str | None, weight_bits: float | None) -> tuple[Any, int | None]:
+def _shape_of(
+    model: str | None, weight_bits: float | None, compress_sliding: bool
+) -> tuple[Any, int | None]:
     """(the model's shape, bytes of its weights)."""
     from ..model_shapes import known_config, shape_from_config
     from ..models import load_config
 
     config = known_config(model) if model and not os.path.exists(model) else None
     if config is not None:
-        shape, source = shape_from_config(config, model), ""
+        shape, source = shape_from_config(config, model, compress_sliding), ""
     else:
         config, name, source = load_config(model)
-        shape = shape_from_config(config, name)
+        shape = shape_from_config(config, name, compress_sliding)
     if source.endswith(".gguf") and weight_bits is None:
         return shape, os.path.getsize(source)
     return shape, _weight_bytes(shape.n_parameters, config, weight_bits)

@@ -36,7 +36,12 @@ class _Command(click.Command):
 @cache_options
 @click.pass_context
 def command(
-    ctx: click.Context, backend: str, keys: str | None, no_centre: bool, **cache: Any
+    ctx: click.Context,
+    backend: str,
+    compress_sliding: bool,
+    keys: str | None,
+    no_centre: bool,
+    **cache: Any,
 ) -> None:
     """Serve a model over HTTP, as mlx_lm.server does, through packed KV caches.
 
@@ -49,7 +54,9 @@ def command(
     from ..serve import parse, serve
 
     policy = policy_from(**cache)
-    serve(parse(ctx.args), policy, backend, centre_from(keys, no_centre))
+    serve(
+        parse(ctx.args), policy, backend, centre_from(keys, no_centre), compress_sliding
+    )
 
 
 def main() -> None:

@@ -129,6 +129,7 @@ def prepare(
     backend: str | None = None,
     name: str | None = None,
     centre: Any = True,
+    compress_sliding: bool = False,
 ) -> Prepared:
     """Make a configuration ready for a model.
 
@@ -137,6 +138,8 @@ def prepare(
         backend: as `make_prompt_cache` takes it.
         name: what to call it; default: as given.
         centre: as `make_prompt_cache` takes it.
+        compress_sliding: as `make_prompt_cache` takes it; mlx-lm's own quantised cache has no
+            window, and is not concerned.
 
     Raises:
         InputError: an unknown name, or one that does not fit the model.
@@ -144,10 +147,16 @@ def prepare(
     if isinstance(config, str) and (peer := _PEER.fullmatch(config.strip().lower())):
         return _prepare_peer(model, name or config, int(peer[1]), int(peer[2] or _PEER_GROUP))
     policy = parse_policy(config) if isinstance(config, str) else config
-    factory = CacheFactory(model, policy, None if backend == "auto" else backend, centre=centre)
+    factory = CacheFactory(
+        model,
+        policy,
+        None if backend == "auto" else backend,
+        centre=centre,
+        compress_sliding=compress_sliding,
+    )
     pairs = [factory.formats[layer.ordinal] for layer in factory.layers.layers]
     packed = not all(k.is_f16 and v.is_f16 for k, v in pairs)
-    shapes = kv_shapes(model)
+    shapes = kv_shapes(model, compress_sliding)
     return Prepared(
         name=name or (config if isinstance(config, str) else policy.name),
         make_caches=factory,
@@ -206,9 +215,9 @@ def _peer_caches(model: nn.Module, bits: int, group: int) -> list[Any]:
     return caches
 
 
-def kv_shapes(model: nn.Module) -> list[KVShape] | None:
+def kv_shapes(model: nn.Module, compress_sliding: bool = False) -> list[KVShape] | None:
     """Shapes of the KV layers in order, or None if the model cannot be probed."""
-    layers = kv_layers(model)
+    layers = kv_layers(model, None, compress_sliding)
     found = probe_shapes(model, layers)
     wanted = [(x.index, x.sub) for x in layers.layers]
     return [found[at] for at in wanted] if wanted and all(at in found for at in wanted) else None

@@ -13,6 +13,7 @@ from ..rotation import base_order, rotation_width, signs
 from . import assemble, quantize, tables
 from .decode import MAX_QUERIES, decode
 from .packed import PackedKV, PaddedCausal
+from .reference import with_starts
 
 # dequantised K and V of one attention call are kept below this by taking KV heads in slices
 TRANSIENT_BYTES = 128 * 2**20
@@ -151,7 +152,7 @@ def attention(
     if queries.shape[2] <= MAX_QUERIES and starts is None and _is_padding_of(mask, queries, packed):
         return decode(queries, packed, scale, True, sinks, mask.starts, backend=backend)
     if starts is not None:
-        mask = _with_starts(queries.shape[2], packed.n_tokens, mask, starts)
+        mask = with_starts(queries.shape[2], packed.n_tokens, mask, starts)
     return _through_rows(queries, packed, scale, mask, sinks, backend)
 
 
@@ -161,20 +162,6 @@ def _is_padding_of(mask: mx.array, queries: mx.array, packed: PackedKV) -> bool:
     if type(mask) is not PaddedCausal or mask.shape != shape:
         return False
     return packed.centre is None or packed.padding is not None
-
-
-def _with_starts(n_queries: int, n_tokens: int, mask: mx.array | str | None, starts: mx.array):
-    """One bool mask of the first valid rows and of ``mask``."""
-    tokens = mx.arange(n_tokens)
-    seen = (tokens[None] >= starts[:, None])[:, None, None]
-    if mask is None:
-        return seen
-    if isinstance(mask, str):
-        queries = mx.arange(n_tokens - n_queries, n_tokens)
-        return seen & (tokens[None] <= queries[:, None])
-    if mask.dtype == mx.bool_:
-        return seen & mask
-    return mx.where(seen, mask, -mx.inf)
 
 
 def _through_rows(

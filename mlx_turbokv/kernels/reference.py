@@ -64,15 +64,17 @@ def attention(
     scale: float,
     mask: mx.array | str | None = None,
     sinks: mx.array | None = None,
+    starts: mx.array | None = None,
 ) -> mx.array:
     """Scaled dot-product attention over packed rows, in float32.
 
     Args:
         mask: None, "causal" (the last query sees every row), or a bool or additive array.
         sinks: one logit a query head that takes part in the softmax and has no value.
+        starts: the first valid row of each sequence, int32.
 
     Shapes:
-        queries: [B, n_heads, L, k_head_dim].
+        queries: [B, n_heads, L, k_head_dim]; starts: [B].
         returns: [B, n_heads, L, v_head_dim], in the queries' dtype.
     """
     layout = packed.layout
@@ -81,6 +83,8 @@ def attention(
     q = queries.astype(mx.float32)
     if layout.k_format.is_turbo:
         q = quantize.rotate(q, layout.k_head_dim)
+    if starts is not None:
+        mask = with_starts(queries.shape[2], packed.n_tokens, mask, starts)
     if isinstance(mask, mx.array) and mask.dtype != mx.bool_:
         mask = mask.astype(mx.float32)
     sinks = None if sinks is None else sinks.astype(mx.float32)
@@ -105,6 +109,22 @@ def attention(
     if layout.v_format.is_turbo:
         output = quantize.rotate(output, layout.v_head_dim, inverse=True)
     return output.astype(queries.dtype)
+
+
+def with_starts(
+    n_queries: int, n_tokens: int, mask: mx.array | str | None, starts: mx.array
+) -> mx.array:
+    """One mask of the first valid rows and of ``mask``; bool unless ``mask`` is additive."""
+    tokens = mx.arange(n_tokens)
+    seen = (tokens[None] >= starts[:, None])[:, None, None]
+    if mask is None:
+        return seen
+    if isinstance(mask, str):
+        queries = mx.arange(n_tokens - n_queries, n_tokens)
+        return seen & (tokens[None] <= queries[:, None])
+    if mask.dtype == mx.bool_:
+        return seen & mask
+    return mx.where(seen, mask, -mx.inf)
 
 
 def dequantize(packed: PackedKV, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
