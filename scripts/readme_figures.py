@@ -80,6 +80,14 @@ def calibrated() -> str:
         f"of `la-v7`. At equal bits, calibrated policies have {min(beside):.2f} to "
         f"{max(beside):.2f} times the KLD of one pair in every layer."
     )
+    long = read("calibrate_long")
+    by_name = {r["config"]: r["kld_by_window"] for r in long["results"]}
+    at_length = ratio(by_name["sample/bits-la-v7.json"], by_name["la-v7"])
+    summary += (
+        f" Over {long['n_windows']} windows of {long['n_ctx']:,} tokens "
+        f"({long['environment']['device']}) the first of these ratios is "
+        f"{_ratio_text(at_length)}."
+    )
     few = {r["windows"]: max(r["mean_excess"]) for r in read("calibration_windows")["rows"]}
     summary += (
         f" Few windows are enough: on the windows left out, policies from one window are predicted "
