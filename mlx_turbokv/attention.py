@@ -35,7 +35,7 @@ class TurboArray(mx.array):
     packed: PackedKV
     backend: Backend
     is_keys: bool
-    hidden: Hidden
+    hidden: Hidden = Hidden()
 
 
 def lazy_keys_and_values(
