@@ -270,11 +270,11 @@ def _tiles(cache: PackedCache) -> mx.array:
 def _tiles_ending_at(
     cache: PackedCache, n: int, layout: KVLayout, n_heads: int, batch_size: int
 ) -> mx.array:
-    """A cache's tiles with its last row at n - 1; zeros where it is empty."""
+    """The tiles of a cache's newest n rows, the last at n - 1; zeros where it has none."""
     if cache.empty():
         return mx.zeros((batch_size, n_heads, -(-n // TILE), layout.tile_words), mx.uint32)
-    size = cache.size()
-    return _moved(_tiles(cache), layout, [n - size] * batch_size, [size] * batch_size, n)
+    held = cache.n_rows
+    return _moved(_tiles(cache), layout, [n - held] * batch_size, [held] * batch_size, n)
 
 
 def _moved(

@@ -13,12 +13,12 @@ import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.base import create_causal_mask
 
-from .batch_cache import _as_list, _common_layout, _moved, _tiles
+from .batch_cache import _as_list, _common_layout, _moved, _tiles, _tiles_ending_at
 from .errors import InputError
 from .formats import KVFormat
 from .kernels.packed import PaddedCausal
 from .kernels.tables import at_least_eight
-from .layout import TILE, KVLayout
+from .layout import KVLayout
 from .packed_cache import PackedCache
 from .rotating_cache import RotatingRows, TurboRotatingKVCache
 
@@ -213,7 +213,7 @@ class BatchTurboRotatingKVCache(RotatingRows):
         padding = [p + n - cache.n_rows for cache in (self, other) for p in cache._padding]
         if layout is not None:
             n_heads = (self if not self.empty() else other).keys.shape[1]
-            tiles = [_ending_at(c, n, layout, n_heads, c.batch_size) for c in (self, other)]
+            tiles = [_tiles_ending_at(c, n, layout, n_heads, c.batch_size) for c in (self, other)]
             self._set_tiles(mx.concatenate(tiles), n, layout)
         self._padding, self._gone = padding, self._gone + other._gone
         self._ends = None
@@ -256,7 +256,7 @@ class BatchTurboRotatingKVCache(RotatingRows):
         merged = cls(first.k_format, first.v_format, first.max_size, padding, first._backend_name)
         if layout is not None:
             n_heads = next(c.keys.shape[1] for c in caches if not c.empty())
-            tiles = [_ending_at(c, n, layout, n_heads, 1) for c in caches]
+            tiles = [_tiles_ending_at(c, n, layout, n_heads, 1) for c in caches]
             merged._set_tiles(mx.concatenate(tiles), n, layout)
         merged._gone = [c.n_gone + skip for c, skip in zip(caches, skipped)]
         merged.n_hidden = max(0, n - first.max_size)
@@ -293,16 +293,6 @@ def _layout_of(caches: Sequence[RotatingRows]) -> KVLayout | None:
             f"{', '.join(map(str, windows))} tokens."
         )
     return _common_layout(caches)
-
-
-def _ending_at(
-    cache: RotatingRows, n: int, layout: KVLayout, n_heads: int, batch_size: int
-) -> mx.array:
-    """The tiles of a cache's newest n rows, the last at n - 1; zeros where it has none."""
-    if cache.empty():
-        return mx.zeros((batch_size, n_heads, -(-n // TILE), layout.tile_words), mx.uint32)
-    held = cache.n_rows
-    return _moved(_tiles(cache), layout, [n - held] * batch_size, [held] * batch_size, n)
 
 
 def _say_once(note: str) -> None:
