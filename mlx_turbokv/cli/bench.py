@@ -11,7 +11,7 @@ import click
 from ..errors import InputError
 from .entry import run
 from .options import BACKENDS, centre_from, centre_options, load_dtype, model_options
-from .output import Progress, check_writable, note, read_json, write_json
+from .output import Progress, check_writable, note, read_json, rendered, write_json
 
 WHAT = "speed and memory by cache configuration"
 DEFAULT_CONFIGS = ("f16/f16", "mlx-kv8:64", "q8_0/turbo2", "turbo4/turbo3")
@@ -255,13 +255,8 @@ def _keep(path: str | None, record: dict, points: list) -> None:
 
 def render(record: dict, output: str) -> str:
     from ..evaluate import speed_table
-    from ..evaluate.table import as_json
 
-    if output == "json":
-        return as_json(record)
-    form = speed_table.as_markdown if output == "markdown" else speed_table.as_text
-    parts = [speed_table.heading(record), form(record["rows"]), speed_table.footnotes(record)]
-    return "\n\n".join(parts)
+    return rendered(record, record["rows"], speed_table, output)
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from .options import (
     load_dtype,
     model_options,
 )
-from .output import Progress, check_writable, note, read_json, write_json
+from .output import Progress, check_writable, note, read_json, rendered, write_json
 
 WHAT = "needle in a haystack by cache configuration"
 DEFAULT_CONTEXTS = (512, 1024, 2048, 4096)
@@ -198,13 +198,8 @@ def measure(
 
 def render(record: dict, output: str) -> str:
     from ..evaluate import needle_table
-    from ..evaluate.table import as_json
 
-    if output == "json":
-        return as_json(record)
-    form = needle_table.as_markdown if output == "markdown" else needle_table.as_text
-    parts = [needle_table.heading(record), form(record["summary"]), needle_table.footnotes(record)]
-    return "\n\n".join(parts)
+    return rendered(record, record["summary"], needle_table, output)
 
 
 def main() -> None:

@@ -52,6 +52,19 @@ def read_json(path: str, what: str) -> dict:
     return record
 
 
+def rendered(record: dict, rows: list[dict], table: Any, output: str) -> str:
+    """A record as ``output`` says: "json", or its rows as "markdown" or "text".
+
+    ``table`` is the module of the rows' tables: heading, as_markdown, as_text and footnotes.
+    """
+    from ..evaluate.table import as_json
+
+    if output == "json":
+        return as_json(record)
+    form = table.as_markdown if output == "markdown" else table.as_text
+    return "\n\n".join([table.heading(record), form(rows), table.footnotes(record)])
+
+
 class Progress:
     """A progress bar on stderr: a line that redraws on a terminal, sparse lines elsewhere."""
 
