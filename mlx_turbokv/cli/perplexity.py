@@ -16,7 +16,7 @@ from .options import (
     model_options,
     sliding_option,
 )
-from .output import Progress, check_writable, note, write_json
+from .output import Progress, check_writable, note, rendered, write_json
 
 WHAT = "perplexity and divergence by cache configuration"
 DEFAULT_CTX = 512
@@ -173,10 +173,7 @@ def _with_reference(names: tuple[str, ...], reference: str) -> list[str]:
 def _render(record: dict, output: str) -> str:
     from ..evaluate import table
 
-    if output == "json":
-        return table.as_json(record)
-    form = table.as_markdown if output == "markdown" else table.as_text
-    return "\n\n".join([table.heading(record), form(record["results"]), table.footnotes(record)])
+    return rendered(record, record["results"], table, output)
 
 
 def _check_sizes(ctx_size: int, chunks: int | None) -> None:
