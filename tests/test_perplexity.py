@@ -286,12 +286,15 @@ def test_overlapping_windows_score_every_token_once():
     assert scored.tolist() == list(range(8, 40))
 
 
-def test_several_windows_at_once_give_the_logits_of_each(model, windows):
-    caches = configuration.prepare(model, "q8_0/turbo3").make_caches
-    found = batch_logits(model, windows, caches())
-    # Sums in another order: one code that was a near-tie may be its neighbour.
-    for window, logits in zip(windows, found):
-        np.testing.assert_allclose(logits, scored_logits(model, window, caches()), atol=2e-4)
+# Sums in another order may settle a near-tie of the quantiser the other way, which a few logits
+# show; another window's logits differ by far more.
+@pytest.mark.parametrize(("name", "atol"), [("f16/f16", 1e-5), ("q8_0/turbo3", 0.05)])
+def test_several_windows_at_once_give_the_logits_of_each(model, windows, name, atol):
+    caches = configuration.prepare(model, name).make_caches
+    found = np.array(batch_logits(model, windows, caches()))
+    alone = np.stack([scored_logits(model, window, caches()) for window in windows])
+    np.testing.assert_allclose(found, alone, atol=atol)
+    assert np.abs(alone[0] - alone[1]).max() > 20 * atol
 
 
 def test_kld_alone_is_that_of_the_comparison():
