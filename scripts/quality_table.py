@@ -28,6 +28,7 @@ from mlx_turbokv.cli.entry import run  # noqa: E402
 from mlx_turbokv.cli.options import BACKENDS, dtype_option, load_dtype, model_options  # noqa: E402
 from mlx_turbokv.cli.output import Progress, note, write_json  # noqa: E402
 from mlx_turbokv.errors import InputError  # noqa: E402
+from mlx_turbokv.evaluate.checkpoint import Checkpoint, checkpoint_path  # noqa: E402
 
 POLICIES = "benchmarks/policies"
 BUDGETS = ("la-v7", "5.25", "4.75", "4.25", "3.75", "3.5", "3.25", "3", "2.75")
@@ -53,24 +54,28 @@ def share_path(json_path: str, share: int) -> Path:
     return Path(f"{json_path}.share{share}")
 
 
-def measure_share(loaded, ready: perplexity.Run, path: Path, share: int, shares: int) -> None:
+def journal(ready: perplexity.Run, json_path: str, share: int, shares: int) -> Checkpoint:
+    """What a process has finished; another number of processes has other windows in it.
+
+    Raises: InputError where the file belongs to another run, or to another number of processes.
+    """
+    return Checkpoint(share_path(json_path, share), ready.settings | {"processes": shares})
+
+
+def measure_share(loaded, ready: perplexity.Run, json_path: str, share: int, shares: int) -> None:
     """Measure every ``shares``-th window from window ``share`` on into a journal."""
-    from mlx_turbokv.evaluate.checkpoint import Checkpoint
     from mlx_turbokv.evaluate.perplexity import evaluate_windows
 
-    windows = ready.windows[share::shares]
-    checkpoint = Checkpoint(path, ready.settings)
+    windows, kept = ready.windows[share::shares], journal(ready, json_path, share, shares)
     with Progress(len(windows) * len(ready.configs)) as progress:
-        evaluate_windows(loaded.model, windows, ready.configs, checkpoint, progress)
+        evaluate_windows(loaded.model, windows, ready.configs, kept, progress)
 
 
 def join(ready: perplexity.Run, json_path: str, shares: int) -> int:
     """Put the finished windows of all processes into the journal of the whole run; their number."""
-    from mlx_turbokv.evaluate.checkpoint import Checkpoint, checkpoint_path
-
     found = {}
     for share in range(shares):
-        for i, results in Checkpoint(share_path(json_path, share), ready.settings).windows.items():
+        for i, results in journal(ready, json_path, share, shares).windows.items():
             found[share + i * shares] = results
     whole = Checkpoint(checkpoint_path(ready.settings, json_path), ready.settings, False)
     for index in sorted(found):
@@ -126,8 +131,7 @@ def command(
     if processes > 1:
         ready = perplexity.make_run(loaded, source, names, ctx_size, chunks, backend)
         if share is not None:
-            path = share_path(json_path, share)
-            return measure_share(loaded, ready, path, share, processes)
+            return measure_share(loaded, ready, json_path, share, processes)
         note(f"{join(ready, json_path, processes)} windows were measured by {processes} processes.")
     record = perplexity.measure(
         loaded, source, names, ctx_size, chunks, backend, json_path, None

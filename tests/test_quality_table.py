@@ -17,6 +17,7 @@ import quality_plot  # noqa: E402
 import quality_table  # noqa: E402
 
 from mlx_turbokv.cli import perplexity  # noqa: E402
+from mlx_turbokv.errors import InputError  # noqa: E402
 from mlx_turbokv.evaluate.configuration import check_name  # noqa: E402
 from mlx_turbokv.evaluate.text import load_text  # noqa: E402
 
@@ -33,8 +34,9 @@ def test_windows_of_several_processes_make_the_record_of_one(shares, tmp_path):
     path = str(tmp_path / "shared.json")
     ready = perplexity.make_run(model, source, NAMES, 64, 5, "reference")
     for share in range(shares):
-        journal = quality_table.share_path(path, share)
-        quality_table.measure_share(model, ready, journal, share, shares)
+        quality_table.measure_share(model, ready, path, share, shares)
+    with pytest.raises(InputError, match="processes"):
+        quality_table.join(ready, path, shares + 1)
     assert quality_table.join(ready, path, shares) == 5
     joined = perplexity.measure(model, source, NAMES, 64, 5, "reference", path, None)
     assert joined["windows_kept_from_before"] == 5
