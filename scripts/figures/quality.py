@@ -7,7 +7,6 @@ from mlx_turbokv.evaluate.statistics import ratio
 from mlx_turbokv.evaluate.table import as_markdown, footnotes, heading
 from mlx_turbokv.report import summary
 from paper_tables import difference_cell
-from quality_table import POLICIES
 
 from . import figure, read, table
 
@@ -94,13 +93,15 @@ def peers() -> str:
 @figure
 def on_cpu() -> dict[str, str]:
     """The same windows on a CPU, where mlx-lm's rows go through its own attention."""
-    found = _by_config(read(SHORT))
+    found = {_file_name(name): r for name, r in _by_config(read(SHORT)).items()}
     record = read("calibrate_64")
-    ratios = {}
-    for row in record["results"][1:]:
-        name = row["config"].replace("calibrated/", f"{POLICIES}/")
-        if name in found:
-            ratios[name] = row["kld"]["mean"] / found[name]["kld"]["mean"]
+    rows = {_file_name(r["config"]): r for r in record["results"][1:]}
+    # The same file name may hold other formats by layer.
+    ratios = {
+        name: r["kld"]["mean"] / found[name]["kld"]["mean"]
+        for name, r in rows.items()
+        if name in found and (r["layers"], r["centred"]) == (found[name]["layers"], found[name]["centred"])
+    }
     return {
         "device": record["environment"]["device"],
         "windows": str(record["n_windows"]),
@@ -177,6 +178,11 @@ def _calibration_notes() -> str:
 
 def _by_config(record: dict) -> dict[str, dict]:
     return {r["config"]: r for r in record["results"]}
+
+
+def _file_name(config: str) -> str:
+    """A policy file without its folder; any other name as it is."""
+    return config.split("/")[-1] if config.endswith(".json") else config
 
 
 def _ratio(found: dict[str, dict], name: str) -> dict:
