@@ -139,10 +139,10 @@ def measure(
     Args:
         about: what the record says of the model: ``model``, ``weights`` and ``weight_bytes``.
     """
-    from ..evaluate.configuration import prepare
+    from ..evaluate.configuration import backend_of, prepare
     from ..evaluate.speed import measure_point
 
-    configs = [prepare(model, name, backend, centre=centre) for name in names]
+    configs = [prepare(model, name, backend, centre=centre, timed=True) for name in names]
     record = _record(about, names, configs, settings, seed)
     if resume:
         _keep(json_path, record, points)
@@ -214,7 +214,7 @@ def _record(about: dict, names: list[str], configs: list, settings: Any, seed: i
         **about,
         "configs": names,
         "centred": {c.name: c.centred for c in configs},
-        "backend": next((c.backend for c in configs if c.backend != "mlx-lm"), "mlx-lm"),
+        "backend": backend_of(configs),
         "generation_tokens": settings.generation_tokens,
         "num_trials": settings.num_trials,
         "prefill_step_size": settings.prefill_step_size,

@@ -149,7 +149,7 @@ def measure(
     centre: bool | str = True,
 ) -> dict:
     """Run the cases with progress and a journal; write and return the record."""
-    from ..evaluate.configuration import prepare
+    from ..evaluate.configuration import backend_of, prepare
     from ..evaluate.haystack import Haystack
     from ..evaluate.journal import Journal, journal_path
     from ..evaluate.needle import run_cases, summarise
@@ -180,7 +180,7 @@ def measure(
         "depths": sorted({c.depth for c in cases}),
         "kinds": sorted({c.kind for c in cases}),
         "repeats": 1 + max(c.repeat for c in cases),
-        "backend": next((c.backend for c in configs if c.backend != "mlx-lm"), "mlx-lm"),
+        "backend": backend_of(configs),
         "seconds": round(time.perf_counter() - started, 1),
         "command": command_line(),
         "commit": checkout_commit(),

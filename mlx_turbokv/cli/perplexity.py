@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import click
@@ -109,6 +110,42 @@ def command(
     print(_render(record, "markdown" if markdown else output))
 
 
+@dataclass(frozen=True)
+class Run:
+    """Windows and configurations made ready, and what the record says of them.
+
+    settings: what two runs must share for their windows to belong together.
+    """
+
+    windows: Any
+    configs: list[Any]
+    model: dict
+    versions: dict
+    settings: dict
+
+
+def make_run(
+    loaded: Any, source: Any, names: list[str], ctx_size: int, chunks: int | None, backend: str,
+    centre: bool | str = True, compress_sliding: bool = False,
+) -> Run:  # fmt: skip
+    """Cut the windows of a text and make the configurations ready."""
+    from ..evaluate.configuration import prepare
+    from ..evaluate.perplexity import settings_of
+    from ..evaluate.record import environment, model_record
+    from ..evaluate.windows import cut_windows
+
+    windows = cut_windows(loaded.tokenizer, source.text, ctx_size, chunks)
+    if chunks is not None and len(windows) < chunks:
+        note(f"The text has {len(windows)} windows of {ctx_size}; all of them are scored.")
+    configs = [
+        prepare(loaded.model, name, backend, centre=centre, compress_sliding=compress_sliding)
+        for name in names
+    ]
+    versions, model = environment(), model_record(loaded)
+    settings = settings_of(windows, configs, model["source"], source.sha256, versions)
+    return Run(windows, configs, model, versions, settings)
+
+
 def measure(
     loaded: Any,
     source: Any,
@@ -123,40 +160,32 @@ def measure(
 ) -> dict:
     """Run the evaluation with progress and checkpoints; write and return its record."""
     from ..evaluate.checkpoint import Checkpoint, checkpoint_path
-    from ..evaluate.configuration import prepare
-    from ..evaluate.perplexity import evaluate_windows, settings_of
-    from ..evaluate.record import command_line, environment, model_record
-    from ..evaluate.windows import cut_windows
+    from ..evaluate.configuration import backend_of
+    from ..evaluate.perplexity import evaluate_windows
+    from ..evaluate.record import command_line
 
-    windows = cut_windows(loaded.tokenizer, source.text, ctx_size, chunks)
-    if chunks is not None and len(windows) < chunks:
-        note(f"The text has {len(windows)} windows of {ctx_size}; all of them are scored.")
-    configs = [
-        prepare(loaded.model, name, backend, centre=centre, compress_sliding=compress_sliding)
-        for name in names
-    ]
-    versions = environment()
-    model = model_record(loaded)
-    settings = settings_of(windows, configs, model["source"], source.sha256, versions)
-    path = checkpoint_path(settings, json_path)
-    checkpoint = Checkpoint(path, settings, resume)
-    if kept := sum(i < len(windows) for i in checkpoint.windows):
-        note(f"{kept} of {len(windows)} windows were finished before ({path}).")
-    with Progress(len(windows) * len(configs)) as progress:
-        evaluation = evaluate_windows(loaded.model, windows, configs, checkpoint, progress)
+    run = make_run(loaded, source, names, ctx_size, chunks, backend, centre, compress_sliding)
+    path = checkpoint_path(run.settings, json_path)
+    checkpoint = Checkpoint(path, run.settings, resume)
+    if kept := sum(i < len(run.windows) for i in checkpoint.windows):
+        note(f"{kept} of {len(run.windows)} windows were finished before ({path}).")
+    with Progress(len(run.windows) * len(names)) as progress:
+        evaluation = evaluate_windows(
+            loaded.model, run.windows, run.configs, checkpoint, progress
+        )
     record = {
         "what": WHAT,
-        "model": model,
+        "model": run.model,
         "text": {"name": source.name, "sha256": source.sha256},
         "n_ctx": ctx_size,
         "n_windows": evaluation.n_windows,
         "reference": names[0],
         "compress_sliding": compress_sliding,
-        "backend": next((c.backend for c in configs if c.backend != "mlx-lm"), "mlx-lm"),
+        "backend": backend_of(run.configs),
         "seconds": round(evaluation.seconds, 1),
         "windows_kept_from_before": kept,
         "command": command_line(),
-        "environment": versions,
+        "environment": run.versions,
         "results": evaluation.summary(),
     }
     if json_path is not None:

@@ -13,15 +13,15 @@ from functools import partial
 from typing import Any
 
 import mlx.nn as nn
-from mlx_lm.models.cache import QuantizedKVCache
 
 from ..api import CacheFactory
 from ..errors import InputError
 from ..formats import as_format
 from ..kernels.backend import select_backend
-from ..kv_layers import kv_layers, own_caches
+from ..kv_layers import kv_layers
 from ..policy import LayerList, Policy, Uniform, load_policy
 from ..shapes import KVShape, probe_shapes
+from . import peer
 
 REFERENCE = "f16/f16"
 DEFAULT_CONFIGS = (
@@ -52,7 +52,8 @@ class Prepared:
     k_bits, v_bits, bits: bits per value of K, of V and of both; None if the model's shapes
         cannot be learnt.
     layer_bits: the same of K and V in each KV layer.
-    backend: what packs and reads the rows: a back-end's name, or "mlx-lm".
+    backend: what packs and reads the rows: a back-end's name, or "mlx-lm" (and whether its rows
+        are dequantised for attention).
     centred: what the keys are centred by, in words.
     """
 
@@ -63,7 +64,7 @@ class Prepared:
     v_bits: float | None = None
     bits: float | None = None
     layer_bits: list[tuple[float, float]] | None = None
-    backend: str = "mlx-lm"
+    backend: str = peer.OWN
     centred: str = "keys not centred"
 
 
@@ -130,6 +131,7 @@ def prepare(
     name: str | None = None,
     centre: Any = True,
     compress_sliding: bool = False,
+    timed: bool = False,
 ) -> Prepared:
     """Make a configuration ready for a model.
 
@@ -140,12 +142,15 @@ def prepare(
         centre: as `make_prompt_cache` takes it.
         compress_sliding: as `make_prompt_cache` takes it; mlx-lm's own quantised cache has no
             window, and is not concerned.
+        timed: its speed is asked for: mlx-lm's quantised cache has mlx-lm's attention, even on a
+            device that lacks it.
 
     Raises:
         InputError: an unknown name, or one that does not fit the model.
     """
-    if isinstance(config, str) and (peer := _PEER.fullmatch(config.strip().lower())):
-        return _prepare_peer(model, name or config, int(peer[1]), int(peer[2] or _PEER_GROUP))
+    if isinstance(config, str) and (found := _PEER.fullmatch(config.strip().lower())):
+        bits, group = int(found[1]), int(found[2] or _PEER_GROUP)
+        return _prepare_peer(model, name or config, bits, group, timed)
     policy = parse_policy(config) if isinstance(config, str) else config
     factory = CacheFactory(
         model,
@@ -162,9 +167,14 @@ def prepare(
         make_caches=factory,
         layers=[(str(k), str(v)) for k, v in pairs],
         **_bits([(k.bits_per_value, v.bits_per_value) for k, v in pairs], shapes),
-        backend=select_backend(factory.backend).name if packed else "mlx-lm",
+        backend=select_backend(factory.backend).name if packed else peer.OWN,
         centred=factory.centring.summary(),
     )
+
+
+def backend_of(configs: Sequence[Prepared]) -> str:
+    """The back-end of a run: that of its packed caches, or mlx-lm where there are none."""
+    return next((c.backend for c in configs if not c.backend.startswith(peer.OWN)), peer.OWN)
 
 
 def prepare_layers(
@@ -178,7 +188,7 @@ def prepare_layers(
     return prepare(model, LayerList(tuple(pairs), name), backend, name, centre)
 
 
-def _prepare_peer(model: nn.Module, name: str, bits: int, group: int) -> Prepared:
+def _prepare_peer(model: nn.Module, name: str, bits: int, group: int, timed: bool) -> Prepared:
     found = kv_layers(model)
     shapes = kv_shapes(model)
     for shape in shapes or []:
@@ -193,26 +203,14 @@ def _prepare_peer(model: nn.Module, name: str, bits: int, group: int) -> Prepare
     def cost(_head_dim: int, itemsize: int = 2) -> float:
         return bits + 2 * 8 * itemsize / group  # a scale and a bias a group
 
+    dequantized = peer.needs_dequantizing() and not timed
     return Prepared(
         name=name,
-        make_caches=partial(_peer_caches, model, bits, group),
+        make_caches=partial(peer.peer_caches, model, bits, group, dequantized),
         layers=[(label, label)] * len(found.layers),
+        backend=peer.DEQUANTIZED if dequantized else peer.OWN,
         **_bits([(cost, cost)] * len(found.layers), shapes),
     )
-
-
-def _peer_caches(model: nn.Module, bits: int, group: int) -> list[Any]:
-    caches = own_caches(model)
-    for layer in kv_layers(model, caches).layers:
-        packed = QuantizedKVCache(group_size=group, bits=bits)
-        if layer.sub is None:
-            caches[layer.index] = packed
-        else:
-            holder = caches[layer.index]
-            holder.caches = tuple(
-                packed if i == layer.sub else c for i, c in enumerate(holder.caches)
-            )
-    return caches
 
 
 def kv_shapes(model: nn.Module, compress_sliding: bool = False) -> list[KVShape] | None:

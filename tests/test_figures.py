@@ -1,0 +1,54 @@
+"""Pages show what the records say; marks are read as they are meant."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import figures  # noqa: E402
+import readme_figures  # noqa: E402
+
+
+@pytest.fixture
+def known(monkeypatch):
+    """Figures of this test alone."""
+    own = {"size": lambda: "12", "both": lambda: {"low": "1", "high": "2"}}
+    monkeypatch.setattr(figures, "FIGURES", own)
+
+
+@pytest.mark.parametrize("path", readme_figures.pages(), ids=lambda path: path.name)
+def test_pages_show_the_records(path):
+    page = path.read_text(encoding="utf-8")
+    assert figures.drawn(page) == page
+
+
+def test_a_number_within_a_line_and_a_paragraph_of_its_own(known):
+    page = "of <!-- begin: size -->9<!-- end --> or <!-- begin: both.high --><!-- end -->.\n"
+    assert figures.drawn(page) == (
+        "of <!-- begin: size -->12<!-- end --> or <!-- begin: both.high -->2<!-- end -->.\n"
+    )
+    block = "<!-- begin: size -->\n\nold\n\nlines\n\n<!-- end -->\n"
+    assert figures.drawn(block) == "<!-- begin: size -->\n\n12\n\n<!-- end -->\n"
+    assert figures.drawn("no marks\n") == "no marks\n"
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "<!-- begin: size -->12",
+        "12<!-- end -->",
+        "<!-- begin: size --><!-- begin: size -->12<!-- end --><!-- end -->",
+        "<!-- begin: colour -->12<!-- end -->",
+        "<!-- begin: both -->12<!-- end -->",
+        "<!-- begin: both.middle -->12<!-- end -->",
+        "<!-- begin: size.high -->12<!-- end -->",
+    ],
+)
+def test_bad_marks_are_named(page, known):
+    with pytest.raises(ValueError, match=r"without its other|no figure"):
+        figures.drawn(page)

@@ -1,0 +1,50 @@
+"""The table by several processes: the same record as by one."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from characters import loaded
+from tiny_models import tiny_model
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import quality_table  # noqa: E402
+
+from mlx_turbokv.cli import perplexity  # noqa: E402
+from mlx_turbokv.evaluate.configuration import check_name  # noqa: E402
+from mlx_turbokv.evaluate.text import load_text  # noqa: E402
+
+NAMES = ["f16/f16", "q8_0/turbo2", "la-v7"]
+OF_THE_RUN = ("seconds", "windows_kept_from_before")
+
+
+@pytest.mark.parametrize("shares", [2, 3])
+def test_windows_of_several_processes_make_the_record_of_one(shares, tmp_path):
+    model, source = loaded(tiny_model("llama", vocab_size=96)), load_text("sample")
+    alone = perplexity.measure(
+        model, source, NAMES, 64, 5, "reference", str(tmp_path / "alone.json"), None
+    )
+    path = str(tmp_path / "shared.json")
+    ready = perplexity.make_run(model, source, NAMES, 64, 5, "reference")
+    for share in range(shares):
+        journal = quality_table.share_path(path, share)
+        quality_table.measure_share(model, ready, journal, share, shares)
+    assert quality_table.join(ready, path, shares) == 5
+    joined = perplexity.measure(model, source, NAMES, 64, 5, "reference", path, None)
+    assert joined["windows_kept_from_before"] == 5
+    for record in (alone, joined):
+        for key in OF_THE_RUN:
+            del record[key]
+    assert json.dumps(joined) == json.dumps(alone)
+
+
+def test_every_configuration_of_the_table_can_be_read(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert len(set(quality_table.CONFIGS)) == len(quality_table.CONFIGS)
+    for name in quality_table.CONFIGS:
+        check_name(name)
