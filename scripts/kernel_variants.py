@@ -88,7 +88,7 @@ def packed_attention(pair: str, x: Inputs, backend: Backend, how: str = "") -> V
         how: centred, for centred keys; rows, for dequantising first and MLX's own attention.
     """
     _, n_kv_heads, n, dim = x.keys.shape
-    layout, centre = _layout(pair, dim), None
+    layout, centre = layout_of(pair, dim), None
     if how == "centred":
         turning = Turning.of_rope(dim, dim, False, THETA)
         centre = Centre(mx.random.normal((n_kv_heads, dim)), turning, "random")
@@ -146,7 +146,7 @@ def kv_bits_attention(x: Inputs, bits: int) -> Variant:
 
 def pack_chunk(pair: str, x: Inputs, backend: Backend) -> Variant:
     """Packs a prefill's step: reads fp16 rows, writes packed ones."""
-    layout, sets = _layout(pair, x.keys.shape[-1]), copies(x.keys, x.values)
+    layout, sets = layout_of(pair, x.keys.shape[-1]), copies(x.keys, x.values)
 
     def call(i: int, last: None) -> mx.array:
         return backend.pack(*sets[i % len(sets)], layout)
@@ -159,7 +159,7 @@ def pack_chunk(pair: str, x: Inputs, backend: Backend) -> Variant:
 def pack_token(pair: str, x: Inputs, backend: Backend) -> Variant:
     """Appends one token, ``x``, to a tail of N_KEPT rows."""
     _, n_kv_heads, _, dim = x.keys.shape
-    layout = _layout(pair, dim)
+    layout = layout_of(pair, dim)
     before = noise((n_kv_heads, n_kv_heads), dim, N_KEPT)
     kept = backend.pack(before.keys, before.values, layout)
     mx.eval(kept)
@@ -192,15 +192,21 @@ def fp16_append(x: Inputs) -> Variant:
     return Variant(call, start, 2 * (x.keys.nbytes + x.values.nbytes))
 
 
+def rows_of(packed: PackedKV, backend: Backend) -> tuple[mx.array, mx.array]:
+    """Half rows in the rotated basis, all heads at once."""
+    n_kv_heads = packed.body.shape[1]
+    return dequantize.rotated_rows(packed, mx.float16, 0, n_kv_heads, backend.name)
+
+
 def dequantized_rows(pair: str, x: Inputs, backend: Backend) -> Variant:
     """Packed rows to half rows in the rotated basis."""
-    _, n_kv_heads, n, dim = x.keys.shape
-    layout = _layout(pair, dim)
+    n, dim = x.keys.shape[2:]
+    layout = layout_of(pair, dim)
     first = backend.pack(x.keys, x.values, layout)
     views = [PackedKV(layout, body, n, None, 0) for (body,) in copies(first)]
 
     def call(i: int, last: None) -> tuple[mx.array, mx.array]:
-        return dequantize.rotated_rows(views[i % len(views)], mx.float16, 0, n_kv_heads, backend.name)
+        return rows_of(views[i % len(views)], backend)
 
     def check() -> tuple[float, float]:
         one_head = views[0]._replace(body=views[0].body[:, :1])
@@ -211,7 +217,8 @@ def dequantized_rows(pair: str, x: Inputs, backend: Backend) -> Variant:
     return Variant(call, lambda: None, n_bytes, check, chained=False)
 
 
-def _layout(pair: str, dim: int) -> KVLayout:
+def layout_of(pair: str, dim: int) -> KVLayout:
+    """The layout of a pair of formats, of rows of float16."""
     return KVLayout(*(KVFormat.parse(name) for name in pair.split("/")), dim, dim, "float16")
 
 

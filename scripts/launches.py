@@ -52,7 +52,8 @@ def decode_steps(name: str, steps: int) -> None:
 
 def launched(name: str, steps: int) -> Counter:
     """Kernels by name, of a run of its own."""
-    command = ["ncu", "--csv", "--metrics", "gpu__time_duration.sum", sys.executable, __file__]
+    command = ["ncu", "--csv", "--clock-control", "none", "--metrics", "gpu__time_duration.sum"]
+    command += [sys.executable, __file__]
     done = subprocess.run(
         [*command, "--run", name, "--steps", str(steps)], capture_output=True, text=True, check=True
     )
