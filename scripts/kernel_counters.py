@@ -65,7 +65,7 @@ def launch(pair: str, tokens: int) -> None:
 def counted(pair: str, tokens: int) -> list[dict]:
     """One row a kernel."""
     command = ["ncu", "--csv", "--print-units", "base", "--clock-control", "none"]
-    command += ["--kernel-name", "regex:turbokv", "--metrics", ",".join(METRICS.values())]
+    command += ["--kernel-name", "regex:.*turbokv.*", "--metrics", ",".join(METRICS.values())]
     command += [sys.executable, __file__, "--run", pair, "--tokens", str(tokens)]
     done = subprocess.run(command, capture_output=True, text=True)
     lines = done.stdout.splitlines()
