@@ -12,10 +12,10 @@ import pytest
 from click.testing import CliRunner
 from metal_host import HostMetal
 
-from mlx_turbokv import doctor
+from mlx_turbokv import chips, doctor
 from mlx_turbokv.cli.doctor import command
 from mlx_turbokv.cli.entry import run
-from mlx_turbokv.doctor import chips, isolate, sources
+from mlx_turbokv.doctor import isolate, sources
 from mlx_turbokv.doctor.checks import JOBS, run_variant
 from mlx_turbokv.doctor.report import as_markdown
 from mlx_turbokv.doctor.variants import FORMATS, HEAD_DIMS, Variant, variant_set

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ..chips import Chip, published
 from .checks import JOBS, TOLERANCES
-from .chips import Chip, published
 
 GIB = 2**30
 # of a failure's message; a compiler's list of errors is longer than anybody reads
