@@ -108,8 +108,8 @@ def bench() -> dict[str, str]:
         "copy": f"{record['copy_gb_per_s']:,.0f}",
         "rounds": str(record["rounds"]),
         "lengths": table(["tokens", *names], by_length),
-        "build": _span(r["build_us"] for r in own),
-        "build_fp16": _span(r["build_us"] for r in record["rows"] if r["job"] == "decode" and r["variant"] == "fp16"),
+        "build": _range(r["build_us"] for r in own),
+        "build_fp16": _range(r["build_us"] for r in record["rows"] if r["job"] == "decode" and r["variant"] == "fp16"),
         "error": f"{max(errors):.0e}".replace("e-0", "e-") if errors else "–",
         "command": f"`{record['command']}`",
     }
@@ -121,6 +121,7 @@ def bench() -> dict[str, str]:
     found["centred"] = ", ".join(
         f"{r['variant']} {r['us']:.1f} µs" for r in parts.get("centred", []) if r["variant"] != "fp16"
     )
+    found["centred_tokens"] = ", ".join({f"{r['tokens']:,}" for r in parts.get("centred", [])})
     jobs = [r for part in ("pack", "dequantize") for r in parts.get(part, [])]
     found["jobs"] = table(
         ["", "µs", "GB/s", "of copying"],
@@ -137,9 +138,9 @@ def _parts(record: dict) -> list[str]:
     return list(dict.fromkeys(r["part"] for r in record["rows"]))
 
 
-def _span(values) -> str:
+def _range(values, digits: int = 0) -> str:
     values = list(values)
-    return f"{min(values):.0f} to {max(values):.0f}" if values else "–"
+    return f"{min(values):.{digits}f} to {max(values):.{digits}f}" if values else "–"
 
 
 def _shares(rows: list[dict], name) -> str:
@@ -177,6 +178,8 @@ def decode_log() -> dict[str, str]:
 
 
 SIMD_LANES = 32
+DOCTOR_ROWS = 8192 * 8  # tokens and KV heads that doctor times
+H100, H100_GHZ = "NVIDIA H100 80GB HBM3", 1.98  # its highest clock, by NVIDIA
 
 
 def _formula(pair: str, dim: int, gqa_factor: int) -> dict[str, dict[str, float]]:
@@ -238,6 +241,8 @@ def budget() -> dict[str, str]:
             low, high = min(chip.bandwidths) * share[pair], max(chip.bandwidths)
             cells.append(f"{low:.0f} to {high:.0f}")
         chips.append([*cells, chip.source])
+    apple = {name: chip for name, chip in CHIPS.items() if name.startswith("Apple")}
+    large = [chip for name, chip in apple.items() if name.endswith(("Max", "Ultra"))]
     head = ["", "GB/s", "lanes", "instructions a byte"]
     for pair in decode:
         head += [f"{pair}: GHz needed", "`doctor`, GB/s"]
@@ -249,6 +254,10 @@ def budget() -> dict[str, str]:
             kernels,
         ),
         "chips": table([*head, "source"], chips),
+        "apple_rates": _range([_rate(chip) for chip in apple.values()], 1),
+        "h100_rate": f"{_rate(CHIPS[H100]):.1f}",
+        "clock": f"{_rate(CHIPS[H100]) * H100_GHZ / min(map(_rate, apple.values())):.1f}",
+        "doctor_us": _range([DOCTOR_ROWS * n["bytes"] / max(c.bandwidths) / 1e3 for c in large for n in decode.values()], 0),
         "share": ", ".join(f"{pair} {part:.0%}" for pair, part in share.items()),
         "command": f"`{record['command']}`",
     }  # fmt: skip
