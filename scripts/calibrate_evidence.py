@@ -1,15 +1,11 @@
-"""What a calibrated policy is worth on wikitext-2, with the variants of calibrating it.
+"""Calibrate the default model, and try variants of calibrating it on wikitext-2.
 
     python scripts/calibrate_evidence.py FOLDER --held-out wiki.test.raw [--steps NAME,…] [--small]
 
-Steps, each resumed where it was interrupted; without --steps all but the first, in this order:
+Steps, each resumed where it was interrupted; without --steps all of them, in this order:
 
-    smoke      a few configurations on two windows, to see that they run
-    sample     sensitivities on the package's sample, around f16: the policies of BUDGETS
-    table      those policies, Boundary V and the nearest others on 64 windows of 512
-    long       the same on 8 windows of 2,048
-    more       uniform formats, presets and mlx-lm's caches on the same 64 windows
-    long-more  the same on the same 8 windows
+    sample     sensitivities on the package's sample, around f16: the policies of BUDGETS, which are
+               those of benchmarks/policies (scripts/quality_table.py says what they are worth)
     base       sensitivities on the sample around turbo4/turbo4
     own        sensitivities around f16 on 16 windows of text that the model writes itself
     refine     policies of the step `sample`, measured again around themselves
@@ -47,19 +43,7 @@ from mlx_turbokv.models import load  # noqa: E402
 
 BUDGETS = ("la-v7", "5.25", "4.75", "4.25", "3.75", "3.5", "3.25", "3", "2.75")
 VARIANT_BUDGETS = ("la-v7", "4.25", "3.5")
-NEAREST = (
-    "la-v7", "q8_0/turbo2", "turbo6/turbo5", "turbo4/turbo4", "turbo4/turbo3", "mlx-kv4:64",
-    "mlx-kv3:64",
-)  # fmt: skip
-OTHERS = (
-    "la-v7", "q8_0/q8_0", "q8_0/turbo4", "q8_0/turbo3", "turbo6/turbo6", "turbo5/turbo5",
-    "turbo5/turbo4", "turbo3/turbo3", "turbo3/turbo2", "turbo2/turbo2", "la-v5", "la-v6",
-    "mode-10", "mlx-kv8:64", "mlx-kv8:32", "mlx-kv4:32", "mlx-kv3:32", "mlx-kv2:64", "mlx-kv2:32",
-)  # fmt: skip
-STEPS = (
-    "smoke", "sample", "table", "long", "more", "long-more", "base", "own", "refine", "variants",
-)  # fmt: skip
-METHODS = {"long-more": "long_more", "variants": "variant_table"}
+STEPS = ("sample", "base", "own", "refine", "variants")
 
 
 class Steps:
@@ -72,16 +56,16 @@ class Steps:
         # Policies are called by their path in the folder.
         given.folder.mkdir(parents=True, exist_ok=True)
         os.chdir(given.folder)
-        self.n_windows, self.n_long, self.n_own = (1, 1, 1) if self.small else (64, 8, 16)
+        self.n_windows, self.n_own = (1, 1) if self.small else (64, 16)
         self.budgets = ("la-v7",) if self.small else BUDGETS
-        self.variants = ("la-v7",) if self.small else VARIANT_BUDGETS
+        self.variant_budgets = ("la-v7",) if self.small else VARIANT_BUDGETS
 
     def calibrate(self, name: str, source: TextSource, chunks: int | None, **changes) -> None:
         folder = Path(name)
         folder.mkdir(exist_ok=True)
         options = {
             "ctx_size": 64 if self.small else 512, "chunks": 1 if self.small else chunks,
-            "held_out_chunks": None, "budgets": self.variants, "base": "f16/f16", "refine": 0,
+            "held_out_chunks": None, "budgets": self.variant_budgets, "base": "f16/f16", "refine": 0,
             "formats": ("q8_0", "turbo2") if self.small else FORMATS, "compare": (),
             "batch_size": self.batch, "backend": self.backend,
             "keys": False, "no_centre": False, "resume": None, **changes,
@@ -105,31 +89,9 @@ class Steps:
             shutil.copy("sample/measurements.jsonl", "refine/measurements.jsonl")
         self.calibrate("refine", load_text("sample"), None, refine=1)
 
-    def smoke(self) -> None:
-        self.measure("smoke", ["f16/f16", *NEAREST[:5]], 512, 1 if self.small else 2)
-
-    def table(self) -> None:
-        self.measure("table", self.nearest(), 512, self.n_windows)
-
-    def long(self) -> None:
-        self.measure("long", self.nearest(), 2048, self.n_long)
-
-    def more(self) -> None:
-        self.measure("more", self.others(), 512, self.n_windows)
-
-    def long_more(self) -> None:
-        self.measure("long-more", self.others(), 2048, self.n_long)
-
-    def variant_table(self) -> None:
-        names = self.policies(("sample", "base", "own", "refine"), self.variants)
+    def variants(self) -> None:
+        names = self.policies(("sample", "base", "own", "refine"), self.variant_budgets)
         self.measure("variants", ["f16/f16", "la-v7", *names], 512, self.n_windows)
-
-    def nearest(self) -> list[str]:
-        others = NEAREST[:1] if self.small else NEAREST
-        return ["f16/f16", *others, *self.policies(("sample",), self.budgets)]
-
-    def others(self) -> list[str]:
-        return ["f16/f16", *(OTHERS[:2] if self.small else OTHERS)]
 
     @staticmethod
     def policies(steps: tuple[str, ...], budgets: tuple[str, ...]) -> list[str]:
@@ -174,7 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--held-out", required=True)
-    parser.add_argument("--steps", default=",".join(STEPS[1:]))
+    parser.add_argument("--steps", default=",".join(STEPS))
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--backend", default="reference")
     parser.add_argument("--batch-size", type=int)
@@ -188,7 +150,7 @@ def main() -> None:
     for name in names:
         started = time.perf_counter()
         try:
-            getattr(steps, METHODS.get(name, name))()
+            getattr(steps, name)()
         except Exception:  # the other steps may still work
             traceback.print_exc()
             failed = True

@@ -133,6 +133,7 @@ def command(
         loaded, source, names, ctx_size, chunks, backend, json_path, None
     )
     record |= {"seconds": round(time.perf_counter() - started, 1), "processes": processes}
+    del record["windows_kept_from_before"]
     write_json(json_path, record)
     for i in range(processes):
         share_path(json_path, i).unlink(missing_ok=True)

@@ -139,7 +139,7 @@ def measure(
     Args:
         about: what the record says of the model: ``model``, ``weights`` and ``weight_bytes``.
     """
-    from ..evaluate.configuration import backend_of, prepare
+    from ..evaluate.configuration import prepare
     from ..evaluate.speed import measure_point
 
     configs = [prepare(model, name, backend, centre=centre, timed=True) for name in names]
@@ -207,6 +207,7 @@ def _model(options: dict[str, Any]) -> tuple[Any, dict, int]:
 
 
 def _record(about: dict, names: list[str], configs: list, settings: Any, seed: int) -> dict:
+    from ..evaluate.configuration import backend_of
     from ..evaluate.record import checkout_commit, command_line, environment
 
     return {

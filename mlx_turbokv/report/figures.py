@@ -44,8 +44,7 @@ def divergence_figure(results: list[dict]) -> Figure:
     ax.set_xlabel("bits per value, K and V together")
     ax.set_ylabel("KLD, nats")
     ax.margins(x=0.14, y=0.12)
-    figure.draw_without_rendering()  # the axes must have their place before names get theirs
-    _label(ax, points, [r["config"] for r in rows])
+    label_points(ax, points, [r["config"] for r in rows])
     return figure
 
 
@@ -57,13 +56,20 @@ _PLACES = (
 _LETTER, _LINE = 5.2, 10.0  # size of a letter and of a line at 8 points
 
 
-def _label(ax, points: list[tuple[float, float]], names: list[str]) -> None:
-    """Names beside their points, each where it covers no other; far ones get a thin line."""
+def label_points(ax, points: list[tuple[float, float]], names: list[str]) -> None:
+    """Names beside their points, each where it covers no other; far ones get a thin line.
+
+    Args:
+        names: one a point, empty for a point that is only kept clear.
+    """
+    ax.figure.draw_without_rendering()  # the axes must have their place before names get theirs
     scale = 72 / ax.figure.dpi
     at = [tuple(scale * c for c in ax.transData.transform(point)) for point in points]
     inside = tuple(scale * c for c in ax.bbox.extents)
     taken = [(x - 6, y - 11, x + 6, y + 11) for x, y in at]  # a name under a dot is that dot's
     for point, (x, y), name in sorted(zip(points, at, names), key=lambda entry: entry[1]):
+        if not name:
+            continue
         width = _LETTER * len(name)
 
         def box(place: tuple[int, int], x: float = x, y: float = y, width: float = width) -> tuple:

@@ -7,91 +7,189 @@ from mlx_turbokv.evaluate.statistics import ratio
 from mlx_turbokv.evaluate.table import as_markdown, footnotes, heading
 from mlx_turbokv.report import summary
 from paper_tables import difference_cell
+from quality_table import POLICIES
 
 from . import figure, read, table
 
 
-@figure
-def perplexity() -> str:
-    """Perplexity and divergence, with the command that made them."""
-    record = read("perplexity")
-    parts = [heading(record).replace("\n", "; ") + ".", as_markdown(record["results"])]
-    return "\n\n".join([*parts, footnotes(record), f"`{record['command']}`"])
-
-
-@figure
-def calibrated() -> str:
-    """Calibrated policies beside uniform formats, Boundary V and mlx-lm's caches."""
-    record = read("calibrate")
-    found = {r["config"]: r for r in record["results"]}
-    boundary = found["la-v7"]
-    policies = [r for name, r in found.items() if name.startswith("sample/")]
-    ratios = {n: ratio(r["kld_by_window"], boundary["kld_by_window"]) for n, r in found.items()}
-    shown = policies + [found[name] for name in BESIDE_CALIBRATED]
-    rows = [
-        [_policy_name(r["config"]), f"{r['bits_per_value']:.3f}", f"{r['k_bits_per_value']:.2f}",
-         f"{r['v_bits_per_value']:.2f}", f"{r['kld']['mean']:.5f} ± {r['kld']['se']:.5f}",
-         f"{100 * r['same_top']['mean']:.1f} %", _ratio_text(ratios[r["config"]])]
-        for r in sorted(shown, key=lambda r: -r["bits_per_value"])
-    ]  # fmt: skip
-    at_its_bits = next(r for r in policies if r["config"].endswith("bits-la-v7.json"))
-    enough = [r for r in policies if ratios[r["config"]]["interval"][1] <= 1]
-    least = min(enough, key=lambda r: r["bits_per_value"])
-    summary = (
-        f"At the bits of `la-v7` ({boundary['bits_per_value']:.3f} per value), the calibrated "
-        f"policy has {_ratio_text(ratios[at_its_bits['config']])} times its KLD. The smallest "
-        f"budget here that does not exceed its KLD, with the whole interval, is "
-        f"{least['bits_per_value']:.3f} bits: "
-        f"{least['bits_per_value'] / boundary['bits_per_value']:.2f} of its bits."
-    )
-    checked = read("calibration")["policies"]
-    factors = [at["measured_over_predicted"]["mean"] for at in checked]
-    most = max(checked, key=lambda at: at["measured_over_predicted"]["mean"])
-    summary += (
-        f" On the calibration windows the whole assignments measured {min(factors):.2f} to "
-        f"{max(factors):.2f} times what was predicted, the most at {most['bits_per_value']:.3f} bits."
-    )
-    uniform = {r["bits_per_value"]: r for r in record["results"] if r["config"] in EQUAL_BITS}
-    beside = [
-        r["kld"]["mean"] / uniform[r["bits_per_value"]]["kld"]["mean"]
-        for r in policies if r["bits_per_value"] in uniform
-    ]  # fmt: skip
-    summary += (
-        " Much of the gain is the balance between K and V, which one pair of formats in every layer "
-        f"can strike too: `turbo6/turbo5` has {_ratio_text(ratios['turbo6/turbo5'])} times the KLD "
-        f"of `la-v7`. At equal bits, calibrated policies have {min(beside):.2f} to "
-        f"{max(beside):.2f} times the KLD of one pair in every layer."
-    )
-    long = read("calibrate_long")
-    by_name = {r["config"]: r["kld_by_window"] for r in long["results"]}
-    at_length = ratio(by_name["sample/bits-la-v7.json"], by_name["la-v7"])
-    summary += (
-        f" Over {long['n_windows']} windows of {long['n_ctx']:,} tokens "
-        f"({long['environment']['device']}) the first of these ratios is "
-        f"{_ratio_text(at_length)}."
-    )
-    few = {r["windows"]: max(r["mean_excess"]) for r in read("calibration_windows")["rows"]}
-    summary += (
-        f" Few windows are enough: on the windows left out, policies from one window are predicted "
-        f"to cost at most {few[1]:.1%} more than the best ones, from four {few[4]:.1%}."
-    )
-    about = heading(record).replace("\n", "; ") + ". In brackets: 95 % interval, paired bootstrap."
-    header = ["K/V", "bits/value", "K bits", "V bits", "KLD", "same top", "KLD / `la-v7`'s"]
-    return "\n\n".join([summary, about, table(header, rows), f"`{record['command']}`"])
-
-
+SHOWN = (
+    "f16/f16", "q8_0/q8_0", "q8_0/turbo4", "q8_0/turbo3", "q8_0/turbo2", "la-v5", "la-v6", "la-v7",
+    "mode-10", "turbo6/turbo5", "turbo5/turbo4", "turbo4/turbo4", "turbo4/turbo3", "turbo3/turbo3",
+    "mlx-kv8:64", "mlx-kv4:64", "mlx-kv3:64",
+)  # fmt: skip
 BESIDE_CALIBRATED = (
     "q8_0/q8_0", "la-v7", "mode-10", "q8_0/turbo3", "q8_0/turbo2", "turbo6/turbo5",
     "turbo5/turbo5", "turbo5/turbo4", "turbo4/turbo4", "turbo4/turbo3", "turbo3/turbo3",
+    "mlx-kv4:64", "mlx-kv3:64",
 )  # fmt: skip
 EQUAL_BITS = (
     "turbo5/turbo5", "turbo5/turbo4", "turbo4/turbo4", "turbo4/turbo3", "turbo3/turbo3",
     "turbo3/turbo2",
 )  # fmt: skip
+SHORT, LONG, BOUNDARY = "quality", "quality_long", "la-v7"
+
+
+@figure
+def perplexity() -> str:
+    """Perplexity and divergence of a few configurations, with the command that made them."""
+    record = read(SHORT)
+    found = _by_config(record)
+    parts = [_heading(record), as_markdown([found[name] for name in SHOWN])]
+    return "\n\n".join([*parts, footnotes(record), f"`{record['command']}`"])
+
+
+@figure
+def all_pairs() -> dict[str, str]:
+    """Every configuration, at both contexts."""
+    return {"short": _whole_table(read(SHORT)), "long": _whole_table(read(LONG))}
+
+
+def _whole_table(record: dict) -> str:
+    results = record["results"]
+    boundary = _by_config(record)[BOUNDARY]["kld_by_window"]
+    front = summary.front_of(results[1:])
+    rows = []
+    for r in sorted(results[1:], key=lambda r: (-r["bits_per_value"], r["kld"]["mean"])):
+        name = _policy_name(r["config"]) + (" ●" if r["config"] in front else "")
+        rows.append([
+            name, f"{r['bits_per_value']:.3f}", f"{r['k_bits_per_value']:.2f}",
+            f"{r['v_bits_per_value']:.2f}", _with_interval(r["delta_nll"], "+.4f"),
+            _with_interval(r["kld"], ".5f"), f"{r['kld']['p99.9']:.3f}",
+            f"{100 * r['same_top']['mean']:.1f} %",
+            _ratio_text(ratio(r["kld_by_window"], boundary)),
+        ])  # fmt: skip
+    header = ["K/V", "bits/value", "K bits", "V bits", "Δnll", "KLD", "KLD 99.9 %", "same top"]
+    about = (
+        f"{_heading(record)} f16/f16 has a perplexity of {results[0]['ppl']['ppl']:.3f}. In "
+        "brackets: 95 % intervals, bootstrap over windows; the ratios are paired. ● Nothing here "
+        "has both fewer bits and a smaller KLD."
+    )
+    whole = table([*header, f"KLD / `{BOUNDARY}`'s"], rows)
+    return "\n\n".join([about, whole, f"`{record['command']}`"])
+
+
+@figure
+def against_boundary() -> dict[str, str]:
+    """Two pairs of formats beside Boundary V: bits and ratio of the KLD."""
+    found = _by_config(read(SHORT))
+    texts = {}
+    for key, name in (("more", "turbo6/turbo5"), ("less", "turbo4/turbo3")):
+        texts[f"{key}_ratio"] = f"{_ratio(found, name)['mean']:.3f}"
+        texts[f"{key}_bits"] = f"{found[name]['bits_per_value']:.2f}"
+    return texts | {"bits": f"{found[BOUNDARY]['bits_per_value']:.2f}"}
+
+
+@figure
+def peers() -> str:
+    """A pair of formats beside mlx-lm's cache of about as many bits."""
+    found = _by_config(read(SHORT))
+    ours, theirs = found["turbo4/turbo4"], found["mlx-kv4:64"]
+    return (
+        f"`turbo4/turbo4`, at {ours['bits_per_value']:.2f} bits, has "
+        f"{_ratio_text(ratio(ours['kld_by_window'], theirs['kld_by_window']))} times the KLD of "
+        f"mlx-lm's `kv_bits=4`, at {theirs['bits_per_value']:.2f} (its scales in half precision)."
+    )
+
+
+@figure
+def on_cpu() -> dict[str, str]:
+    """The same windows on a CPU, where mlx-lm's rows go through its own attention."""
+    found = _by_config(read(SHORT))
+    record = read("calibrate_64")
+    ratios = {}
+    for row in record["results"][1:]:
+        name = row["config"].replace("calibrated/", f"{POLICIES}/")
+        if name in found:
+            ratios[name] = row["kld"]["mean"] / found[name]["kld"]["mean"]
+    return {
+        "device": record["environment"]["device"],
+        "windows": str(record["n_windows"]),
+        "configs": ", ".join(map(_policy_name, ratios)),
+        "ratios": f"{min(ratios.values()):.3f} to {max(ratios.values()):.3f}",
+    }
+
+
+@figure
+def calibrated() -> str:
+    """Calibrated policies beside uniform formats, Boundary V and mlx-lm's caches."""
+    record = read(SHORT)
+    found = _by_config(record)
+    policies = [r for name, r in found.items() if name.endswith(".json")]
+    shown = policies + [found[name] for name in BESIDE_CALIBRATED]
+    rows = [
+        [_policy_name(r["config"]), f"{r['bits_per_value']:.3f}", f"{r['k_bits_per_value']:.2f}",
+         f"{r['v_bits_per_value']:.2f}", f"{r['kld']['mean']:.5f} ± {r['kld']['se']:.5f}",
+         f"{100 * r['same_top']['mean']:.1f} %", _ratio_text(_ratio(found, r["config"]))]
+        for r in sorted(shown, key=lambda r: -r["bits_per_value"])
+    ]  # fmt: skip
+    about = f"{_heading(record)} In brackets: 95 % interval, paired bootstrap over windows."
+    header = ["K/V", "bits/value", "K bits", "V bits", "KLD", "same top", f"KLD / `{BOUNDARY}`'s"]
+    text = " ".join([_worth(record), _worth(read(LONG)), _equal_bits(found), _calibration_notes()])
+    return "\n\n".join([text, about, table(header, rows)])
+
+
+def _worth(record: dict) -> str:
+    """What a calibrated policy saves at Boundary V's bits, and at its divergence."""
+    found = _by_config(record)
+    bits = found[BOUNDARY]["bits_per_value"]
+    policies = {name: r["bits_per_value"] for name, r in found.items() if name.endswith(".json")}
+    same_bits = next(name for name in policies if name.endswith(f"bits-{BOUNDARY}.json"))
+    enough = [name for name in policies if _ratio(found, name)["interval"][1] <= 1]
+    least = min(enough, key=policies.get)
+    return (
+        f"Over {record['n_windows']} windows of {record['n_ctx']:,} tokens, the calibrated policy "
+        f"for the bits of `{BOUNDARY}` ({bits:.3f} per value) has "
+        f"{_ratio_text(_ratio(found, same_bits))} times its KLD, and the smallest budget whose KLD "
+        f"is below it with the whole interval, {_ratio_text(_ratio(found, least))} times, is "
+        f"{policies[least]:.2f} bits: {policies[least] / bits:.2f} of its bits."
+    )
+
+
+def _equal_bits(found: dict[str, dict]) -> str:
+    """Calibrated policies beside one pair of formats in every layer."""
+    uniform = {found[name]["bits_per_value"]: found[name] for name in EQUAL_BITS}
+    beside = [
+        r["kld"]["mean"] / uniform[r["bits_per_value"]]["kld"]["mean"]
+        for name, r in found.items()
+        if name.endswith(".json") and r["bits_per_value"] in uniform
+    ]
+    return (
+        "Much of the gain is the balance between K and V, which one pair of formats in every layer "
+        f"can strike too: `turbo6/turbo5` has {_ratio_text(_ratio(found, 'turbo6/turbo5'))} times "
+        f"the KLD of `{BOUNDARY}`. At equal bits, calibrated policies have {min(beside):.2f} to "
+        f"{max(beside):.2f} times the KLD of one pair in every layer."
+    )
+
+
+def _calibration_notes() -> str:
+    """How well the sum of the costs predicts the whole, and how many windows it takes."""
+    checked = read("calibration")["policies"]
+    factors = [at["measured_over_predicted"]["mean"] for at in checked]
+    most = max(checked, key=lambda at: at["measured_over_predicted"]["mean"])
+    few = {r["windows"]: max(r["mean_excess"]) for r in read("calibration_windows")["rows"]}
+    return (
+        f"On the calibration windows the whole assignments measured {min(factors):.2f} to "
+        f"{max(factors):.2f} times what was predicted, the most at {most['bits_per_value']:.2f} "
+        "bits. Few windows are enough: on the windows left out, policies from one window are "
+        f"predicted to cost at most {few[1]:.1%} more than the best ones, from four {few[4]:.1%}."
+    )
+
+
+def _by_config(record: dict) -> dict[str, dict]:
+    return {r["config"]: r for r in record["results"]}
+
+
+def _ratio(found: dict[str, dict], name: str) -> dict:
+    """KLD over Boundary V's, paired over windows."""
+    return ratio(found[name]["kld_by_window"], found[BOUNDARY]["kld_by_window"])
+
+
+def _heading(record: dict) -> str:
+    return heading(record).replace("\n", "; ") + "."
 
 
 def _policy_name(config: str) -> str:
-    """sample/bits-3.5.json is a policy calibrated for 3.5 bits."""
+    """…/bits-3.5.json is a policy calibrated for 3.5 bits."""
     if not config.endswith(".json"):
         return config
     budget = config.split("/")[-1].removeprefix("bits-").removesuffix(".json")
@@ -101,6 +199,11 @@ def _policy_name(config: str) -> str:
 def _ratio_text(found: dict) -> str:
     low, high = found["interval"]
     return f"{found['mean']:.3f} ({low:.3f} to {high:.3f})"
+
+
+def _with_interval(found: dict, spec: str) -> str:
+    low, high = found["interval"]
+    return f"{found['mean']:{spec}} ({low:{spec}} to {high:{spec}})"
 
 
 @figure
