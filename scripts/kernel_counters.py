@@ -10,21 +10,18 @@ and reads it back. Counts are of whole launches; `tokens` times `n_kv_heads` row
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ncu import profiled, short_name  # noqa: E402
 from record import record  # noqa: E402
 
 PAIRS = ("q8_0/turbo2", "turbo4/turbo3")
 N_TOKENS = 131072
 HEADS, HEAD_DIM = (32, 8), 128
-KERNELS = ("pack", "decode_partial", "decode_merge", "dequantize")
 # name in the record: ncu's metric
 METRICS = {
     "warp_instructions": "smsp__inst_executed.sum",
@@ -64,19 +61,11 @@ def launch(pair: str, tokens: int) -> None:
 
 def counted(pair: str, tokens: int) -> list[dict]:
     """One row a kernel."""
-    command = ["ncu", "--csv", "--print-units", "base", "--clock-control", "none"]
-    command += ["--kernel-name", "regex:.*turbokv.*", "--metrics", ",".join(METRICS.values())]
-    command += [sys.executable, __file__, "--run", pair, "--tokens", str(tokens)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    lines = done.stdout.splitlines()
-    first = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
-    if done.returncode or first is None:
-        sys.exit(f"ncu failed for {pair}: {(done.stdout + done.stderr)[-2000:]}")
+    script = [__file__, "--run", pair, "--tokens", str(tokens)]
     names = {metric: name for name, metric in METRICS.items()}
     found: dict[str, dict] = {}
-    for row in csv.DictReader(io.StringIO("\n".join(lines[first:]))):
-        kernel = next(k for k in KERNELS if f"turbokv_{k}" in row["Kernel Name"])
-        value = row["Metric Value"].replace(",", "")
+    for row in profiled(list(METRICS.values()), script, only="turbokv"):
+        kernel, value = short_name(row["Kernel Name"]), row["Metric Value"].replace(",", "")
         if row["Metric Name"] in names and value not in ("", "n/a"):
             entry = found.setdefault(kernel, {"pair": pair, "kernel": kernel})
             entry[names[row["Metric Name"]]] = float(value)
@@ -95,8 +84,9 @@ def main() -> int:
         return 0
     rows = []
     for pair in args.pairs.split(","):
-        rows += counted(pair, args.tokens)
-        print(*rows[-len(KERNELS) :], sep="\n", flush=True)
+        found = counted(pair, args.tokens)
+        print(*found, sep="\n", flush=True)
+        rows += found
     report = record(tokens=args.tokens, heads=HEADS, head_dim=HEAD_DIM, metrics=METRICS, rows=rows)
     if args.out:
         args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

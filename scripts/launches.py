@@ -10,17 +10,14 @@ difference: what is launched once drops out.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
-import re
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ncu import profiled, short_name  # noqa: E402
 from record import record  # noqa: E402
 
 CACHES = ("f16", "q8_0/turbo2", "turbo4/turbo3")
@@ -53,21 +50,9 @@ def decode_steps(name: str, steps: int) -> None:
 
 def launched(name: str, steps: int) -> Counter:
     """Kernels by name, of a run of its own."""
-    command = ["ncu", "--csv", "--clock-control", "none", "--metrics", "gpu__time_duration.sum"]
-    command += [sys.executable, __file__]
-    done = subprocess.run(
-        [*command, "--run", name, "--steps", str(steps)], capture_output=True, text=True, check=True
-    )
-    lines = done.stdout.splitlines()
-    first = next(i for i, line in enumerate(lines) if line.startswith('"ID"'))
-    rows = csv.DictReader(io.StringIO("\n".join(lines[first:])))
+    script = [__file__, "--run", name, "--steps", str(steps)]
+    rows = profiled(["gpu__time_duration.sum"], script)
     return Counter(short_name(row["Kernel Name"]) for row in rows)
-
-
-def short_name(kernel: str) -> str:
-    """This project's kernels by their own names, others without arguments and templates."""
-    own = re.search(r"turbokv_(pack|decode_partial|decode_merge|dequantize)", kernel)
-    return own[1] if own else re.split(r"[(<]", kernel)[0].removeprefix("void ")
 
 
 def main() -> int:
