@@ -76,7 +76,7 @@ def _doctor_said(rows: list[dict]) -> str:
     for row in rows:
         verdict = "passes" if row["passed"] else f"fails with status {row['exit']}"
         if row["changed"] is None:
-            parts.append(f"doctor {verdict}")
+            parts.append(verdict)
         else:
             parts.append(f"with {row['changed'].replace(':', ',')}, it {verdict} and names {', '.join(row['named'])}")
     return "; ".join(parts)
@@ -134,6 +134,19 @@ def bench() -> dict[str, str]:
     return found
 
 
+@figure
+def kv_bits() -> dict[str, str]:
+    """mlx-lm's quantised attention beside this package's and fp16's, in a run of its own."""
+    record = read("bench_kv_bits")
+    rows = record["rows"]
+    names = list(dict.fromkeys(r["variant"] for r in rows))
+    lines = [
+        [f"{n:,}", *_variants([r for r in rows if r["tokens"] == n], "us")]
+        for n in sorted({r["tokens"] for r in rows})
+    ]
+    return {"lengths": table(["tokens", *names], lines), "command": f"`{record['command']}`"}
+
+
 def _parts(record: dict) -> list[str]:
     return list(dict.fromkeys(r["part"] for r in record["rows"]))
 
@@ -178,6 +191,7 @@ def decode_log() -> dict[str, str]:
 
 
 SIMD_LANES = 32
+PER_TOKEN = (("bytes", 0), ("operations", 0), ("lanes", 0), ("a_byte", 1))
 DOCTOR_ROWS = 8192 * 8  # tokens and KV heads that doctor times
 H100, H100_GHZ = "NVIDIA H100 80GB HBM3", 1.98  # its highest clock, by NVIDIA
 
@@ -203,10 +217,10 @@ def _needs(record: dict) -> list[dict]:
     found = []
     for row in record["rows"]:
         least = _formula(row["pair"], dim, heads[0] // heads[1]).get(row["kernel"])
-        if least is not None:
-            per_token = SIMD_LANES / (record["tokens"] * heads[1])
-            lanes = row["warp_instructions"] * per_token
-            found.append({**row, **least, "lanes": lanes, "a_byte": lanes / least["bytes"]})
+        if least is not None:  # merge reads results of splits, not tokens
+            lanes = row["warp_instructions"] * SIMD_LANES / (record["tokens"] * heads[1])
+            row = {**row, **least, "lanes": lanes, "a_byte": lanes / least["bytes"]}
+        found.append(row)
     return found
 
 
@@ -221,9 +235,9 @@ def budget() -> dict[str, str]:
     record = read("kernel_counters")
     needs = _needs(record)
     kernels = [
-        [f"{n['kernel']}, {n['pair']}", f"{n['bytes']:.0f}", f"{n['operations']:.0f}",
-         f"{n['lanes']:.0f}", f"{n['a_byte']:.1f}", f"{n['registers']:.0f}",
-         f"{n['shared_bytes'] / 1024:.1f} KiB", f"{n['threads']:.0f}"]
+        [f"{n['kernel']}, {n['pair']}",
+         *(f"{n[key]:.{digits}f}" if key in n else "–" for key, digits in PER_TOKEN),
+         f"{n['registers']:.0f}", f"{n['shared_bytes'] / 1024:.1f} KiB", f"{n['threads']:.0f}"]
         for n in needs
     ]  # fmt: skip
     decode = {n["pair"]: n for n in needs if n["kernel"] == "decode_partial"}
@@ -232,8 +246,10 @@ def budget() -> dict[str, str]:
         for row in read("bench_kernels")["rows"]
         if row["part"] == "lengths" and row["tokens"] == record["tokens"] and row["variant"] in decode
     }
+    apple = {name: chip for name, chip in CHIPS.items() if name.startswith("Apple")}
+    large = [chip for name, chip in apple.items() if name.endswith(("Max", "Ultra"))]
     chips = []
-    for name, chip in CHIPS.items():
+    for name, chip in {**apple, H100: CHIPS[H100]}.items():
         widths = " or ".join(f"{b:g}" for b in chip.bandwidths)
         cells = [name, widths, f"{chip.cores * LANES_A_CORE:,}", f"{_rate(chip):.1f}"]
         for pair, need in decode.items():
@@ -241,8 +257,6 @@ def budget() -> dict[str, str]:
             low, high = min(chip.bandwidths) * share[pair], max(chip.bandwidths)
             cells.append(f"{low:.0f} to {high:.0f}")
         chips.append([*cells, chip.source])
-    apple = {name: chip for name, chip in CHIPS.items() if name.startswith("Apple")}
-    large = [chip for name, chip in apple.items() if name.endswith(("Max", "Ultra"))]
     head = ["", "GB/s", "lanes", "instructions a byte"]
     for pair in decode:
         head += [f"{pair}: GHz needed", "`doctor`, GB/s"]
