@@ -78,7 +78,7 @@ def join(ready: perplexity.Run, json_path: str, shares: int) -> int:
     return len(found)
 
 
-def run_shares(shares: int, json_path: str) -> bool:
+def run_shares(shares: int) -> bool:
     """Run one process a share with this command's arguments; True if all went well.
 
     Each has a folder for the kernels that it compiles, since MLX's processes cannot share one; it
@@ -118,7 +118,7 @@ def command(
     started = time.perf_counter()
     names = list(configs or CONFIGS)
     source = load_text(text)
-    if share is None and processes > 1 and not run_shares(processes, json_path):
+    if share is None and processes > 1 and not run_shares(processes):
         raise InputError("A process failed; what is finished is kept: run the command again.")
     loaded = load(
         model, adapter_path=adapter_path, trust_remote_code=trust_remote_code, **load_dtype(dtype)

@@ -94,6 +94,12 @@ def test_the_page_needs_nothing_beside_it(folder):
     assert {r[1:] for r in found.refers if r.startswith("#")} <= set(found.ids)
 
 
+def test_what_scrolls_sideways_can_be_reached_by_keyboard(folder):
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    boxes = re.findall(r'<div class="(?:scroll|plot)"[^>]*>', html)
+    assert len(boxes) > 8 and all('tabindex="0"' in box for box in boxes)
+
+
 def test_every_part_is_on_the_page_and_in_a_file(folder):
     html = (folder / "report.html").read_text(encoding="utf-8")
     for part in ("summary", "quality", "needle", "memory", "speed", "origins"):

@@ -170,7 +170,7 @@ def _table(header: list[str], rows: list[list[str]], marked: set[str] = frozense
         kind = ' class="front"' if row[0] in marked else ""
         lines.append(f'<tr{kind}><th scope="row">{escape(row[0])}</th>{cells}</tr>')
     return (
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
 
@@ -181,6 +181,6 @@ def _notes(text: str) -> str:
 
 def _figure(figure, title: str, caption: str) -> str:
     return (
-        f'<figure><div class="plot">{plots.as_svg(figure, title)}</div>'
+        f'<figure><div class="plot" tabindex="0">{plots.as_svg(figure, title)}</div>'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
