@@ -90,6 +90,9 @@ def _variants(rows: list[dict], measure: str) -> list[str]:
     ]
 
 
+NOT_IN_RUN = "Not measured in this run."
+
+
 @figure
 def bench() -> dict[str, str]:
     """The kernels' times: attention by length, by pair and by shape; packing and reading back."""
@@ -118,12 +121,9 @@ def bench() -> dict[str, str]:
         parts.get("shapes", []),
         lambda r: f"({r['heads'][0]}, {r['heads'][1]}), D = {r['head_dim']}: {r['variant']}",
     )
-    found["centred"] = ", ".join(
-        f"{r['variant']} {r['us']:.1f} µs" for r in parts.get("centred", []) if r["variant"] != "fp16"
-    )
-    found["centred_tokens"] = ", ".join({f"{r['tokens']:,}" for r in parts.get("centred", [])})
+    found["centred"] = _centred(parts.get("centred", []))
     jobs = [r for part in ("pack", "dequantize") for r in parts.get(part, [])]
-    found["jobs"] = table(
+    found["jobs"] = NOT_IN_RUN if not jobs else table(
         ["", "µs", "GB/s", "of copying"],
         [
             [f"{r['job']}, {r['tokens']:,} tokens: {r['variant']}", f"{r['us']:.1f}",
@@ -147,6 +147,16 @@ def kv_bits() -> dict[str, str]:
     return {"lengths": table(["tokens", *names], lines), "command": f"`{record['command']}`"}
 
 
+def _centred(rows: list[dict]) -> str:
+    """What anchors cost: each centred variant beside the same pair without them."""
+    us = {r["variant"]: r["us"] for r in rows}
+    found = [
+        f"{name} {us[name]:.1f} µs against {us[name.removesuffix(' centred')]:.1f}"
+        for name in us if name.endswith(" centred")
+    ]  # fmt: skip
+    return f"{', '.join(found)} at {rows[0]['tokens']:,} tokens" if found else "not measured in this run"
+
+
 def _parts(record: dict) -> list[str]:
     return list(dict.fromkeys(r["part"] for r in record["rows"]))
 
@@ -158,6 +168,8 @@ def _range(values, digits: int = 0) -> str:
 
 def _shares(rows: list[dict], name) -> str:
     """Time, ratio to fp16 and share of the copy bandwidth, one line a variant."""
+    if not rows:
+        return NOT_IN_RUN
     lines = [
         [name(r), f"{r['us']:.1f} ({r['low_us']:.1f} to {r['high_us']:.1f})",
          f"{r['fp16_over_this']:.2f}×", f"{r['gb_per_s']:,.0f}", f"{r['share_of_copy']:.0%}"]
@@ -191,9 +203,11 @@ def decode_log() -> dict[str, str]:
 
 
 SIMD_LANES = 32
-PER_TOKEN = (("bytes", 0), ("operations", 0), ("lanes", 0), ("a_byte", 1))
+PER_TOKEN = ("bytes", "operations", "lanes", "halves")
+M1_GHZ = 1.278  # metal-benchmarks; the slowest clock known
+LAYERS, KV_HEADS = 32, 8  # Llama-3.1-8B's
 DOCTOR_ROWS = 8192 * 8  # tokens and KV heads that doctor times
-H100, H100_GHZ = "NVIDIA H100 80GB HBM3", 1.98  # its highest clock, by NVIDIA
+H100 = "NVIDIA H100 80GB HBM3"
 
 
 def _formula(pair: str, dim: int, gqa_factor: int) -> dict[str, dict[str, float]]:
@@ -212,14 +226,19 @@ def _formula(pair: str, dim: int, gqa_factor: int) -> dict[str, dict[str, float]
 
 
 def _needs(record: dict) -> list[dict]:
-    """Of each kernel and pair: bytes, least operations and instructions of a token and KV head."""
+    """Of each kernel and pair: bytes, least operations and instructions of a token and KV head.
+
+    ``lanes`` counts instructions of one lane, ``halves`` those among them that work on two halves.
+    """
     heads, dim = record["heads"], record["head_dim"]
     found = []
     for row in record["rows"]:
         least = _formula(row["pair"], dim, heads[0] // heads[1]).get(row["kernel"])
         if least is not None:  # merge reads results of splits, not tokens
-            lanes = row["warp_instructions"] * SIMD_LANES / (record["tokens"] * heads[1])
-            row = {**row, **least, "lanes": lanes, "a_byte": lanes / least["bytes"]}
+            rows = record["tokens"] * heads[1]
+            lanes = row["warp_instructions"] * SIMD_LANES / rows
+            halves = row["float16_operations"] / rows
+            row = {**row, **least, "lanes": lanes, "halves": halves}
         found.append(row)
     return found
 
@@ -236,7 +255,7 @@ def budget() -> dict[str, str]:
     needs = _needs(record)
     kernels = [
         [f"{n['kernel']}, {n['pair']}",
-         *(f"{n[key]:.{digits}f}" if key in n else "–" for key, digits in PER_TOKEN),
+         *(f"{n[key]:,.0f}" if key in n else "–" for key in PER_TOKEN),
          f"{n['registers']:.0f}", f"{n['shared_bytes'] / 1024:.1f} KiB", f"{n['threads']:.0f}"]
         for n in needs
     ]  # fmt: skip
@@ -253,9 +272,10 @@ def budget() -> dict[str, str]:
         widths = " or ".join(f"{b:g}" for b in chip.bandwidths)
         cells = [name, widths, f"{chip.cores * LANES_A_CORE:,}", f"{_rate(chip):.1f}"]
         for pair, need in decode.items():
-            cells.append(f"{need['a_byte'] / _rate(chip):.2f}")
-            low, high = min(chip.bandwidths) * share[pair], max(chip.bandwidths)
-            cells.append(f"{low:.0f} to {high:.0f}")
+            executed = need["lanes"] + need["halves"] * name.startswith("Apple")
+            ghz = executed / need["bytes"] / _rate(chip)
+            low = min(chip.bandwidths) * share[pair] * min(1, M1_GHZ / ghz)
+            cells += [f"{ghz:.2f}", f"{low:.0f} to {max(chip.bandwidths):g}"]
         chips.append([*cells, chip.source])
     head = ["", "GB/s", "lanes", "instructions a byte"]
     for pair in decode:
@@ -263,15 +283,17 @@ def budget() -> dict[str, str]:
     return {
         "about": f"{record['device']}, mlx {record['mlx']}, {record['date']}, commit {record['commit']}",
         "kernels": table(
-            ["", "bytes", "operations at least", "instructions", "a byte", "registers",
+            ["", "bytes", "operations at least", "instructions", "on pairs of halves", "registers",
              "threadgroup memory", "threads"],
             kernels,
         ),
         "chips": table([*head, "source"], chips),
-        "apple_rates": _range([_rate(chip) for chip in apple.values()], 1),
-        "h100_rate": f"{_rate(CHIPS[H100]):.1f}",
-        "clock": f"{_rate(CHIPS[H100]) * H100_GHZ / min(map(_rate, apple.values())):.1f}",
         "doctor_us": _range([DOCTOR_ROWS * n["bytes"] / max(c.bandwidths) / 1e3 for c in large for n in decode.values()], 0),
+        "m1_packs": _range(
+            M1_GHZ * 1e6 * CHIPS["Apple M1"].cores * LANES_A_CORE
+            / ((n["lanes"] + n["halves"]) * LAYERS * KV_HEADS)
+            for n in needs if n["kernel"] == "pack"
+        ),
         "share": ", ".join(f"{pair} {part:.0%}" for pair, part in share.items()),
         "command": f"`{record['command']}`",
     }  # fmt: skip
