@@ -272,9 +272,11 @@ def budget() -> dict[str, str]:
         widths = " or ".join(f"{b:g}" for b in chip.bandwidths)
         cells = [name, widths, f"{chip.cores * LANES_A_CORE:,}", f"{_rate(chip):.1f}"]
         for pair, need in decode.items():
-            executed = need["lanes"] + need["halves"] * name.startswith("Apple")
+            executed = need["lanes"] + (need["halves"] if name in apple else 0)
             ghz = executed / need["bytes"] / _rate(chip)
-            low = min(chip.bandwidths) * share[pair] * min(1, M1_GHZ / ghz)
+            low = min(chip.bandwidths) * share[pair]
+            if name in apple:
+                low *= min(1, M1_GHZ / ghz)
             cells += [f"{ghz:.2f}", f"{low:.0f} to {max(chip.bandwidths):g}"]
         chips.append([*cells, chip.source])
     head = ["", "GB/s", "lanes", "instructions a byte"]
