@@ -10,16 +10,14 @@ difference: what is launched once drops out.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ncu import profiled, short_name  # noqa: E402
 from record import record  # noqa: E402
 
 CACHES = ("f16", "q8_0/turbo2", "turbo4/turbo3")
@@ -52,14 +50,9 @@ def decode_steps(name: str, steps: int) -> None:
 
 def launched(name: str, steps: int) -> Counter:
     """Kernels by name, of a run of its own."""
-    command = ["ncu", "--csv", "--metrics", "gpu__time_duration.sum", sys.executable, __file__]
-    done = subprocess.run(
-        [*command, "--run", name, "--steps", str(steps)], capture_output=True, text=True, check=True
-    )
-    lines = done.stdout.splitlines()
-    first = next(i for i, line in enumerate(lines) if line.startswith('"ID"'))
-    rows = csv.DictReader(io.StringIO("\n".join(lines[first:])))
-    return Counter(row["Kernel Name"].split("(")[0] for row in rows)
+    script = [__file__, "--run", name, "--steps", str(steps)]
+    rows = profiled(["gpu__time_duration.sum"], script)
+    return Counter(short_name(row["Kernel Name"]) for row in rows)
 
 
 def main() -> int:

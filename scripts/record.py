@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
 from datetime import date
 from pathlib import Path
 
-from mlx_turbokv.evaluate.record import command_line, environment
+from mlx_turbokv.evaluate.record import checkout_commit, command_line, environment
 
 ROOT = Path(__file__).resolve().parents[1]
+# in a tree that `git archive` made, the commit
+ARCHIVED = "$Format:%h$"
 
 
 def commit() -> str | None:
-    """The commit of this checkout, with a plus where files differ from it."""
-    def git(*args: str) -> str:
-        command = ["git", "-C", str(ROOT), *args]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    """The commit of this checkout, with a plus where files differ from it, or of this archive."""
+    return checkout_commit() or (None if ARCHIVED.startswith("$") else ARCHIVED)
 
 
 def record(**results) -> dict:

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 from metal_host import HostMetal
 
-from mlx_turbokv import doctor
+from mlx_turbokv import chips, doctor
 from mlx_turbokv.cli.doctor import command
 from mlx_turbokv.cli.entry import run
 from mlx_turbokv.doctor import isolate, sources
@@ -311,3 +311,31 @@ def test_apple_facts_and_compiler_errors_are_reported() -> None:
     assert "usable (generation 17, macOS 26.2)" in report
     assert "**pack**, turbo4/turbo3 head_dim 64 float16" in report
     assert "error 10" in report and "error 11" not in report
+
+
+def test_times_stand_beside_what_published_bandwidth_allows() -> None:
+    record = doctor.examine(backend="reference", times=False, chosen=[SMALL])
+    record["device"] = "Apple M4 Max"
+    jobs = ("pack", "decode", "dequantize", "fp16")
+    times = {f"{job}_{unit}": 100.0 for job in jobs for unit in ("us", "gb_s")}
+    record["variants"][0]["times"] = {
+        **times, "shape": [8192, 8, 32], "packed_bytes": 11_141_120, "decode_speedup": 2.0,
+    }  # fmt: skip
+    report = as_markdown(record)
+    assert "| published memory bandwidth | 410 or 546 GB/s |" in report
+    assert "| decode | at 410 or 546 GB/s | × fp16 |" in report
+    # 11.14 MB at 410 and at 546 GB/s
+    assert "| 100 µs, 100 GB/s | 27 or 20 µs | 2.00 |" in report
+    record["device"] = "some card"
+    assert "published" not in as_markdown(record)
+
+
+def test_published_bandwidths_grow_from_chip_to_chip() -> None:
+    for generation in range(1, 6):
+        names = [f"Apple M{generation}{size}" for size in ("", " Pro", " Max", " Ultra")]
+        found = [chips.published(name) for name in names if name in chips.CHIPS]
+        assert len(found) >= 3
+        widths = [bandwidth for chip in found for bandwidth in chip.bandwidths]
+        assert widths == sorted(widths) and 60 < widths[0] < widths[-1] < 1000
+        assert [chip.cores for chip in found] == sorted(chip.cores for chip in found)
+    assert chips.published("Apple M1 Mega") is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..chips import Chip, published
 from .checks import JOBS, TOLERANCES
 
 GIB = 2**30
@@ -33,6 +34,8 @@ def _facts(record: dict) -> list[tuple[str, str]]:
         rows.append(("memory", f"{memory / GIB:.1f} GiB"))
     if working_set := info.get("max_recommended_working_set_size"):
         rows.append(("recommended working set", f"{working_set / GIB:.1f} GiB"))
+    if chip := published(record["device"]):
+        rows.append(("published memory bandwidth", f"{_bandwidths(chip)} GB/s"))
     if record["neural_accelerators"] is not None:
         usable, why = record["neural_accelerators"]
         rows.append(("neural accelerators", f"{'usable' if usable else 'no'} ({why})"))
@@ -102,7 +105,10 @@ def _times(record: dict) -> list[str]:
         f"#### Times: {n} tokens, {n_kv_heads} KV heads, {n_heads} query heads (median; GB/s of "
         "what is read and written; × is MLX's fp16 attention over decode)"
     )
-    head = ("variant", "pack", "decode", "× fp16", "dequantize", "fp16 attention")
+    head = ["variant", "pack", "decode", "× fp16", "dequantize", "fp16 attention"]
+    chip = published(record["device"])
+    if chip is not None:
+        head.insert(3, f"at {_bandwidths(chip)} GB/s")
     rows = []
     for variant in timed:
         t = variant["times"]
@@ -111,9 +117,26 @@ def _times(record: dict) -> list[str]:
             return f"{t[f'{job}_us']:.0f} µs, {t[f'{job}_gb_s']:.3g} GB/s"
 
         speedup = f"{t['decode_speedup']:.2f}"
-        cells = cell("pack"), cell("decode"), speedup, cell("dequantize"), cell("fp16")
-        rows.append((variant["variant"], *cells))
-    return [title, _table(head, rows)]
+        cells = [variant["variant"], cell("pack"), cell("decode"), speedup, cell("dequantize"), cell("fp16")]
+        if chip is not None:
+            cells.insert(3, f"{_least_us(t['packed_bytes'], chip)} µs")
+        rows.append(tuple(cells))
+    parts = [title, _table(tuple(head), rows)]
+    if chip is not None:
+        parts.append(
+            "Decode cannot take less than its packed bytes take at the published bandwidth, the "
+            "column after it, unless a cache holds them. docs/kernels.md says what to expect."
+        )
+    return parts
+
+
+def _bandwidths(chip: Chip) -> str:
+    return " or ".join(f"{bandwidth:g}" for bandwidth in chip.bandwidths)
+
+
+def _least_us(n_bytes: int, chip: Chip) -> str:
+    """Microseconds in which the chip's memory delivers so many bytes."""
+    return " or ".join(f"{n_bytes / bandwidth / 1e3:.0f}" for bandwidth in chip.bandwidths)
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

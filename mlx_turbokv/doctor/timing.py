@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import cycle
 
 import mlx.core as mx
 
@@ -15,6 +16,8 @@ from .variants import Variant
 # tokens, KV heads, query heads
 GPU_SHAPE = (8192, 8, 32)
 CPU_SHAPE = (512, 2, 8)
+# copies of what is read take turns, so that no cache holds them all
+ROTATED_BYTES = 128 * 2**20
 
 
 def shape_for(backend: str) -> tuple[int, int, int]:
@@ -43,10 +46,11 @@ def time_variant(variant: Variant, backend: Backend) -> dict:
     tiles = backend.pack(keys, values, layout, **options)
     mx.eval(tiles)
     packed = PackedKV(layout, tiles, n, None, 0, options.get("centre"))
+    turns = cycle([packed._replace(body=body) for (body,) in _copies(calls, tiles)])
     scale = dims[0] ** -0.5
     pack = timed(lambda: backend.pack(keys, values, layout, **options), calls, rounds)
-    decode = timed(lambda: backend.attention(queries, packed, scale), calls, rounds)
-    rows = timed(lambda: backend.dequantize(packed, mx.float16), calls, rounds)
+    decode = timed(lambda: backend.attention(queries, next(turns), scale), calls, rounds)
+    rows = timed(lambda: backend.dequantize(next(turns), mx.float16), calls, rounds)
     fp16 = _fp16_attention(dims, (n, n_kv_heads, n_heads), calls, rounds)
     row_bytes = n_kv_heads * n * sum(dims) * 2
     read = keys.nbytes + values.nbytes
@@ -73,8 +77,18 @@ def _fp16_attention(
     keys, values = (_noise((1, n_kv_heads, n, dim), mx.float16) for dim in dims)
     queries = _noise((1, n_heads, 1, dims[0]), mx.float16)
     scale = dims[0] ** -0.5
+    turns = cycle(_copies(calls, keys, values))
     attention = mx.fast.scaled_dot_product_attention
-    return timed(lambda: attention(queries, keys, values, scale=scale), calls, rounds)
+    return timed(lambda: attention(queries, *next(turns), scale=scale), calls, rounds)
+
+
+def _copies(most: int, *arrays: mx.array) -> list[list[mx.array]]:
+    """As many copies of the arrays as ROTATED_BYTES hold, one at least."""
+    n_bytes = sum(array.nbytes for array in arrays)
+    n = max(1, min(most, ROTATED_BYTES // n_bytes))
+    sets = [[array + mx.array(0, array.dtype) for array in arrays] for _ in range(n)]
+    mx.eval(sets)
+    return sets
 
 
 def _noise(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:

@@ -1,19 +1,198 @@
-"""Figures of the kernels: how they were checked on a GPU."""
+"""Figures of the kernels: how they were checked and measured on a GPU."""
 
 from __future__ import annotations
 
-from . import figure, read
+from . import figure, read, table
 
 
 @figure
 def gpu() -> dict[str, str]:
     """What ran on an NVIDIA GPU, against float64 and against the reference back-end."""
     record = read("gpu_check")
-    pairs = record["model"]["pairs"]
-    alike = max(p["largest_difference"] for p in pairs)
+    kernels, pairs = record["kernels"], record["model"]["pairs"]
+    texts = [text for pair in pairs for text in pair["greedy"]]
+    gaps = [abs(text["gap"]) for text in texts if text["gap"] is not None]
+    ratios = [row["decode_ratio"] for row in kernels["rows"] if row.get("decode_ratio")]
     return {
-        "cases": str(len(record["kernels"])),
+        "device": f"{record['device']}, mlx {record['mlx']}",
+        "cases": str(kernels["cases"]),
+        "cases_said": _cases_said(kernels),
+        "decode_ratio": f"{max(ratios):.2f}",
+        "sanitizer": _sanitizer_said(record["sanitizer"], kernels["cases"] + len(kernels["not_run"])),
         "windows": str(len(pairs[0]["nll_by_window"]["first"])),
-        "alike": f"{alike:.0e}".replace("e-0", "e-"),
+        "alike": f"{max(p['largest_difference'] for p in pairs):.0e}".replace("e-0", "e-"),
         "own": f"{max(p['largest_difference_free'] for p in pairs):.3f}",
+        "texts": _texts_said(len(texts), gaps, texts[0]["n_tokens"]),
+        "launches": _launches_said(record["launches"]["rows"]),
+        "doctor": _doctor_said(record["doctor"]),
+    }
+
+
+def _cases_said(kernels: dict) -> str:
+    """How many cases ran and which disagreed."""
+    failed = [row for row in kernels["rows"] if row["failures"]]
+    n = kernels["cases"] + len(kernels["not_run"])
+    ran = f"all {n} cases" if not kernels["not_run"] else f"{kernels['cases']} of {n} cases"
+    if not failed:
+        return f"{ran} agree with float64"
+    names = "; ".join(f"`{row['case']}`: {', '.join(row['failures'])}" for row in failed)
+    return f"of {ran} against float64, {len(failed)} did not agree ({names})"
+
+
+def _sanitizer_said(tools: list[dict], n: int) -> str:
+    """What compute-sanitizer was run on and what it reported."""
+    parts = []
+    for tool in tools:
+        found = "; ".join(tool["failures"]) or "nothing"
+        ran = f"all {n}" if not tool["not_run"] else f"{tool['cases']} of {n}"
+        parts.append(f"{tool['tool']} on {ran} cases reports {found}")
+    return ", ".join(parts)
+
+
+def _texts_said(n: int, gaps: list[float], n_tokens: int) -> str:
+    """How greedy texts of the two back-ends part."""
+    same = n - len(gaps)
+    if not gaps:
+        return f"all {n} greedy texts of {n_tokens} tokens are the same"
+    return (
+        f"of {n} greedy texts of {n_tokens} tokens {same} are the same, the others part where two "
+        f"tokens are at most {max(gaps):.3f} nats apart"
+    )
+
+
+def _launches_said(rows: list[dict]) -> str:
+    """Kernels that a layer's cache and attention launch in a decode step."""
+    return ", ".join(f"{row['cache']} {row['launches']:g}" for row in rows)
+
+
+def _doctor_said(rows: list[dict]) -> str:
+    """What doctor said of a whole tree and of changed ones."""
+    parts = []
+    for row in rows:
+        verdict = "passes" if row["passed"] else f"fails with status {row['exit']}"
+        if row["changed"] is None:
+            parts.append(verdict)
+        else:
+            parts.append(f"with {row['changed'].replace(':', ',')}, it {verdict} and names {', '.join(row['named'])}")
+    return "; ".join(parts)
+
+
+def _variants(rows: list[dict], measure: str) -> list[str]:
+    """Cells of one row a variant: µs and the ratio to fp16."""
+    return [
+        f"{row[measure]:.1f}" + (f" ({row['fp16_over_this']:.2f}×)" if row["variant"] != "fp16" else "")
+        for row in rows
+    ]
+
+
+NOT_IN_RUN = "Not measured in this run."
+
+
+@figure
+def bench() -> dict[str, str]:
+    """The kernels' times: attention by length, by pair and by shape; packing and reading back."""
+    record = read("bench_kernels")
+    parts = {part: [r for r in record["rows"] if r["part"] == part] for part in _parts(record)}
+    lengths = parts["lengths"]
+    names = list(dict.fromkeys(r["variant"] for r in lengths))
+    by_length = [
+        [f"{n:,}", *_variants([r for r in lengths if r["tokens"] == n], "us")]
+        for n in sorted({r["tokens"] for r in lengths})
+    ]
+    own = [r for r in record["rows"] if r["job"] == "decode" and "/" in r["variant"] and "rows" not in r["variant"]]
+    errors = [r["error"] for r in record["rows"] if "error" in r]
+    found = {
+        "about": f"{record['device']}, mlx {record['mlx']}, {record['date']}, commit {record['commit']}",
+        "copy": f"{record['copy_gb_per_s']:,.0f}",
+        "rounds": str(record["rounds"]),
+        "lengths": table(["tokens", *names], by_length),
+        "build": span(r["build_us"] for r in own),
+        "build_fp16": span(r["build_us"] for r in record["rows"] if r["job"] == "decode" and r["variant"] == "fp16"),
+        "error": f"{max(errors):.0e}".replace("e-0", "e-") if errors else "–",
+        "command": f"`{record['command']}`",
+    }
+    found["pairs"] = _shares(parts.get("pairs", []), lambda r: r["variant"])
+    found["shapes"] = _shares(
+        parts.get("shapes", []),
+        lambda r: f"({r['heads'][0]}, {r['heads'][1]}), D = {r['head_dim']}: {r['variant']}",
+    )
+    found["centred"] = _centred(parts.get("centred", []))
+    jobs = [r for part in ("pack", "dequantize") for r in parts.get(part, [])]
+    found["jobs"] = NOT_IN_RUN if not jobs else table(
+        ["", "µs", "GB/s", "of copying"],
+        [
+            [f"{r['job']}, {r['tokens']:,} tokens: {r['variant']}", f"{r['us']:.1f}",
+             f"{r['gb_per_s']:,.0f}", f"{r['share_of_copy']:.0%}"]
+            for r in jobs
+        ],
+    )  # fmt: skip
+    return found
+
+
+@figure
+def kv_bits() -> dict[str, str]:
+    """mlx-lm's quantised attention beside this package's and fp16's, in a run of its own."""
+    record = read("bench_kv_bits")
+    rows = record["rows"]
+    names = list(dict.fromkeys(r["variant"] for r in rows))
+    lines = [
+        [f"{n:,}", *_variants([r for r in rows if r["tokens"] == n], "us")]
+        for n in sorted({r["tokens"] for r in rows})
+    ]
+    return {"lengths": table(["tokens", *names], lines), "command": f"`{record['command']}`"}
+
+
+def _centred(rows: list[dict]) -> str:
+    """What anchors cost: each centred variant beside the same pair without them."""
+    us = {r["variant"]: r["us"] for r in rows}
+    found = [
+        f"{name} {us[name]:.1f} µs against {us[name.removesuffix(' centred')]:.1f}"
+        for name in us if name.endswith(" centred")
+    ]  # fmt: skip
+    return f"{', '.join(found)} at {rows[0]['tokens']:,} tokens" if found else "not measured in this run"
+
+
+def _parts(record: dict) -> list[str]:
+    return list(dict.fromkeys(r["part"] for r in record["rows"]))
+
+
+def span(values, digits: int = 0) -> str:
+    """The least and the most of some numbers."""
+    values = list(values)
+    return f"{min(values):.{digits}f} to {max(values):.{digits}f}" if values else "–"
+
+
+def _shares(rows: list[dict], name) -> str:
+    """Time, ratio to fp16 and share of the copy bandwidth, one line a variant."""
+    if not rows:
+        return NOT_IN_RUN
+    lines = [
+        [name(r), f"{r['us']:.1f} ({r['low_us']:.1f} to {r['high_us']:.1f})",
+         f"{r['fp16_over_this']:.2f}×", f"{r['gb_per_s']:,.0f}", f"{r['share_of_copy']:.0%}"]
+        for r in rows
+    ]  # fmt: skip
+    return table(["K/V", "µs (range)", "against fp16", "GB/s", "of copying"], lines)
+
+
+@figure
+def decode_log() -> dict[str, str]:
+    """Steps of tuning decode: what was expected, what came, what was learned."""
+    record = read("decode_log")
+    pairs = list(dict.fromkeys(pair for step in record["steps"] for pair in step["us"]))
+
+    def cell(step: dict, pair: str) -> str:
+        if pair not in step["us"]:
+            return ""
+        ratio = step.get("fp16_over_this", {}).get(pair)
+        return f"{step['us'][pair]:g}" + (f" ({ratio:.2f}×)" if ratio else "")
+
+    steps = [
+        [step["change"], step["expected"], *(cell(step, pair) for pair in pairs), step.get("note", "")]
+        for step in record["steps"]
+    ]
+    counters = {name: f"{value:g}" for name, value in record["counters"].items()}
+    return {
+        "about": f"{record['what']}. {record['device']}, mlx {record['mlx']}. {record['note']}",
+        "steps": table(["change", "expected", *pairs, ""], steps),
+        **counters,
     }

@@ -1,0 +1,188 @@
+#!/usr/bin/env python3
+"""Puts what a machine's checks wrote together as one record, and says what failed or is missing.
+
+    python scripts/gpu_check_record.py FOLDER --out benchmarks/gpu_check.json
+
+In the folder are records and, beside each, its process's exit status (.rc) and output (.log):
+
+    cases*.json       gpu_check.py --shard i/n: kernels against float64
+    memcheck*.json    the same under compute-sanitizer, racecheck*.json too
+    model.json        gpu_check.py --no-kernels --windows n
+    doctor*.json      doctor --json; of a tree with a changed kernel also `FILE.metal: what` (.txt)
+    launches.json     launches.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+import mlx_turbokv  # noqa: E402, F401, I001: before mlx.core
+from kernel_cases import ALL_CASES  # noqa: E402
+
+from mlx_turbokv.doctor.sources import ENTRIES  # noqa: E402
+from mlx_turbokv.evaluate.record import command_line  # noqa: E402
+
+ABOUT = ("commit", "mlx_turbokv", "mlx", "mlx_lm", "python", "system", "device", "backend")
+CASE_NAMES = frozenset(str(case) for case in ALL_CASES)
+TOOLS = ("memcheck", "racecheck")
+# what a sanitizer says last of a process in which it found nothing
+CLEAN = {
+    "memcheck": re.compile(r"ERROR SUMMARY: 0 errors"),
+    "racecheck": re.compile(r"RACECHECK SUMMARY: 0 hazards displayed \(0 errors, 0 warnings\)"),
+}
+SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: .*")
+
+
+class Part:
+    """One process: its record, exit status and output."""
+
+    def __init__(self, path: Path) -> None:
+        self.name = path.stem
+        self.record = json.loads(path.read_text(encoding="utf-8"))
+        status = path.with_suffix(".rc")
+        self.status = int(status.read_text()) if status.is_file() else None
+        log = path.with_suffix(".log")
+        self.log = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+        changed = path.with_suffix(".txt")
+        self.changed = changed.read_text(encoding="utf-8").strip() if changed.is_file() else None
+
+
+def parts(folder: Path, pattern: str) -> list[Part]:
+    """The processes whose records match a pattern."""
+    return [Part(path) for path in sorted(folder.glob(pattern))]
+
+
+def about(found: list[Part]) -> dict:
+    """What all processes say alike of versions and device.
+
+    Raises: ValueError where two differ.
+    """
+    same: dict = {}
+    for part in found:
+        for key in ABOUT:
+            value = part.record.get(key)
+            if value is not None and same.setdefault(key, value) != value:
+                raise ValueError(f"{part.name} has {key} {value}, another part {same[key]}")
+    return same
+
+
+def shards(found: list[Part]) -> dict:
+    """The cases that some processes ran, which they left out, and their failures.
+
+    A case that this checkout does not have is a failure: the records are of other kernels' cases.
+    """
+    rows = [row for part in found for row in part.record["kernels"]]
+    ran = [row["case"] for row in rows]
+    failures = [failure for part in found for failure in part.record["failures"]]
+    failures += [f"{case}: no case of this checkout" for case in ran if case not in CASE_NAMES]
+    command = re.sub(r"--shard \d+/", "--shard i/", found[0].record["command"]) if found else None
+    return {
+        "command": command and re.sub(r" --out \S+", "", command),
+        "processes": len(found),
+        "cases": len(set(ran)),
+        "not_run": sorted(CASE_NAMES - set(ran)),
+        "failures": failures,
+        "rows": sorted(rows, key=lambda row: row["case"]),
+    }
+
+
+def sanitized(tool: str, found: list[Part]) -> dict:
+    """What a sanitizer said of the processes; cases count where it found nothing alone."""
+    clean = [part for part in found if CLEAN[tool].search(part.log)]
+    result = shards(clean)
+    del result["rows"]
+    result["command"] = result["command"] and f"compute-sanitizer --tool {tool} python {result['command']}"
+    said = [(part.name, (SUMMARY.findall(part.log) or ["no summary"])[-1]) for part in found]
+    result["failures"] += [f"{name}: {line}" for name, line in said if not CLEAN[tool].search(line)]
+    return {"tool": tool, **result}
+
+
+def doctors(found: list[Part]) -> list[dict]:
+    """Verdict, exit status and the kernels named, of a whole tree and of changed ones."""
+    return [
+        {
+            "command": re.sub(r" --json \S+", "", part.record["command"]),
+            "changed": part.changed,
+            "exit": part.status,
+            "passed": part.record["passed"],
+            "variants": len(part.record["variants"]),
+            "named": sorted({k for f in part.record["failures"] for k in f["kernels"]}),
+            "messages": sorted({f["message"].splitlines()[0] for f in part.record["failures"]})[:3],
+        }
+        for part in found
+    ]
+
+
+def wrong_doctors(rows: list[dict]) -> list[str]:
+    """A whole tree must pass, a changed one fail with status 1 and name the changed file's kernel."""
+    failures = []
+    for row in rows:
+        if row["changed"] is None:
+            good = row["passed"] and row["exit"] == 0
+        else:
+            kernel = ENTRIES[row["changed"].split(":")[0]]
+            good = not row["passed"] and row["exit"] == 1 and kernel in row["named"]
+        if not good:
+            failures.append(f"doctor, {row['changed'] or 'nothing changed'}: {row}")
+    return failures
+
+
+def gather(folder: Path) -> tuple[dict, list[str]]:
+    """The record of a folder, and what failed or is missing."""
+    cases, models = parts(folder, "cases*.json"), parts(folder, "model.json")
+    under = {tool: parts(folder, f"{tool}*.json") for tool in TOOLS}
+    launches, checked = parts(folder, "launches.json"), parts(folder, "doctor*.json")
+    everything = [*cases, *models, *launches, *checked, *(p for found in under.values() for p in found)]
+    dates = sorted({part.record["date"] for part in everything if "date" in part.record})
+    report: dict = {"command": command_line(), "date": dates[-1] if dates else None}
+    report |= {**about(everything), "kernels": shards(cases)}
+    report["sanitizer"] = [sanitized(tool, found) for tool, found in under.items()]
+    report["doctor"] = doctors(checked)
+    failures = [f for part in (report["kernels"], *report["sanitizer"]) for f in part["failures"]]
+    failures += wrong_doctors(report["doctor"])
+    for part in (report["kernels"], *report["sanitizer"]):
+        if part["not_run"]:
+            failures.append(f"{part.get('tool', 'kernels')}: {len(part['not_run'])} cases not run")
+    for name, found, keys in (
+        ("model", models, ("command", "model")),
+        ("launches", launches, ("command", "tokens", "shape", "n_heads", "rows", "most_added")),
+    ):
+        if not found:
+            failures.append(f"{name}: not run")
+            continue
+        kept = {key: found[0].record[key] for key in keys}
+        report[name] = {"command": kept["command"], **kept["model"]} if name == "model" else kept
+        failures += found[0].record.get("failures", [])
+    if not any(row["changed"] for row in report["doctor"]) or all(row["changed"] for row in report["doctor"]):
+        failures.append("doctor: not run on a whole tree and on a changed one")
+    return report, failures
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--out", type=Path, default=None)
+    args = parser.parse_args()
+    try:
+        report, failures = gather(args.folder)
+    except ValueError as error:
+        sys.exit(f"{args.folder}: {error}.")
+    report["failures"] = failures
+    if args.out:
+        args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    for failure in failures:
+        print("FAILED", failure, file=sys.stderr)
+    counts = [f"{report['kernels']['cases']} cases", *(f"{s['tool']} {s['cases']}" for s in report["sanitizer"])]
+    print(f"{', '.join(counts)} of {len(ALL_CASES)}; {len(failures)} failures or gaps")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,257 @@
+"""What bench_kernels.py times: attention, packing and reading back, over rotating buffers.
+
+A variant is called with the number of the call and what the last call gave, so that calls follow
+one another as the layers of a model do. Each reads other buffers than the last, so that nothing is
+found in a cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_turbokv.centre import Centre, Turning
+from mlx_turbokv.formats import KVFormat
+from mlx_turbokv.kernels import dequantize, reference
+from mlx_turbokv.kernels.backend import Backend
+from mlx_turbokv.kernels.packed import PackedKV
+from mlx_turbokv.layout import KVLayout
+
+ROTATED_BYTES = 120 * 2**20  # more than twice the largest cache of a card
+MOST_COPIES = 32
+THETA = 1e6
+N_KEPT = 16  # rows of a tail that one token is appended to
+# decode's relative error against float64 over the same rows, beside that of an fp16 attention
+ERROR_RATIO, ERROR_FLOOR = 2.0, 1e-3
+# packed rows, and rows read back to half, against the reference's
+PACK_ERROR, ROWS_ERROR = 1e-3, 1e-3
+KV_BITS_ERROR = 1e-2
+
+
+class Inputs(NamedTuple):
+    """Rows of one shape, and one query.
+
+    Shapes:
+        keys, values: [1, n_kv_heads, n, head_dim]; queries: [1, n_heads, 1, head_dim]; float16.
+    """
+
+    keys: mx.array
+    values: mx.array
+    queries: mx.array
+
+
+@dataclass
+class Variant:
+    """A call to time.
+
+    Args:
+        call: number of the call and last result to the next result.
+        start: what the first call gets for a last result, made anew each time.
+        n_bytes: what one call must read and write in device memory.
+        check: the call's relative error, and what is accepted; None where nothing is compared.
+        chained: whether a call needs the last one's result.
+    """
+
+    call: Callable
+    start: Callable
+    n_bytes: int
+    check: Callable[[], tuple[float, float]] | None = None
+    chained: bool = True
+
+
+def noise(heads: tuple[int, int], dim: int, n: int) -> Inputs:
+    """Normal noise, the same every time."""
+    mx.random.seed(0)
+    shapes = (heads[1], n), (heads[1], n), (heads[0], 1)
+    rows = [mx.random.normal((1, *shape, dim)).astype(mx.float16) for shape in shapes]
+    mx.eval(rows)
+    return Inputs(*rows)
+
+
+def copies(*arrays: mx.array) -> list[list[mx.array]]:
+    """As many copies of the arrays as it takes to outgrow the caches."""
+    n_bytes = sum(array.nbytes for array in arrays)
+    n = max(2, min(MOST_COPIES, -(-ROTATED_BYTES // n_bytes)))
+    sets = [[array + mx.array(0, array.dtype) for array in arrays] for _ in range(n)]
+    mx.eval(sets)
+    return sets
+
+
+def packed_attention(pair: str, x: Inputs, backend: Backend, how: str = "") -> Variant:
+    """Attention over packed rows.
+
+    Args:
+        how: centred, for centred keys; rows, for dequantising first and MLX's own attention.
+    """
+    _, n_kv_heads, n, dim = x.keys.shape
+    layout, centre = layout_of(pair, dim), None
+    if how == "centred":
+        turning = Turning.of_rope(dim, dim, False, THETA)
+        centre = Centre(mx.random.normal((n_kv_heads, dim)), turning, "random")
+    first = backend.pack(x.keys, x.values, layout, **({"centre": centre} if centre else {}))
+    views = [PackedKV(layout, body, n, None, 0, centre) for (body,) in copies(first)]
+    scale = dim**-0.5
+
+    def call(i: int, queries: mx.array) -> mx.array:
+        view = views[i % len(views)]
+        if how == "rows":
+            return dequantize._through_rows(queries, view, scale, None, None, backend.name)
+        return backend.attention(queries, view, scale)
+
+    def check() -> tuple[float, float]:
+        rows = reference.dequantize(views[0]._replace(body=views[0].body[:, :1]), mx.float32)
+        return _attention_error(call(0, x.queries), x.queries, *rows, _gqa_factor(x))
+
+    return Variant(call, lambda: x.queries, first.nbytes, check)
+
+
+def fp16_attention(x: Inputs) -> Variant:
+    """MLX's fused attention over fp16 rows."""
+    sets, scale = copies(x.keys, x.values), x.keys.shape[-1] ** -0.5
+
+    def call(i: int, queries: mx.array) -> mx.array:
+        keys, values = sets[i % len(sets)]
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale)
+
+    return Variant(call, lambda: x.queries, x.keys.nbytes + x.values.nbytes)
+
+
+def kv_bits_attention(x: Inputs, bits: int) -> Variant:
+    """mlx-lm's attention over its quantised cache, groups of 64."""
+    from mlx_lm.models.base import quantized_scaled_dot_product_attention
+
+    quantized = [mx.quantize(rows, group_size=64, bits=bits) for rows in (x.keys, x.values)]
+    parts = [part for side in quantized for part in side]
+    sets, scale = copies(*parts), x.keys.shape[-1] ** -0.5
+
+    def call(i: int, queries: mx.array) -> mx.array:
+        held = sets[i % len(sets)]
+        own = mx.stop_gradient(queries)  # the function scales its argument in place
+        return quantized_scaled_dot_product_attention(
+            own, held[:3], held[3:], scale=scale, mask=None, group_size=64, bits=bits
+        )
+
+    def check() -> tuple[float, float]:
+        one_head = ([part[:, :1] for part in side] for side in quantized)
+        rows = [mx.dequantize(*side, group_size=64, bits=bits) for side in one_head]
+        output = call(0, x.queries)
+        return _attention_error(output, x.queries, *rows, _gqa_factor(x))[0], KV_BITS_ERROR
+
+    return Variant(call, lambda: x.queries, sum(part.nbytes for part in parts), check)
+
+
+def pack_chunk(pair: str, x: Inputs, backend: Backend) -> Variant:
+    """Packs a prefill's step: reads fp16 rows, writes packed ones."""
+    layout, sets = layout_of(pair, x.keys.shape[-1]), copies(x.keys, x.values)
+
+    def call(i: int, last: None) -> mx.array:
+        return backend.pack(*sets[i % len(sets)], layout)
+
+    first = call(0, None)
+    n_bytes = x.keys.nbytes + x.values.nbytes + first.nbytes
+    return Variant(call, lambda: None, n_bytes, lambda: _pack_error(first, x, layout), chained=False)
+
+
+def pack_token(pair: str, x: Inputs, backend: Backend) -> Variant:
+    """Appends one token, ``x``, to a tail of N_KEPT rows."""
+    _, n_kv_heads, _, dim = x.keys.shape
+    layout = layout_of(pair, dim)
+    before = noise((n_kv_heads, n_kv_heads), dim, N_KEPT)
+    kept = backend.pack(before.keys, before.values, layout)
+    mx.eval(kept)
+
+    def call(i: int, tail: mx.array) -> mx.array:
+        return backend.pack(x.keys, x.values, layout, tail, N_KEPT)
+
+    def check() -> tuple[float, float]:
+        rows = [mx.concatenate(sides, axis=2) for sides in zip(before[:2], x[:2])]
+        return _pack_error(call(0, kept), Inputs(*rows, x.queries), layout)
+
+    n_bytes = x.keys.nbytes + x.values.nbytes + 2 * kept.nbytes
+    return Variant(call, lambda: kept, n_bytes, check)
+
+
+def fp16_append(x: Inputs) -> Variant:
+    """What mlx-lm's fp16 cache does with new rows: writes K and V into its buffers, in place."""
+    _, n_kv_heads, n_new, dim = x.keys.shape
+    sets, n_cache = copies(x.keys, x.values), 4 * n_new
+
+    def start() -> list[mx.array]:
+        return [mx.zeros((1, n_kv_heads, n_cache, dim), mx.float16) for _ in range(2)]
+
+    def call(i: int, cache: list[mx.array]) -> list[mx.array]:
+        at = i % 4 * n_new
+        for side, rows in zip(cache, sets[i % len(sets)]):
+            side[:, :, at : at + n_new] = rows
+        return cache
+
+    return Variant(call, start, 2 * (x.keys.nbytes + x.values.nbytes))
+
+
+def rows_of(packed: PackedKV, backend: Backend) -> tuple[mx.array, mx.array]:
+    """Half rows in the rotated basis, all heads at once."""
+    n_kv_heads = packed.body.shape[1]
+    return dequantize.rotated_rows(packed, mx.float16, 0, n_kv_heads, backend.name)
+
+
+def dequantized_rows(pair: str, x: Inputs, backend: Backend) -> Variant:
+    """Packed rows to half rows in the rotated basis."""
+    n, dim = x.keys.shape[2:]
+    layout = layout_of(pair, dim)
+    first = backend.pack(x.keys, x.values, layout)
+    views = [PackedKV(layout, body, n, None, 0) for (body,) in copies(first)]
+
+    def call(i: int, last: None) -> tuple[mx.array, mx.array]:
+        return rows_of(views[i % len(views)], backend)
+
+    def check() -> tuple[float, float]:
+        one_head = views[0]._replace(body=views[0].body[:, :1])
+        want = reference._rotated(reference._tiles(one_head), one_head)
+        return max(_relative(a[:, :1], _float64(b)) for a, b in zip(call(0, None), want)), ROWS_ERROR
+
+    n_bytes = first.nbytes + x.keys.nbytes + x.values.nbytes
+    return Variant(call, lambda: None, n_bytes, check, chained=False)
+
+
+def layout_of(pair: str, dim: int) -> KVLayout:
+    """The layout of a pair of formats, of rows of float16."""
+    return KVLayout(*(KVFormat.parse(name) for name in pair.split("/")), dim, dim, "float16")
+
+
+def _gqa_factor(x: Inputs) -> int:
+    return x.queries.shape[1] // x.keys.shape[1]
+
+
+def _float64(x: mx.array) -> np.ndarray:
+    return np.array(x.astype(mx.float32)).astype(np.float64)
+
+
+def _relative(got: mx.array, want: np.ndarray) -> float:
+    return float(np.linalg.norm(_float64(got) - want) / np.linalg.norm(want))
+
+
+def _attention_error(output, queries, keys, values, gqa_factor: int) -> tuple[float, float]:
+    """Relative error of the heads that read KV head 0, against float64 over the rows it holds.
+
+    Shapes:
+        output, queries: [1, n_heads, 1, D]; keys, values: [1, 1, n, D], dequantised.
+    """
+    q, scale = queries[:, :gqa_factor], keys.shape[-1] ** -0.5
+    scores = _float64(q) @ _float64(keys).swapaxes(-1, -2) * scale
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    want = weights @ _float64(values) / weights.sum(axis=-1, keepdims=True)
+    half = (rows.astype(mx.float16) for rows in (keys, values))
+    plain = _relative(mx.fast.scaled_dot_product_attention(q, *half, scale=scale), want)
+    return _relative(output[:, :gqa_factor], want), max(ERROR_RATIO * plain, ERROR_FLOOR)
+
+
+def _pack_error(tiles: mx.array, x: Inputs, layout: KVLayout) -> tuple[float, float]:
+    """How far packed rows are from those that the reference packs."""
+    n = x.keys.shape[2]
+    wanted = reference.pack(x.keys, x.values, layout)
+    rows = [reference.dequantize(PackedKV(layout, None, 0, t, n), mx.float32) for t in (tiles, wanted)]
+    return max(_relative(a, _float64(b)) for a, b in zip(*rows)), PACK_ERROR
