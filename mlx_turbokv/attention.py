@@ -26,16 +26,22 @@ class Hidden(NamedTuple):
     count: int = 0
 
 
+class Source(NamedTuple):
+    """What K and V of a packed cache stand for, and what reads it."""
+
+    packed: PackedKV
+    backend: Backend
+    hidden: Hidden
+
+
 class TurboArray(mx.array):
     """K or V of a packed cache: dequantised if it is used, and packed for attention.
 
     Any operation on it returns a plain array.
     """
 
-    packed: PackedKV
-    backend: Backend
-    is_keys: bool
-    hidden: Hidden = Hidden()
+    source: Source
+    is_keys = False
 
 
 def lazy_keys_and_values(
@@ -47,18 +53,16 @@ def lazy_keys_and_values(
         returns: [B, H, n, k_head_dim] and [B, H, n, v_head_dim] in ``dtype``; n are the rows that
             are not hidden.
     """
-    arrays = []
-    for is_keys, values in zip((True, False), backend.dequantize(packed, dtype)):
-        array = TurboArray(_without(values, hidden))
-        array.packed, array.backend, array.is_keys = packed, backend, is_keys
-        array.hidden = hidden
-        arrays.append(array)
-    return arrays[0], arrays[1]
+    keys, values = backend.dequantize(packed, dtype)
+    if hidden.count:
+        keys, values = _without(keys, hidden), _without(values, hidden)
+    keys, values = TurboArray(keys), TurboArray(values)
+    keys.source = values.source = Source(packed, backend, hidden)
+    keys.is_keys = True
+    return keys, values
 
 
 def _without(rows: mx.array, hidden: Hidden) -> mx.array:
-    if hidden.count == 0:
-        return rows
     seen = rows[:, :, hidden.first + hidden.count :]
     return mx.concatenate([rows[:, :, : hidden.first], seen], axis=2) if hidden.first else seen
 
@@ -75,25 +79,26 @@ def scaled_dot_product_attention(
 ) -> mx.array:
     """`mx.fast.scaled_dot_product_attention` that reads packed K and V where it is given them."""
     if type(k) is TurboArray and type(v) is TurboArray:
-        if k.packed is v.packed and k.is_keys and not v.is_keys and not options:
-            if k.hidden.count:
-                return _attention_past_hidden_rows(q, k, scale, mask, sinks)
-            return k.backend.attention(q, k.packed, scale, mask, sinks)
+        source = k.source
+        if source is v.source and k.is_keys and not v.is_keys and not options:
+            if source.hidden.count:
+                return _attention_past_hidden_rows(q, source, scale, mask, sinks)
+            return source.backend.attention(q, source.packed, scale, mask, sinks)
     return _mlx_attention(q, k, v, scale=scale, mask=mask, sinks=sinks, **options)
 
 
 def _attention_past_hidden_rows(
-    q: mx.array, k: TurboArray, scale: float, mask: mx.array | str | None, sinks: mx.array | None
+    q: mx.array, source: Source, scale: float, mask: mx.array | str | None, sinks: mx.array | None
 ) -> mx.array:
-    packed, hidden = k.packed, k.hidden
+    packed, backend, hidden = source
     if mask is None and hidden.first == 0:
         starts = int_array(*[hidden.count] * q.shape[0])
-        return k.backend.attention(q, packed, scale, None, sinks, starts=starts)
+        return backend.attention(q, packed, scale, None, sinks, starts=starts)
     if type(mask) is PaddedCausal and q.shape[2] == 1:
         starts = mask.starts[: q.shape[0]] + hidden.count
-        return k.backend.attention(q, packed, scale, None, sinks, starts=starts)
+        return backend.attention(q, packed, scale, None, sinks, starts=starts)
     mask = with_hidden_columns(mask, hidden, q.shape[2], packed.n_tokens)
-    return k.backend.attention(q, packed, scale, mask, sinks)
+    return backend.attention(q, packed, scale, mask, sinks)
 
 
 def with_hidden_columns(

@@ -99,9 +99,10 @@ class RotatingRows(PackedCache):
         Shapes:
             returns: [B, H, n, k_head_dim], [B, H, n, v_head_dim], in the order of the tokens.
         """
-        dtype = dtype or getattr(mx, self.packed.layout.dtype)
+        packed = self.packed
+        dtype = dtype or getattr(mx, packed.layout.dtype)
         hidden = attention.Hidden(self.keep, self.n_hidden)
-        return attention.lazy_keys_and_values(self.packed, self.backend, dtype, hidden)
+        return attention.lazy_keys_and_values(packed, self.backend, dtype, hidden)
 
 
 class TurboRotatingKVCache(RotatingRows):
