@@ -187,7 +187,7 @@ class BatchTurboKVCache(PackedCache):
         padding, n = self._padding[idx], self.size()
         if self.empty() or n <= padding:
             return cache
-        tiles = _tiles(self)[idx : idx + 1]
+        tiles = self.packed.tiles[idx : idx + 1]
         tiles = _moved(tiles, self.layout, [-padding], [n], n - padding)
         cache._set_tiles(tiles, n - padding, self.layout)
         mx.async_eval([a for a in (cache.body, cache.tail) if a is not None])
@@ -217,7 +217,7 @@ class BatchTurboKVCache(PackedCache):
         if n <= 0:
             self._clear()
             return
-        self._set_tiles(_moved(_tiles(self), layout, shifts, ends, n), n, layout)
+        self._set_tiles(_moved(self.packed.tiles, layout, shifts, ends, n), n, layout)
 
     @property
     def state(self) -> list:
@@ -257,16 +257,6 @@ def _common_layout(caches: Sequence[PackedCache]) -> KVLayout | None:
     return next(iter(shapes))[0] if shapes else None
 
 
-def _tiles(cache: PackedCache) -> mx.array:
-    """All tiles of a cache that holds rows, the last perhaps partly filled."""
-    parts = []
-    if cache.n_body:
-        parts.append(cache.body[:, :, : cache.n_body // TILE])
-    if cache.n_tail:
-        parts.append(cache.tail[:, :, : -(-cache.n_tail // TILE)])
-    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
-
-
 def _tiles_ending_at(
     cache: PackedCache, n: int, layout: KVLayout, n_heads: int, batch_size: int
 ) -> mx.array:
@@ -274,7 +264,7 @@ def _tiles_ending_at(
     if cache.empty():
         return mx.zeros((batch_size, n_heads, -(-n // TILE), layout.tile_words), mx.uint32)
     held = cache.n_rows
-    return _moved(_tiles(cache), layout, [n - held] * batch_size, [held] * batch_size, n)
+    return _moved(cache.packed.tiles, layout, [n - held] * batch_size, [held] * batch_size, n)
 
 
 def _moved(

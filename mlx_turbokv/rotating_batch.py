@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.base import create_causal_mask
 
-from .batch_cache import _as_list, _common_layout, _moved, _tiles, _tiles_ending_at
+from .batch_cache import _as_list, _common_layout, _moved, _tiles_ending_at
 from .errors import InputError
 from .formats import KVFormat
 from .kernels.packed import PaddedCausal
@@ -157,7 +157,7 @@ class BatchTurboRotatingKVCache(RotatingRows):
         if n <= 0:
             self._clear()
             return
-        self._set_tiles(_moved(_tiles(self), layout, shifts, ends, n), n, layout)
+        self._set_tiles(_moved(self.packed.tiles, layout, shifts, ends, n), n, layout)
         self.n_hidden = min(hidden, n)
 
     def is_trimmable(self) -> bool:
@@ -230,7 +230,7 @@ class BatchTurboRotatingKVCache(RotatingRows):
         padding, n = self._padding[idx], self.n_rows
         if self.empty() or n <= padding:
             return cache
-        tiles = _tiles(self)[idx : idx + 1]
+        tiles = self.packed.tiles[idx : idx + 1]
         tiles = _moved(tiles, self.layout, [-padding], [n], n - padding)
         cache._set_tiles(tiles, n - padding, self.layout)
         cache.n_gone = self._gone[idx]

@@ -13,7 +13,7 @@ from ..layout import TILE, KVLayout
 from ..rotation import base_order, rotation_width, signs
 from . import assemble, quantize, tables
 from .decode import MAX_QUERIES, decode
-from .packed import PackedKV, PaddedCausal
+from .packed import PackedKV, PaddedCausal, heads_at_once
 from .reference import with_starts
 
 # dequantised K and V of one attention call are kept below this by taking KV heads in slices
@@ -230,7 +230,7 @@ def _through_rows(
         mask = mask.astype(dtype)
     sinks = None if sinks is None else sinks.astype(dtype)
     row_bytes = queries.shape[0] * packed.n_tokens * (layout.k_head_dim + layout.v_head_dim)
-    step = max(1, TRANSIENT_BYTES // (row_bytes * dtype.size))
+    step = heads_at_once(n_kv_heads, row_bytes * dtype.size, TRANSIENT_BYTES)
 
     outputs = []
     for first in range(0, n_kv_heads, step):
