@@ -4,6 +4,9 @@ A packed cache hands the model `TurboArray`s: lazily dequantised K and V that kn
 they stand for. `mx.fast.scaled_dot_product_attention`, through which nearly every mlx-lm model
 goes, is replaced once; where it meets a pair of them it reads the packed rows instead, and nothing
 is dequantised. Whatever else a model does with K and V gets the dequantised values.
+
+Building arrays that nobody computes takes time at each layer and step. A model that was seen to do
+nothing with the K and V of one token but pass them on gets `Handle`s instead (`api.py` tries it).
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ class Source(NamedTuple):
 
     packed: PackedKV
     backend: Backend
-    hidden: Hidden
+    hidden: Hidden = Hidden()
 
 
 class TurboArray(mx.array):
@@ -44,22 +47,49 @@ class TurboArray(mx.array):
     is_keys = False
 
 
-def lazy_keys_and_values(
-    packed: PackedKV, backend: Backend, dtype: mx.Dtype, hidden: Hidden = Hidden()
-) -> tuple[TurboArray, TurboArray]:
+def lazy_keys_and_values(source: Source, dtype: mx.Dtype) -> tuple[TurboArray, TurboArray]:
     """K and V as models see them.
 
     Shapes:
         returns: [B, H, n, k_head_dim] and [B, H, n, v_head_dim] in ``dtype``; n are the rows that
             are not hidden.
     """
+    packed, backend, hidden = source
     keys, values = backend.dequantize(packed, dtype)
     if hidden.count:
         keys, values = _without(keys, hidden), _without(values, hidden)
     keys, values = TurboArray(keys), TurboArray(values)
-    keys.source = values.source = Source(packed, backend, hidden)
+    keys.source = values.source = source
     keys.is_keys = True
     return keys, values
+
+
+class Handle:
+    """K or V of a packed cache with no array behind it, for a model that only passes them on.
+
+    ``shape``, ``dtype`` and ``ndim`` are those of the array that it stands for.
+    """
+
+    __slots__ = ("dtype", "is_keys", "source")
+    ndim = 4
+
+    def __init__(self, source: Source, dtype: mx.Dtype, is_keys: bool) -> None:
+        self.source, self.dtype, self.is_keys = source, dtype, is_keys
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Sequences, KV heads, rows that are not hidden, head_dim."""
+        packed, _, hidden = self.source
+        batch, n_heads = (packed.body if packed.n_body else packed.tail).shape[:2]
+        layout = packed.layout
+        head_dim = layout.k_head_dim if self.is_keys else layout.v_head_dim
+        return batch, n_heads, packed.n_tokens - hidden.count, head_dim
+
+
+def _as_array(x: mx.array | Handle) -> mx.array:
+    if type(x) is not Handle:
+        return x
+    return lazy_keys_and_values(x.source, x.dtype)[0 if x.is_keys else 1]
 
 
 def _without(rows: mx.array, hidden: Hidden) -> mx.array:
@@ -78,12 +108,14 @@ def scaled_dot_product_attention(
     **options,
 ) -> mx.array:
     """`mx.fast.scaled_dot_product_attention` that reads packed K and V where it is given them."""
-    if type(k) is TurboArray and type(v) is TurboArray:
+    kind = type(k)
+    if (kind is Handle or kind is TurboArray) and type(v) is kind:
         source = k.source
         if source is v.source and k.is_keys and not v.is_keys and not options:
             if source.hidden.count:
                 return _attention_past_hidden_rows(q, source, scale, mask, sinks)
             return source.backend.attention(q, source.packed, scale, mask, sinks)
+    k, v = _as_array(k), _as_array(v)
     return _mlx_attention(q, k, v, scale=scale, mask=mask, sinks=sinks, **options)
 
 

@@ -171,6 +171,7 @@ class BatchTurboKVCache(PackedCache):
             *(p + n - self.size() for p in self._padding),
             *(p + n - other.size() for p in other._padding),
         ]
+        self.handles = self.handles and other.handles
         layout = _common_layout([self, other])
         if layout is not None:
             shape = (self if not self.empty() else other).keys.shape[1]
@@ -184,6 +185,7 @@ class BatchTurboKVCache(PackedCache):
         Its rows are computed at once: a lazy copy would hold on to the whole batch.
         """
         cache = TurboKVCache(self.k_format, self.v_format, self._backend_name, self.centre)
+        cache.handles = self.handles
         padding, n = self._padding[idx], self.size()
         if self.empty() or n <= padding:
             return cache
@@ -205,6 +207,7 @@ class BatchTurboKVCache(PackedCache):
         padding = [n - c.size() for c in caches]
         merged = cls(first.k_format, first.v_format, padding, first._backend_name, first.centre)
         layout = _common_layout(caches)
+        merged.handles = all(cache.handles for cache in caches)
         if layout is not None:
             n_heads = next(c.keys.shape[1] for c in caches if not c.empty())
             tiles = [_tiles_ending_at(c, n, layout, n_heads, 1) for c in caches]

@@ -36,6 +36,7 @@ class PackedCache(mlx_lm_cache._BaseCache):
 
     flush_tokens = FLUSH_TOKENS  # tokens in the tail that go into the body
     centre: Centre | None = None
+    handles = False  # whether one token is answered by attention.Handle in place of arrays
 
     def __init__(
         self,
@@ -88,6 +89,7 @@ class PackedCache(mlx_lm_cache._BaseCache):
         Shapes:
             keys, values: [B, H, L, k_head_dim or v_head_dim].
             returns: [B, H, n, k_head_dim], [B, H, n, v_head_dim], lazy; n tokens are held now.
+                Handles of such arrays after one token if ``handles`` is set.
 
         Raises:
             InputError: a head_dim cannot be stored in the format.
@@ -97,7 +99,14 @@ class PackedCache(mlx_lm_cache._BaseCache):
         if self.layout is None:
             self.layout = self._layout_of(keys, values)
         self._append(keys, values)
-        return self.keys_and_values(keys.dtype)
+        if self.handles and keys.shape[2] == 1:
+            source, dtype = self._source(), keys.dtype
+            return attention.Handle(source, dtype, True), attention.Handle(source, dtype, False)
+        return attention.lazy_keys_and_values(self._source(), keys.dtype)
+
+    def _source(self) -> attention.Source:
+        """What attention is given."""
+        return attention.Source(self.packed, self.backend)
 
     def _layout_of(self, keys: mx.array, values: mx.array) -> KVLayout:
         dtype = str(keys.dtype).removeprefix("mlx.core.")
@@ -168,9 +177,9 @@ class PackedCache(mlx_lm_cache._BaseCache):
         Shapes:
             returns: [B, H, n, k_head_dim], [B, H, n, v_head_dim].
         """
-        packed = self.packed
-        dtype = dtype or getattr(mx, packed.layout.dtype)
-        return attention.lazy_keys_and_values(packed, self.backend, dtype)
+        source = self._source()
+        dtype = dtype or getattr(mx, source.packed.layout.dtype)
+        return attention.lazy_keys_and_values(source, dtype)
 
     @property
     def keys(self) -> mx.array | None:

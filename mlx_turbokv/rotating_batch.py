@@ -208,6 +208,7 @@ class BatchTurboRotatingKVCache(RotatingRows):
         Raises:
             ValueError: the caches differ in formats, shapes or windows.
         """
+        self.handles = self.handles and other.handles
         layout = _layout_of([self, other])
         n = max(self.n_rows, other.n_rows)
         padding = [p + n - cache.n_rows for cache in (self, other) for p in cache._padding]
@@ -227,6 +228,7 @@ class BatchTurboRotatingKVCache(RotatingRows):
         cache = TurboRotatingKVCache(
             self.k_format, self.v_format, self.max_size, 0, self._backend_name
         )
+        cache.handles = self.handles
         padding, n = self._padding[idx], self.n_rows
         if self.empty() or n <= padding:
             return cache
@@ -254,6 +256,7 @@ class BatchTurboRotatingKVCache(RotatingRows):
         n = max(held)
         padding = [n - rows for rows in held]
         merged = cls(first.k_format, first.v_format, first.max_size, padding, first._backend_name)
+        merged.handles = all(cache.handles for cache in caches)
         if layout is not None:
             n_heads = next(c.keys.shape[1] for c in caches if not c.empty())
             tiles = [_tiles_ending_at(c, n, layout, n_heads, 1) for c in caches]

@@ -48,6 +48,8 @@ def layer_caches(name: str, layers: int, tokens: int, heads: tuple[int, int], di
     caches = []
     for _ in range(layers):
         cache = KVCache() if name == "f16" else kind(*name.split("/"))
+        if name != "f16":
+            cache.handles = True  # as the API sets it for models that only pass K and V on
         cache.update_and_fetch(rows, rows)
         settle(cache)
         caches.append(cache)
