@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import prod
+from threading import Thread
 
 import mlx.core as mx
 import pytest
@@ -100,3 +101,14 @@ def test_a_kernel_on_the_cpu_is_called_each_time(monkeypatch, metal_host) -> Non
     launch = assemble.replayed(lambda x: seen.append(1) or x, "metal")
     launch(mx.zeros(1)), launch(mx.zeros(1))
     assert len(seen) == 2
+
+
+def test_a_launch_in_place_of_one_that_another_thread_dropped_is_traced_anew(monkeypatch) -> None:
+    """MLX knows a trace by its function's address, and has traces of their own for each thread."""
+    monkeypatch.setattr(assemble, "factory", None)
+    for i in range(50):
+        held = [assemble.replayed(lambda x, i=i: x + i, "metal")]
+        assert held[0](mx.zeros(1)).item() == i
+        thread = Thread(target=held.clear)
+        thread.start()
+        thread.join()
