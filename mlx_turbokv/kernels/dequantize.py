@@ -280,8 +280,9 @@ def _through_rows(
     if layout.v_format.is_turbo:
         output = _rotated(output, layout.v_head_dim, dtype, inverse=True)
     output = output.astype(queries.dtype)
-    newest = packed.tail if packed.n_tail else packed.body
-    pace.keep(output, newest, row_bytes * dtype.size * n_kv_heads + output.nbytes)
+    if queries.shape[2] > MAX_QUERIES:
+        newest = packed.tail if packed.n_tail else packed.body
+        pace.keep(output, newest, row_bytes * dtype.size * n_kv_heads + output.nbytes)
     return output
 
 
