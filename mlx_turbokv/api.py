@@ -17,9 +17,11 @@ from .errors import InputError
 from .formats import KVFormat, as_format, check_head_dim
 from .kernels.backend import select_backend
 from .kv_layers import KVLayer, KVLayers, kv_layers
+from .kv_summary import leaves
+from .packed_cache import PackedCache
 from .policy import Pair, Policy, Uniform, load_policy
 from .rotating_cache import TurboRotatingKVCache
-from .shapes import own_caches
+from .shapes import hands_over, own_caches
 
 logger = logging.getLogger("mlx_turbokv")
 KEPT_TOKENS = 4  # first tokens that stay when max_kv_size is reached; mlx-lm keeps as many
@@ -158,6 +160,7 @@ class CacheFactory:
         # a window's rows have no positions of their own to turn a reference by
         centre = centre if max_kv_size is None else False
         self._choice = Choice(model, growing, centre, policy)
+        self._hands_over = False
         self._take_formats()
         notes = [*policy.notes(self.layers.n_total), *self.layers.notes(), *self.centring.notes]
         if compress_sliding:
@@ -166,6 +169,7 @@ class CacheFactory:
             notes += Choice(model, sliding, False, policy).of(self.formats).notes
         for note in notes:
             _say_once(model, note)
+        self._hands_over = hands_over(model, _with_handles(self()))
         if max_kv_size is not None and all(x.window for x in self.layers.layers):
             _say_once(model, "max_kv_size has no effect: no layer keeps all tokens in a KV cache.")
 
@@ -205,7 +209,7 @@ class CacheFactory:
                 entries = list(caches[layer.index].caches)
                 entries[layer.sub] = self._cache(layer, entries[layer.sub])
                 caches[layer.index].caches = tuple(entries)
-        return caches
+        return _with_handles(caches) if self._hands_over else caches
 
     def _cache(self, layer: KVLayer, own: Any) -> Any:
         """The cache of a KV layer in place of the model's own."""
@@ -237,6 +241,13 @@ class CacheFactory:
                 k, v = self.formats[layer.ordinal]
                 check_head_dim(k, layer.shape.k_head_dim)
                 check_head_dim(v, layer.shape.v_head_dim)
+
+
+def _with_handles(caches: list[Any]) -> list[Any]:
+    for cache in leaves(caches):
+        if isinstance(cache, PackedCache):
+            cache.handles = True
+    return caches
 
 
 def _as_policy(

@@ -4,6 +4,9 @@ A packed cache hands the model `TurboArray`s: lazily dequantised K and V that kn
 they stand for. `mx.fast.scaled_dot_product_attention`, through which nearly every mlx-lm model
 goes, is replaced once; where it meets a pair of them it reads the packed rows instead, and nothing
 is dequantised. Whatever else a model does with K and V gets the dequantised values.
+
+Building arrays that nobody computes takes time at each layer and step. A model that was seen to do
+nothing with the K and V of one token but pass them on gets `Handle`s instead (`api.py` tries it).
 """
 
 from __future__ import annotations
@@ -26,39 +29,70 @@ class Hidden(NamedTuple):
     count: int = 0
 
 
+class Source(NamedTuple):
+    """What K and V of a packed cache stand for, and what reads it."""
+
+    packed: PackedKV
+    backend: Backend
+    hidden: Hidden = Hidden()
+
+
 class TurboArray(mx.array):
     """K or V of a packed cache: dequantised if it is used, and packed for attention.
 
     Any operation on it returns a plain array.
     """
 
-    packed: PackedKV
-    backend: Backend
-    is_keys: bool
-    hidden: Hidden = Hidden()
+    source: Source
+    is_keys = False
 
 
-def lazy_keys_and_values(
-    packed: PackedKV, backend: Backend, dtype: mx.Dtype, hidden: Hidden = Hidden()
-) -> tuple[TurboArray, TurboArray]:
+def lazy_keys_and_values(source: Source, dtype: mx.Dtype) -> tuple[TurboArray, TurboArray]:
     """K and V as models see them.
 
     Shapes:
         returns: [B, H, n, k_head_dim] and [B, H, n, v_head_dim] in ``dtype``; n are the rows that
             are not hidden.
     """
-    arrays = []
-    for is_keys, values in zip((True, False), backend.dequantize(packed, dtype)):
-        array = TurboArray(_without(values, hidden))
-        array.packed, array.backend, array.is_keys = packed, backend, is_keys
-        array.hidden = hidden
-        arrays.append(array)
-    return arrays[0], arrays[1]
+    packed, backend, hidden = source
+    keys, values = backend.dequantize(packed, dtype)
+    if hidden.count:
+        keys, values = _without(keys, hidden), _without(values, hidden)
+    keys, values = TurboArray(keys), TurboArray(values)
+    keys.source = values.source = source
+    keys.is_keys = True
+    return keys, values
+
+
+class Handle:
+    """K or V of a packed cache with no array behind it, for a model that only passes them on.
+
+    ``shape``, ``dtype`` and ``ndim`` are those of the array that it stands for.
+    """
+
+    __slots__ = ("dtype", "is_keys", "source")
+    ndim = 4
+
+    def __init__(self, source: Source, dtype: mx.Dtype, is_keys: bool) -> None:
+        self.source, self.dtype, self.is_keys = source, dtype, is_keys
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Sequences, KV heads, rows that are not hidden, head_dim."""
+        packed, _, hidden = self.source
+        batch, n_heads = (packed.body if packed.n_body else packed.tail).shape[:2]
+        layout = packed.layout
+        head_dim = layout.k_head_dim if self.is_keys else layout.v_head_dim
+        return batch, n_heads, packed.n_tokens - hidden.count, head_dim
+
+
+def _as_array(x: mx.array | Handle) -> mx.array:
+    if type(x) is not Handle:
+        return x
+    return lazy_keys_and_values(x.source, x.dtype)[0 if x.is_keys else 1]
 
 
 def _without(rows: mx.array, hidden: Hidden) -> mx.array:
-    if hidden.count == 0:
-        return rows
     seen = rows[:, :, hidden.first + hidden.count :]
     return mx.concatenate([rows[:, :, : hidden.first], seen], axis=2) if hidden.first else seen
 
@@ -74,26 +108,29 @@ def scaled_dot_product_attention(
     **options,
 ) -> mx.array:
     """`mx.fast.scaled_dot_product_attention` that reads packed K and V where it is given them."""
-    if type(k) is TurboArray and type(v) is TurboArray:
-        if k.packed is v.packed and k.is_keys and not v.is_keys and not options:
-            if k.hidden.count:
-                return _attention_past_hidden_rows(q, k, scale, mask, sinks)
-            return k.backend.attention(q, k.packed, scale, mask, sinks)
+    kind = type(k)
+    if (kind is Handle or kind is TurboArray) and type(v) is kind:
+        source = k.source
+        if source is v.source and k.is_keys and not v.is_keys and not options:
+            if source.hidden.count:
+                return _attention_past_hidden_rows(q, source, scale, mask, sinks)
+            return source.backend.attention(q, source.packed, scale, mask, sinks)
+    k, v = _as_array(k), _as_array(v)
     return _mlx_attention(q, k, v, scale=scale, mask=mask, sinks=sinks, **options)
 
 
 def _attention_past_hidden_rows(
-    q: mx.array, k: TurboArray, scale: float, mask: mx.array | str | None, sinks: mx.array | None
+    q: mx.array, source: Source, scale: float, mask: mx.array | str | None, sinks: mx.array | None
 ) -> mx.array:
-    packed, hidden = k.packed, k.hidden
+    packed, backend, hidden = source
     if mask is None and hidden.first == 0:
         starts = int_array(*[hidden.count] * q.shape[0])
-        return k.backend.attention(q, packed, scale, None, sinks, starts=starts)
+        return backend.attention(q, packed, scale, None, sinks, starts=starts)
     if type(mask) is PaddedCausal and q.shape[2] == 1:
         starts = mask.starts[: q.shape[0]] + hidden.count
-        return k.backend.attention(q, packed, scale, None, sinks, starts=starts)
+        return backend.attention(q, packed, scale, None, sinks, starts=starts)
     mask = with_hidden_columns(mask, hidden, q.shape[2], packed.n_tokens)
-    return k.backend.attention(q, packed, scale, mask, sinks)
+    return backend.attention(q, packed, scale, mask, sinks)
 
 
 def with_hidden_columns(

@@ -19,7 +19,7 @@ measurements of decode kernels: the usual one, a row after another, reads 3.7 ti
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from .formats import KVFormat, check_head_dim
 
@@ -50,6 +50,15 @@ class KVLayout:
     def __post_init__(self) -> None:
         check_head_dim(self.k_format, self.k_head_dim)
         check_head_dim(self.v_format, self.v_head_dim)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Worked out once: launches are looked up by their layout at every step and layer."""
+        dims = self.k_head_dim, self.v_head_dim
+        return hash((self.k_format, self.v_format, dims, self.dtype))
 
     @property
     def itemsize(self) -> int:
@@ -94,3 +103,15 @@ class KVLayout:
     def bits_per_value(self) -> float:
         """Bits per value over K and V together, scales included."""
         return 8 * (self.k_row_bytes + self.v_row_bytes) / (self.k_head_dim + self.v_head_dim)
+
+
+@lru_cache(maxsize=None)
+def shared_layout(
+    k_format: KVFormat, v_format: KVFormat, k_head_dim: int, v_head_dim: int, dtype: str
+) -> KVLayout:
+    """One object for all layers of a layout, so that comparing two takes no time.
+
+    Raises:
+        InputError: a head_dim cannot be packed or rotated.
+    """
+    return KVLayout(k_format, v_format, k_head_dim, v_head_dim, dtype)

@@ -15,7 +15,7 @@ from .errors import InputError
 from .formats import KVFormat, as_format
 from .kernels.backend import Backend, select_backend
 from .kernels.packed import PackedKV
-from .layout import TILE, KVLayout
+from .layout import TILE, KVLayout, shared_layout
 
 FLUSH_TOKENS = 256
 STATE_VERSION = 2
@@ -36,6 +36,7 @@ class PackedCache(mlx_lm_cache._BaseCache):
 
     flush_tokens = FLUSH_TOKENS  # tokens in the tail that go into the body
     centre: Centre | None = None
+    handles = False  # whether one token is answered by attention.Handle in place of arrays
 
     def __init__(
         self,
@@ -88,6 +89,7 @@ class PackedCache(mlx_lm_cache._BaseCache):
         Shapes:
             keys, values: [B, H, L, k_head_dim or v_head_dim].
             returns: [B, H, n, k_head_dim], [B, H, n, v_head_dim], lazy; n tokens are held now.
+                Handles of such arrays after one token if ``handles`` is set.
 
         Raises:
             InputError: a head_dim cannot be stored in the format.
@@ -97,18 +99,27 @@ class PackedCache(mlx_lm_cache._BaseCache):
         if self.layout is None:
             self.layout = self._layout_of(keys, values)
         self._append(keys, values)
-        return self.keys_and_values(keys.dtype)
+        if self.handles and keys.shape[2] == 1:
+            source, dtype = self._source(), keys.dtype
+            return attention.Handle(source, dtype, True), attention.Handle(source, dtype, False)
+        return attention.lazy_keys_and_values(self._source(), keys.dtype)
+
+    def _source(self) -> attention.Source:
+        """What attention is given."""
+        return attention.Source(self.packed, self.backend)
 
     def _layout_of(self, keys: mx.array, values: mx.array) -> KVLayout:
         dtype = str(keys.dtype).removeprefix("mlx.core.")
-        return KVLayout(self.k_format, self.v_format, keys.shape[-1], values.shape[-1], dtype)
+        k_head_dim, v_head_dim = keys.shape[-1], values.shape[-1]
+        return shared_layout(self.k_format, self.v_format, k_head_dim, v_head_dim, dtype)
 
     def _check(self, keys: mx.array, values: mx.array) -> None:
         if self.layout is None:
             return
-        held = self.keys
-        expected = (*held.shape[:2], self.layout.k_head_dim, self.layout.v_head_dim)
-        given = (*keys.shape[:2], keys.shape[-1], values.shape[-1])
+        batch, n_heads = self.keys.shape[:2]
+        expected = batch, n_heads, self.layout.k_head_dim, self.layout.v_head_dim
+        batch, n_heads, _, k_head_dim = keys.shape
+        given = batch, n_heads, k_head_dim, values.shape[-1]
         if given != expected:
             raise ValueError(
                 f"[{type(self).__name__}] keys {keys.shape} and values {values.shape} do not "
@@ -166,8 +177,9 @@ class PackedCache(mlx_lm_cache._BaseCache):
         Shapes:
             returns: [B, H, n, k_head_dim], [B, H, n, v_head_dim].
         """
-        dtype = dtype or getattr(mx, self.packed.layout.dtype)
-        return attention.lazy_keys_and_values(self.packed, self.backend, dtype)
+        source = self._source()
+        dtype = dtype or getattr(mx, source.packed.layout.dtype)
+        return attention.lazy_keys_and_values(source, dtype)
 
     @property
     def keys(self) -> mx.array | None:
@@ -255,6 +267,7 @@ class PackedCache(mlx_lm_cache._BaseCache):
             self._backend_name = select_backend().name
         self._clear()
         if dtype:
-            self.layout = KVLayout(self.k_format, self.v_format, int(k_dim), int(v_dim), dtype)
+            dims = int(k_dim), int(v_dim)
+            self.layout = shared_layout(self.k_format, self.v_format, *dims, dtype)
             self.body, self.tail = body, tail
             self.n_body, self.n_tail = int(n_body), int(n_tail)

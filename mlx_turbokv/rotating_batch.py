@@ -13,13 +13,13 @@ import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.base import create_causal_mask
 
-from .batch_cache import _as_list, _common_layout, _moved, _tiles, _tiles_ending_at
 from .errors import InputError
 from .formats import KVFormat
 from .kernels.packed import PaddedCausal
 from .kernels.tables import at_least_eight
 from .layout import KVLayout
 from .packed_cache import PackedCache
+from .padded_batch import PaddedBatch, as_list, common_layout
 from .rotating_cache import RotatingRows, TurboRotatingKVCache
 
 STATE_EXTRA = 5
@@ -27,7 +27,7 @@ logger = logging.getLogger("mlx_turbokv")
 _said: set[str] = set()
 
 
-class BatchTurboRotatingKVCache(RotatingRows):
+class BatchTurboRotatingKVCache(PaddedBatch, RotatingRows):
     """A packed KV cache for one layer with a sliding window, and several sequences.
 
     Args:
@@ -49,19 +49,9 @@ class BatchTurboRotatingKVCache(RotatingRows):
         backend: str | None = None,
     ) -> None:
         super().__init__(k_format, v_format, max_size, 0, backend)
-        self._padding = [int(n) for n in left_padding]
+        self._pad(left_padding)
         self._gone = [0] * len(self._padding)
         self._ends: list[int] | None = None
-
-    @property
-    def batch_size(self) -> int:
-        """How many sequences."""
-        return len(self._padding)
-
-    @property
-    def left_padding(self) -> mx.array:
-        """Rows before the first held token of each sequence; [B] int32."""
-        return mx.array(self._padding, mx.int32)
 
     @property
     def offset(self) -> mx.array:
@@ -75,14 +65,6 @@ class BatchTurboRotatingKVCache(RotatingRows):
     def size(self) -> int:
         """Rows in the window, padding included."""
         return min(self.n_rows, self.max_size)
-
-    def _check(self, keys: mx.array, values: mx.array) -> None:
-        if keys.shape[0] != self.batch_size:
-            raise ValueError(
-                f"[BatchTurboRotatingKVCache] keys {keys.shape} do not fit {self.batch_size} "
-                "sequences."
-            )
-        super()._check(keys, values)
 
     def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False):
         """The mask of the next tokens; one token that sees all that is held needs no array."""
@@ -107,34 +89,10 @@ class BatchTurboRotatingKVCache(RotatingRows):
 
     def _forget(self, n: int) -> None:
         self._gone = [gone + max(0, n - p) for gone, p in zip(self._gone, self._padding)]
-        self._padding = [max(0, p - n) for p in self._padding]
+        self._pad([max(0, p - n) for p in self._padding])
 
-    def prepare(
-        self,
-        *,
-        left_padding: Sequence[int] | None = None,
-        lengths: Sequence[int] | None = None,
-        right_padding: Sequence[int] | None = None,
-    ) -> None:
-        """Say how the tokens to come are padded.
-
-        Args:
-            left_padding: rows to be added before each sequence.
-            lengths: how many tokens of each sequence are to come; needed with ``right_padding``.
-            right_padding: how many rows of padding follow them; they are moved to the left before
-                they can push a token out of the window, at last by ``finalize``.
-
-        Raises:
-            ValueError: left padding for a cache that holds rows.
-        """
-        if left_padding is not None:
-            if not self.empty():
-                raise ValueError(
-                    "[BatchTurboRotatingKVCache] left padding can only be added to an empty cache."
-                )
-            self._padding = [a + int(b) for a, b in zip(self._padding, left_padding)]
-        if right_padding is not None and max(right_padding) > 0:
-            self._ends = [int(n) + offset for n, offset in zip(lengths, self._offsets())]
+    def _announce(self, lengths: Sequence[int] | None, right_padding: list[int]) -> None:
+        self._ends = [int(n) + offset for n, offset in zip(lengths, self._offsets())]
 
     def finalize(self) -> None:
         """Turn the right padding that was announced into left padding."""
@@ -149,16 +107,11 @@ class BatchTurboRotatingKVCache(RotatingRows):
         if any(shifts):
             n = self.n_rows
             self._move(shifts, [n - shift for shift in shifts], n)
-            self._padding = [a + b for a, b in zip(self._padding, shifts)]
+            self._pad([a + b for a, b in zip(self._padding, shifts)])
 
     def _move(self, shifts: list[int], ends: list[int], n: int) -> None:
-        """Move each sequence's rows by its shift; n rows remain."""
-        layout, hidden = self.layout, self.n_hidden
-        if n <= 0:
-            self._clear()
-            return
-        self._set_tiles(_moved(_tiles(self), layout, shifts, ends, n), n, layout)
-        self.n_hidden = min(hidden, n)
+        super()._move(shifts, ends, n)
+        self.n_hidden = min(self.n_hidden, self.n_rows)
 
     def is_trimmable(self) -> bool:
         """Whether any number of tokens can be taken off the end: no window has moved on."""
@@ -183,24 +136,14 @@ class BatchTurboRotatingKVCache(RotatingRows):
 
     def filter(self, batch_indices: Sequence[int] | mx.array) -> None:
         """Keep these sequences, in this order, and drop padding that all of them have."""
-        indices = _as_list(batch_indices)
-        if not self.empty():
-            rows = mx.array(indices)
-            self.body = self.body[rows] if self.n_body else None
-            self.tail = self.tail[rows] if self.n_tail else None
-        self._padding = [self._padding[i] for i in indices]
+        before, hidden = self.n_rows, self.n_hidden
+        super().filter(batch_indices)
+        self.n_hidden = min(max(0, hidden - (before - self.n_rows)), self.n_rows)
+
+    def _take(self, indices: list[int]) -> None:
+        super()._take(indices)
         self._gone = [self._gone[i] for i in indices]
         self._ends = None if self._ends is None else [self._ends[i] for i in indices]
-        common = min(self._padding)
-        if common <= 0:
-            return
-        if not self.empty():
-            n = self.n_rows
-            hidden = max(0, self.n_hidden - common)
-            self._move([-common] * self.batch_size, [n] * self.batch_size, n - common)
-            self.n_hidden = min(hidden, self.n_rows)
-            common = min(common, n)
-        self._padding = [n - common for n in self._padding]
 
     def extend(self, other: BatchTurboRotatingKVCache) -> None:
         """Add the sequences of another batch.
@@ -211,32 +154,23 @@ class BatchTurboRotatingKVCache(RotatingRows):
         layout = _layout_of([self, other])
         n = max(self.n_rows, other.n_rows)
         padding = [p + n - cache.n_rows for cache in (self, other) for p in cache._padding]
-        if layout is not None:
-            n_heads = (self if not self.empty() else other).keys.shape[1]
-            tiles = [_tiles_ending_at(c, n, layout, n_heads, c.batch_size) for c in (self, other)]
-            self._set_tiles(mx.concatenate(tiles), n, layout)
-        self._padding, self._gone = padding, self._gone + other._gone
+        self._hold([self, other], n, layout)
+        self._pad(padding)
+        self._gone = self._gone + other._gone
         self._ends = None
         self.n_hidden = max(0, n - self.max_size)
 
     def extract(self, idx: int) -> TurboRotatingKVCache:
-        """One sequence as a cache of its own.
-
-        Its rows are computed at once: a lazy copy would hold on to the whole batch.
-        """
-        cache = TurboRotatingKVCache(
-            self.k_format, self.v_format, self.max_size, 0, self._backend_name
-        )
-        padding, n = self._padding[idx], self.n_rows
-        if self.empty() or n <= padding:
-            return cache
-        tiles = _tiles(self)[idx : idx + 1]
-        tiles = _moved(tiles, self.layout, [-padding], [n], n - padding)
-        cache._set_tiles(tiles, n - padding, self.layout)
-        cache.n_gone = self._gone[idx]
-        cache.n_hidden = max(0, self.n_hidden - padding)
-        mx.async_eval([a for a in (cache.body, cache.tail) if a is not None])
+        """One sequence as a cache of its own; its rows are computed at once."""
+        cache = super().extract(idx)
+        if not cache.empty():
+            cache.n_gone = self._gone[idx]
+            cache.n_hidden = max(0, self.n_hidden - self._padding[idx])
         return cache
+
+    def _single(self) -> TurboRotatingKVCache:
+        formats = self.k_format, self.v_format
+        return TurboRotatingKVCache(*formats, self.max_size, 0, self._backend_name)
 
     @classmethod
     def merge(cls, caches: Sequence[TurboRotatingKVCache]) -> BatchTurboRotatingKVCache:
@@ -254,10 +188,7 @@ class BatchTurboRotatingKVCache(RotatingRows):
         n = max(held)
         padding = [n - rows for rows in held]
         merged = cls(first.k_format, first.v_format, first.max_size, padding, first._backend_name)
-        if layout is not None:
-            n_heads = next(c.keys.shape[1] for c in caches if not c.empty())
-            tiles = [_tiles_ending_at(c, n, layout, n_heads, 1) for c in caches]
-            merged._set_tiles(mx.concatenate(tiles), n, layout)
+        merged._hold(caches, n, layout)
         merged._gone = [c.n_gone + skip for c, skip in zip(caches, skipped)]
         merged.n_hidden = max(0, n - first.max_size)
         return merged
@@ -280,8 +211,9 @@ class BatchTurboRotatingKVCache(RotatingRows):
         PackedCache.state.fset(self, state[:-STATE_EXTRA])
         self.keep = 0
         self.max_size, self.n_hidden, padding, gone, ends = extra
-        self._padding, self._gone = _as_list(padding), _as_list(gone)
-        self._ends = None if ends is None else _as_list(ends)
+        self._pad(as_list(padding))
+        self._gone = as_list(gone)
+        self._ends = None if ends is None else as_list(ends)
 
 
 def _layout_of(caches: Sequence[RotatingRows]) -> KVLayout | None:
@@ -292,7 +224,7 @@ def _layout_of(caches: Sequence[RotatingRows]) -> KVLayout | None:
             "[BatchTurboRotatingKVCache] caches of different windows cannot be one batch: "
             f"{', '.join(map(str, windows))} tokens."
         )
-    return _common_layout(caches)
+    return common_layout(caches)
 
 
 def _say_once(note: str) -> None:

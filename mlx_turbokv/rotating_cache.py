@@ -93,15 +93,9 @@ class RotatingRows(PackedCache):
         """Count ``n`` dropped rows."""
         raise NotImplementedError
 
-    def keys_and_values(self, dtype: mx.Dtype | None = None) -> tuple[mx.array, mx.array]:
-        """K and V that the newest tokens see, lazily dequantised, in ``dtype`` or the model's own.
-
-        Shapes:
-            returns: [B, H, n, k_head_dim], [B, H, n, v_head_dim], in the order of the tokens.
-        """
-        dtype = dtype or getattr(mx, self.packed.layout.dtype)
+    def _source(self) -> attention.Source:
         hidden = attention.Hidden(self.keep, self.n_hidden)
-        return attention.lazy_keys_and_values(self.packed, self.backend, dtype, hidden)
+        return attention.Source(self.packed, self.backend, hidden)
 
 
 class TurboRotatingKVCache(RotatingRows):

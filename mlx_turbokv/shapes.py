@@ -1,4 +1,4 @@
-"""The shapes of a model's K and V, learnt without computing anything.
+"""What a model's K and V are and what it does with them, learnt without computing anything.
 
 The model is called with one token through caches that write down what they are handed. MLX is
 lazy: nothing is evaluated, so a model with random weights that were never made will do.
@@ -76,6 +76,19 @@ def probe_positions(model: nn.Module, positions: Iterable[Position]) -> dict[Pos
     except Exception:  # what a model needs beyond tokens is known to its own loader alone
         return {}
     return {at: cache.shape for at, cache in recording.items() if cache.shape is not None}
+
+
+def hands_over(model: nn.Module, caches: list[Any]) -> bool:
+    """Whether a model passes the K and V of one token on to attention and does no more with them.
+
+    Args:
+        caches: fresh ones that answer with handles; they are used up.
+    """
+    try:
+        model(mx.zeros((1, 1), mx.int32), cache=caches)
+    except Exception:  # whatever a model or MLX raises where a handle is no array
+        return False
+    return True
 
 
 def put_cache(caches: list[Any], index: int, sub: int | None, cache: Any) -> None:

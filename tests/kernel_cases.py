@@ -366,7 +366,7 @@ def _rows(packed: PackedKV, backend: str, failures: list[str]) -> None:
     """Rows that the dequantize kernel gives, against the reference's."""
     n_heads = (packed.body if packed.n_body else packed.tail).shape[1]
     with ON_CPU:
-        expected = reference._rotated(reference._tiles(packed), packed)
+        expected = reference._rotated(packed.tiles, packed)
     allowed = {"keys": ROWS_ATOL, "values": ROWS_ATOL}
     if packed.centre is not None:  # sums of products in another order
         allowed["keys"] += 1e-6 * mx.abs(packed.centre.mu).max().item() * packed.layout.k_head_dim**0.5

@@ -77,9 +77,9 @@ def test_a_prompt_cut_anywhere_gives_the_same_bytes(loaded, pair, monkeypatch):
         seen.append((keys, values))
         return update(self, keys, values)
 
+    caches = make_prompt_cache(loaded.model, *pair)
     monkeypatch.setattr(TurboKVCache, "update_and_fetch", spy)
     prompt = mx.array([chat(loaded, "Describe how bread is made." * 60)])
-    caches = make_prompt_cache(loaded.model, *pair)
     mx.eval(loaded.model(prompt, cache=caches), [cache.state for cache in caches])
     monkeypatch.undo()
     n = prompt.shape[1]

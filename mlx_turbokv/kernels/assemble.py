@@ -60,6 +60,15 @@ def header_text(file: str, backend: str) -> str:
     return "".join(parts)
 
 
+def replayed(launch: Callable, backend: str) -> Callable:
+    """A function of arrays that launches kernels, traced at its first call and replayed after it.
+
+    At a call of a kernel MLX writes its whole text anew; a replay shares what the trace made. What
+    differs from call to call must be an array among the arguments, and nothing but arrays may.
+    """
+    return launch if backend == "metal" and factory is not None else mx.compile(launch)
+
+
 def build(
     name: str,
     file: str,

@@ -36,7 +36,13 @@ def select_backend(name: str | None = None) -> Backend:
     Raises:
         InputError: no such back-end, or this machine does not have it.
     """
-    name = (name or os.environ.get(ENVIRONMENT) or "auto").lower()
+    return _selected(name or os.environ.get(ENVIRONMENT) or "auto", assemble.factory)
+
+
+@lru_cache(maxsize=None)
+def _selected(name: str, factory: Callable | None) -> Backend:
+    """``factory``, that of assemble.py, is a part of the key: it decides what is available."""
+    name = name.lower()
     if name not in BACKENDS:
         raise InputError(f"Unknown back-end {name!r}: accepted are {', '.join(BACKENDS)}.")
     available = available_backends()

@@ -36,16 +36,12 @@ MERGE_INPUTS = ("partial", "stats", "sinks", "params", "v_constants")
 
 
 class Launch(NamedTuple):
-    """The two kernels and all they are given beside arrays: the same for a step's layers."""
+    """The two kernels as one call on arrays, and its parameters: the same for a step's layers."""
 
-    partial: Callable
-    partial_options: dict
-    merge: Callable
-    merge_options: dict
+    call: Callable
     params: mx.array
     k_constants: mx.array
     v_constants: mx.array
-    small_stats: bool
 
 
 def rows_at_once(n_rows: int, widest: int, centred: bool = False) -> int:
@@ -95,20 +91,20 @@ def _launch(
     splits = n_splits(-(-(n_body + n_tail) // TILE), n_groups * chunks)
     template = [("T", dtype), ("KB", k.bits), ("KG", k.group), ("KD", k.dim), ("KW", k.width)]
     template += [("VB", v.bits), ("VG", v.group), ("VD", v.dim), ("RAW", tables.RAW[layout.dtype])]
-    partial_options = {
-        "template": [*template, ("ROWS", rows), ("CENTRED", anchors is not None)],
-        "grid": (n_groups * THREADS, splits, chunks),
-        "threadgroup": (THREADS, 1, 1),
-        "output_shapes": [(n_groups * n_rows, splits, v.dim), (n_groups * n_rows, splits, 2)],
-        "output_dtypes": [mx.float32, mx.float32],
-    }
-    merge_options = {
-        "template": [("T", dtype), ("VD", v.dim), ("VW", v.width)],
-        "grid": (n_groups * n_rows * THREADS, 1, 1),
-        "threadgroup": (THREADS, 1, 1),
-        "output_shapes": [(batch, n_heads, n_queries, v.dim)],
-        "output_dtypes": [dtype],
-    }
+    partial_options = (
+        ("template", (*template, ("ROWS", rows), ("CENTRED", anchors is not None))),
+        ("grid", (n_groups * THREADS, splits, chunks)),
+        ("threadgroup", (THREADS, 1, 1)),
+        ("output_shapes", ((n_groups * n_rows, splits, v.dim), (n_groups * n_rows, splits, 2))),
+        ("output_dtypes", (mx.float32, mx.float32)),
+    )
+    merge_options = (
+        ("template", (("T", dtype), ("VD", v.dim), ("VW", v.width))),
+        ("grid", (n_groups * n_rows * THREADS, 1, 1)),
+        ("threadgroup", (THREADS, 1, 1)),
+        ("output_shapes", ((batch, n_heads, n_queries, v.dim),)),
+        ("output_dtypes", (dtype,)),
+    )
     scale_bits = struct.unpack("<i", struct.pack("<f", scale))[0]
     params = tables.int_array(
         n_rows,
@@ -126,21 +122,37 @@ def _launch(
         1,
         *(int(x) for x in anchors or (0, 0)),
     )
-    outputs = ("partial", "stats")
-    return Launch(
-        assemble.build(
-            "decode_partial", "decode.metal", PARTIAL_INPUTS, outputs, PARTIAL_SOURCE, backend
-        ),
-        partial_options,
-        assemble.build(
-            "decode_merge", "merge.metal", MERGE_INPUTS, ("output",), MERGE_SOURCE, backend
-        ),
-        merge_options,
-        params,
-        tables.constants(k),
-        tables.constants(v),
-        n_groups * n_rows * splits * 2 < 8,
+    call = _call(factory, backend, partial_options, merge_options, (body_stride, tail_stride))
+    return Launch(call, params, tables.constants(k), tables.constants(v))
+
+
+@lru_cache(maxsize=64)
+def _call(
+    factory: Callable | None,
+    backend: str,
+    partial_options: tuple,
+    merge_options: tuple,
+    strides: tuple[int, int],
+) -> Callable:
+    """Both launches as one function of arrays; ``factory`` and ``strides`` are parts of the key."""
+    names = ("partial", "stats")
+    partial = assemble.build(
+        "decode_partial", "decode.metal", PARTIAL_INPUTS, names, PARTIAL_SOURCE, backend
     )
+    merge = assemble.build(
+        "decode_merge", "merge.metal", MERGE_INPUTS, ("output",), MERGE_SOURCE, backend
+    )
+
+    def launch(sinks: mx.array, *inputs: mx.array) -> mx.array:
+        outputs, stats = partial(inputs=list(inputs), **dict(partial_options))
+        if stats.size < 8:
+            stats = tables.at_least_eight(stats.reshape(-1))
+        params, v_constants = inputs[4], inputs[6]
+        return merge(
+            inputs=[outputs, stats, sinks, params, v_constants], **dict(merge_options)
+        )[0]
+
+    return assemble.replayed(launch, backend)
 
 
 def decode(
@@ -178,25 +190,17 @@ def decode(
         (causal, sinks is not None, starts is not None),
         None if centre is None else (centre.turning.half, centre.bare_first),
     )
-    outputs, stats = launch.partial(
-        inputs=[
-            queries,
-            body if n_body else tables.no_tiles(),
-            tail if n_tail else tables.no_tiles(),
-            tables.placeholder() if starts is None else tables.at_least_eight(starts),
-            launch.params,
-            launch.k_constants,
-            launch.v_constants,
-            *tables.anchor_inputs(centre, n_body + n_tail, None)[:2],
-        ],
-        **launch.partial_options,
+    return launch.call(
+        _sinks(sinks, queries),
+        queries,
+        body if n_body else tables.no_tiles(),
+        tail if n_tail else tables.no_tiles(),
+        tables.placeholder() if starts is None else tables.at_least_eight(starts),
+        launch.params,
+        launch.k_constants,
+        launch.v_constants,
+        *tables.anchor_inputs(centre, n_body + n_tail, None)[:2],
     )
-    if launch.small_stats:
-        stats = tables.at_least_eight(stats.reshape(-1))
-    return launch.merge(
-        inputs=[outputs, stats, _sinks(sinks, queries), launch.params, launch.v_constants],
-        **launch.merge_options,
-    )[0]
 
 
 def _sinks(sinks: mx.array | None, queries: mx.array) -> mx.array:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from math import sqrt
 from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from ..layout import TILE, KVLayout
-from ..rotation import base_order, rotation_width, signs
+from ..rotation import base_order, rotation_matrix, rotation_width, signs
 from . import assemble, quantize, tables
 from .decode import MAX_QUERIES, decode
-from .packed import PackedKV, PaddedCausal
+from .pace import pace
+from .packed import PackedKV, PaddedCausal, heads_at_once
 from .reference import with_starts
 
 # dequantised K and V of one attention call are kept below this by taking KV heads in slices
@@ -28,21 +31,99 @@ INPUTS = ("body", "tail", "params", "k_constants", "v_constants", *tables.ANCHOR
 scaled_dot_product_attention = mx.fast.scaled_dot_product_attention
 
 
-class Plan(NamedTuple):
-    """What a launch needs that depends on layout and dtype alone."""
+class Launch(NamedTuple):
+    """One launch as a call on arrays, and what it is given beside those of the cache."""
 
-    template: list[tuple[str, object]]
+    call: Callable
+    params: mx.array
     k_constants: mx.array
     v_constants: mx.array
 
+    def inputs(self, packed: PackedKV) -> tuple[mx.array, ...]:
+        """The arrays of a launch over these rows."""
+        return (
+            packed.body if packed.n_body else tables.no_tiles(),
+            packed.tail if packed.n_tail else tables.no_tiles(),
+            self.params,
+            self.k_constants,
+            self.v_constants,
+            *tables.anchor_inputs(packed.centre, packed.n_tokens, packed.padding),
+        )
 
-@lru_cache(maxsize=None)
-def _plan(layout: KVLayout, dtype: mx.Dtype, centred: bool) -> Plan:
+
+@lru_cache(maxsize=64)
+def _launch(
+    factory: Callable | None,
+    backend: str,
+    layout: KVLayout,
+    dtype: mx.Dtype,
+    heads: tuple[int, int],
+    shape: tuple[int, int],
+    counts: tuple[int, int, int, int],
+    anchors: tuple[int, bool, bool] | None,
+) -> Launch:
+    """
+    Args:
+        factory: that of assemble.py; a part of the key.
+        heads: the first that is wanted, and how many.
+        shape: sequences, KV heads.
+        counts: body rows, tiles of the body's buffer, tail rows, tiles of the tail's buffer.
+        anchors: of centred keys: pairs of dims that lie apart, whether first keys are bare,
+            whether rows of padding come first.
+    """
     k, v = tables.sides(layout)
     template = [("T", dtype), ("KB", k.bits), ("KG", k.group), ("KD", k.dim), ("KW", k.width)]
     template += [("VB", v.bits), ("VG", v.group), ("VD", v.dim), ("RAW", tables.RAW[layout.dtype])]
-    template += [("CENTRED", centred)]
-    return Plan(template, tables.constants(k), tables.constants(v))
+    template += [("CENTRED", anchors is not None)]
+    batch, n_heads = shape
+    first, count = heads
+    n_body, body_stride, n_tail, tail_stride = counts
+    n = n_body + n_tail
+    half, bare_first, has_starts = anchors or (0, 0, 0)
+    params = tables.int_array(
+        n_heads,
+        first,
+        count,
+        body_stride,
+        n_body // TILE,
+        tail_stride,
+        n,
+        int(has_starts),
+        half,
+        int(bare_first),
+    )
+    kernel = assemble.build(
+        "dequantize", "dequantize.metal", INPUTS, ("keys", "values"), SOURCE, backend
+    )
+
+    def call(*inputs: mx.array) -> tuple[mx.array, mx.array]:
+        keys, values = kernel(
+            inputs=list(inputs),
+            template=template,
+            grid=(-(-n // TILE) * THREADS, batch * count, 2),
+            threadgroup=(THREADS, 1, 1),
+            output_shapes=[
+                (batch, count, n, layout.k_head_dim), (batch, count, n, layout.v_head_dim)
+            ],
+            output_dtypes=[dtype, dtype],
+        )  # fmt: skip
+        return keys, values
+
+    return Launch(call, params, tables.constants(k), tables.constants(v))
+
+
+def _shapes(packed: PackedKV) -> tuple:
+    """``shape``, ``counts`` and ``anchors`` of a launch over these rows."""
+    layout, body, n_body, tail, n_tail, centre, padding = packed
+    batch, n_heads, body_stride, _ = body.shape if n_body else (0, 0, 0, 0)
+    if n_tail:
+        batch, n_heads, tail_stride, _ = tail.shape
+    else:
+        tail_stride = 0
+    anchors = None
+    if centre is not None:
+        anchors = (centre.turning.half, centre.bare_first, padding is not None)
+    return (batch, n_heads), (n_body, body_stride, n_tail, tail_stride), anchors
 
 
 def rotated_rows(
@@ -53,41 +134,9 @@ def rotated_rows(
     Shapes:
         returns: [B, count, n, k_head_dim] and [B, count, n, v_head_dim] in ``dtype``.
     """
-    layout, n = packed.layout, packed.n_tokens
-    body, tail = packed.body, packed.tail
-    batch, n_heads = (body if packed.n_body else tail).shape[:2]
-    centre = packed.centre
-    plan = _plan(layout, dtype, centre is not None)
-    params = tables.int_array(
-        n_heads,
-        first,
-        count,
-        body.shape[2] if packed.n_body else 0,
-        packed.n_body // TILE,
-        tail.shape[2] if packed.n_tail else 0,
-        n,
-        int(packed.padding is not None),
-        *((0, 0) if centre is None else (centre.turning.half, int(centre.bare_first))),
-    )
-    kernel = assemble.build(
-        "dequantize", "dequantize.metal", INPUTS, ("keys", "values"), SOURCE, backend
-    )
-    keys, values = kernel(
-        inputs=[
-            body if packed.n_body else tables.no_tiles(),
-            tail if packed.n_tail else tables.no_tiles(),
-            params,
-            plan.k_constants,
-            plan.v_constants,
-            *tables.anchor_inputs(centre, n, packed.padding),
-        ],
-        template=plan.template,
-        grid=(-(-n // TILE) * THREADS, batch * count, 2),
-        threadgroup=(THREADS, 1, 1),
-        output_shapes=[(batch, count, n, layout.k_head_dim), (batch, count, n, layout.v_head_dim)],
-        output_dtypes=[dtype, dtype],
-    )
-    return keys, values
+    key = assemble.factory, backend, packed.layout, dtype, (first, count), *_shapes(packed)
+    launch = _launch(*key)
+    return launch.call(*launch.inputs(packed))
 
 
 @lru_cache(maxsize=None)
@@ -102,13 +151,41 @@ def rotate(x: mx.array, head_dim: int, inverse: bool = False) -> mx.array:
     width = rotation_width(head_dim)
     if base_order(width) != 1:
         return quantize.rotate(x, head_dim, inverse)
-    groups = x.astype(mx.float32).reshape(*x.shape[:-1], -1, width)
+    groups = x.astype(mx.float32)
+    if width < head_dim:
+        groups = groups.reshape(*x.shape[:-1], -1, width)
     if not inverse:
         groups = groups * _signs(width)
     groups = mx.hadamard_transform(groups, scale=1 / sqrt(width))
     if inverse:
         groups = groups * _signs(width)
-    return groups.reshape(x.shape)
+    return groups.reshape(x.shape) if width < head_dim else groups
+
+
+@lru_cache(maxsize=None)
+def _half_matrix(width: int, inverse: bool) -> mx.array:
+    matrix = rotation_matrix(width)
+    array = mx.array((matrix if inverse else matrix.T).astype(np.float16))
+    mx.eval(array)
+    return array
+
+
+def _rotated(x: mx.array, head_dim: int, dtype: mx.Dtype, inverse: bool = False) -> mx.array:
+    """Rotate heads on the way to MLX's attention or from it, half rows in one product.
+
+    Sums are float32. All entries of the matrix are +c or -c, and in half c is 1e-4 too small where
+    it is no power of two: a fifth of what rounding the result may change.
+
+    Shapes:
+        x: [B, H, L, head_dim]; returns the same in ``dtype``.
+    """
+    if dtype != mx.float16:
+        return rotate(x, head_dim, inverse).astype(dtype)
+    width = rotation_width(head_dim)
+    groups = x.astype(dtype)
+    if width < head_dim:
+        groups = groups.reshape(*x.shape[:-1], -1, width)
+    return (groups @ _half_matrix(width, inverse)).reshape(x.shape)
 
 
 def _row_dtype(layout: KVLayout, dtype: mx.Dtype) -> mx.Dtype:
@@ -175,13 +252,13 @@ def _through_rows(
     layout, dtype = packed.layout, _row_dtype(packed.layout, queries.dtype)
     n_kv_heads = (packed.body if packed.n_body else packed.tail).shape[1]
     gqa_factor = queries.shape[1] // n_kv_heads
-    q = rotate(queries, layout.k_head_dim) if layout.k_format.is_turbo else queries
-    q = q.astype(dtype)
+    turbo = layout.k_format.is_turbo
+    q = _rotated(queries, layout.k_head_dim, dtype) if turbo else queries.astype(dtype)
     if isinstance(mask, mx.array) and mask.dtype != mx.bool_:
         mask = mask.astype(dtype)
     sinks = None if sinks is None else sinks.astype(dtype)
     row_bytes = queries.shape[0] * packed.n_tokens * (layout.k_head_dim + layout.v_head_dim)
-    step = max(1, TRANSIENT_BYTES // (row_bytes * dtype.size))
+    step = heads_at_once(n_kv_heads, row_bytes * dtype.size, TRANSIENT_BYTES)
 
     outputs = []
     for first in range(0, n_kv_heads, step):
@@ -201,8 +278,12 @@ def _through_rows(
         )
     output = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=1)
     if layout.v_format.is_turbo:
-        output = rotate(output, layout.v_head_dim, inverse=True)
-    return output.astype(queries.dtype)
+        output = _rotated(output, layout.v_head_dim, dtype, inverse=True)
+    output = output.astype(queries.dtype)
+    if queries.shape[2] > MAX_QUERIES:
+        newest = packed.tail if packed.n_tail else packed.body
+        pace.keep(output, newest, row_bytes * dtype.size * n_kv_heads + output.nbytes)
+    return output
 
 
 def dequantize(
@@ -210,15 +291,38 @@ def dequantize(
 ) -> tuple[mx.array, mx.array]:
     """K and V as the model would have made them, quantisation error aside.
 
+    Built at each decode step and seldom evaluated: whole tiles are dequantised and cut after it,
+    so that the graph is the same for as long as the buffers are.
+
     Shapes:
         returns: [B, H, n, k_head_dim] and [B, H, n, v_head_dim] in ``dtype``.
     """
-    layout = packed.layout
-    n_heads = (packed.body if packed.n_body else packed.tail).shape[1]
-    rotated = layout.k_format.is_turbo or layout.v_format.is_turbo
-    keys, values = rotated_rows(packed, mx.float32 if rotated else dtype, 0, n_heads, backend)
-    if layout.k_format.is_turbo:
-        keys = rotate(keys, layout.k_head_dim, inverse=True)
-    if layout.v_format.is_turbo:
-        values = rotate(values, layout.v_head_dim, inverse=True)
-    return keys.astype(dtype), values.astype(dtype)
+    n, whole = packed.n_tokens, packed
+    if packed.n_tail % TILE:
+        whole = packed._replace(n_tail=TILE * packed.tail.shape[2])
+    launch = _restoring(assemble.factory, backend, packed.layout, dtype, *_shapes(whole))
+    keys, values = launch.call(*launch.inputs(whole))
+    if whole is packed:
+        return keys, values
+    return keys[:, :, :n], values[:, :, :n]
+
+
+@lru_cache(maxsize=64)
+def _restoring(
+    factory: Callable | None, backend: str, layout: KVLayout, dtype: mx.Dtype, *shapes: tuple
+) -> Launch:
+    """A launch over all heads, and what brings its rows back to the model's own basis."""
+    k_turbo, v_turbo = layout.k_format.is_turbo, layout.v_format.is_turbo
+    row_dtype = mx.float32 if k_turbo or v_turbo else dtype
+    (_, n_heads), *_ = shapes
+    launch = _launch(factory, backend, layout, row_dtype, (0, n_heads), *shapes)
+
+    def restore(*inputs: mx.array) -> tuple[mx.array, mx.array]:
+        keys, values = launch.call(*inputs)
+        if k_turbo:
+            keys = rotate(keys, layout.k_head_dim, inverse=True)
+        if v_turbo:
+            values = rotate(values, layout.v_head_dim, inverse=True)
+        return keys.astype(dtype), values.astype(dtype)
+
+    return launch._replace(call=assemble.replayed(restore, backend))

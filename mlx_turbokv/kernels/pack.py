@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -25,26 +26,53 @@ INPUTS += tables.ANCHOR_INPUTS
 WIDE = 256  # wider rows get fewer SIMD groups, as pack_groups in the kernel says
 
 
-class Plan(NamedTuple):
-    """What a launch needs that depends on layout and dtype alone."""
+class Launch(NamedTuple):
+    """One launch as a call on arrays, and the tables that it is given: the same for all layers."""
 
-    template: list[tuple[str, object]]
-    threads: int
+    call: Callable
     k_constants: mx.array
     v_constants: mx.array
 
 
-@lru_cache(maxsize=None)
-def _plan(
-    layout: KVLayout, dtype: mx.Dtype, k_rule: str, v_rule: str, centred: bool
-) -> Plan:
+@lru_cache(maxsize=64)
+def _launch(
+    factory: Callable | None,
+    backend: str,
+    layout: KVLayout,
+    dtype: mx.Dtype,
+    rules: tuple[str, str],
+    centred: bool,
+    shape: tuple[int, int, int],
+    tiles: tuple[int, int],
+) -> Launch:
+    """
+    Args:
+        factory: that of assemble.py; a part of the key.
+        rules: how K's and V's scales are chosen.
+        shape: sequences, KV heads, new tokens.
+        tiles: of the tail's buffer, before and after.
+    """
     k, v = tables.sides(layout)
-    rules = quantize.SCALE_RULES
+    k_rule, v_rule = (quantize.SCALE_RULES.index(rule) for rule in rules)
     template = [("T", dtype), ("KB", k.bits), ("KG", k.group), ("KD", k.dim), ("KW", k.width)]
-    template += [("KR", rules.index(k_rule)), ("VB", v.bits), ("VG", v.group), ("VD", v.dim)]
-    template += [("VW", v.width), ("VR", rules.index(v_rule)), ("CENTRED", centred)]
+    template += [("KR", k_rule), ("VB", v.bits), ("VG", v.group), ("VD", v.dim)]
+    template += [("VW", v.width), ("VR", v_rule), ("CENTRED", centred)]
     threads = 128 if max(k.dim, v.dim) > WIDE else 256
-    return Plan(template, threads, tables.constants(k), tables.constants(v))
+    kernel = assemble.build("pack", "pack.metal", INPUTS, ("packed",), SOURCE, backend)
+    batch, n_heads, _ = shape
+
+    def launch(*inputs: mx.array) -> mx.array:
+        return kernel(
+            inputs=list(inputs),
+            template=template,
+            grid=(tiles[1] * threads, batch * n_heads, 2),
+            threadgroup=(threads, 1, 1),
+            output_shapes=[(batch, n_heads, tiles[1], layout.tile_words)],
+            output_dtypes=[mx.uint32],
+        )[0]
+
+    call = assemble.replayed(launch, backend)
+    return Launch(call, tables.constants(k), tables.constants(v))
 
 
 def pack(
@@ -74,29 +102,29 @@ def pack(
     """
     if values.dtype != keys.dtype:
         values = values.astype(keys.dtype)
-    plan = _plan(layout, keys.dtype, quantize.K_SCALE_RULE, quantize.V_SCALE_RULE, centre is not None)
     batch, n_heads, n_new, _ = keys.shape
     n_tiles = -(-(n_tail + n_new) // TILE)
     stride = tail.shape[2] if n_tail else 0
-    kernel = assemble.build("pack", "pack.metal", INPUTS, ("packed",), SOURCE, backend)
+    launch = _launch(
+        assemble.factory,
+        backend,
+        layout,
+        keys.dtype,
+        (quantize.K_SCALE_RULE, quantize.V_SCALE_RULE),
+        centre is not None,
+        (batch, n_heads, n_new),
+        (stride, n_tiles),
+    )
     anchors = (0, 0, 0, 0, 0)
     if centre is not None:
         has_starts = int(padding is not None)
         anchors = (first, centre.turning.half, n_heads, has_starts, int(centre.bare_first))
-    params = tables.int_array(n_new, n_tail, stride, n_tiles, *anchors)
-    return kernel(
-        inputs=[
-            keys,
-            values,
-            tail if n_tail else tables.no_tiles(),
-            params,
-            plan.k_constants,
-            plan.v_constants,
-            *tables.anchor_inputs(centre, first + n_new, padding),
-        ],
-        template=plan.template,
-        grid=(n_tiles * plan.threads, batch * n_heads, 2),
-        threadgroup=(plan.threads, 1, 1),
-        output_shapes=[(batch, n_heads, n_tiles, layout.tile_words)],
-        output_dtypes=[mx.uint32],
-    )[0]
+    return launch.call(
+        keys,
+        values,
+        tail if n_tail else tables.no_tiles(),
+        tables.int_array(n_new, n_tail, stride, n_tiles, *anchors),
+        launch.k_constants,
+        launch.v_constants,
+        *tables.anchor_inputs(centre, first + n_new, padding),
+    )

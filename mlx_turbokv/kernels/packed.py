@@ -7,7 +7,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ..centre import Centre
-from ..layout import KVLayout
+from ..layout import TILE, KVLayout
 
 
 class PackedKV(NamedTuple):
@@ -38,6 +38,26 @@ class PackedKV(NamedTuple):
     def n_tokens(self) -> int:
         """Rows of the sequence."""
         return self.n_body + self.n_tail
+
+    @property
+    def tiles(self) -> mx.array:
+        """Body and tail as one array, the last tile perhaps partly filled.
+
+        Shapes:
+            returns: [B, H, ceil(n_tokens / 32), layout.tile_words] uint32.
+        """
+        parts = []
+        if self.n_body:
+            parts.append(self.body[:, :, : self.n_body // TILE])
+        if self.n_tail:
+            parts.append(self.tail[:, :, : -(-self.n_tail // TILE)])
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
+
+
+def heads_at_once(n_heads: int, bytes_each: int, limit: int) -> int:
+    """How many KV heads to dequantise at a time: what ``limit`` bytes hold, evenly cut."""
+    most = max(1, limit // bytes_each)
+    return -(-n_heads // -(-n_heads // most))
 
 
 class PaddedCausal(mx.array):

@@ -10,7 +10,7 @@ import mlx.core as mx
 from ..centre import Centre
 from ..layout import TILE, KVLayout
 from . import quantize
-from .packed import PackedKV
+from .packed import PackedKV, heads_at_once
 from .tiles import Rows, first_rows_mask, padded, rows_to_tiles, tiles_to_rows
 
 # dequantised K and V of one attention call are kept below this by taking KV heads in slices
@@ -88,8 +88,9 @@ def attention(
     if isinstance(mask, mx.array) and mask.dtype != mx.bool_:
         mask = mask.astype(mx.float32)
     sinks = None if sinks is None else sinks.astype(mx.float32)
-    tiles = _tiles(packed)
-    step = max(1, TRANSIENT_BYTES // _transient_bytes_per_head(packed, queries.shape[0]))
+    tiles = packed.tiles
+    row_bytes = _transient_bytes_per_head(packed, queries.shape[0])
+    step = heads_at_once(n_kv_heads, row_bytes, TRANSIENT_BYTES)
 
     outputs = []
     for first in range(0, n_kv_heads, step):
@@ -134,7 +135,7 @@ def dequantize(packed: PackedKV, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
         returns: [B, H, n, k_head_dim] and [B, H, n, v_head_dim] in ``dtype``.
     """
     layout = packed.layout
-    keys, values = _rotated(_tiles(packed), packed)
+    keys, values = _rotated(packed.tiles, packed)
     if layout.k_format.is_turbo:
         keys = quantize.rotate(keys, layout.k_head_dim, inverse=True)
     if layout.v_format.is_turbo:
@@ -144,16 +145,6 @@ def dequantize(packed: PackedKV, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
 
 def _any(packed: PackedKV) -> mx.array:
     return packed.body if packed.body is not None else packed.tail
-
-
-def _tiles(packed: PackedKV) -> mx.array:
-    """Body and tail as one array of tiles."""
-    parts = []
-    if packed.n_body:
-        parts.append(packed.body[:, :, : packed.n_body // TILE])
-    if packed.n_tail:
-        parts.append(packed.tail[:, :, : -(-packed.n_tail // TILE)])
-    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
 
 
 def _rotated(

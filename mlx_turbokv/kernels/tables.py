@@ -123,11 +123,13 @@ def no_mu() -> mx.array:
     return array
 
 
+@lru_cache(maxsize=None)
 def placeholder() -> mx.array:
     """Stands where an optional input is absent."""
     return int_array(0, 0, 0, 0, 0, 0, 0, 0)
 
 
+@lru_cache(maxsize=None)
 def no_tiles() -> mx.array:
     """Stands for a body or a tail that is absent."""
     return constants(Side(8, 32, 8, 0))
