@@ -18,9 +18,6 @@ TKV_CONST_FN int most_lookup_words(bool keys) {
 #define fast_exp2(x) metal::fast::exp2(x)
 #define fast_log2(x) metal::fast::log2(x)
 
-// Asks for a line of memory that is read later.
-TKV_FN void prefetch(const device uint*) {}
-
 // Bytes of threadgroup memory from `shared` on, which begins at a multiple of the largest table's size.
 TKV_FN uint shared_place(threadgroup const float4*) {
   return 0;

@@ -32,7 +32,7 @@ TKV_CONST_FN int table_copies(int bits, bool keys, int rows, int k_dim, int v_di
   return lookup_copies(bits, rows * (k_dim + v_dim) <= 1024 ? most_lookup_words(keys) : 1024);
 }
 TKV_CONST_FN int key_table_words(int bits, int rows, int k_dim, int v_dim) {
-  return lookup_words(bits, table_copies(bits, true, rows, k_dim, v_dim));
+  return keys_in_halves(bits, k_dim) ? lookup_words(bits, table_copies(bits, true, rows, k_dim, v_dim)) : MAX_LEVELS;
 }
 TKV_CONST_FN int value_table_words(int bits, int group, int rows, int k_dim, int v_dim) {
   return values_in_halves(bits, group, v_dim) ? lookup_words(bits, table_copies(bits, false, rows, k_dim, v_dim))
@@ -49,7 +49,7 @@ TKV_CONST_FN int queries_at(int k_bits, int k_dim, int v_bits, int v_group, int 
           padded_rows(rows) + 3) / 4 * 4;
 }
 TKV_CONST_FN int maxima_at(int k_bits, int k_dim, int v_bits, int v_group, int v_dim, int rows, bool centred) {
-  return larger(queries_at(k_bits, k_dim, v_bits, v_group, v_dim, rows) + query_words(k_bits, k_dim, rows) +
+  return larger(queries_at(k_bits, k_dim, v_bits, v_group, v_dim, rows) + query_words(k_bits, k_dim, k_dim, rows) +
                     all_weight_words(v_bits, v_group, v_dim, rows) + (centred ? k_dim * padded_rows(rows) : 0),
                 DECODE_GROUPS * v_dim * merge_rows(rows, v_dim));
 }
@@ -64,17 +64,6 @@ TKV_FN const device uint* tile_at(const device uint* body, const device uint* ta
   const int at = tile < end ? tile : end - 1;
   const bool in_body = at < body_tiles;
   return (in_body ? body : tail) + size_t(uint(in_body ? at : at - body_tiles)) * TILE_WORDS;
-}
-
-// Asks for a whole tile; a line is at least 32 words.
-template <int TILE_WORDS>
-TKV_FN void prefetch_tile(const device uint* tile, int lane) {
-  TKV_UNROLL
-  for (int word = 0; word < TILE_WORDS; word += 32 * LANES) {
-    if (word + 32 * lane < TILE_WORDS) {
-      prefetch(tile + word + 32 * lane);
-    }
-  }
 }
 
 template <typename T, int KB, int KG, int KD, int KW, int VB, int VG, int VD, int RAW, int ROWS, bool CENTRED>
@@ -92,6 +81,7 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
   constexpr int UNITS = TILE / value_span(VB);
   constexpr int UNIT_WORDS = unit_words(VB, VD);
   constexpr int KEY_WORDS = key_words(KB, KG, KD);
+  constexpr int KEY_SCALES = key_scales(KB, KG, KD);
   constexpr bool V_HALVES = values_in_halves(VB, VG, VD);
   constexpr int WEIGHT_GROUPS = weight_groups(VB, VG, VD);
   constexpr int V_OFFSET = side_words(KB, KG, KD);
@@ -111,7 +101,7 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
   threadgroup uint* words_at = (threadgroup uint*)shared;
   threadgroup float* row_scales = (threadgroup float*)(words_at + K_TABLE_WORDS + V_TABLE_WORDS);
   threadgroup uint* queries = words_at + queries_at(KB, KD, VB, VG, VD, ROWS);
-  threadgroup uint* all_weights = queries + query_words(KB, KD, ROWS);
+  threadgroup uint* all_weights = queries + query_words(KB, KD, KD, ROWS);
   threadgroup float* pairs = (threadgroup float*)(all_weights + (CENTRED ? all_weight_words(VB, VG, VD, ROWS) : 0));
   threadgroup float* maxima = (threadgroup float*)(words_at + maxima_at(KB, KD, VB, VG, VD, ROWS, CENTRED));
   threadgroup float* sums = maxima + DECODE_GROUPS * RP;
@@ -145,20 +135,24 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
   // what is used next is always under way: K's first span while p.v is worked out, V's first unit
   // while q.k is
   uint k_words[STEP * KEY_WORDS];
+  uint k_scales[STEP * KEY_SCALES];
   uint v_words[UNIT_WORDS];
+  uint v_scales[STEP * WEIGHT_GROUPS];
   if (first_own < end) {
-    TKV_UNROLL
-    for (int i = 0; i < STEP; i++) {
-      prefetch_tile<TILE_WORDS>(tiles[i], lane);
-    }
     load_first_span<KB, KG, KD, STEP>(k_words, tiles, lane);
+    load_key_scales<KB, KG, KD, STEP>(k_scales, tiles, 0, lane);
+    load_value_scales<VB, VG, VD, STEP>(v_scales, tiles, V_OFFSET, lane);
     load_unit<VB, VD>(v_words, tile_at<TILE_WORDS>(head_body, head_tail, body_tiles, first_own + part, end) + V_OFFSET,
                       0, first_quad, LANES / PARTS);
   }
 
   const uint k_own = own_copy<K_COPIES>(shared, K_TABLE, lane);
   const uint v_own = own_copy<V_COPIES>(shared, V_TABLE, lane);
-  load_lookup<KB, K_COPIES>(words_at + K_TABLE, k_constants, thread_index, DECODE_GROUPS * LANES);
+  if (keys_in_halves(KB, KD)) {
+    load_lookup<KB, K_COPIES>(words_at + K_TABLE, k_constants, thread_index, DECODE_GROUPS * LANES);
+  } else {
+    load_levels<KB>((threadgroup float*)(words_at + K_TABLE), k_constants, thread_index);
+  }
   if (V_HALVES) {
     load_lookup<VB, V_COPIES>(words_at + V_TABLE, v_constants, thread_index, DECODE_GROUPS * LANES);
   } else {
@@ -201,11 +195,10 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
     TKV_UNROLL
     for (int i = 0; i < STEP; i++) {
       next_tiles[i] = tile_at<TILE_WORDS>(head_body, head_tail, body_tiles, next_t + i, end);
-      prefetch_tile<TILE_WORDS>(next_tiles[i], lane);
     }
     float score[STEP * ROWS];
-    key_scores<KB, KG, KD, K_COPIES, RAW, ROWS, STEP>(score, k_words, tiles, next_tiles, queries,
-                                            row_scales, shared, k_own,
+    key_scores<KB, KG, KD, K_COPIES, RAW, ROWS, STEP>(score, k_words, k_scales, tiles, next_tiles, queries,
+                                            row_scales, shared, k_own, (threadgroup const float*)(words_at + K_TABLE),
                                             n_spans, lane);
     if (CENTRED) {
       int blocks[STEP];
@@ -232,15 +225,13 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
       float most = LOWEST_SCALE;
       TKV_UNROLL
       for (int g = 0; g < WEIGHT_GROUPS; g++) {
-        v_scale[i * WEIGHT_GROUPS + g] = 1.0f;
-        if (V_HALVES) {
-          const device ushort* scales = (const device ushort*)(tiles[i] + V_OFFSET + code_words(VB, VD));
-          v_scale[i * WEIGHT_GROUPS + g] = half_bits(scales[g * TILE + lane]);
-        }
-        most = v_scale[i * WEIGHT_GROUPS + g] > most ? v_scale[i * WEIGHT_GROUPS + g] : most;
+        const int at = i * WEIGHT_GROUPS + g;
+        v_scale[at] = V_HALVES ? half_bits(v_scales[at]) : 1.0f;
+        most = v_scale[at] > most ? v_scale[at] : most;
       }
       v_log[i] = V_HALVES ? fast_log2(most) : 0.0f;
     }
+    load_value_scales<VB, VG, VD, STEP>(v_scales, next_tiles, V_OFFSET, lane);
     bool grown = false;
     float highest[ROWS];
     TKV_UNROLL

@@ -2,15 +2,15 @@
 // alone; q comes from threadgroup memory by reads that are the same for all lanes.
 //
 // Codes are multiplied as half2 and summed in half for a chain of dims; the sums of two chains are
-// added in half, and the rest in float32. Raw rows are multiplied in float32. Every query row is divided by its
+// added in half, and the rest in float32. Raw rows and narrow heads are multiplied in float32. Every query row is divided by its
 // largest value beforehand (`row_scales`), so that halves neither overflow nor vanish.
 
-// dims of a chain: narrow heads have too few of them for their rounding to average out
-TKV_CONST_FN int chain_dims(int dim) {
-  return dim < 32 ? 4 : (dim < 64 ? 8 : 16);
-}
-TKV_CONST_FN bool keys_in_halves(int bits) {
-  return bits <= 8;
+// dims of a chain
+constant constexpr int CHAIN = 16;
+
+// Heads narrower than four chains have too few of them for their rounding to average out.
+TKV_CONST_FN bool keys_in_halves(int bits, int dim) {
+  return bits <= 8 && dim >= 4 * CHAIN;
 }
 // Query rows are padded so that reads are whole.
 TKV_CONST_FN int padded_rows(int rows) {
@@ -19,7 +19,7 @@ TKV_CONST_FN int padded_rows(int rows) {
 // dims of K that one pass of the q.k loop takes: whole columns that go into scale groups, or into
 // which scale groups go; else the row
 TKV_CONST_FN int key_columns(int bits) {
-  return bits == 2 || bits == 4 || bits == 6 ? 64 : (bits == 3 || bits == 5 ? 128 : 32);
+  return bits == 3 || bits == 5 ? 128 : (bits > 8 ? 32 : 64);
 }
 TKV_CONST_FN bool fits_groups(int span, int group) {
   return group == 0 || group % span == 0 || span % group == 0;
@@ -27,24 +27,24 @@ TKV_CONST_FN bool fits_groups(int span, int group) {
 TKV_CONST_FN int key_span(int bits, int group, int dim) {
   return dim % key_columns(bits) == 0 && fits_groups(key_columns(bits), group) ? key_columns(bits) : dim;
 }
-// words of threadgroup memory that queries take
-TKV_CONST_FN int query_words(int bits, int dim, int rows) {
-  return dim * padded_rows(rows) / (keys_in_halves(bits) ? 2 : 1);
+// words of threadgroup memory that `n` dims of queries take
+TKV_CONST_FN int query_words(int bits, int dim, int n, int rows) {
+  return n * padded_rows(rows) / (keys_in_halves(bits, dim) ? 2 : 1);
 }
 
 // Where dim `d` of row `row` lies: floats [dim][row], or halves [quad][half2][row][2].
-template <int BITS, int RP>
+template <int BITS, int DIM, int RP>
 TKV_FN int query_place(int d, int row) {
-  if (keys_in_halves(BITS)) {
+  if (keys_in_halves(BITS, DIM)) {
     const int place = half_place(BITS, d % 4);
     return ((d / 4 * 2 + place / 2) * RP + row) * 2 + place % 2;
   }
   return d * RP + row;
 }
 
-template <int BITS>
+template <int BITS, int DIM>
 TKV_FN void store_query(threadgroup uint* queries, int at, float x) {
-  if (keys_in_halves(BITS)) {
+  if (keys_in_halves(BITS, DIM)) {
     ((threadgroup half*)queries)[at] = half(x);
   } else {
     ((threadgroup float*)queries)[at] = x;
@@ -85,7 +85,7 @@ TKV_FN void load_queries(const device T* q, threadgroup uint* queries, threadgro
       for (int j = 0; j < N; j++) {
         const int i = part * W + lane + j * LANES;
         if (lane + j * LANES < W && i < DIM) {
-          store_query<BITS>(queries, query_place<BITS, RP>(i, row), x[part * N + j] * factor);
+          store_query<BITS, DIM>(queries, query_place<BITS, DIM, RP>(i, row), x[part * N + j] * factor);
         }
       }
     }
@@ -213,10 +213,11 @@ TKV_FN void half_products(thread half2* chain, thread const uint* words,
   }
 }
 
-// The same of raw rows, in float32.
+// Adds the products of quads `begin` to `end` of a span, in float32.
 template <int BITS, int RAW, int WORDS, int ROWS, int STEP>
 TKV_FN void add_float_products(thread float* sums, thread const uint* words,
-                               threadgroup const float4* queries, int begin, int end) {
+                               threadgroup const float4* queries, threadgroup const float* levels,
+                               int begin, int end) {
   constexpr int RP = padded_rows(ROWS);
   TKV_UNROLL
   for (int quad = begin; quad < end; quad++) {
@@ -224,7 +225,7 @@ TKV_FN void add_float_products(thread float* sums, thread const uint* words,
     TKV_UNROLL
     for (int i = 0; i < STEP; i++) {
       k[i] = quad_values<BITS, RAW>(quad_bits<BITS>(words + i * WORDS, quad),
-                                 (threadgroup const float*)queries);
+                                 levels);
     }
     TKV_UNROLL
     for (int part = 0; part < RP; part++) {
@@ -244,7 +245,7 @@ TKV_FN void add_float_products(thread float* sums, thread const uint* words,
 
 // Whether a span's columns are loaded again as soon as they are used, for the next span.
 TKV_CONST_FN bool keys_ahead(int bits, int group, int dim, int step) {
-  return key_span(bits, group, dim) * bits % 128 == 0 && key_span(bits, group, dim) * bits * step <= 768;
+  return key_span(bits, group, dim) * bits % 128 == 0 && key_span(bits, group, dim) * bits * step <= 1024;
 }
 TKV_CONST_FN int key_words(int bits, int group, int dim) {
   return ceil_div(key_span(bits, group, dim) * bits, 32);
@@ -275,48 +276,56 @@ TKV_FN void load_first_span(thread uint* words, const device uint* thread* tiles
   }
 }
 
+// scale groups that a span touches
+TKV_CONST_FN int key_scales(int bits, int group, int dim) {
+  return group == 0 ? 1 : ceil_div(key_span(bits, group, dim), group);
+}
+
 // Bits of the scales of a span's groups, [group][tile].
 template <int BITS, int GROUP, int DIM, int STEP>
-TKV_FN void load_scales(thread uint* scales, const device uint* thread* tiles, int span, int lane) {
-  constexpr int SPAN = key_span(BITS, GROUP, DIM);
-  constexpr int WIDTH = GROUP == 0 ? SPAN : GROUP;
+TKV_FN void load_key_scales(thread uint* scales, const device uint* thread* tiles, int span, int lane) {
+  if (GROUP == 0) {
+    return;
+  }
+  constexpr int WIDTH = GROUP == 0 ? 1 : GROUP;
   TKV_UNROLL
-  for (int g = 0; g < ceil_div(SPAN, WIDTH); g++) {
+  for (int g = 0; g < key_scales(BITS, GROUP, DIM); g++) {
     TKV_UNROLL
     for (int i = 0; i < STEP; i++) {
       const device ushort* at = (const device ushort*)(tiles[i] + code_words(BITS, DIM));
-      scales[g * STEP + i] = at[(span * SPAN / WIDTH + g) * TILE + lane];
+      scales[g * STEP + i] = at[(span * key_span(BITS, GROUP, DIM) / WIDTH + g) * TILE + lane];
     }
   }
 }
 
-// q.k of STEP tokens a lane (one in each tile) and ROWS query rows. `words` holds the first span of
-// `tiles` where spans are loaded ahead, and in the end that of `next_tiles`.
+// q.k of STEP tokens a lane (one in each tile) and ROWS query rows. `scales` holds the scales of the
+// first span of `tiles`, `words` its columns where spans are loaded ahead; in the end, those of
+// `next_tiles`.
 template <int BITS, int GROUP, int DIM, int COPIES, int RAW, int ROWS, int STEP>
-TKV_FN void key_scores(thread float* score, thread uint* words, const device uint* thread* tiles,
+TKV_FN void key_scores(thread float* score, thread uint* words, thread uint* scales,
+                       const device uint* thread* tiles,
                        const device uint* thread* next_tiles, threadgroup const uint* queries,
                        threadgroup const float* row_scales, threadgroup const float4* shared, uint own,
-                       int n_spans, int lane) {
+                       threadgroup const float* levels, int n_spans, int lane) {
   constexpr int SPAN = key_span(BITS, GROUP, DIM);
   constexpr int G = GROUP == 0 || GROUP > SPAN ? SPAN : GROUP;
-  constexpr int CHAIN = chain_dims(DIM);
   constexpr int WORDS = key_words(BITS, GROUP, DIM);
   constexpr int SPAN_WORDS = SPAN * BITS;
-  constexpr int SPAN_QUERIES = query_words(BITS, SPAN, ROWS);
+  constexpr int SPAN_QUERIES = query_words(BITS, DIM, SPAN, ROWS);
   constexpr bool AHEAD = keys_ahead(BITS, GROUP, DIM, STEP);
   TKV_UNROLL
   for (int i = 0; i < STEP * ROWS; i++) {
     score[i] = 0.0f;
   }
-  uint scales[STEP * ceil_div(SPAN, G)];
-  if (GROUP != 0) {
-    load_scales<BITS, GROUP, DIM, STEP>(scales, tiles, 0, lane);
-  }
   for (int span = 0; span < n_spans; span++) {
+    const bool last = span + 1 == n_spans;
+    const int next_span = last ? 0 : span + 1;
+    const device uint* sources[STEP];
     const device uint* next[STEP];
     TKV_UNROLL
     for (int i = 0; i < STEP; i++) {
-      next[i] = span + 1 < n_spans ? tiles[i] + (span + 1) * SPAN_WORDS : next_tiles[i];
+      sources[i] = last ? next_tiles[i] : tiles[i];
+      next[i] = sources[i] + next_span * SPAN_WORDS;
       if (!AHEAD) {
         load_row<SPAN * BITS / 8>(words + i * WORDS, tiles[i] + span * SPAN_WORDS, lane);
       }
@@ -335,7 +344,7 @@ TKV_FN void key_scores(thread float* score, thread uint* words, const device uin
       TKV_UNROLL
       for (int begin = g * G / 4; begin < group_end; begin += CHAIN_QUADS) {
         const int end = begin + CHAIN_QUADS < group_end ? begin + CHAIN_QUADS : group_end;
-        if (keys_in_halves(BITS)) {
+        if (keys_in_halves(BITS, DIM)) {
           half2 chain[STEP * ROWS];
           half_products<BITS, COPIES, WORDS, ROWS, STEP>(chain, words, span_queries, shared, own, begin, end);
           // two chains are added up before they go into float32
@@ -349,7 +358,7 @@ TKV_FN void key_scores(thread float* score, thread uint* words, const device uin
           }
         } else {
           add_float_products<BITS, RAW, WORDS, ROWS, STEP>(
-              sums, words, (threadgroup const float4*)span_queries, begin, end);
+              sums, words, (threadgroup const float4*)span_queries, levels, begin, end);
         }
         if (AHEAD) {
           TKV_UNROLL
@@ -367,9 +376,7 @@ TKV_FN void key_scores(thread float* score, thread uint* words, const device uin
         }
       }
     }
-    if (GROUP != 0 && span + 1 < n_spans) {
-      load_scales<BITS, GROUP, DIM, STEP>(scales, tiles, span + 1, lane);
-    }
+    load_key_scales<BITS, GROUP, DIM, STEP>(scales, sources, next_span, lane);
   }
   TKV_UNROLL
   for (int r = 0; r < ROWS; r++) {

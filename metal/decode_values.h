@@ -56,6 +56,22 @@ TKV_FN void load_unit(thread uint* words, const device uint* codes, int unit, in
   }
 }
 
+// Bits of the scales that the weights of a lane's tokens are multiplied by, [tile][group].
+template <int BITS, int GROUP, int DIM, int STEP>
+TKV_FN void load_value_scales(thread uint* scales, const device uint* thread* tiles, int offset, int lane) {
+  constexpr int GROUPS = weight_groups(BITS, GROUP, DIM);
+  if (!values_in_halves(BITS, GROUP, DIM)) {
+    return;
+  }
+  TKV_UNROLL
+  for (int i = 0; i < STEP; i++) {
+    TKV_UNROLL
+    for (int g = 0; g < GROUPS; g++) {
+      scales[i * GROUPS + g] = ((const device ushort*)(tiles[i] + offset + code_words(BITS, DIM)))[g * TILE + lane];
+    }
+  }
+}
+
 // Adds p.v of a unit to the lane's quads, in halves. `words`: the unit's; in the end they are those
 // of `next_unit` of the tile `next_codes`. `weights`: the unit's, half [token][row] for each group,
 // each times its scale.

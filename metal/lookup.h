@@ -31,15 +31,13 @@ TKV_CONST_FN int log2_of(int n) {
 template <int BITS, int COPIES>
 TKV_FN void load_lookup(threadgroup uint* table, const device uint* constants, int thread_index,
                         int n_threads) {
-  for (int i = thread_index; i < lookup_words(BITS, 1); i += n_threads) {
-    const uint word = constants[TABLE_LOOKUP + i];
-    TKV_UNROLL
-    for (int c = 0; c < COPIES % 4; c++) {
-      table[i * COPIES + c] = word;
-    }
-    TKV_UNROLL
-    for (int c = 0; c < COPIES / 4; c++) {
-      ((threadgroup uint4*)(table + i * COPIES))[c] = uint4(word, word, word, word);
+  constexpr int AT_ONCE = COPIES < 4 ? 1 : 4;
+  for (int i = thread_index; i < lookup_words(BITS, COPIES) / AT_ONCE; i += n_threads) {
+    const uint word = constants[TABLE_LOOKUP + i * AT_ONCE / COPIES];
+    if (AT_ONCE == 4) {
+      ((threadgroup uint4*)table)[i] = uint4(word, word, word, word);
+    } else {
+      table[i] = word;
     }
   }
 }

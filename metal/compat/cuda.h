@@ -96,10 +96,6 @@ TKV_FN float fast_log2(float x) {
   return y;
 }
 
-TKV_FN void prefetch(const uint* at) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
-}
-
 // Places are addresses of shared memory as such: no base is added to each.
 TKV_FN uint shared_place(const float4* shared) {
   return uint(__cvta_generic_to_shared(shared));
