@@ -6,7 +6,34 @@
 #define TKV_FN inline
 #define TKV_CONST_FN inline constexpr
 #define TKV_SHARED(type, name, count) threadgroup type name[count]
+#define TKV_SHARED_ALIGNED TKV_SHARED
 #define TKV_UNROLL _Pragma("clang loop unroll(full)")
+
+// Words that lookup tables of K and of V may take. Little threadgroup memory lets more threadgroups
+// share a core.
+TKV_CONST_FN int most_lookup_words(bool keys) {
+  return keys ? 1024 : 512;
+}
+
+#define fast_exp2(x) metal::fast::exp2(x)
+#define fast_log2(x) metal::fast::log2(x)
+
+// Bytes of threadgroup memory from `shared` on, which begins at a multiple of the largest table's size.
+TKV_FN uint shared_place(threadgroup const float4*) {
+  return 0;
+}
+template <typename T>
+TKV_FN T shared_entry(threadgroup const float4* shared, uint place) {
+  return *(threadgroup const T*)((threadgroup const uchar*)shared + place);
+}
+
+// The int8 codes of a word as half2: bytes 0 and 2, then 1 and 3. A byte with its sign flipped, below
+// the bits of 1024, is 1152 more than the code.
+TKV_FN void signed_pairs(thread half2* pairs, uint word) {
+  const half2 offset = as_type<half2>(0x64806480u);
+  pairs[0] = as_type<half2>((word & 0x00ff00ffu) ^ 0x64806480u) - offset;
+  pairs[1] = as_type<half2>(((word >> 8) & 0x00ff00ffu) ^ 0x64806480u) - offset;
+}
 
 // Byte `index` of a word of int8 codes, as a float.
 TKV_FN float signed_byte(uint word, int index) {
@@ -19,11 +46,12 @@ constant constexpr int LANES = 32;
 
 // The constant tables of one side, as 32-bit words (kernels/tables.py writes them): bits of the
 // rotation's signs, sign bits of the dense Hadamard matrix by rows and by columns (two words each),
-// the codebook, and the boundaries between its levels.
+// the codebook, the boundaries between its levels, and the entries of lookup.h.
 constant constexpr int TABLE_ROWS = 4;
 constant constexpr int TABLE_COLUMNS = 76;
 constant constexpr int TABLE_LEVELS = 148;
 constant constexpr int TABLE_BOUNDARIES = 212;
+constant constexpr int TABLE_LOOKUP = 276;
 constant constexpr int MAX_LEVELS = 64;
 
 // What a row is: BITS of a code (2 to 6 turbo, 8 q8_0, 16 or 32 raw values), GROUP values to a

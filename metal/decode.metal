@@ -2,324 +2,68 @@
 //
 // decode_partial: a threadgroup takes one KV head, one split of the tokens and up to ROWS query
 // rows (the GQA group's heads times the queries), so a packed byte is read once for all of them.
-// Its SIMD groups stride over tiles of 32 tokens, STEP tiles at a time. For q.k a lane is a token:
-// it reads its row's 16-byte columns and sums alone, q comes from threadgroup memory by reads that
-// are the same for all lanes. For p.v a lane is four dims: it reads its quad's columns, the weights
-// come the same way. Scores are in units of log2 e; the running maximum follows with a margin.
-// merge.metal joins the splits.
+// Its SIMD groups stride over tiles of 32 tokens, STEP tiles at a time: q.k (decode_keys.h), the
+// softmax's weights, p.v (decode_values.h). merge.metal joins the splits.
+//
+// Scores are in units of log2 e. Weights are powers of two of a score less a reference, which follows
+// the largest score with a margin; where weights take V's scale along, so does the reference.
 //
 // A token that no query may see costs a weight of zero; what its row holds is never multiplied, so
 // stale rows may hold anything. With centred keys a score gets one product q.a more, a block's: what
 // q and mu give for each pair of dims is worked out once, and a block's cosines and sines multiply it.
 
-// how far a score may lie above the running maximum before everything is rescaled
-constant constexpr float MARGIN = 8.0f;
+// A weight at the reference is 2^HEADROOM; one above 2^(HEADROOM + MARGIN) moves the reference.
+// A chain of half products of 2^10 stays finite, and weights of 2^-30 of the largest still count.
+constant constexpr float HEADROOM = 6.0f;
+constant constexpr float MARGIN = 4.0f;
+// scales below half's smallest count as that
+constant constexpr float LOWEST_SCALE = 5.96e-8f;
 
-TKV_CONST_FN int padded_rows(int rows) {
-  return rows <= 2 ? rows : (rows + 3) / 4 * 4;
-}
 TKV_CONST_FN int decode_step(int rows) {
   return rows <= 4 ? 2 : 1;
 }
-// dims of K that one pass of the q.k loop takes: whole columns that go into scale groups, or into
-// which scale groups go; else the row
-TKV_CONST_FN int key_columns(int bits) {
-  return bits == 2 || bits == 6 ? 64 : (bits == 3 || bits == 5 ? 128 : 32);
-}
-TKV_CONST_FN bool fits_groups(int span, int group) {
-  return group == 0 || group % span == 0 || span % group == 0;
-}
-TKV_CONST_FN int key_span(int bits, int group, int dim) {
-  return dim % key_columns(bits) == 0 && fits_groups(key_columns(bits), group) ? key_columns(bits) : dim;
-}
-// tokens whose quads fill whole columns
-TKV_CONST_FN int value_span(int bits) {
-  return bits == 2 ? 16 : (bits == 6 ? 16 : (bits == 4 ? 8 : (bits == 8 ? 4 : (bits == 16 ? 2 : (bits == 32 ? 1 : 32)))));
-}
+// rows that SIMD groups join at once
 TKV_CONST_FN int merge_rows(int rows, int v_dim) {
   return 4096 / (DECODE_GROUPS * v_dim) < 1 ? 1
          : (4096 / (DECODE_GROUPS * v_dim) < rows ? 4096 / (DECODE_GROUPS * v_dim) : rows);
 }
-// floats of threadgroup memory: levels of K and V, statistics, then queries and weights, which the
-// rotation's scratch and the merge of the SIMD groups use before and after
-TKV_CONST_FN int decode_head_floats(int rows) {
-  return 2 * MAX_LEVELS + 2 * DECODE_GROUPS * padded_rows(rows) + 3 * padded_rows(rows);
+// The tables' copies: fewer of them where queries and weights take much.
+TKV_CONST_FN int table_copies(int bits, bool keys, int rows, int k_dim, int v_dim) {
+  return lookup_copies(bits, rows * (k_dim + v_dim) <= 1024 ? most_lookup_words(keys) : 1024);
 }
-TKV_CONST_FN int decode_weight_floats(int rows) {
-  return larger(DECODE_GROUPS * decode_step(rows) * TILE * padded_rows(rows), DECODE_GROUPS * 128);
+TKV_CONST_FN int key_table_words(int bits, int rows, int k_dim, int v_dim) {
+  return keys_in_halves(bits, k_dim) ? lookup_words(bits, table_copies(bits, true, rows, k_dim, v_dim)) : MAX_LEVELS;
 }
-// with centred keys, what queries and mu give comes after the weights
-TKV_CONST_FN int decode_floats(int rows, int k_dim, int v_dim, bool centred) {
-  return (decode_head_floats(rows) + 3) / 4 * 4 +
-         larger((centred ? 2 : 1) * k_dim * padded_rows(rows) + decode_weight_floats(rows),
+TKV_CONST_FN int value_table_words(int bits, int group, int rows, int k_dim, int v_dim) {
+  return values_in_halves(bits, group, v_dim) ? lookup_words(bits, table_copies(bits, false, rows, k_dim, v_dim))
+                                              : MAX_LEVELS;
+}
+TKV_CONST_FN int all_weight_words(int bits, int group, int dim, int rows) {
+  return larger(DECODE_GROUPS * decode_step(rows) * weight_words(bits, group, dim, rows), DECODE_GROUPS * 128);
+}
+// Words of threadgroup memory: tables of K and V, row scales, queries, weights (first the rotation's
+// scratch) and, with centred keys, what queries and mu give. The SIMD groups' results take their
+// place in the end; maxima and sums lie behind.
+TKV_CONST_FN int queries_at(int k_bits, int k_dim, int v_bits, int v_group, int v_dim, int rows) {
+  return (key_table_words(k_bits, rows, k_dim, v_dim) + value_table_words(v_bits, v_group, rows, k_dim, v_dim) +
+          padded_rows(rows) + 3) / 4 * 4;
+}
+TKV_CONST_FN int maxima_at(int k_bits, int k_dim, int v_bits, int v_group, int v_dim, int rows, bool centred) {
+  return larger(queries_at(k_bits, k_dim, v_bits, v_group, v_dim, rows) + query_words(k_bits, k_dim, k_dim, rows) +
+                    all_weight_words(v_bits, v_group, v_dim, rows) + (centred ? k_dim * padded_rows(rows) : 0),
                 DECODE_GROUPS * v_dim * merge_rows(rows, v_dim));
 }
-
-// Queries to threadgroup memory, [dim][row], rotated as K is and scaled.
-template <typename T, int WIDTH, int DIM, int ROWS>
-TKV_FN void load_queries(const device T* q, threadgroup float* queries, threadgroup float* scratch,
-                         const device uint* constants, int n_rows, float scale, int simd_group,
-                         int lane) {
-  constexpr int RP = padded_rows(ROWS);
-  if (WIDTH == 0) {
-    for (int i = simd_group * LANES + lane; i < DIM * RP; i += DECODE_GROUPS * LANES) {
-      const int row = i % RP;
-      queries[i] = row < n_rows ? float(q[row * DIM + i / RP]) * scale : 0.0f;
-    }
-    return;
-  }
-  constexpr int W = WIDTH == 0 ? 32 : WIDTH;
-  constexpr int N = ceil_div(W, LANES);
-  const float factor = scale / sqrt(float(W));
-  for (int item = simd_group; item < RP * (DIM / W); item += DECODE_GROUPS) {
-    const int row = item % RP;
-    const int first = item / RP * W;
-    float x[N];
-    TKV_UNROLL
-    for (int j = 0; j < N; j++) {
-      const int i = lane + j * LANES;
-      x[j] = row < n_rows && i < W ? float(q[row * DIM + first + i]) : 0.0f;
-    }
-    rotate<W>(x, constants, scratch + simd_group * 128, lane);
-    TKV_UNROLL
-    for (int j = 0; j < N; j++) {
-      const int i = lane + j * LANES;
-      if (i < W) {
-        queries[(first + i) * RP + row] = x[j] * factor;
-      }
-    }
-  }
+TKV_CONST_FN int decode_words(int k_bits, int k_dim, int v_bits, int v_group, int v_dim, int rows, bool centred) {
+  return (maxima_at(k_bits, k_dim, v_bits, v_group, v_dim, rows, centred) + 2 * DECODE_GROUPS * padded_rows(rows) + 3) / 4 * 4;
 }
 
-// q.RoPE(mu) of each pair and row is u cos + w sin: u and w, [pair][2][row].
-template <typename T, int DIM, int ROWS>
-TKV_FN void load_pairs(const device T* q, threadgroup float* pairs, const device float* mu,
-                       int half_dims, int n_rows, float scale, int thread_index) {
-  constexpr int RP = padded_rows(ROWS);
-  for (int i = thread_index; i < DIM / 2 * RP; i += DECODE_GROUPS * LANES) {
-    const int row = i % RP;
-    const int pair = i / RP;
-    const int first = pair_first(pair, half_dims);
-    const int second = pair_second(pair, half_dims);
-    const float x = row < n_rows ? float(q[row * DIM + first]) * scale : 0.0f;
-    const float y = row < n_rows ? float(q[row * DIM + second]) * scale : 0.0f;
-    pairs[2 * pair * RP + row] = x * mu[first] + y * mu[second];
-    pairs[(2 * pair + 1) * RP + row] = y * mu[first] - x * mu[second];
-  }
-}
-
-// Adds q.anchor to the scores of STEP tiles, `blocks` the block of each; with `some`, to those of
-// the lanes alone whose token is in it. A part of the SIMD group sums for each tile.
-template <int DIM, int ROWS, int STEP>
-TKV_FN void add_anchors(thread float* score, thread const int* blocks, thread const bool* some,
-                        const device uint* table, threadgroup const float* pairs, int lane) {
-  constexpr int RP = padded_rows(ROWS);
-  constexpr int PART = LANES / STEP;
-  const device uint* words = table + (STEP == 2 && lane >= PART ? blocks[STEP - 1] : blocks[0]) * (DIM / 2);
-  float found[ROWS];
-  TKV_UNROLL
-  for (int r = 0; r < ROWS; r++) {
-    found[r] = 0.0f;
-  }
-  TKV_UNROLL
-  for (int j = 0; j < ceil_div(DIM / 2, PART); j++) {
-    const int pair = lane % PART + j * PART;
-    const bool inside = pair < DIM / 2;
-    const uint word = inside ? words[pair] : 0u;
-    const float cosine = half_bits(word);
-    const float sine = half_bits(word >> 16);
-    threadgroup const float* at = pairs + (inside ? pair : 0) * 2 * RP;
-    TKV_UNROLL
-    for (int r = 0; r < ROWS; r++) {
-      float u;
-      float w;
-      if (RP % 4 == 0) {
-        u = component(((threadgroup const float4*)at)[r / 4], r % 4);
-        w = component(((threadgroup const float4*)at)[RP / 4 + r / 4], r % 4);
-      } else {
-        u = at[r];
-        w = at[RP + r];
-      }
-      found[r] += u * cosine + w * sine;
-    }
-  }
-  TKV_UNROLL
-  for (int r = 0; r < ROWS; r++) {
-    TKV_UNROLL
-    for (int distance = 1; distance < PART; distance *= 2) {
-      found[r] += simd_shuffle_xor(found[r], ushort(distance));
-    }
-    float other = found[r];
-    if (STEP == 2) {
-      other = simd_shuffle_xor(found[r], ushort(PART));
-    }
-    TKV_UNROLL
-    for (int i = 0; i < STEP; i++) {
-      const float anchor = (lane / PART == i) ? found[r] : other;
-      score[i * ROWS + r] += some[i] ? anchor : 0.0f;
-    }
-  }
-}
-
-// One span of STEP tokens' rows; `at` is the word of the tile where it begins.
-template <int BYTES, int WORDS, int STEP>
-TKV_FN void load_rows(thread uint* words, const device uint* thread* tiles, int at, int lane) {
-  TKV_UNROLL
-  for (int i = 0; i < STEP; i++) {
-    load_row<BYTES>(words + i * WORDS, tiles[i] + at, lane);
-  }
-}
-
-// q.k of STEP tokens a lane (one in each tile) and ROWS query rows.
-template <int BITS, int GROUP, int DIM, int RAW, int ROWS, int STEP>
-TKV_FN void key_scores(thread float* score, const device uint* thread* tiles,
-                       threadgroup const float4* queries, threadgroup const float* levels,
-                       int n_spans, int lane) {
-  constexpr int RP = padded_rows(ROWS);
-  constexpr int SPAN = key_span(BITS, GROUP, DIM);
-  constexpr int G = GROUP == 0 || GROUP > SPAN ? SPAN : GROUP;
-  constexpr int WORDS = ceil_div(SPAN * BITS, 32);
-  TKV_UNROLL
-  for (int i = 0; i < STEP * ROWS; i++) {
-    score[i] = 0.0f;
-  }
-  float raw[STEP * ROWS];  // of the scale group
-  TKV_UNROLL
-  for (int i = 0; i < STEP * ROWS; i++) {
-    raw[i] = 0.0f;
-  }
-  // the next span's words are under way while this one's are used, unless they are many
-  constexpr bool AHEAD = STEP * WORDS <= 16;
-  uint next[AHEAD ? STEP * WORDS : 1];
-  if (AHEAD) {
-    load_rows<SPAN * BITS / 8, WORDS, STEP>(next, tiles, 0, lane);
-  }
-  for (int span = 0; span < n_spans; span++) {
-    uint words[STEP * WORDS];
-    if (AHEAD) {
-      TKV_UNROLL
-      for (int i = 0; i < STEP * WORDS; i++) {
-        words[i] = next[AHEAD ? i : 0];
-      }
-      if (span + 1 < n_spans) {
-        load_rows<SPAN * BITS / 8, WORDS, STEP>(next, tiles, (span + 1) * SPAN * BITS, lane);
-      }
-    } else {
-      load_rows<SPAN * BITS / 8, WORDS, STEP>(words, tiles, span * SPAN * BITS, lane);
-    }
-    TKV_UNROLL
-    for (int g = 0; g < ceil_div(SPAN, G); g++) {
-      TKV_UNROLL
-      for (int quad = g * G / 4; quad < ((g + 1) * G < SPAN ? (g + 1) * G : SPAN) / 4; quad++) {
-        float4 k[STEP];
-        TKV_UNROLL
-        for (int i = 0; i < STEP; i++) {
-          k[i] = quad_values<BITS, RAW>(quad_bits<BITS>(words + i * WORDS, quad), levels);
-        }
-        TKV_UNROLL
-        for (int part = 0; part < RP; part++) {
-          const float4 q = queries[(span * SPAN / 4 + quad) * RP + part];
-          TKV_UNROLL
-          for (int e = 4 * part; e < 4 * part + 4; e++) {
-            if (e % RP < ROWS) {
-              TKV_UNROLL
-              for (int i = 0; i < STEP; i++) {
-                raw[i * ROWS + e % RP] += component(k[i], e / RP) * component(q, e % 4);
-              }
-            }
-          }
-        }
-      }
-      if (GROUP > SPAN && (span + 1) * SPAN % (GROUP == 0 ? 1 : GROUP) != 0 && (span + 1) * SPAN < DIM) {
-        continue;
-      }
-      TKV_UNROLL
-      for (int i = 0; i < STEP; i++) {
-        float scale = 1.0f;
-        if (GROUP != 0) {
-          const int group = (span * SPAN + g * G) / (GROUP == 0 ? 1 : GROUP);
-          const device ushort* scales = (const device ushort*)(tiles[i] + code_words(BITS, DIM));
-          scale = half_bits(scales[group * TILE + lane]);
-        }
-        TKV_UNROLL
-        for (int r = 0; r < ROWS; r++) {
-          score[i * ROWS + r] += scale * raw[i * ROWS + r];
-          raw[i * ROWS + r] = 0.0f;
-        }
-      }
-    }
-  }
-}
-
+// The words of tile `tile`, or of the split's last where it lies behind: read, not used.
 template <int TILE_WORDS>
-TKV_FN const device uint* tile_at(const device uint* body, const device uint* tail, int body_tiles, int tile) {
-  return tile < body_tiles ? body + size_t(tile) * TILE_WORDS
-                           : tail + size_t(tile - body_tiles) * TILE_WORDS;
-}
-
-// The lane's quads of one unit, the tokens that fill whole columns. `codes`: those of V in a tile.
-template <int BITS, int DIM>
-TKV_FN void load_unit(thread uint* words, const device uint* codes, int unit, int first_quad, int stride) {
-  constexpr int COLUMNS = value_span(BITS) * BITS / 32;
-  TKV_UNROLL
-  for (int s = 0; s < ceil_div(DIM, 4 * LANES); s++) {
-    // lanes past the last quad do its work again and drop it
-    const int quad = first_quad + s * stride < DIM / 4 ? first_quad + s * stride : DIM / 4 - 1;
-    const device uint4* columns = (const device uint4*)codes + unit * COLUMNS * (DIM / 4) + quad;
-    TKV_UNROLL
-    for (int c = 0; c < COLUMNS; c++) {
-      const uint4 v = columns[c * (DIM / 4)];
-      words[(s * COLUMNS + c) * 4] = v.x;
-      words[(s * COLUMNS + c) * 4 + 1] = v.y;
-      words[(s * COLUMNS + c) * 4 + 2] = v.z;
-      words[(s * COLUMNS + c) * 4 + 3] = v.w;
-    }
-  }
-}
-
-// Adds p.v of one unit to the lane's quads. `weights`: the tile's. `first`, `n`: the tile's tokens
-// that some query may see.
-template <int BITS, int GROUP, int DIM, int RAW, int ROWS>
-TKV_FN void add_values(thread float* output, thread const uint* words, const device uint* codes,
-                       threadgroup const float* weights, threadgroup const float* levels, int unit,
-                       int first_quad, int stride, uint first, uint n) {
-  constexpr int RP = padded_rows(ROWS);
-  constexpr int TOKENS = value_span(BITS);
-  constexpr bool ONE_SCALE = group_count(DIM, GROUP) == 1;
-  weights += unit * TOKENS * RP;
-  TKV_UNROLL
-  for (int s = 0; s < ceil_div(DIM, 4 * LANES); s++) {
-    const int quad = first_quad + s * stride < DIM / 4 ? first_quad + s * stride : DIM / 4 - 1;
-    const device ushort* scales = (const device ushort*)(codes + code_words(BITS, DIM)) +
-                                  quad * 4 / (GROUP == 0 ? 1 : GROUP) * TILE + unit * TOKENS;
-    TKV_UNROLL
-    for (int t = 0; t < TOKENS; t++) {
-      float4 v = quad_values<BITS, RAW>(quad_bits<BITS>(words + s * TOKENS * BITS / 8, t), levels);
-      if (!ONE_SCALE) {
-        const bool seen = uint(unit * TOKENS + t) - first < n;
-        if (GROUP != 0) {
-          const float scale = seen ? half_bits(scales[t]) : 0.0f;
-          v = float4(v.x * scale, v.y * scale, v.z * scale, v.w * scale);
-        } else {
-          v = float4(seen ? v.x : 0.0f, seen ? v.y : 0.0f, seen ? v.z : 0.0f, seen ? v.w : 0.0f);
-        }
-      }
-      TKV_UNROLL
-      for (int r = 0; r < ROWS; r++) {
-        float w;
-        if (RP % 4 == 0) {
-          w = component(((threadgroup const float4*)weights)[(t * RP + r) / 4], r % 4);
-        } else {
-          w = weights[t * RP + r];
-        }
-        thread float* o = output + (s * ROWS + r) * 4;
-        o[0] += w * v.x;
-        o[1] += w * v.y;
-        o[2] += w * v.z;
-        o[3] += w * v.w;
-      }
-    }
-  }
+TKV_FN const device uint* tile_at(const device uint* body, const device uint* tail, int body_tiles,
+                                  int tile, int end) {
+  const int at = tile < end ? tile : end - 1;
+  const bool in_body = at < body_tiles;
+  return (in_body ? body : tail) + size_t(uint(in_body ? at : at - body_tiles)) * TILE_WORDS;
 }
 
 template <typename T, int KB, int KG, int KD, int KW, int VB, int VG, int VD, int RAW, int ROWS, bool CENTRED>
@@ -335,20 +79,32 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
   constexpr int PARTS = VD <= 64 && STEP >= 2 ? 2 : 1;  // narrow heads: half a SIMD group a tile
   constexpr int SPANS = KD / key_span(KB, KG, KD);
   constexpr int UNITS = TILE / value_span(VB);
-  constexpr int UNIT_WORDS = value_span(VB) * VB / 8 * QUADS;
+  constexpr int UNIT_WORDS = unit_words(VB, VD);
+  constexpr int KEY_WORDS = key_words(KB, KG, KD);
+  constexpr int KEY_SCALES = key_scales(KB, KG, KD);
+  constexpr bool V_HALVES = values_in_halves(VB, VG, VD);
+  constexpr int WEIGHT_GROUPS = weight_groups(VB, VG, VD);
   constexpr int V_OFFSET = side_words(KB, KG, KD);
+  constexpr int WEIGHT_WORDS = weight_words(VB, VG, VD, ROWS);
   constexpr int TILE_WORDS = V_OFFSET + side_words(VB, VG, VD);
   const int lane = int(lane_index);
   const int simd_group = int(simd);
   const int thread_index = simd_group * LANES + lane;
 
-  threadgroup float* k_levels = (threadgroup float*)shared;
-  threadgroup float* v_levels = k_levels + MAX_LEVELS;
-  threadgroup float* maxima = v_levels + MAX_LEVELS;
+  // the larger table first: each begins at a multiple of its size
+  constexpr int K_COPIES = table_copies(KB, true, ROWS, KD, VD);
+  constexpr int V_COPIES = table_copies(VB, false, ROWS, KD, VD);
+  constexpr int K_TABLE_WORDS = key_table_words(KB, ROWS, KD, VD);
+  constexpr int V_TABLE_WORDS = value_table_words(VB, VG, ROWS, KD, VD);
+  constexpr int K_TABLE = K_TABLE_WORDS < V_TABLE_WORDS ? V_TABLE_WORDS : 0;
+  constexpr int V_TABLE = K_TABLE == 0 ? K_TABLE_WORDS : 0;
+  threadgroup uint* words_at = (threadgroup uint*)shared;
+  threadgroup float* row_scales = (threadgroup float*)(words_at + K_TABLE_WORDS + V_TABLE_WORDS);
+  threadgroup uint* queries = words_at + queries_at(KB, KD, VB, VG, VD, ROWS);
+  threadgroup uint* all_weights = queries + query_words(KB, KD, KD, ROWS);
+  threadgroup float* pairs = (threadgroup float*)(all_weights + (CENTRED ? all_weight_words(VB, VG, VD, ROWS) : 0));
+  threadgroup float* maxima = (threadgroup float*)(words_at + maxima_at(KB, KD, VB, VG, VD, ROWS, CENTRED));
   threadgroup float* sums = maxima + DECODE_GROUPS * RP;
-  threadgroup float* queries = k_levels + (decode_head_floats(ROWS) + 3) / 4 * 4;
-  threadgroup float* all_weights = queries + KD * RP;
-  threadgroup float* pairs = all_weights + (CENTRED ? decode_weight_floats(ROWS) : 0);
 
   const int row0 = int(group.z) * ROWS;
   const int all_rows = params[P_ROWS];
@@ -360,17 +116,6 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
   const int start = params[P_STARTS] != 0 ? starts[head / params[P_HEADS]] : 0;
   const float scale = as_type<float>(params[P_SCALE]) * LOG2_E;
 
-  load_levels<KB>(k_levels, k_constants, thread_index);
-  load_levels<VB>(v_levels, v_constants, thread_index);
-  const size_t first_row = size_t(head) * size_t(all_rows) + size_t(row0);
-  load_queries<T, KW, KD, ROWS>(q + first_row * KD, queries, all_weights, k_constants, n_rows,
-                                scale, simd_group, lane);
-  if (CENTRED) {
-    load_pairs<T, KD, ROWS>(q + first_row * KD, pairs, mu + head % params[P_HEADS] * KD,
-                            params[P_HALF], n_rows, scale, thread_index);
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-
   // this split's tiles; those before the sequence's start are nobody's
   const int first_tile = (start < n_tokens ? start : n_tokens) / TILE;
   const int n_tiles = (n_tokens + TILE - 1) / TILE - first_tile;
@@ -379,42 +124,82 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
   const device uint* head_body = body + size_t(head) * size_t(params[P_BODY_STRIDE]) * TILE_WORDS;
   const device uint* head_tail = tail + size_t(head) * size_t(params[P_TAIL_STRIDE]) * TILE_WORDS;
 
+  const int part = PARTS == 2 ? lane >> 4 : 0;
+  const int first_quad = PARTS == 2 ? lane & 15 : lane;
+  const int first_own = begin + simd_group * STEP;
+  const device uint* tiles[STEP];
+  TKV_UNROLL
+  for (int i = 0; i < STEP; i++) {
+    tiles[i] = tile_at<TILE_WORDS>(head_body, head_tail, body_tiles, first_own + i, end);
+  }
+  // what is used next is always under way: K's first span while p.v is worked out, V's first unit
+  // while q.k is
+  uint k_words[STEP * KEY_WORDS];
+  uint k_scales[STEP * KEY_SCALES];
+  uint v_words[UNIT_WORDS];
+  uint v_scales[STEP * WEIGHT_GROUPS];
+  if (first_own < end) {
+    load_first_span<KB, KG, KD, STEP>(k_words, tiles, lane);
+    load_key_scales<KB, KG, KD, STEP>(k_scales, tiles, 0, lane);
+    load_value_scales<VB, VG, VD, STEP>(v_scales, tiles, V_OFFSET, lane);
+    load_unit<VB, VD>(v_words, tile_at<TILE_WORDS>(head_body, head_tail, body_tiles, first_own + part, end) + V_OFFSET,
+                      0, first_quad, LANES / PARTS);
+  }
+
+  const uint k_own = own_copy<K_COPIES>(shared, K_TABLE, lane);
+  const uint v_own = own_copy<V_COPIES>(shared, V_TABLE, lane);
+  if (keys_in_halves(KB, KD)) {
+    load_lookup<KB, K_COPIES>(words_at + K_TABLE, k_constants, thread_index, DECODE_GROUPS * LANES);
+  } else {
+    load_levels<KB>((threadgroup float*)(words_at + K_TABLE), k_constants, thread_index);
+  }
+  if (V_HALVES) {
+    load_lookup<VB, V_COPIES>(words_at + V_TABLE, v_constants, thread_index, DECODE_GROUPS * LANES);
+  } else {
+    load_levels<VB>((threadgroup float*)(words_at + V_TABLE), v_constants, thread_index);
+  }
+  const size_t first_row = size_t(head) * size_t(all_rows) + size_t(row0);
+  load_queries<T, KB, KW, KD, ROWS>(q + first_row * KD, queries, row_scales,
+                                    (threadgroup float*)all_weights, k_constants, n_rows, scale,
+                                    simd_group, lane);
+  if (CENTRED) {
+    load_pairs<T, KD, ROWS>(q + first_row * KD, pairs, mu + head % params[P_HEADS] * KD,
+                            params[P_HALF], n_rows, scale, thread_index);
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+
   float output[QUADS * ROWS * 4];
-  float maximum[ROWS];
+  float reference[ROWS];
   float sum[ROWS];  // of this lane's tokens
-  int last_token[ROWS];
+  uint n_seen[ROWS];  // tokens from the sequence's start on that a row sees, of this split
   TKV_UNROLL
   for (int i = 0; i < QUADS * ROWS * 4; i++) {
     output[i] = 0.0f;
   }
   TKV_UNROLL
   for (int r = 0; r < ROWS; r++) {
-    maximum[r] = LOWEST;
+    reference[r] = LOWEST;
     sum[r] = 0.0f;
     const int n_queries = params[P_QUERIES];
-    last_token[r] = params[P_CAUSAL] != 0 ? n_tokens - n_queries + (row0 + r) % n_queries
-                                          : n_tokens - 1;
+    const int past = params[P_CAUSAL] != 0 ? n_tokens - n_queries + (row0 + r) % n_queries + 1 : n_tokens;
+    n_seen[r] = uint(larger((past < end * TILE ? past : end * TILE) - start, 0));
   }
 
   // rolled: a loop that does not fit the instruction cache is slower
+  const int n_spans = SPANS == 1 ? 1 : SPANS - 1 + params[P_ONE];
   const int n_units = STEP / PARTS * UNITS - 1 + params[P_ONE];
-  threadgroup float* weights = all_weights + simd_group * (STEP * TILE * RP);
-  const int part = PARTS == 2 ? lane >> 4 : 0;
-  const int first_quad = PARTS == 2 ? lane & 15 : lane;
-  for (int t = begin + simd_group * STEP; t < end; t += DECODE_GROUPS * STEP) {
-    const device uint* tiles[STEP];
+  threadgroup uint* weights = all_weights + simd_group * (STEP * WEIGHT_WORDS);
+  for (int t = first_own; t < end; t += DECODE_GROUPS * STEP) {
+    const int next_t = t + DECODE_GROUPS * STEP;
+    const device uint* next_tiles[STEP];
     TKV_UNROLL
     for (int i = 0; i < STEP; i++) {
-      // past the end: read, not used
-      tiles[i] = tile_at<TILE_WORDS>(head_body, head_tail, body_tiles, t + i < end ? t + i : end - 1);
+      next_tiles[i] = tile_at<TILE_WORDS>(head_body, head_tail, body_tiles, next_t + i, end);
     }
-    // a unit of V is always under way, the first while q.k is worked out
-    uint next[UNIT_WORDS];
-    load_unit<VB, VD>(next, tile_at<TILE_WORDS>(head_body, head_tail, body_tiles, t + part < end ? t + part : end - 1) + V_OFFSET,
-                      0, first_quad, PARTS == 2 ? 16 : LANES);
     float score[STEP * ROWS];
-    key_scores<KB, KG, KD, RAW, ROWS, STEP>(score, tiles, (threadgroup const float4*)queries,
-                                            k_levels, SPANS == 1 ? 1 : SPANS - 1 + params[P_ONE], lane);
+    key_scores<KB, KG, KD, K_COPIES, RAW, ROWS, STEP>(score, k_words, k_scales, tiles, next_tiles, queries,
+                                            row_scales, shared, k_own, (threadgroup const float*)(words_at + K_TABLE),
+                                            n_spans, lane);
     if (CENTRED) {
       int blocks[STEP];
       bool some[STEP];
@@ -433,6 +218,20 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
       }
     }
 
+    float v_scale[STEP * WEIGHT_GROUPS];
+    float v_log[STEP];
+    TKV_UNROLL
+    for (int i = 0; i < STEP; i++) {
+      float most = LOWEST_SCALE;
+      TKV_UNROLL
+      for (int g = 0; g < WEIGHT_GROUPS; g++) {
+        const int at = i * WEIGHT_GROUPS + g;
+        v_scale[at] = V_HALVES ? half_bits(v_scales[at]) : 1.0f;
+        most = v_scale[at] > most ? v_scale[at] : most;
+      }
+      v_log[i] = V_HALVES ? fast_log2(most) : 0.0f;
+    }
+    load_value_scales<VB, VG, VD, STEP>(v_scales, next_tiles, V_OFFSET, lane);
     bool grown = false;
     float highest[ROWS];
     TKV_UNROLL
@@ -440,21 +239,19 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
       highest[r] = LOWEST;
       TKV_UNROLL
       for (int i = 0; i < STEP; i++) {
-        const int token = (t + i) * TILE + lane;
-        const bool seen = t + i < end && token >= start && token < n_tokens && token <= last_token[r];
-        if (seen && score[i * ROWS + r] > highest[r]) {
-          highest[r] = score[i * ROWS + r];
-        }
+        const bool seen = uint((t + i) * TILE + lane - start) < n_seen[r];
+        const float found = score[i * ROWS + r] + v_log[i];
+        highest[r] = seen && found > highest[r] ? found : highest[r];
       }
-      grown = grown || highest[r] > maximum[r] + MARGIN;
+      grown = grown || highest[r] > reference[r] + (HEADROOM + MARGIN);
     }
     if (simd_any(grown)) {
       TKV_UNROLL
       for (int r = 0; r < ROWS; r++) {
-        const float found = simd_max(highest[r]);
-        const float updated = found > maximum[r] ? found : maximum[r];
-        const float factor = exp2(maximum[r] - updated);
-        maximum[r] = updated;
+        const float found = simd_max(highest[r]) - HEADROOM;
+        const float updated = found > reference[r] ? found : reference[r];
+        const float factor = fast_exp2(reference[r] - updated);
+        reference[r] = updated;
         sum[r] *= factor;
         TKV_UNROLL
         for (int s = 0; s < QUADS; s++) {
@@ -467,44 +264,45 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
     }
     TKV_UNROLL
     for (int i = 0; i < STEP; i++) {
-      const int token = (t + i) * TILE + lane;
-      float v_scale = 1.0f;
-      if (group_count(VD, VG) == 1) {
-        v_scale = half_bits(((const device ushort*)(tiles[i] + V_OFFSET + code_words(VB, VD)))[lane]);
-      }
+      float weight[RP];
       TKV_UNROLL
-      for (int r = 0; r < ROWS; r++) {
-        const bool seen = t + i < end && token >= start && token < n_tokens && token <= last_token[r];
-        const float weight = seen ? exp2(score[i * ROWS + r] - maximum[r]) : 0.0f;
-        sum[r] += weight;
-        weights[(i * TILE + lane) * RP + r] = seen ? weight * v_scale : 0.0f;
+      for (int r = 0; r < RP; r++) {
+        weight[r] = 0.0f;
+        if (r < ROWS) {
+          const bool seen = uint((t + i) * TILE + lane - start) < n_seen[r];
+          weight[r] = seen ? fast_exp2(score[i * ROWS + r] - reference[r]) : 0.0f;
+          sum[r] += weight[r];
+        }
       }
-      TKV_UNROLL
-      for (int r = ROWS; r < RP; r++) {
-        weights[(i * TILE + lane) * RP + r] = 0.0f;
-      }
+      store_weights<VB, VG, VD, ROWS>(weights + i * WEIGHT_WORDS, weight, v_scale + i * WEIGHT_GROUPS, lane);
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
     for (int u = 0; u < n_units; u++) {
-      uint words[UNIT_WORDS];
-      TKV_UNROLL
-      for (int i = 0; i < UNIT_WORDS; i++) {
-        words[i] = next[i];
-      }
       const int step = u / UNITS * PARTS + part;
-      const int tile = t + step < end ? t + step : end - 1;
-      const device uint* codes = tile_at<TILE_WORDS>(head_body, head_tail, body_tiles, tile) + V_OFFSET;
-      if (u + 1 < n_units) {
-        const int next_tile = t + (u + 1) / UNITS * PARTS + part;
-        load_unit<VB, VD>(next, tile_at<TILE_WORDS>(head_body, head_tail, body_tiles, next_tile < end ? next_tile : end - 1) + V_OFFSET,
-                          (u + 1) % UNITS, first_quad, PARTS == 2 ? 16 : LANES);
+      threadgroup const uint* tile_weights = weights + step * WEIGHT_WORDS;
+      const bool last = u + 1 == n_units;
+      const int next_tile = (last ? next_t : t + (u + 1) / UNITS * PARTS) + part;
+      const int next_unit = last ? 0 : (u + 1) % UNITS;
+      const device uint* next_codes = tile_at<TILE_WORDS>(head_body, head_tail, body_tiles, next_tile, end) + V_OFFSET;
+      if (V_HALVES) {
+        add_half_values<VB, VG, VD, V_COPIES, ROWS>(output, v_words, tile_weights + u % UNITS * (value_span(VB) * RP / 2),
+                                          shared, v_own, next_codes, next_unit,
+                                          first_quad, LANES / PARTS);
+      } else {
+        const device uint* codes = tile_at<TILE_WORDS>(head_body, head_tail, body_tiles, t + step, end) + V_OFFSET;
+        const int base = (t + step) * TILE;
+        const int from = start > base ? start - base : 0;
+        const int to = t + step >= end ? 0 : (n_tokens - base < TILE ? n_tokens - base : TILE);
+        add_float_values<VB, VG, VD, RAW, ROWS>(output, v_words, codes,
+                                                (threadgroup const float*)tile_weights + u % UNITS * value_span(VB) * RP,
+                                                (threadgroup const float*)(words_at + V_TABLE), u % UNITS, first_quad, LANES / PARTS, uint(from),
+                                                uint(to > from ? to - from : 0));
+        load_unit<VB, VD>(v_words, next_codes, next_unit, first_quad, LANES / PARTS);
       }
-      const int base = tile * TILE;
-      const int from = start > base ? start - base : 0;
-      const int to = t + step >= end ? 0 : (n_tokens - base < TILE ? n_tokens - base : TILE);
-      add_values<VB, VG, VD, RAW, ROWS>(output, words, codes, weights + step * TILE * RP, v_levels,
-                                        u % UNITS, first_quad, PARTS == 2 ? 16 : LANES, uint(from),
-                                        uint(to > from ? to - from : 0));
+    }
+    TKV_UNROLL
+    for (int i = 0; i < STEP; i++) {
+      tiles[i] = next_tiles[i];
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
   }
@@ -514,7 +312,7 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
   for (int r = 0; r < ROWS; r++) {
     const float total = simd_sum(sum[r]);
     if (lane == 0) {
-      maxima[simd_group * RP + r] = maximum[r];
+      maxima[simd_group * RP + r] = reference[r];
       sums[simd_group * RP + r] = total;
     }
   }
@@ -534,19 +332,19 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
       top = maxima[s * RP + thread_index] > top ? maxima[s * RP + thread_index] : top;
     }
     for (int s = 0; s < DECODE_GROUPS; s++) {
-      total += sums[s * RP + thread_index] * exp2(maxima[s * RP + thread_index] - top);
+      total += sums[s * RP + thread_index] * fast_exp2(maxima[s * RP + thread_index] - top);
     }
     device float* out = stats + ((first_row + size_t(thread_index)) * n_splits + group.y) * 2;
     out[0] = top;
     out[1] = total;
   }
   constexpr int AT_ONCE = merge_rows(ROWS, VD);
-  threadgroup float* merged = queries;
+  threadgroup float* merged = (threadgroup float*)shared;
   for (int r0 = 0; r0 < ROWS; r0 += AT_ONCE) {
     TKV_UNROLL
     for (int r = 0; r < ROWS; r++) {
       if (r >= r0 && r < r0 + AT_ONCE) {
-        const float factor = exp2(maximum[r] - joint[r]);
+        const float factor = fast_exp2(reference[r] - joint[r]);
         TKV_UNROLL
         for (int s = 0; s < QUADS; s++) {
           TKV_UNROLL

@@ -8,6 +8,7 @@ TKV_FN void decode_merge(const device float* partial, const device float* stats,
                          const device uint* v_constants, device T* out, threadgroup float4* shared,
                          uint3 group, uint simd, uint lane_index) {
   constexpr int N = ceil_div(VD, LANES);
+  constexpr int AT_ONCE = 4;  // splits whose rows are under way together
   const int lane = int(lane_index);
   const int simd_group = int(simd);
   const int n_splits = params[P_SPLITS];
@@ -28,11 +29,11 @@ TKV_FN void decode_merge(const device float* partial, const device float* stats,
   top = simd_max(top);
   float total = 0.0f;
   for (int s = lane; s < n_splits; s += LANES) {
-    total += row_stats[2 * s + 1] * exp2(row_stats[2 * s] - top);
+    total += row_stats[2 * s + 1] * fast_exp2(row_stats[2 * s] - top);
   }
   total = simd_sum(total);
   if (params[P_SINKS] != 0) {
-    total += exp2(sink - top);
+    total += fast_exp2(sink - top);
   }
 
   float x[N];
@@ -40,13 +41,23 @@ TKV_FN void decode_merge(const device float* partial, const device float* stats,
   for (int j = 0; j < N; j++) {
     x[j] = 0.0f;
   }
-  for (int s = simd_group; s < n_splits; s += DECODE_GROUPS) {
-    const float factor = exp2(row_stats[2 * s] - top);
-    const device float* values = partial + (row * n_splits + s) * VD;
+  for (int first = simd_group; first < n_splits; first += AT_ONCE * DECODE_GROUPS) {
+    float values[AT_ONCE * N];
+    float factors[AT_ONCE];
     TKV_UNROLL
-    for (int j = 0; j < N; j++) {
-      if (lane + j * LANES < VD) {
-        x[j] += factor * values[lane + j * LANES];
+    for (int k = 0; k < AT_ONCE; k++) {
+      const int s = first + k * DECODE_GROUPS < n_splits ? first + k * DECODE_GROUPS : first;
+      factors[k] = s == first && k > 0 ? 0.0f : fast_exp2(row_stats[2 * s] - top);
+      TKV_UNROLL
+      for (int j = 0; j < N; j++) {
+        values[k * N + j] = lane + j * LANES < VD ? partial[(row * n_splits + s) * VD + lane + j * LANES] : 0.0f;
+      }
+    }
+    TKV_UNROLL
+    for (int k = 0; k < AT_ONCE; k++) {
+      TKV_UNROLL
+      for (int j = 0; j < N; j++) {
+        x[j] += factors[k] * values[k * N + j];
       }
     }
   }

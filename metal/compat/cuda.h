@@ -8,7 +8,15 @@
 #define TKV_FN __forceinline__
 #define TKV_CONST_FN constexpr
 #define TKV_SHARED(type, name, count) __shared__ type name[count]
+// CUDA's own alignment counts from a base that is no such multiple.
+#define TKV_SHARED_ALIGNED(type, name, count)                      \
+  __shared__ type name##_all[(count) + 16384 / int(sizeof(type))]; \
+  type* name = name##_all + (0u - uint(__cvta_generic_to_shared(name##_all))) % 16384u / sizeof(type)
 #define TKV_UNROLL _Pragma("unroll")
+
+// Two threadgroups of at most 256 threads share a multiprocessor: registers are held to that.
+#undef __global__
+#define __global__ __attribute__((global)) __launch_bounds__(256, 2)
 
 #define device
 #define threadgroup
@@ -31,9 +39,15 @@ TKV_FN To as_type(From x) {
   return y;
 }
 
+// Threadgroup memory is plenty here: lanes that read different entries seldom wait for each other.
+TKV_CONST_FN int most_lookup_words(bool keys) {
+  return keys ? 4096 : 2048;
+}
+
 // Vectors are built by call in Metal.
 #define uint4(...) make_uint4(__VA_ARGS__)
 #define float4(...) make_float4(__VA_ARGS__)
+#define half2(...) __halves2half2(__VA_ARGS__)
 
 namespace mem_flags {
 enum Flag { mem_none, mem_device, mem_threadgroup };
@@ -64,6 +78,38 @@ TKV_FN float simd_max(float x) {
 }
 TKV_FN bool simd_any(bool x) {
   return __any_sync(0xffffffffu, x);
+}
+
+TKV_FN half2 fma(half2 a, half2 b, half2 c) {
+  return __hfma2(a, b, c);
+}
+
+// Metal's are as fast and as coarse: without a care for denormal numbers.
+TKV_FN float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+TKV_FN float fast_log2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Places are addresses of shared memory as such: no base is added to each.
+TKV_FN uint shared_place(const float4* shared) {
+  return uint(__cvta_generic_to_shared(shared));
+}
+template <typename T>
+TKV_FN T shared_entry(const float4*, uint place) {
+  return *(const T*)__cvta_shared_to_generic(place);
+}
+
+TKV_FN void signed_pairs(half2* pairs, uint word) {
+  const half2 offset = as_type<half2>(0x64806480u);
+  const uint flipped = word ^ 0x80808080u;
+  pairs[0] = as_type<half2>(__byte_perm(flipped, 0x64646464u, 0x4240u)) - offset;
+  pairs[1] = as_type<half2>(__byte_perm(flipped, 0x64646464u, 0x4341u)) - offset;
 }
 
 TKV_FN float signed_byte(uint word, int index) {

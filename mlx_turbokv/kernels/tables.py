@@ -64,7 +64,7 @@ def constants(side: Side) -> mx.array:
     """The tables of one side, evaluated: signs, dense Hadamard matrix, levels, boundaries.
 
     Shapes:
-        returns: [276] uint32, in the order of metal/common.h.
+        returns: at least [276] uint32, in the order of metal/common.h.
     """
     sign_bits = np.zeros(4, np.uint32)
     rows = np.zeros((MAX_ORDER, 2), np.uint32)
@@ -79,9 +79,25 @@ def constants(side: Side) -> mx.array:
         levels[: 1 << side.bits] = codebook(side.bits, side.group)
         levels[MAX_LEVELS : MAX_LEVELS + (1 << side.bits) - 1] = boundaries(side.bits, side.group)
     table = [sign_bits, rows.reshape(-1), columns.reshape(-1), levels.view(np.uint32)]
+    if side.width:
+        table.append(_lookup(side.bits, codebook(side.bits, side.group)))
     array = mx.array(np.concatenate(table))
     mx.eval(array)  # the server generates in a thread of its own, where nothing new is evaluated
     return array
+
+
+def _lookup(bits: int, levels: np.ndarray) -> np.ndarray:
+    """Entries of metal/lookup.h: pairs of levels in half for each value of some codes' bits.
+
+    Shapes:
+        levels: [2**bits]; returns: uint32.
+    """
+    halves = levels.astype(np.float16)
+    if bits == 6:
+        return np.repeat(halves, 2).view(np.uint32)
+    n_codes = 4 if bits == 2 else 2
+    codes = np.arange(1 << n_codes * bits)[:, None] >> bits * np.arange(n_codes)
+    return halves[codes & ((1 << bits) - 1)].view(np.uint32).reshape(-1)
 
 
 def _bits(flags: np.ndarray, n_words: int) -> np.ndarray:

@@ -1,0 +1,200 @@
+// p.v for decode.metal. A lane is four dims of V, a quad: it reads the columns of its quad, the
+// weights come from threadgroup memory by reads that are the same for all lanes.
+//
+// Turbo codes whose scale a weight can take along are multiplied as half2, in chains of CHAIN_TOKENS
+// that are then added up in float32. All others are multiplied in float32.
+
+constant constexpr int CHAIN_TOKENS = 8;
+
+// Whether a lane's quad has one scale a token for all lanes: that of its rotation group.
+TKV_CONST_FN bool values_in_halves(int bits, int group, int dim) {
+  return bits <= 6 && (group_count(dim, group) == 1 || group == 4 * LANES);
+}
+// Scales that a token's weight is multiplied by, each beforehand.
+TKV_CONST_FN int weight_groups(int bits, int group, int dim) {
+  return values_in_halves(bits, group, dim) ? group_count(dim, group) : 1;
+}
+// words of threadgroup memory that the weights of a tile take
+TKV_CONST_FN int weight_words(int bits, int group, int dim, int rows) {
+  return values_in_halves(bits, group, dim) ? group_count(dim, group) * TILE * padded_rows(rows) / 2
+                                            : TILE * padded_rows(rows);
+}
+// Tokens whose quads fill whole columns, one or two at least: a unit, which is loaded ahead.
+TKV_CONST_FN int value_span(int bits) {
+  return bits == 8 ? 8 : (bits == 16 ? 4 : (bits == 32 ? 2 : (bits == 4 || bits == 6 ? 16 : 32)));
+}
+TKV_CONST_FN int unit_columns(int bits) {
+  return value_span(bits) * bits / 32;
+}
+// words of a unit that a lane holds
+TKV_CONST_FN int unit_words(int bits, int dim) {
+  return unit_columns(bits) * 4 * ceil_div(dim, 4 * LANES);
+}
+
+// Column `c` of a unit, the lane's quad among the dims from 128 `s` on. `codes`: those of V in a tile.
+template <int BITS, int DIM>
+TKV_FN void load_unit_column(thread uint* words, const device uint* codes, int unit, int s, int c,
+                             int first_quad, int stride) {
+  // lanes past the last quad do its work again and drop it
+  const int quad = first_quad + s * stride < DIM / 4 ? first_quad + s * stride : DIM / 4 - 1;
+  const uint4 v = ((const device uint4*)codes)[(unit * unit_columns(BITS) + c) * (DIM / 4) + quad];
+  words += (s * unit_columns(BITS) + c) * 4;
+  words[0] = v.x;
+  words[1] = v.y;
+  words[2] = v.z;
+  words[3] = v.w;
+}
+
+template <int BITS, int DIM>
+TKV_FN void load_unit(thread uint* words, const device uint* codes, int unit, int first_quad, int stride) {
+  TKV_UNROLL
+  for (int s = 0; s < ceil_div(DIM, 4 * LANES); s++) {
+    TKV_UNROLL
+    for (int c = 0; c < unit_columns(BITS); c++) {
+      load_unit_column<BITS, DIM>(words, codes, unit, s, c, first_quad, stride);
+    }
+  }
+}
+
+// Bits of the scales that the weights of a lane's tokens are multiplied by, [tile][group].
+template <int BITS, int GROUP, int DIM, int STEP>
+TKV_FN void load_value_scales(thread uint* scales, const device uint* thread* tiles, int offset, int lane) {
+  constexpr int GROUPS = weight_groups(BITS, GROUP, DIM);
+  if (!values_in_halves(BITS, GROUP, DIM)) {
+    return;
+  }
+  TKV_UNROLL
+  for (int i = 0; i < STEP; i++) {
+    TKV_UNROLL
+    for (int g = 0; g < GROUPS; g++) {
+      scales[i * GROUPS + g] = ((const device ushort*)(tiles[i] + offset + code_words(BITS, DIM)))[g * TILE + lane];
+    }
+  }
+}
+
+// Adds p.v of a unit to the lane's quads, in halves. `words`: the unit's; in the end they are those
+// of `next_unit` of the tile `next_codes`. `weights`: the unit's, half [token][row] for each group,
+// each times its scale.
+template <int BITS, int GROUP, int DIM, int COPIES, int ROWS>
+TKV_FN void add_half_values(thread float* output, thread uint* words, threadgroup const uint* weights,
+                            threadgroup const float4* shared, uint own, const device uint* next_codes,
+                            int next_unit, int first_quad, int stride) {
+  constexpr int RP = padded_rows(ROWS);
+  constexpr int TOKENS = value_span(BITS);
+  TKV_UNROLL
+  for (int s = 0; s < ceil_div(DIM, 4 * LANES); s++) {
+    thread uint* quads = words + s * unit_columns(BITS) * 4;
+    TKV_UNROLL
+    for (int first = 0; first < TOKENS; first += 2 * CHAIN_TOKENS) {
+      half2 sums[2 * ROWS];
+      TKV_UNROLL
+      for (int begin = first; begin < first + 2 * CHAIN_TOKENS; begin += CHAIN_TOKENS) {
+        half2 chain[2 * ROWS];
+        TKV_UNROLL
+        for (int i = 0; i < 2 * ROWS; i++) {
+          chain[i] = as_type<half2>(0u);
+        }
+        uint w[4 * RP];
+        TKV_UNROLL
+        for (int i = 0; i < RP; i++) {
+          const uint4 v = ((threadgroup const uint4*)(weights + s * (TILE * RP / 2)))[begin * RP / 8 + i];
+          w[4 * i] = v.x;
+          w[4 * i + 1] = v.y;
+          w[4 * i + 2] = v.z;
+          w[4 * i + 3] = v.w;
+        }
+        TKV_UNROLL
+        for (int t = 0; t < CHAIN_TOKENS; t++) {
+          half2 v[2];
+          quad_halves<BITS, COPIES>(v, quad_bits<BITS>(quads, begin + t).x, shared, own);
+          TKV_UNROLL
+          for (int r = 0; r < ROWS; r++) {
+            const half2 two = as_type<half2>(w[(t * RP + r) / 2]);
+            const half2 weight = (t * RP + r) % 2 == 0 ? half2(two.x, two.x) : half2(two.y, two.y);
+            chain[2 * r] = fma(v[0], weight, chain[2 * r]);
+            chain[2 * r + 1] = fma(v[1], weight, chain[2 * r + 1]);
+          }
+        }
+        TKV_UNROLL
+        for (int i = 0; i < 2 * ROWS; i++) {
+          sums[i] = begin == first ? chain[i] : sums[i] + chain[i];
+        }
+      }
+      TKV_UNROLL
+      for (int i = 0; i < 2 * ROWS; i++) {
+        output[s * ROWS * 4 + 2 * i] += float(sums[i].x);
+        output[s * ROWS * 4 + 2 * i + 1] += float(sums[i].y);
+      }
+      TKV_UNROLL
+      for (int c = first * BITS / 32; c < (first + 2 * CHAIN_TOKENS) * BITS / 32; c++) {
+        load_unit_column<BITS, DIM>(words, next_codes, next_unit, s, c, first_quad, stride);
+      }
+    }
+  }
+}
+
+// The same in float32. `weights`: the tile's, float [token][row]. `first`, `n`: the tile's tokens
+// that some query may see.
+template <int BITS, int GROUP, int DIM, int RAW, int ROWS>
+TKV_FN void add_float_values(thread float* output, thread uint* words, const device uint* codes,
+                       threadgroup const float* weights, threadgroup const float* levels, int unit,
+                       int first_quad, int stride, uint first, uint n) {
+  constexpr int RP = padded_rows(ROWS);
+  constexpr int TOKENS = value_span(BITS);
+  constexpr bool ONE_SCALE = group_count(DIM, GROUP) == 1;
+  TKV_UNROLL
+  for (int s = 0; s < ceil_div(DIM, 4 * LANES); s++) {
+    const int quad = first_quad + s * stride < DIM / 4 ? first_quad + s * stride : DIM / 4 - 1;
+    const device ushort* scales = (const device ushort*)(codes + code_words(BITS, DIM)) +
+                                  quad * 4 / (GROUP == 0 ? 1 : GROUP) * TILE + unit * TOKENS;
+    TKV_UNROLL
+    for (int t = 0; t < TOKENS; t++) {
+      float4 v = quad_values<BITS, RAW>(quad_bits<BITS>(words + s * TOKENS * BITS / 8, t), levels);
+      if (!ONE_SCALE) {
+        const bool seen = uint(unit * TOKENS + t) - first < n;
+        if (GROUP != 0) {
+          const float scale = seen ? half_bits(scales[t]) : 0.0f;
+          v = float4(v.x * scale, v.y * scale, v.z * scale, v.w * scale);
+        } else {
+          v = float4(seen ? v.x : 0.0f, seen ? v.y : 0.0f, seen ? v.z : 0.0f, seen ? v.w : 0.0f);
+        }
+      }
+      TKV_UNROLL
+      for (int r = 0; r < ROWS; r++) {
+        float w;
+        if (RP % 4 == 0) {
+          w = component(((threadgroup const float4*)weights)[(t * RP + r) / 4], r % 4);
+        } else {
+          w = weights[t * RP + r];
+        }
+        thread float* o = output + (s * ROWS + r) * 4;
+        o[0] += w * v.x;
+        o[1] += w * v.y;
+        o[2] += w * v.z;
+        o[3] += w * v.w;
+      }
+    }
+  }
+}
+
+// A token's weights to threadgroup memory: float [token][row], or half [group][token][row], each
+// times its scale. A weight of zero stays one, whatever the scale is.
+template <int BITS, int GROUP, int DIM, int ROWS>
+TKV_FN void store_weights(threadgroup uint* at, thread const float* weight, thread const float* scales, int lane) {
+  constexpr int RP = padded_rows(ROWS);
+  if (!values_in_halves(BITS, GROUP, DIM)) {
+    TKV_UNROLL
+    for (int r = 0; r < RP; r++) {
+      ((threadgroup float*)at)[lane * RP + r] = weight[r];
+    }
+    return;
+  }
+  TKV_UNROLL
+  for (int g = 0; g < weight_groups(BITS, GROUP, DIM); g++) {
+    threadgroup half* row = (threadgroup half*)at + (g * TILE + lane) * RP;
+    TKV_UNROLL
+    for (int r = 0; r < RP; r++) {
+      row[r] = half(weight[r] > 0.0f ? weight[r] * scales[g] : 0.0f);
+    }
+  }
+}

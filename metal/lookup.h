@@ -1,0 +1,88 @@
+// Four neighbouring codes to two half2, without their scale: int8 by their bits, turbo codes by a
+// table of levels in threadgroup memory, several to an entry so that one read gives several. Tables of
+// small entries are stored as often as lanes that read different entries would get in each other's
+// way; a lane reads its own copy.
+
+// Codes that index a table together: 4 of turbo2, 1 of turbo6, else 2.
+TKV_CONST_FN int lookup_codes(int bits) {
+  return bits == 2 ? 4 : (bits == 6 ? 1 : 2);
+}
+// Words of the entries: a half2 for every two codes; at 6 bits each level twice.
+TKV_CONST_FN int entry_words(int bits) {
+  return bits == 2 ? 2 : 1;
+}
+TKV_CONST_FN int lookup_entries(int bits) {
+  return bits > 6 ? 0 : 1 << (lookup_codes(bits) * bits);
+}
+// As many copies as lanes, or as `words` hold.
+TKV_CONST_FN int lookup_copies(int bits, int words, int copies = LANES) {
+  return bits == 2 || copies == 1 || copies * lookup_entries(bits) <= words
+             ? (bits == 2 ? 1 : copies)
+             : lookup_copies(bits, words, copies / 2);
+}
+TKV_CONST_FN int lookup_words(int bits, int copies) {
+  return lookup_entries(bits) * entry_words(bits) * copies;
+}
+TKV_CONST_FN int log2_of(int n) {
+  return n <= 1 ? 0 : 1 + log2_of(n / 2);
+}
+
+// Copies a side's table (kernels/tables.py writes its entries) to threadgroup memory.
+template <int BITS, int COPIES>
+TKV_FN void load_lookup(threadgroup uint* table, const device uint* constants, int thread_index,
+                        int n_threads) {
+  constexpr int AT_ONCE = COPIES < 4 ? 1 : 4;
+  for (int i = thread_index; i < lookup_words(BITS, COPIES) / AT_ONCE; i += n_threads) {
+    const uint word = constants[TABLE_LOOKUP + i * AT_ONCE / COPIES];
+    if (AT_ONCE == 4) {
+      ((threadgroup uint4*)table)[i] = uint4(word, word, word, word);
+    } else {
+      table[i] = word;
+    }
+  }
+}
+
+// Where dim `d` of a quad lies in its two half2, counted in halves: int8 codes come as dims 0, 2
+// and 1, 3.
+TKV_CONST_FN int half_place(int bits, int d) {
+  return bits == 8 ? (d & 1) * 2 + d / 2 : d;
+}
+
+// Where the lane's copy of the first entry lies; `first`: the table's first word. A table begins at a
+// multiple of its own size, so that an entry's place is its codes' bits beside these.
+template <int COPIES>
+TKV_FN uint own_copy(threadgroup const float4* shared, int first, int lane) {
+  return shared_place(shared) + uint(first + lane % COPIES) * 4u;
+}
+
+// The words of the entry that the codes from bit `first` on name.
+template <int BITS, int COPIES, typename Entry>
+TKV_FN Entry looked_up(threadgroup const float4* shared, uint bits, int first, uint own) {
+  constexpr int SHIFT = log2_of(4 * entry_words(BITS) * COPIES);  // bytes of an entry with its copies
+  constexpr uint MASK = ((1u << (lookup_codes(BITS) * (BITS & 7))) - 1u) << SHIFT;
+  const uint at = first < SHIFT ? bits << (SHIFT - first) : bits >> (first - SHIFT);
+  return shared_entry<Entry>(shared, (at & MASK) | own);
+}
+
+// `bits`: the quad's, from quad_bits; those above are garbage. `own`: from own_copy.
+template <int BITS, int COPIES>
+TKV_FN void quad_halves(thread half2* pairs, uint bits, threadgroup const float4* shared, uint own) {
+  if (BITS == 8) {
+    signed_pairs(pairs, bits);
+  } else if (BITS == 2) {
+    const uint2 levels = looked_up<BITS, COPIES, uint2>(shared, bits, 0, own);
+    pairs[0] = as_type<half2>(levels.x);
+    pairs[1] = as_type<half2>(levels.y);
+  } else {
+    TKV_UNROLL
+    for (int i = 0; i < 2; i++) {
+      if (BITS == 6) {
+        const uint low = looked_up<BITS, COPIES, uint>(shared, bits, 12 * i, own);
+        const uint high = looked_up<BITS, COPIES, uint>(shared, bits, 12 * i + 6, own);
+        pairs[i] = as_type<half2>((low & 0xffffu) | (high & 0xffff0000u));
+      } else {
+        pairs[i] = as_type<half2>(looked_up<BITS, COPIES, uint>(shared, bits, 2 * BITS * i, own));
+      }
+    }
+  }
+}
