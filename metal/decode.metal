@@ -5,12 +5,14 @@
 // Its SIMD groups stride over tiles of 32 tokens, STEP tiles at a time: q.k (decode_keys.h), the
 // softmax's weights, p.v (decode_values.h). merge.metal joins the splits.
 //
-// Scores are in units of log2 e. Weights are powers of two of a score less a reference, which follows
-// the largest score with a margin; where weights take V's scale along, so does the reference.
+// Scores are in units of log2 e. Weights are powers of two of a score less a reference, which
+// follows the largest score with a margin; where weights take V's scale along, so does the
+// reference.
 //
 // A token that no query may see costs a weight of zero; what its row holds is never multiplied, so
-// stale rows may hold anything. With centred keys a score gets one product q.a more, a block's: what
-// q and mu give for each pair of dims is worked out once, and a block's cosines and sines multiply it.
+// stale rows may hold anything. With centred keys a score gets one product q.a more, a block's:
+// what q and mu give for each pair of dims is worked out once, and a block's cosines and sines
+// multiply it.
 
 // A weight at the reference is 2^HEADROOM; one above 2^(HEADROOM + MARGIN) moves the reference.
 // A chain of half products of 2^10 stays finite, and weights of 2^-30 of the largest still count.
@@ -24,37 +26,48 @@ TKV_CONST_FN int decode_step(int rows) {
 }
 // rows that SIMD groups join at once
 TKV_CONST_FN int merge_rows(int rows, int v_dim) {
-  return 4096 / (DECODE_GROUPS * v_dim) < 1 ? 1
-         : (4096 / (DECODE_GROUPS * v_dim) < rows ? 4096 / (DECODE_GROUPS * v_dim) : rows);
+  return 4096 / (DECODE_GROUPS * v_dim) < 1
+             ? 1
+             : (4096 / (DECODE_GROUPS * v_dim) < rows ? 4096 / (DECODE_GROUPS * v_dim) : rows);
 }
 // The tables' copies: fewer of them where queries and weights take much.
 TKV_CONST_FN int table_copies(int bits, bool keys, int rows, int k_dim, int v_dim) {
   return lookup_copies(bits, rows * (k_dim + v_dim) <= 1024 ? most_lookup_words(keys) : 1024);
 }
 TKV_CONST_FN int key_table_words(int bits, int rows, int k_dim, int v_dim) {
-  return keys_in_halves(bits, k_dim) ? lookup_words(bits, table_copies(bits, true, rows, k_dim, v_dim)) : MAX_LEVELS;
+  return keys_in_halves(bits, k_dim)
+             ? lookup_words(bits, table_copies(bits, true, rows, k_dim, v_dim))
+             : MAX_LEVELS;
 }
 TKV_CONST_FN int value_table_words(int bits, int group, int rows, int k_dim, int v_dim) {
-  return values_in_halves(bits, group, v_dim) ? lookup_words(bits, table_copies(bits, false, rows, k_dim, v_dim))
-                                              : MAX_LEVELS;
+  return values_in_halves(bits, group, v_dim)
+             ? lookup_words(bits, table_copies(bits, false, rows, k_dim, v_dim))
+             : MAX_LEVELS;
 }
 TKV_CONST_FN int all_weight_words(int bits, int group, int dim, int rows) {
-  return larger(DECODE_GROUPS * decode_step(rows) * weight_words(bits, group, dim, rows), DECODE_GROUPS * 128);
+  return DECODE_GROUPS * larger(decode_step(rows) * weight_words(bits, group, dim, rows), 128);
 }
-// Words of threadgroup memory: tables of K and V, row scales, queries, weights (first the rotation's
-// scratch) and, with centred keys, what queries and mu give. The SIMD groups' results take their
-// place in the end; maxima and sums lie behind.
+// Words of threadgroup memory: tables of K and V, row scales, queries, weights (first the
+// rotation's scratch) and, with centred keys, what queries and mu give. The SIMD groups' results
+// take their place in the end; maxima and sums lie behind.
 TKV_CONST_FN int queries_at(int k_bits, int k_dim, int v_bits, int v_group, int v_dim, int rows) {
-  return (key_table_words(k_bits, rows, k_dim, v_dim) + value_table_words(v_bits, v_group, rows, k_dim, v_dim) +
-          padded_rows(rows) + 3) / 4 * 4;
+  return (key_table_words(k_bits, rows, k_dim, v_dim) +
+          value_table_words(v_bits, v_group, rows, k_dim, v_dim) + padded_rows(rows) + 3) /
+         4 * 4;
 }
-TKV_CONST_FN int maxima_at(int k_bits, int k_dim, int v_bits, int v_group, int v_dim, int rows, bool centred) {
-  return larger(queries_at(k_bits, k_dim, v_bits, v_group, v_dim, rows) + query_words(k_bits, k_dim, k_dim, rows) +
-                    all_weight_words(v_bits, v_group, v_dim, rows) + (centred ? k_dim * padded_rows(rows) : 0),
+TKV_CONST_FN int maxima_at(int k_bits, int k_dim, int v_bits, int v_group, int v_dim, int rows,
+                           bool centred) {
+  return larger(queries_at(k_bits, k_dim, v_bits, v_group, v_dim, rows) +
+                    query_words(k_bits, k_dim, k_dim, rows) +
+                    all_weight_words(v_bits, v_group, v_dim, rows) +
+                    (centred ? k_dim * padded_rows(rows) : 0),
                 DECODE_GROUPS * v_dim * merge_rows(rows, v_dim));
 }
-TKV_CONST_FN int decode_words(int k_bits, int k_dim, int v_bits, int v_group, int v_dim, int rows, bool centred) {
-  return (maxima_at(k_bits, k_dim, v_bits, v_group, v_dim, rows, centred) + 2 * DECODE_GROUPS * padded_rows(rows) + 3) / 4 * 4;
+TKV_CONST_FN int decode_words(int k_bits, int k_dim, int v_bits, int v_group, int v_dim, int rows,
+                              bool centred) {
+  return (maxima_at(k_bits, k_dim, v_bits, v_group, v_dim, rows, centred) +
+          2 * DECODE_GROUPS * padded_rows(rows) + 3) /
+         4 * 4;
 }
 
 // The words of tile `tile`, or of the split's last where it lies behind: read, not used.
@@ -66,13 +79,14 @@ TKV_FN const device uint* tile_at(const device uint* body, const device uint* ta
   return (in_body ? body : tail) + size_t(uint(in_body ? at : at - body_tiles)) * TILE_WORDS;
 }
 
-template <typename T, int KB, int KG, int KD, int KW, int VB, int VG, int VD, int RAW, int ROWS, bool CENTRED>
+template <typename T, int KB, int KG, int KD, int KW, int VB, int VG, int VD, int RAW, int ROWS,
+          bool CENTRED>
 TKV_FN void decode_partial(const device T* q, const device uint* body, const device uint* tail,
                            const device int* starts, const device int* params,
                            const device uint* k_constants, const device uint* v_constants,
-                           const device float* mu, const device uint* table,
-                           device float* partial, device float* stats, threadgroup float4* shared,
-                           uint3 group, uint simd, uint lane_index) {
+                           const device float* mu, const device uint* table, device float* partial,
+                           device float* stats, threadgroup float4* shared, uint3 group, uint simd,
+                           uint lane_index) {
   constexpr int RP = padded_rows(ROWS);
   constexpr int STEP = decode_step(ROWS);
   constexpr int QUADS = ceil_div(VD, 4 * LANES);
@@ -98,12 +112,16 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
   constexpr int V_TABLE_WORDS = value_table_words(VB, VG, ROWS, KD, VD);
   constexpr int K_TABLE = K_TABLE_WORDS < V_TABLE_WORDS ? V_TABLE_WORDS : 0;
   constexpr int V_TABLE = K_TABLE == 0 ? K_TABLE_WORDS : 0;
-  threadgroup uint* words_at = (threadgroup uint*)shared;
-  threadgroup float* row_scales = (threadgroup float*)(words_at + K_TABLE_WORDS + V_TABLE_WORDS);
-  threadgroup uint* queries = words_at + queries_at(KB, KD, VB, VG, VD, ROWS);
-  threadgroup uint* all_weights = queries + query_words(KB, KD, KD, ROWS);
-  threadgroup float* pairs = (threadgroup float*)(all_weights + (CENTRED ? all_weight_words(VB, VG, VD, ROWS) : 0));
-  threadgroup float* maxima = (threadgroup float*)(words_at + maxima_at(KB, KD, VB, VG, VD, ROWS, CENTRED));
+  constexpr int QUERIES = queries_at(KB, KD, VB, VG, VD, ROWS);
+  constexpr int WEIGHTS = QUERIES + query_words(KB, KD, KD, ROWS);
+  constexpr int PAIRS = WEIGHTS + (CENTRED ? all_weight_words(VB, VG, VD, ROWS) : 0);
+  constexpr int MAXIMA = maxima_at(KB, KD, VB, VG, VD, ROWS, CENTRED);
+  threadgroup uint* words = (threadgroup uint*)shared;
+  threadgroup float* floats = (threadgroup float*)shared;
+  threadgroup float* row_scales = floats + K_TABLE_WORDS + V_TABLE_WORDS;
+  threadgroup uint* queries = words + QUERIES;
+  threadgroup float* pairs = floats + PAIRS;
+  threadgroup float* maxima = floats + MAXIMA;
   threadgroup float* sums = maxima + DECODE_GROUPS * RP;
 
   const int row0 = int(group.z) * ROWS;
@@ -142,26 +160,26 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
     load_first_span<KB, KG, KD, STEP>(k_words, tiles, lane);
     load_key_scales<KB, KG, KD, STEP>(k_scales, tiles, 0, lane);
     load_value_scales<VB, VG, VD, STEP>(v_scales, tiles, V_OFFSET, lane);
-    load_unit<VB, VD>(v_words, tile_at<TILE_WORDS>(head_body, head_tail, body_tiles, first_own + part, end) + V_OFFSET,
-                      0, first_quad, LANES / PARTS);
+    const device uint* first =
+        tile_at<TILE_WORDS>(head_body, head_tail, body_tiles, first_own + part, end);
+    load_unit<VB, VD>(v_words, first + V_OFFSET, 0, first_quad, LANES / PARTS);
   }
 
   const uint k_own = own_copy<K_COPIES>(shared, K_TABLE, lane);
   const uint v_own = own_copy<V_COPIES>(shared, V_TABLE, lane);
   if (keys_in_halves(KB, KD)) {
-    load_lookup<KB, K_COPIES>(words_at + K_TABLE, k_constants, thread_index, DECODE_GROUPS * LANES);
+    load_lookup<KB, K_COPIES>(words + K_TABLE, k_constants, thread_index, DECODE_GROUPS * LANES);
   } else {
-    load_levels<KB>((threadgroup float*)(words_at + K_TABLE), k_constants, thread_index);
+    load_levels<KB>(floats + K_TABLE, k_constants, thread_index);
   }
   if (V_HALVES) {
-    load_lookup<VB, V_COPIES>(words_at + V_TABLE, v_constants, thread_index, DECODE_GROUPS * LANES);
+    load_lookup<VB, V_COPIES>(words + V_TABLE, v_constants, thread_index, DECODE_GROUPS * LANES);
   } else {
-    load_levels<VB>((threadgroup float*)(words_at + V_TABLE), v_constants, thread_index);
+    load_levels<VB>(floats + V_TABLE, v_constants, thread_index);
   }
   const size_t first_row = size_t(head) * size_t(all_rows) + size_t(row0);
-  load_queries<T, KB, KW, KD, ROWS>(q + first_row * KD, queries, row_scales,
-                                    (threadgroup float*)all_weights, k_constants, n_rows, scale,
-                                    simd_group, lane);
+  load_queries<T, KB, KW, KD, ROWS>(q + first_row * KD, queries, row_scales, floats + WEIGHTS,
+                                    k_constants, n_rows, scale, simd_group, lane);
   if (CENTRED) {
     load_pairs<T, KD, ROWS>(q + first_row * KD, pairs, mu + head % params[P_HEADS] * KD,
                             params[P_HALF], n_rows, scale, thread_index);
@@ -170,7 +188,7 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
 
   float output[QUADS * ROWS * 4];
   float reference[ROWS];
-  float sum[ROWS];  // of this lane's tokens
+  float sum[ROWS];    // of this lane's tokens
   uint n_seen[ROWS];  // tokens from the sequence's start on that a row sees, of this split
   TKV_UNROLL
   for (int i = 0; i < QUADS * ROWS * 4; i++) {
@@ -181,14 +199,15 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
     reference[r] = LOWEST;
     sum[r] = 0.0f;
     const int n_queries = params[P_QUERIES];
-    const int past = params[P_CAUSAL] != 0 ? n_tokens - n_queries + (row0 + r) % n_queries + 1 : n_tokens;
+    const int later = params[P_CAUSAL] != 0 ? n_queries - 1 - (row0 + r) % n_queries : 0;
+    const int past = n_tokens - later;
     n_seen[r] = uint(larger((past < end * TILE ? past : end * TILE) - start, 0));
   }
 
   // rolled: a loop that does not fit the instruction cache is slower
   const int n_spans = SPANS == 1 ? 1 : SPANS - 1 + params[P_ONE];
   const int n_units = STEP / PARTS * UNITS - 1 + params[P_ONE];
-  threadgroup uint* weights = all_weights + simd_group * (STEP * WEIGHT_WORDS);
+  threadgroup uint* weights = words + WEIGHTS + simd_group * (STEP * WEIGHT_WORDS);
   for (int t = first_own; t < end; t += DECODE_GROUPS * STEP) {
     const int next_t = t + DECODE_GROUPS * STEP;
     const device uint* next_tiles[STEP];
@@ -197,9 +216,9 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
       next_tiles[i] = tile_at<TILE_WORDS>(head_body, head_tail, body_tiles, next_t + i, end);
     }
     float score[STEP * ROWS];
-    key_scores<KB, KG, KD, K_COPIES, RAW, ROWS, STEP>(score, k_words, k_scales, tiles, next_tiles, queries,
-                                            row_scales, shared, k_own, (threadgroup const float*)(words_at + K_TABLE),
-                                            n_spans, lane);
+    key_scores<KB, KG, KD, K_COPIES, RAW, ROWS, STEP>(score, k_words, k_scales, tiles, next_tiles,
+                                                      queries, row_scales, shared, k_own,
+                                                      floats + K_TABLE, n_spans, lane);
     if (CENTRED) {
       int blocks[STEP];
       bool some[STEP];
@@ -274,29 +293,33 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
           sum[r] += weight[r];
         }
       }
-      store_weights<VB, VG, VD, ROWS>(weights + i * WEIGHT_WORDS, weight, v_scale + i * WEIGHT_GROUPS, lane);
+      store_weights<VB, VG, VD, ROWS>(weights + i * WEIGHT_WORDS, weight,
+                                      v_scale + i * WEIGHT_GROUPS, lane);
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
     for (int u = 0; u < n_units; u++) {
       const int step = u / UNITS * PARTS + part;
+      const int unit = u % UNITS;
       threadgroup const uint* tile_weights = weights + step * WEIGHT_WORDS;
       const bool last = u + 1 == n_units;
       const int next_tile = (last ? next_t : t + (u + 1) / UNITS * PARTS) + part;
       const int next_unit = last ? 0 : (u + 1) % UNITS;
-      const device uint* next_codes = tile_at<TILE_WORDS>(head_body, head_tail, body_tiles, next_tile, end) + V_OFFSET;
+      const device uint* next_codes =
+          tile_at<TILE_WORDS>(head_body, head_tail, body_tiles, next_tile, end) + V_OFFSET;
       if (V_HALVES) {
-        add_half_values<VB, VG, VD, V_COPIES, ROWS>(output, v_words, tile_weights + u % UNITS * (value_span(VB) * RP / 2),
-                                          shared, v_own, next_codes, next_unit,
-                                          first_quad, LANES / PARTS);
+        add_half_values<VB, VG, VD, V_COPIES, ROWS>(
+            output, v_words, tile_weights + unit * (value_span(VB) * RP / 2), shared, v_own,
+            next_codes, next_unit, first_quad, LANES / PARTS);
       } else {
-        const device uint* codes = tile_at<TILE_WORDS>(head_body, head_tail, body_tiles, t + step, end) + V_OFFSET;
+        const device uint* codes =
+            tile_at<TILE_WORDS>(head_body, head_tail, body_tiles, t + step, end) + V_OFFSET;
         const int base = (t + step) * TILE;
-        const int from = start > base ? start - base : 0;
+        const int from = larger(start - base, 0);
         const int to = t + step >= end ? 0 : (n_tokens - base < TILE ? n_tokens - base : TILE);
-        add_float_values<VB, VG, VD, RAW, ROWS>(output, v_words, codes,
-                                                (threadgroup const float*)tile_weights + u % UNITS * value_span(VB) * RP,
-                                                (threadgroup const float*)(words_at + V_TABLE), u % UNITS, first_quad, LANES / PARTS, uint(from),
-                                                uint(to > from ? to - from : 0));
+        add_float_values<VB, VG, VD, RAW, ROWS>(
+            output, v_words, codes,
+            (threadgroup const float*)tile_weights + unit * (value_span(VB) * RP), floats + V_TABLE,
+            unit, first_quad, LANES / PARTS, uint(from), uint(larger(to - from, 0)));
         load_unit<VB, VD>(v_words, next_codes, next_unit, first_quad, LANES / PARTS);
       }
     }
@@ -339,7 +362,7 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
     out[1] = total;
   }
   constexpr int AT_ONCE = merge_rows(ROWS, VD);
-  threadgroup float* merged = (threadgroup float*)shared;
+  threadgroup float* merged = floats;
   for (int r0 = 0; r0 < ROWS; r0 += AT_ONCE) {
     TKV_UNROLL
     for (int r = 0; r < ROWS; r++) {

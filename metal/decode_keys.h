@@ -2,8 +2,9 @@
 // alone; q comes from threadgroup memory by reads that are the same for all lanes.
 //
 // Codes are multiplied as half2 and summed in half for a chain of dims; the sums of two chains are
-// added in half, and the rest in float32. Raw rows and narrow heads are multiplied in float32. Every query row is divided by its
-// largest value beforehand (`row_scales`), so that halves neither overflow nor vanish.
+// added in half, and the rest in float32. Raw rows and narrow heads are multiplied in float32.
+// Every query row is divided by its largest value beforehand (`row_scales`), so that halves neither
+// overflow nor vanish.
 
 // dims of a chain
 constant constexpr int CHAIN = 16;
@@ -25,7 +26,8 @@ TKV_CONST_FN bool fits_groups(int span, int group) {
   return group == 0 || group % span == 0 || span % group == 0;
 }
 TKV_CONST_FN int key_span(int bits, int group, int dim) {
-  return dim % key_columns(bits) == 0 && fits_groups(key_columns(bits), group) ? key_columns(bits) : dim;
+  return dim % key_columns(bits) == 0 && fits_groups(key_columns(bits), group) ? key_columns(bits)
+                                                                               : dim;
 }
 // words of threadgroup memory that `n` dims of queries take
 TKV_CONST_FN int query_words(int bits, int dim, int n, int rows) {
@@ -54,9 +56,10 @@ TKV_FN void store_query(threadgroup uint* queries, int at, float x) {
 // Queries to threadgroup memory, rotated as K is. `row_scales`: what a row's sums are to be
 // multiplied by, the attention's scale among it.
 template <typename T, int BITS, int WIDTH, int DIM, int ROWS>
-TKV_FN void load_queries(const device T* q, threadgroup uint* queries, threadgroup float* row_scales,
-                         threadgroup float* scratch, const device uint* constants, int n_rows,
-                         float scale, int simd_group, int lane) {
+TKV_FN void load_queries(const device T* q, threadgroup uint* queries,
+                         threadgroup float* row_scales, threadgroup float* scratch,
+                         const device uint* constants, int n_rows, float scale, int simd_group,
+                         int lane) {
   constexpr int RP = padded_rows(ROWS);
   constexpr int W = WIDTH == 0 ? LANES : WIDTH;
   constexpr int N = ceil_div(W, LANES);
@@ -85,7 +88,8 @@ TKV_FN void load_queries(const device T* q, threadgroup uint* queries, threadgro
       for (int j = 0; j < N; j++) {
         const int i = part * W + lane + j * LANES;
         if (lane + j * LANES < W && i < DIM) {
-          store_query<BITS, DIM>(queries, query_place<BITS, DIM, RP>(i, row), x[part * N + j] * factor);
+          store_query<BITS, DIM>(queries, query_place<BITS, DIM, RP>(i, row),
+                                 x[part * N + j] * factor);
         }
       }
     }
@@ -116,7 +120,8 @@ TKV_FN void add_anchors(thread float* score, thread const int* blocks, thread co
                         const device uint* table, threadgroup const float* pairs, int lane) {
   constexpr int RP = padded_rows(ROWS);
   constexpr int PART = LANES / STEP;
-  const device uint* words = table + (STEP == 2 && lane >= PART ? blocks[STEP - 1] : blocks[0]) * (DIM / 2);
+  const device uint* words =
+      table + (STEP == 2 && lane >= PART ? blocks[STEP - 1] : blocks[0]) * (DIM / 2);
   float found[ROWS];
   TKV_UNROLL
   for (int r = 0; r < ROWS; r++) {
@@ -184,8 +189,8 @@ TKV_FN void load_half_queries(thread uint* q, threadgroup const uint* queries) {
 // Products of quads `begin` to `end` of a span, in halves, a chain.
 template <int BITS, int COPIES, int WORDS, int ROWS, int STEP>
 TKV_FN void half_products(thread half2* chain, thread const uint* words,
-                          threadgroup const uint* queries, threadgroup const float4* shared, uint own,
-                          int begin, int end) {
+                          threadgroup const uint* queries, threadgroup const float4* shared,
+                          uint own, int begin, int end) {
   constexpr int RP = padded_rows(ROWS);
   TKV_UNROLL
   for (int i = 0; i < STEP * ROWS; i++) {
@@ -206,7 +211,8 @@ TKV_FN void half_products(thread half2* chain, thread const uint* words,
       for (int r = 0; r < ROWS; r++) {
         TKV_UNROLL
         for (int i = 0; i < STEP; i++) {
-          chain[i * ROWS + r] = fma(k[2 * i + pair], as_type<half2>(q[pair * RP + r]), chain[i * ROWS + r]);
+          chain[i * ROWS + r] =
+              fma(k[2 * i + pair], as_type<half2>(q[pair * RP + r]), chain[i * ROWS + r]);
         }
       }
     }
@@ -224,8 +230,7 @@ TKV_FN void add_float_products(thread float* sums, thread const uint* words,
     float4 k[STEP];
     TKV_UNROLL
     for (int i = 0; i < STEP; i++) {
-      k[i] = quad_values<BITS, RAW>(quad_bits<BITS>(words + i * WORDS, quad),
-                                 levels);
+      k[i] = quad_values<BITS, RAW>(quad_bits<BITS>(words + i * WORDS, quad), levels);
     }
     TKV_UNROLL
     for (int part = 0; part < RP; part++) {
@@ -245,7 +250,8 @@ TKV_FN void add_float_products(thread float* sums, thread const uint* words,
 
 // Whether a span's columns are loaded again as soon as they are used, for the next span.
 TKV_CONST_FN bool keys_ahead(int bits, int group, int dim, int step) {
-  return key_span(bits, group, dim) * bits % 128 == 0 && key_span(bits, group, dim) * bits * step <= 1024;
+  return key_span(bits, group, dim) * bits % 128 == 0 &&
+         key_span(bits, group, dim) * bits * step <= 1024;
 }
 TKV_CONST_FN int key_words(int bits, int group, int dim) {
   return ceil_div(key_span(bits, group, dim) * bits, 32);
@@ -283,7 +289,8 @@ TKV_CONST_FN int key_scales(int bits, int group, int dim) {
 
 // Bits of the scales of a span's groups, [group][tile].
 template <int BITS, int GROUP, int DIM, int STEP>
-TKV_FN void load_key_scales(thread uint* scales, const device uint* thread* tiles, int span, int lane) {
+TKV_FN void load_key_scales(thread uint* scales, const device uint* thread* tiles, int span,
+                            int lane) {
   if (GROUP == 0) {
     return;
   }
@@ -298,15 +305,15 @@ TKV_FN void load_key_scales(thread uint* scales, const device uint* thread* tile
   }
 }
 
-// q.k of STEP tokens a lane (one in each tile) and ROWS query rows. `scales` holds the scales of the
-// first span of `tiles`, `words` its columns where spans are loaded ahead; in the end, those of
+// q.k of STEP tokens a lane (one in each tile) and ROWS query rows. `scales` holds the scales of
+// the first span of `tiles`, `words` its columns where spans are loaded ahead; in the end, those of
 // `next_tiles`.
 template <int BITS, int GROUP, int DIM, int COPIES, int RAW, int ROWS, int STEP>
 TKV_FN void key_scores(thread float* score, thread uint* words, thread uint* scales,
-                       const device uint* thread* tiles,
-                       const device uint* thread* next_tiles, threadgroup const uint* queries,
-                       threadgroup const float* row_scales, threadgroup const float4* shared, uint own,
-                       threadgroup const float* levels, int n_spans, int lane) {
+                       const device uint* thread* tiles, const device uint* thread* next_tiles,
+                       threadgroup const uint* queries, threadgroup const float* row_scales,
+                       threadgroup const float4* shared, uint own, threadgroup const float* levels,
+                       int n_spans, int lane) {
   constexpr int SPAN = key_span(BITS, GROUP, DIM);
   constexpr int G = GROUP == 0 || GROUP > SPAN ? SPAN : GROUP;
   constexpr int WORDS = key_words(BITS, GROUP, DIM);
@@ -346,7 +353,8 @@ TKV_FN void key_scores(thread float* score, thread uint* words, thread uint* sca
         const int end = begin + CHAIN_QUADS < group_end ? begin + CHAIN_QUADS : group_end;
         if (keys_in_halves(BITS, DIM)) {
           half2 chain[STEP * ROWS];
-          half_products<BITS, COPIES, WORDS, ROWS, STEP>(chain, words, span_queries, shared, own, begin, end);
+          half_products<BITS, COPIES, WORDS, ROWS, STEP>(chain, words, span_queries, shared, own,
+                                                         begin, end);
           // two chains are added up before they go into float32
           const bool first = (begin - g * G / 4) / CHAIN_QUADS % 2 == 0;
           TKV_UNROLL

@@ -1,8 +1,8 @@
 // p.v for decode.metal. A lane is four dims of V, a quad: it reads the columns of its quad, the
 // weights come from threadgroup memory by reads that are the same for all lanes.
 //
-// Turbo codes whose scale a weight can take along are multiplied as half2, in chains of CHAIN_TOKENS
-// that are then added up in float32. All others are multiplied in float32.
+// Turbo codes whose scale a weight can take along are multiplied as half2, in chains of
+// CHAIN_TOKENS that are then added up in float32. All others are multiplied in float32.
 
 constant constexpr int CHAIN_TOKENS = 8;
 
@@ -31,7 +31,8 @@ TKV_CONST_FN int unit_words(int bits, int dim) {
   return unit_columns(bits) * 4 * ceil_div(dim, 4 * LANES);
 }
 
-// Column `c` of a unit, the lane's quad among the dims from 128 `s` on. `codes`: those of V in a tile.
+// Column `c` of a unit, the lane's quad among the dims from 128 `s` on. `codes`: those of V in a
+// tile.
 template <int BITS, int DIM>
 TKV_FN void load_unit_column(thread uint* words, const device uint* codes, int unit, int s, int c,
                              int first_quad, int stride) {
@@ -46,7 +47,8 @@ TKV_FN void load_unit_column(thread uint* words, const device uint* codes, int u
 }
 
 template <int BITS, int DIM>
-TKV_FN void load_unit(thread uint* words, const device uint* codes, int unit, int first_quad, int stride) {
+TKV_FN void load_unit(thread uint* words, const device uint* codes, int unit, int first_quad,
+                      int stride) {
   TKV_UNROLL
   for (int s = 0; s < ceil_div(DIM, 4 * LANES); s++) {
     TKV_UNROLL
@@ -58,7 +60,8 @@ TKV_FN void load_unit(thread uint* words, const device uint* codes, int unit, in
 
 // Bits of the scales that the weights of a lane's tokens are multiplied by, [tile][group].
 template <int BITS, int GROUP, int DIM, int STEP>
-TKV_FN void load_value_scales(thread uint* scales, const device uint* thread* tiles, int offset, int lane) {
+TKV_FN void load_value_scales(thread uint* scales, const device uint* thread* tiles, int offset,
+                              int lane) {
   constexpr int GROUPS = weight_groups(BITS, GROUP, DIM);
   if (!values_in_halves(BITS, GROUP, DIM)) {
     return;
@@ -67,7 +70,8 @@ TKV_FN void load_value_scales(thread uint* scales, const device uint* thread* ti
   for (int i = 0; i < STEP; i++) {
     TKV_UNROLL
     for (int g = 0; g < GROUPS; g++) {
-      scales[i * GROUPS + g] = ((const device ushort*)(tiles[i] + offset + code_words(BITS, DIM)))[g * TILE + lane];
+      scales[i * GROUPS + g] =
+          ((const device ushort*)(tiles[i] + offset + code_words(BITS, DIM)))[g * TILE + lane];
     }
   }
 }
@@ -76,9 +80,10 @@ TKV_FN void load_value_scales(thread uint* scales, const device uint* thread* ti
 // of `next_unit` of the tile `next_codes`. `weights`: the unit's, half [token][row] for each group,
 // each times its scale.
 template <int BITS, int GROUP, int DIM, int COPIES, int ROWS>
-TKV_FN void add_half_values(thread float* output, thread uint* words, threadgroup const uint* weights,
-                            threadgroup const float4* shared, uint own, const device uint* next_codes,
-                            int next_unit, int first_quad, int stride) {
+TKV_FN void add_half_values(thread float* output, thread uint* words,
+                            threadgroup const uint* weights, threadgroup const float4* shared,
+                            uint own, const device uint* next_codes, int next_unit, int first_quad,
+                            int stride) {
   constexpr int RP = padded_rows(ROWS);
   constexpr int TOKENS = value_span(BITS);
   TKV_UNROLL
@@ -97,7 +102,8 @@ TKV_FN void add_half_values(thread float* output, thread uint* words, threadgrou
         uint w[4 * RP];
         TKV_UNROLL
         for (int i = 0; i < RP; i++) {
-          const uint4 v = ((threadgroup const uint4*)(weights + s * (TILE * RP / 2)))[begin * RP / 8 + i];
+          const uint4 v =
+              ((threadgroup const uint4*)(weights + s * (TILE * RP / 2)))[begin * RP / 8 + i];
           w[4 * i] = v.x;
           w[4 * i + 1] = v.y;
           w[4 * i + 2] = v.z;
@@ -137,8 +143,8 @@ TKV_FN void add_half_values(thread float* output, thread uint* words, threadgrou
 // that some query may see.
 template <int BITS, int GROUP, int DIM, int RAW, int ROWS>
 TKV_FN void add_float_values(thread float* output, thread uint* words, const device uint* codes,
-                       threadgroup const float* weights, threadgroup const float* levels, int unit,
-                       int first_quad, int stride, uint first, uint n) {
+                             threadgroup const float* weights, threadgroup const float* levels,
+                             int unit, int first_quad, int stride, uint first, uint n) {
   constexpr int RP = padded_rows(ROWS);
   constexpr int TOKENS = value_span(BITS);
   constexpr bool ONE_SCALE = group_count(DIM, GROUP) == 1;
@@ -180,7 +186,8 @@ TKV_FN void add_float_values(thread float* output, thread uint* words, const dev
 // A token's weights to threadgroup memory: float [token][row], or half [group][token][row], each
 // times its scale. A weight of zero stays one, whatever the scale is.
 template <int BITS, int GROUP, int DIM, int ROWS>
-TKV_FN void store_weights(threadgroup uint* at, thread const float* weight, thread const float* scales, int lane) {
+TKV_FN void store_weights(threadgroup uint* at, thread const float* weight,
+                          thread const float* scales, int lane) {
   constexpr int RP = padded_rows(ROWS);
   if (!values_in_halves(BITS, GROUP, DIM)) {
     TKV_UNROLL

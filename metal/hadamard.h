@@ -3,8 +3,9 @@
 // runs along b by shuffles (and between registers from distance 32 on), the dense part of order m
 // along a through threadgroup memory. The division by sqrt(w) is left to the caller.
 
+// Widths have an odd part of 1, 3, 5, 7 or 9.
 TKV_CONST_FN int odd_part(int width) {
-  return width % 2 == 0 ? odd_part(width / 2) : width;
+  return width % 9 == 0 ? 9 : (width % 7 == 0 ? 7 : (width % 5 == 0 ? 5 : (width % 3 == 0 ? 3 : 1)));
 }
 // m: 1, 12, 20, 28 or 36.
 TKV_CONST_FN int dense_order(int width) {

@@ -1,7 +1,7 @@
 // Four neighbouring codes to two half2, without their scale: int8 by their bits, turbo codes by a
-// table of levels in threadgroup memory, several to an entry so that one read gives several. Tables of
-// small entries are stored as often as lanes that read different entries would get in each other's
-// way; a lane reads its own copy.
+// table of levels in threadgroup memory, several to an entry so that one read gives several. Lanes
+// that read different entries of one bank wait for each other, so a table has several copies, and a
+// lane reads its own.
 
 // Codes that index a table together: 4 of turbo2, 1 of turbo6, else 2.
 TKV_CONST_FN int lookup_codes(int bits) {
@@ -14,17 +14,20 @@ TKV_CONST_FN int entry_words(int bits) {
 TKV_CONST_FN int lookup_entries(int bits) {
   return bits > 6 ? 0 : 1 << (lookup_codes(bits) * bits);
 }
-// As many copies as lanes, or as `words` hold.
-TKV_CONST_FN int lookup_copies(int bits, int words, int copies = LANES) {
-  return bits == 2 || copies == 1 || copies * lookup_entries(bits) <= words
-             ? (bits == 2 ? 1 : copies)
-             : lookup_copies(bits, words, copies / 2);
+// The largest power of two up to 32 that goes into n, at least 1.
+TKV_CONST_FN int power_within(int n) {
+  return n >= 32 ? 32 : (n >= 16 ? 16 : (n >= 8 ? 8 : (n >= 4 ? 4 : (n >= 2 ? 2 : 1))));
+}
+// As many copies as lanes, or as `words` hold. Entries of two words spread over the banks alone.
+TKV_CONST_FN int lookup_copies(int bits, int words) {
+  return bits == 2 || bits > 6 ? 1 : power_within(words / lookup_entries(bits));
 }
 TKV_CONST_FN int lookup_words(int bits, int copies) {
   return lookup_entries(bits) * entry_words(bits) * copies;
 }
+// of a power of two up to 128
 TKV_CONST_FN int log2_of(int n) {
-  return n <= 1 ? 0 : 1 + log2_of(n / 2);
+  return (n & 0xaa ? 1 : 0) + (n & 0xcc ? 2 : 0) + (n & 0xf0 ? 4 : 0);
 }
 
 // Copies a side's table (kernels/tables.py writes its entries) to threadgroup memory.
@@ -48,8 +51,8 @@ TKV_CONST_FN int half_place(int bits, int d) {
   return bits == 8 ? (d & 1) * 2 + d / 2 : d;
 }
 
-// Where the lane's copy of the first entry lies; `first`: the table's first word. A table begins at a
-// multiple of its own size, so that an entry's place is its codes' bits beside these.
+// Where the lane's copy of the first entry lies; `first`: the table's first word. A table begins at
+// a multiple of its own size, so that an entry's place is its codes' bits beside these.
 template <int COPIES>
 TKV_FN uint own_copy(threadgroup const float4* shared, int first, int lane) {
   return shared_place(shared) + uint(first + lane % COPIES) * 4u;
@@ -58,7 +61,8 @@ TKV_FN uint own_copy(threadgroup const float4* shared, int first, int lane) {
 // The words of the entry that the codes from bit `first` on name.
 template <int BITS, int COPIES, typename Entry>
 TKV_FN Entry looked_up(threadgroup const float4* shared, uint bits, int first, uint own) {
-  constexpr int SHIFT = log2_of(4 * entry_words(BITS) * COPIES);  // bytes of an entry with its copies
+  constexpr int SHIFT =
+      log2_of(4 * entry_words(BITS) * COPIES);  // bytes of an entry with its copies
   constexpr uint MASK = ((1u << (lookup_codes(BITS) * (BITS & 7))) - 1u) << SHIFT;
   const uint at = first < SHIFT ? bits << (SHIFT - first) : bits >> (first - SHIFT);
   return shared_entry<Entry>(shared, (at & MASK) | own);
@@ -66,7 +70,8 @@ TKV_FN Entry looked_up(threadgroup const float4* shared, uint bits, int first, u
 
 // `bits`: the quad's, from quad_bits; those above are garbage. `own`: from own_copy.
 template <int BITS, int COPIES>
-TKV_FN void quad_halves(thread half2* pairs, uint bits, threadgroup const float4* shared, uint own) {
+TKV_FN void quad_halves(thread half2* pairs, uint bits, threadgroup const float4* shared,
+                        uint own) {
   if (BITS == 8) {
     signed_pairs(pairs, bits);
   } else if (BITS == 2) {

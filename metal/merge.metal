@@ -50,7 +50,8 @@ TKV_FN void decode_merge(const device float* partial, const device float* stats,
       factors[k] = s == first && k > 0 ? 0.0f : fast_exp2(row_stats[2 * s] - top);
       TKV_UNROLL
       for (int j = 0; j < N; j++) {
-        values[k * N + j] = lane + j * LANES < VD ? partial[(row * n_splits + s) * VD + lane + j * LANES] : 0.0f;
+        values[k * N + j] =
+            lane + j * LANES < VD ? partial[(row * n_splits + s) * VD + lane + j * LANES] : 0.0f;
       }
     }
     TKV_UNROLL
@@ -72,7 +73,8 @@ TKV_FN void decode_merge(const device float* partial, const device float* stats,
   constexpr int WIDTH = VW == 0 ? VD : VW;
   constexpr int M = ceil_div(WIDTH, LANES);
   // without a valid key the output is zero
-  const float factor = (total == 0.0f ? 0.0f : 1.0f / total) * (VW == 0 ? 1.0f : 1.0f / sqrt(float(WIDTH)));
+  const float factor =
+      (total == 0.0f ? 0.0f : 1.0f / total) * (VW == 0 ? 1.0f : 1.0f / sqrt(float(WIDTH)));
   if (simd_group >= VD / WIDTH) {
     return;
   }
