@@ -21,8 +21,9 @@ constant constexpr float MARGIN = 4.0f;
 // scales below half's smallest count as that
 constant constexpr float LOWEST_SCALE = 5.96e-8f;
 
-TKV_CONST_FN int decode_step(int rows) {
-  return rows <= 4 ? 2 : 1;
+// tiles that a SIMD group takes at once: as many as registers and threadgroup memory hold
+TKV_CONST_FN int decode_step(int rows, int v_dim) {
+  return rows <= 4 && v_dim <= 256 ? 2 : 1;
 }
 // rows that SIMD groups join at once
 TKV_CONST_FN int merge_rows(int rows, int v_dim) {
@@ -45,7 +46,7 @@ TKV_CONST_FN int value_table_words(int bits, int group, int rows, int k_dim, int
              : MAX_LEVELS;
 }
 TKV_CONST_FN int all_weight_words(int bits, int group, int dim, int rows) {
-  return DECODE_GROUPS * larger(decode_step(rows) * weight_words(bits, group, dim, rows), 128);
+  return DECODE_GROUPS * larger(decode_step(rows, dim) * weight_words(bits, group, dim, rows), 128);
 }
 // Words of threadgroup memory: tables of K and V, row scales, queries, weights (first the
 // rotation's scratch) and, with centred keys, what queries and mu give. The SIMD groups' results
@@ -88,7 +89,7 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
                            device float* stats, threadgroup float4* shared, uint3 group, uint simd,
                            uint lane_index) {
   constexpr int RP = padded_rows(ROWS);
-  constexpr int STEP = decode_step(ROWS);
+  constexpr int STEP = decode_step(ROWS, VD);
   constexpr int QUADS = ceil_div(VD, 4 * LANES);
   constexpr int PARTS = VD <= 64 && STEP >= 2 ? 2 : 1;  // narrow heads: half a SIMD group a tile
   constexpr int SPANS = KD / key_span(KB, KG, KD);
