@@ -245,6 +245,18 @@ def _check_pack(tiles, keys, values, layout, failures, at: dict, exact_size=True
         wanted = np.array(getattr(want, f"{name}_scales")[:, :, :n].view(mx.uint16)).astype(int)
         if np.abs(scales - wanted).max(initial=0) > SCALE_ULPS and not len(different):
             failures.append(f"pack: {name} scales differ by {np.abs(scales - wanted).max()} ulps")
+        if np.any(_sizes(scales) > _loudest(wanted, unsure)):
+            failures.append(f"pack: {name} rows of nothing have scales of more than rounding")
+
+
+def _sizes(bits: np.ndarray) -> np.ndarray:
+    return bits.astype(np.uint16).view(np.float16).astype(np.float64)
+
+
+def _loudest(wanted: np.ndarray, unsure: np.ndarray) -> np.ndarray:
+    """What a scale may be where the reference's is zero: what a row's dims may be off by together."""
+    off = np.linalg.norm(unsure, axis=-1)[:, None, None]
+    return np.where(wanted == 0, off, np.inf)
 
 
 def _anchor_rounding(centre: Centre) -> np.ndarray:
@@ -253,7 +265,7 @@ def _anchor_rounding(centre: Centre) -> np.ndarray:
     An anchor is a product of mu and a cosine plus one of its pair's dim and a sine. Compilers fuse
     one product and the sum, or do not: what is rounded, and so the result, differs by an ulp of
     the product and of the sum. A key that is nothing but its anchor keeps no more than the
-    rounding of half precision, and there such an ulp moves a code.
+    rounding of half precision, or of float32, and there such an ulp makes a code.
     """
     mu = np.abs(np.array(centre.mu, np.float64))
     first, second = centre.turning.pairs()
@@ -281,10 +293,12 @@ def _near_boundaries(different, units, wanted, x, fmt, unsure) -> bool:
         first = unit * per_unit // width * width
         group = y[(*row, slice(first, first + width))]
         raw = np.sqrt((group**2).mean())
-        if raw == 0:
-            return False
-        near = y[(*row, slice(unit * per_unit, (unit + 1) * per_unit))] / raw
         off = np.linalg.norm(unsure[row[1]][first // len(rotation) * len(rotation) :][: len(rotation)])
+        if raw <= off:  # nothing but what is unsure
+            if off == 0:
+                return False
+            continue
+        near = y[(*row, slice(unit * per_unit, (unit + 1) * per_unit))] / raw
         if np.abs(near[:, None] - thresholds).min() > BOUNDARY + off / raw:
             return False
     return True
