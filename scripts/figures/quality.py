@@ -96,12 +96,10 @@ def on_cpu() -> dict[str, str]:
     found = {_file_name(name): r for name, r in _by_config(read(SHORT)).items()}
     record = read("calibrate_64")
     rows = {_file_name(r["config"]): r for r in record["results"][1:]}
-    # The same file name may hold other formats by layer.
-    ratios = {
-        name: r["kld"]["mean"] / found[name]["kld"]["mean"]
-        for name, r in rows.items()
-        if name in found and (r["layers"], r["centred"]) == (found[name]["layers"], found[name]["centred"])
-    }
+    # A file of the same name may hold other formats by layer.
+    same = [n for n, r in rows.items() if n in found and r["layers"] == found[n]["layers"]]
+    same = [n for n in same if rows[n]["centred"] == found[n]["centred"]]
+    ratios = {n: rows[n]["kld"]["mean"] / found[n]["kld"]["mean"] for n in same}
     return {
         "device": record["environment"]["device"],
         "windows": str(record["n_windows"]),
