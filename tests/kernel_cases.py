@@ -31,7 +31,6 @@ ROUNDING = {"float16": 2**-11, "bfloat16": 2**-8, "float32": 1e-6}
 # rows read back: float32 products of exact codes and scales
 ROWS_ATOL = 1e-6
 SCALE_ULPS = 1
-SMALLEST_HALF = 2.0**-24
 
 
 # what the kernels are held against never runs on a GPU, whose matrix products may be rounded
@@ -240,13 +239,24 @@ def _check_pack(tiles, keys, values, layout, failures, at: dict, exact_size=True
             failures.append(f"pack: {name} rows behind the last are not zero")
         different = np.argwhere(units[:, :, :n] != wanted[:, :, :n])
         unsure = rounding if name == "k" else np.zeros((x.shape[1], x.shape[3]))
-        scales = np.array(getattr(got, f"{name}_scales")[:, :, :n])
-        if len(different) and not _near_boundaries(different, units, scales, x, fmt, unsure):
+        if len(different) and not _near_boundaries(different, units, wanted, x, fmt, unsure):
             failures.append(f"pack: {len(different)} {name} units differ")
-        scales = scales.view(np.uint16).astype(int)
+        scales = np.array(getattr(got, f"{name}_scales")[:, :, :n].view(mx.uint16)).astype(int)
         wanted = np.array(getattr(want, f"{name}_scales")[:, :, :n].view(mx.uint16)).astype(int)
         if np.abs(scales - wanted).max(initial=0) > SCALE_ULPS and not len(different):
             failures.append(f"pack: {name} scales differ by {np.abs(scales - wanted).max()} ulps")
+        if np.any(_sizes(scales) > _loudest(wanted, unsure)):
+            failures.append(f"pack: {name} rows of nothing have scales of more than rounding")
+
+
+def _sizes(bits: np.ndarray) -> np.ndarray:
+    return bits.astype(np.uint16).view(np.float16).astype(np.float64)
+
+
+def _loudest(wanted: np.ndarray, unsure: np.ndarray) -> np.ndarray:
+    """What a scale may be where the reference's is zero: what a row's dims may be off by together."""
+    off = np.linalg.norm(unsure, axis=-1)[:, None, None]
+    return np.where(wanted == 0, off, np.inf)
 
 
 def _anchor_rounding(centre: Centre) -> np.ndarray:
@@ -255,7 +265,7 @@ def _anchor_rounding(centre: Centre) -> np.ndarray:
     An anchor is a product of mu and a cosine plus one of its pair's dim and a sine. Compilers fuse
     one product and the sum, or do not: what is rounded, and so the result, differs by an ulp of
     the product and of the sum. A key that is nothing but its anchor keeps no more than the
-    rounding of half precision, and there such an ulp moves a code.
+    rounding of half precision, or of float32, and there such an ulp makes a code.
     """
     mu = np.abs(np.array(centre.mu, np.float64))
     first, second = centre.turning.pairs()
@@ -264,14 +274,10 @@ def _anchor_rounding(centre: Centre) -> np.ndarray:
     return 2.0**-23 * (mu + other)
 
 
-def _near_boundaries(different, units, scales, x, fmt, unsure) -> bool:
+def _near_boundaries(different, units, wanted, x, fmt, unsure) -> bool:
     """Whether every unit that differs holds a value next to a decision boundary.
 
-    A group of zeros has no ties, unless it is what is left of a key that is nothing but its anchor:
-    any code is right for the rounding that another order of sums leaves, if its scale is as small.
-
     Args:
-        scales: those of the rows that hold ``units``, [B, H, n, groups] fp16.
         unsure: how far a dim of a row may be off before the rotation, [H, head_dim]. No rotated
             value is off by more than their norm.
     """
@@ -288,8 +294,8 @@ def _near_boundaries(different, units, scales, x, fmt, unsure) -> bool:
         group = y[(*row, slice(first, first + width))]
         raw = np.sqrt((group**2).mean())
         off = np.linalg.norm(unsure[row[1]][first // len(rotation) * len(rotation) :][: len(rotation)])
-        if raw == 0:
-            if off == 0 or scales[(*row, first // width)] > off + SMALLEST_HALF:
+        if raw <= off:  # nothing but what is unsure
+            if off == 0:
                 return False
             continue
         near = y[(*row, slice(unit * per_unit, (unit + 1) * per_unit))] / raw

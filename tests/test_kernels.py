@@ -11,6 +11,7 @@ from kernel_cases import ALL_CASES, DIMS, FORMATS, Case, all_pairs, run_case
 from tiny_models import tiny_model
 
 from mlx_turbokv import make_prompt_cache
+from mlx_turbokv.centre import Centre, Turning
 from mlx_turbokv.errors import InputError
 from mlx_turbokv.formats import KVFormat
 from mlx_turbokv.kernels import assemble, backend, decode, dequantize, pack, quantize, reference
@@ -48,6 +49,25 @@ def test_all_pairs_covers_every_pair() -> None:
     for x, y in (("a", "b"), ("a", "c"), ("b", "c")):
         found = {(row[x], row[y]) for row in rows}
         assert found == {(p, q) for p in values[x] for q in values[y]}
+
+
+def test_rows_of_nothing_but_an_anchor_may_hold_its_rounding_and_no_more() -> None:
+    layout = _layout("turbo4", "turbo3", dtype="float32")
+    mu = 4 * np.random.default_rng(5).standard_normal((2, 64)).astype(np.float32)
+    centre = Centre(mx.array(mu), Turning.of_rope(64, 64, False, 1e4), "test")
+    at = {"centre": centre, "first": 0, "padding": None}
+    keys = centre.rows(0, 40, None)
+    values = _rows((1, 2, 40, 64), dtype=mx.float32)
+    noise = _rows((1, 2, 40, 64), 6, mx.float32)
+
+    def failures(size: float) -> list[str]:
+        found: list[str] = []
+        tiles = reference.pack(keys + size * noise, values, layout, **at)
+        kernel_cases._check_pack(tiles, keys, values, layout, found, at)
+        return found
+
+    assert failures(1e-7) == []
+    assert any("units differ" in text or "of nothing" in text for text in failures(1e-3))
 
 
 def _layout(k: str, v: str, dim: int = 64, dtype: str = "float16") -> KVLayout:
