@@ -35,7 +35,7 @@ from mlx_turbokv.evaluate.windows import PREFILL_STEP, cut_windows  # noqa: E402
 from mlx_turbokv.kernels.decode import THREADS, n_splits  # noqa: E402
 from mlx_turbokv.layout import TILE  # noqa: E402
 
-CONTEXTS = {512: 4, 2048: 2, 8192: 1}  # windows of each
+CONTEXTS = {512: 4, 2048: 1, 8192: 1}  # windows of each
 CONFIGS = ("f16/f16", "turbo4/turbo3", "q8_0/turbo2")
 UNITS = (32, 16, 8, 1)  # tokens that are skipped together
 SIMD_GROUPS = THREADS // 32
