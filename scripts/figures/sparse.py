@@ -16,7 +16,9 @@ def _percent(share: float) -> str:
     """Two digits of a share, and not 0 for one that isn't."""
     if share == 0:
         return "0"
-    return "< 0.01 %" if share < 1e-4 else f"{100 * share:.2f} %" if share < 0.1 else f"{share:.0%}"
+    if share < 1e-4:
+        return "< 0.01 %"
+    return f"{100 * share:.{2 if share < 0.1 else 0}f} %"
 
 
 @figure
@@ -65,7 +67,7 @@ def sparse() -> dict[str, str]:
         "running": _percent(most["running"]),
         "running_layer": _percent(max(float(shares(row, "running", 32).max()) for row in longest)),
         "one_split": _percent(one_split),
-        "bytes": " and ".join(f"{part:.0%} ({pair})" for pair, part in parts.items()),
+        "bytes": " and ".join(f"{_percent(part)} ({pair})" for pair, part in parts.items()),
         "saved_running": _percent(most["running"] * max(parts.values())),
         "saved_final": _percent(most["final"] * max(parts.values())),
         "saved_operations": _percent(most["final"] / 2),
