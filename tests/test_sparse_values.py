@@ -106,7 +106,7 @@ def test_the_order_is_that_of_the_kernel():
     assert f"DECODE_GROUPS = {SIMD_GROUPS};" in text
     assert "const int first_own = begin + simd_group * STEP;" in text
     assert "for (int t = first_own; t < end; t += DECODE_GROUPS * STEP)" in text
-    assert "return rows <= 4 ? 2 : 1;" in text and [tile_step(g) for g in (4, 5)] == [2, 1]
+    assert "return rows <= 4 && v_dim <= 256 ? 2 : 1;" in text and [tile_step(g) for g in (4, 5)] == [2, 1]
 
 
 def test_scores_are_those_of_the_first_layers_queries_and_keys(monkeypatch):
