@@ -106,6 +106,8 @@ def test_doctor_passes_on_the_reference_back_end(tmp_path) -> None:
     assert result.stdout.startswith("### mlx_turbokv doctor: PASS")
     assert "checked here: **reference**" in result.stdout
     assert "turbo4/turbo3 centred head_dim 64 float16: decode" in result.stderr
+    says = next(x for x in result.output.splitlines() if x.startswith("| centred keys"))
+    assert "turbo keys of 2 of 4 variants, centred by the constant part of the rows checked" in says
     record = json.loads(file.read_text())
     assert record["passed"] and len(record["variants"]) == len(variant_set("quick"))
     for variant in record["variants"]:

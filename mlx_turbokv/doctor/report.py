@@ -42,7 +42,7 @@ def _facts(record: dict) -> list[tuple[str, str]]:
          f"mlx-lm {record['mlx_lm']}"),
         ("back-ends", f"{', '.join(record['backends'])}; checked here: **{record['backend']}**"),
         ("kernel sources", _sources(record)),
-        ("centred keys", f"checked in {sum(v['centred'] for v in record['variants'])} variants"),
+        ("centred keys", _centred(record["variants"])),
         ("command", f"`{record['command']}`"),
     ]  # fmt: skip
     return rows
@@ -51,6 +51,14 @@ def _facts(record: dict) -> list[tuple[str, str]]:
 def _sources(record: dict) -> str:
     wrong = sum(f["file"] is not None for f in record["failures"])
     return f"{record['source_files']} files, " + (f"{wrong} wrong" if wrong else "whole")
+
+
+def _centred(variants: list[dict]) -> str:
+    n = sum(v["centred"] for v in variants)
+    return (
+        f"turbo keys of {n} of {len(variants)} variants, centred by the constant part of the rows "
+        "checked (a model's are by its key bias, or by calibrated means)"
+    )
 
 
 def _failures(failures: list[dict]) -> list[str]:
