@@ -1,11 +1,12 @@
 """What limits centred keys now, and what was tried against it at equal bits; values in f16.
 
-Parts: channels (layer by layer, which pairs of dims and which tokens hold the keys' energy, and
-what scales and an allocation of bits promise), exact (what is gained where the loudest pairs or
+Parts: drift (what blocks leave of mu in the keys, with and without a slope), channels (layer by
+layer, which pairs of dims and which tokens hold the keys' energy, and what scales and an
+allocation of bits promise), exact (what is gained where the loudest pairs or
 tokens stay exact), turbo (the formats themselves, and a norm per 32 values), scales (pairs divided
 by a power of their energy over the queries', folded into q), energy (bits by the pairs' energy, as
-arXiv 2606.24033 has it), norms (one norm for all heads of a layer). All but channels is measured
-as KLD on held-out text.
+arXiv 2606.24033 has it), norms (one norm for all heads of a layer). From exact on, the measure is
+KLD on held-out text.
 
     python scripts/key_limits.py --text FILE --chunks 64 --json benchmarks/key_limits.json
 
@@ -33,8 +34,9 @@ from mlx_turbokv.centring.calibration import SINK_TOKENS  # noqa: E402
 from mlx_turbokv.evaluate.configuration import Prepared  # noqa: E402
 from mlx_turbokv.formats import KVFormat  # noqa: E402
 
-PARTS = ("channels", "exact", "turbo", "scales", "energy", "norms")
+PARTS = ("drift", "channels", "exact", "turbo", "scales", "energy", "norms")
 BITS = (2, 3, 4)
+BLOCKS = (16, 32, 64, 128, 256)
 LOUD_PAIRS = 4
 LOUD_SHARE = 0.01  # of the tokens
 CHANNEL_BITS = 3  # the budget of what channels promises
@@ -159,6 +161,8 @@ class Limits:
 
     def measure(self, part: str) -> dict:
         """The entry of a part."""
+        if part == "drift":
+            return {"share_of": "the energy of centred keys, mean over layers", "rows": self.drift()}
         if part == "channels":
             return {"budget": CHANNEL_BITS, "loud_pairs": LOUD_PAIRS, "loud_share": LOUD_SHARE,
                     "layers": self.channels()}  # fmt: skip
@@ -168,6 +172,22 @@ class Limits:
         for row in entry["rows"][1:]:
             row["k_bits"] = bits[row["config"]]
         return entry
+
+    def drift(self) -> list[dict]:
+        """What each size of a block leaves of mu, with its mean alone and with a slope too."""
+        found = []
+        for size in BLOCKS:
+            shares = []
+            for layer, centre in self.study.centres().items():
+                first, second = centre.turning.pairs()
+                mu = np.square(np.array(centre.mu, np.float64))
+                energy = (mu[:, first] + mu[:, second]).sum(axis=0)
+                left = np.stack(_left(np.array(centre.turning.angles), size))
+                shares.append(left @ energy / self.energies[True][layer].sum())
+            mean, slope = np.mean(shares, axis=0)
+            found.append({"block": size, "mean": float(mean), "mean_and_slope": float(slope)})
+            print(found[-1], flush=True)
+        return found
 
     def channels(self) -> list[dict]:
         """Where the energy of each layer's keys is, and what could be gained by knowing it."""
@@ -214,6 +234,14 @@ class Limits:
                 "loud_tokens": [[text, n / n_loud] for text, n in common],
             })  # fmt: skip
         return found
+
+
+def _left(angles: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The share of a turning pair's energy that a block's mean leaves, and its mean and slope."""
+    at = np.arange(size) - (size - 1) / 2
+    turns = np.exp(1j * angles[:, None] * at)
+    mean = 1 - np.abs(turns.mean(axis=1)) ** 2
+    return mean, mean - np.abs((turns * at).sum(axis=1)) ** 2 / (size * np.sum(at**2))
 
 
 def _read(scheme: Scheme, loud: str | None):
