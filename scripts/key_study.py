@@ -31,7 +31,6 @@ from mlx_turbokv.evaluate.windows import cut_windows
 from mlx_turbokv.kernels.backend import select_backend
 from mlx_turbokv.policy import Uniform
 
-KEPT = ("config", "ppl", "kld", "delta_nll", "kv_bytes", "same_top", "kld_by_window")
 Read = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
 
 
@@ -156,11 +155,18 @@ class Study:
                 print(f"{part}: {done}/{total}, {time.perf_counter() - started:.0f} s", flush=True)
 
         found = evaluate_windows(self.model, windows, configs, progress=progress)
-        rows = [{key: row[key] for key in KEPT} for row in found.summary()]
+        rows = [_short(row) for row in found.summary()]
         for row in rows:
             print(f"  {row['config']:44} KLD {row['kld']['mean']:.5f}", flush=True)
         seconds = round(found.seconds, 1)
         return {"n_ctx": windows.shape[1], "windows": len(windows), "rows": rows, "seconds": seconds}  # fmt: skip
+
+
+def _short(row: dict) -> dict:
+    """Of a configuration's summary what is drawn: windows as they pair with others'."""
+    kld = {name: row["kld"][name] for name in ("mean", "se", "se_over", "interval")}
+    windows = [float(f"{x:.6g}") for x in row["kld_by_window"]]
+    return {"config": row["config"], "ppl": row["ppl"]["ppl"], "kld": kld, "kld_by_window": windows}
 
 
 def query_energies(study: Study) -> list[np.ndarray]:
