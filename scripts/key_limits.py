@@ -8,7 +8,7 @@ by a power of their energy over the queries', folded into q), energy (bits by th
 arXiv 2606.24033 has it), norms (one norm for all heads of a layer). From exact on, the measure is
 KLD on held-out text.
 
-    python scripts/key_limits.py --text FILE --chunks 64 --json benchmarks/key_limits.json
+    python scripts/key_limits.py --text FILE --chunks 64 --json benchmarks/centred_keys_tried.json
 
 A finished part is kept in the JSON file and not run again.
 """
@@ -46,8 +46,8 @@ QUARTER = 0.25  # the power that makes the expected error of scores least
 class Limits:
     """Energies of queries and of centred keys, and what follows from them."""
 
-    def __init__(self, study: Study, chunks: int) -> None:
-        self.study, self.chunks = study, chunks
+    def __init__(self, study: Study, chunks: int, bits: tuple[int, ...] = BITS) -> None:
+        self.study, self.chunks, self.bits = study, chunks, bits
 
     @cached_property
     def queries(self) -> list[np.ndarray]:
@@ -68,10 +68,17 @@ class Limits:
         full[:, self.dims(layer).T] = by_pair[:, None]
         return full
 
-    def scaled(self, layer: int, bits: int, power: float) -> Scheme:
-        """Keys divided by (their energy / the queries') ** power before one rotation."""
-        scale = (self.energies[True][layer] / self.queries[layer]) ** power
+    def scaled(self, layer: int, bits: int, power: float, kind: str = "") -> Scheme:
+        """Keys divided by (their energy / the queries') ** power before one rotation.
+
+        kind: "by keys" leaves the queries' energy out; "power of two" rounds to what every dtype
+            multiplies by exactly.
+        """
+        energy = self.energies[True][layer] / (1 if kind == "by keys" else self.queries[layer])
+        scale = energy**power
         scale /= np.exp(np.log(scale).mean(axis=-1, keepdims=True))
+        if kind == "power of two":
+            scale = 2 ** np.round(np.log2(scale))
         return uniform(bits, len(scale), 2 * scale.shape[1], self.spread(layer, scale))
 
     def by_energy(self, layer: int, bits: int, scaled: bool, shared: bool, centred: bool = True) -> tuple[Scheme, list[float]]:  # fmt: skip
@@ -121,7 +128,7 @@ class Limits:
             made.append(self.study.simulated(label, read, exact, centred=centred))
 
         shapes = [e.shape for e in self.queries]
-        for b in BITS:
+        for b in self.bits:
             plain = lambda i, b=b: uniform(b, shapes[i][0], 2 * shapes[i][1])  # noqa: E731
             if part == "exact":
                 add(f"{b} bits", plain)
@@ -135,7 +142,10 @@ class Limits:
                     scheme = lambda i, b=b, p=power: self.scaled(i, b, p)  # noqa: E731
                     add(f"{b} bits, scales to the {power}", scheme)
                     add(f"{b} bits, scales to the {power}, first key exact", scheme, exact=(1, 0))
-            elif part == "energy":
+                for power, kind in ((QUARTER / 2, "by keys"), (QUARTER, "by keys"), (QUARTER, "power of two")):  # fmt: skip
+                    scheme = lambda i, b=b, p=power, n=kind: self.scaled(i, b, p, n)  # noqa: E731
+                    add(f"{b} bits, scales to the {power}, {kind}", scheme)
+            elif part == f"energy {b}":
                 for scaled, shared in ((False, False), (True, False), (True, True)):
                     label = f"{b} bits by energy" + ", scaled" * scaled + ", one norm" * shared
                     scheme = lambda i, b=b, s=scaled, n=shared: self.by_energy(i, b, s, n)[0]  # noqa: E731
@@ -269,11 +279,16 @@ def _read(scheme: Scheme, loud: str | None):
 @click.option("--calibration-windows", default=6, show_default=True)
 @click.option("--backend", default=None, help="Of the part turbo.")
 @click.option("--chunks", default=64, show_default=True, help="Windows of 512 tokens.")
+@click.option("--bits", default=",".join(map(str, BITS)), show_default=True, help="Of the codes.")
 @click.option("--parts", default=",".join(PARTS), show_default=True)
-@click.option("--json", "json_path", default=str(ROOT / "benchmarks/key_limits.json"))
-def main(model, text, calibration, calibration_windows, backend, chunks, parts, json_path):
+@click.option("--json", "json_path", default=str(ROOT / "benchmarks/centred_keys_tried.json"))
+def main(model, text, calibration, calibration_windows, backend, chunks, bits, parts, json_path):
     study = Study(model, text, calibration, calibration_windows, backend)
-    run_parts(study, parts.split(","), Limits(study, chunks).measure, Path(json_path))
+    limits = Limits(study, chunks, tuple(int(b) for b in bits.split(",")))
+    names = []
+    for part in parts.split(","):  # an allocation takes many small operations: its bits apart
+        names += [f"energy {b}" for b in limits.bits] if part == "energy" else [part]
+    run_parts(study, names, limits.measure, Path(json_path))
 
 
 if __name__ == "__main__":
