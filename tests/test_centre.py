@@ -181,6 +181,11 @@ def test_another_block_size_is_refused():
         TurboKVCache.from_state(state)
 
 
+def same_rows(a: mx.array, b: mx.array) -> bool:
+    """The same codes and scales, rotated back in sums of another order; another anchor is far off."""
+    return mx.allclose(a, b, rtol=1e-5, atol=1e-4).item()
+
+
 def test_each_sequence_of_a_batch_has_its_own_positions():
     centre = a_centre()
     lengths, n = (40, 75, 3), 75
@@ -196,11 +201,11 @@ def test_each_sequence_of_a_batch_has_its_own_positions():
     for i, single in enumerate(fill_k):
         got = [rows[i : i + 1, :, n - lengths[i] :] for rows in rows_of(batch)]
         for a, b in zip(got, rows_of(single)):
-            assert mx.array_equal(a, b).item()
+            assert same_rows(a, b)
     batch.filter([2, 0])
     for i, j in enumerate((2, 0)):
         for a, b in zip(rows_of(batch.extract(i)), rows_of(singles[j])):
-            assert mx.array_equal(a, b).item()
+            assert same_rows(a, b)
 
 
 def test_right_padding_moves_and_keeps_its_positions():
