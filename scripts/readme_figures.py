@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from figures import centred, kernels, models, quality, speed  # noqa: E402, F401: they register figures
+from figures import centred, kernels, keys_tried, models, quality, speed  # noqa: E402, F401: they register figures
 from figures import drawn  # noqa: E402
 
 

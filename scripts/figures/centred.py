@@ -10,8 +10,8 @@ from . import figure, read, table
 @figure
 def centred() -> str:
     """Keys alone quantised, centred and not, at several contexts."""
-    record = read("centred_keys")
-    parts = record["parts"]
+    parts = read("centred_keys")["parts"]
+    record = parts["formats"]
     kld = {
         (name, row["config"]): row["kld"] for name, part in parts.items() for row in part["rows"]
     }
@@ -32,7 +32,8 @@ def centred() -> str:
         f"back-end {record['backend']}, mlx {record['mlx']}. KLD against f16, not centred → centred "
         "(ratio)."
     )
-    return "\n\n".join([about, table(["K/V", *names.values()], rows), f"`{record['command']}`"])
+    commands = dict.fromkeys(f"`{part['command']}`" for part in parts.values())
+    return "\n\n".join([about, table(["K/V", *names.values()], rows), *commands])
 
 
 @figure
@@ -88,3 +89,25 @@ def _named(config: str) -> str:
 def _ratio(found: dict) -> str:
     low, high = found["interval"]
     return f"{found['mean']:.3f} ({low:.3f} to {high:.3f})"
+
+
+@figure
+def synthetic_keys() -> dict[str, str]:
+    """The tiny Qwen2 whose key biases are as large and as slow as real ones."""
+    record = read("synthetic_keys")
+    found = {(row["k"], row["centred"]): row for row in record["rows"]}
+    names = list(dict.fromkeys(row["k"] for row in record["rows"]))
+    rows = [
+        [k, *(f"{found[k, c]['kld']['mean']:.4f} ± {found[k, c]['kld']['se']:.4f}" for c in (False, True))]
+        for k in names
+    ]
+    about = (
+        f"{record['models']} random models, {record['tokens']} tokens each; ± is one standard error "
+        f"over models. {record['device']}, mlx {record['mlx']}."
+    )
+    return {
+        "table": "\n\n".join([about, table(["K", "not centred", "centred"], rows), f"`{record['command']}`"]),
+        "not_centred": f"{found['turbo4', False]['kld']['mean']:.1f}",
+        "centred": f"{found['turbo4', True]['kld']['mean']:.4f}",
+        "ratio": f"{record['bias_over_rest']:.0f}",
+    }
