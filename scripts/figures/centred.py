@@ -111,3 +111,15 @@ def synthetic_keys() -> dict[str, str]:
         "centred": f"{found['turbo4', True]['kld']['mean']:.4f}",
         "ratio": f"{record['bias_over_rest']:.0f}",
     }
+
+
+@figure
+def centred_decode() -> dict[str, str]:
+    """What anchors add to the time of decode attention, from the kernels' record."""
+    record = read("bench_kernels")
+    us = {(r["variant"], r["tokens"]): r["us"] for r in record["rows"] if r["heads"] == [32, 8]}
+    added = {
+        n: us[name, n] / us[name.removesuffix(" centred"), n] - 1
+        for name, n in us if name == "turbo4/turbo3 centred"
+    }  # fmt: skip
+    return {"at_32768": f"{added[32768]:+.1%}", "most": f"{max(added.values()):+.1%}"}
