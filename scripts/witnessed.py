@@ -16,7 +16,6 @@ import numpy as np
 from mlx_turbokv.cache import TurboKVCache
 from mlx_turbokv.codebook import boundaries, codebook
 from mlx_turbokv.formats import KVFormat
-from mlx_turbokv.kernels import reference
 from mlx_turbokv.kernels.tiles import UNITS, tiles_to_rows
 from mlx_turbokv.layout import TILE
 from mlx_turbokv.rotation import rotation_matrix, rotation_width
@@ -44,7 +43,7 @@ class WitnessedCache(TurboKVCache):
         first = self.size()
         super()._append(keys, values)
         ours, theirs = (
-            [part[:, :, first : self.size()] for part in tiles_to_rows(_tiles(cache), self.layout)]
+            [part[:, :, first : self.size()] for part in tiles_to_rows(cache.packed.tiles, self.layout)]
             for cache in (self, self.witness)
         )
         for at, fmt, x in ((0, self.k_format, keys), (2, self.v_format, values)):
@@ -86,10 +85,6 @@ def _unbiased(rows: np.ndarray, codes: np.ndarray, fmt: KVFormat, width: int) ->
     rows, levels = rows.reshape(grouped), levels.reshape(grouped)
     energy, fit = np.square(rows).sum(axis=-1), (rows * levels).sum(axis=-1)
     return np.where(energy == 0, 0, energy / np.where(fit == 0, 1, fit))
-
-
-def _tiles(cache: TurboKVCache) -> mx.array:
-    return reference._tiles(cache.packed)
 
 
 def _codes(units: mx.array, fmt: KVFormat) -> np.ndarray:
