@@ -9,6 +9,7 @@ import sys
 import mlx.core as mx
 import numpy as np
 import pytest
+from exact_rows import exact_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import (
@@ -29,9 +30,7 @@ MEASURED = 0.05  # growth of MLX's active memory against nbytes
 def tokens(n: int, seed: int = 0, shape=(1, 2, 64)):
     rng = np.random.default_rng(seed)
     batch, heads, dim = shape
-    return tuple(
-        mx.array(rng.standard_normal((batch, heads, n, dim)).astype(np.float32)) for _ in "kv"
-    )
+    return tuple(exact_rows(rng, batch, heads, n, dim) for _ in "kv")
 
 
 def fill(cache, k, v, cuts):

@@ -5,9 +5,11 @@ import copy
 import mlx.core as mx
 import numpy as np
 import pytest
+from exact_rows import STEPS, exact_rows
 from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 from mlx_lm.models.rope_utils import initialize_rope
 
+from mlx_turbokv import centre as centre_module
 from mlx_turbokv.batch_cache import BatchTurboKVCache
 from mlx_turbokv.cache import TurboKVCache
 from mlx_turbokv.centre import BLOCK, Centre, Turning, block_means
@@ -60,20 +62,32 @@ VARIANTS = {
 }  # fmt: skip
 
 
+@pytest.fixture
+def coarse_table(monkeypatch):
+    """Cosines and sines on a grid: then anchors, and keys less their anchors, are exact, and so
+    are the sums of their rotation on any machine (`exact_rows`)."""
+
+    def coarse(turning, n_blocks):
+        return (np.round(block_means(turning, n_blocks) * STEPS) / STEPS).astype(np.float16)
+
+    centre_module._table.cache_clear()
+    monkeypatch.setattr(centre_module, "block_means", coarse)
+    yield
+    centre_module._table.cache_clear()
+
+
 def a_centre(seed=0, n_heads=2, norm=30.0, **rope) -> Centre:
-    mu = np.random.default_rng(seed).standard_normal((n_heads, HEAD_DIM)).astype(np.float32)
+    mu = np.random.default_rng(seed).standard_normal((n_heads, HEAD_DIM)) * norm / 8
     turning = Turning.of_rope(HEAD_DIM, rope.pop("dims", 64), rope.pop("traditional", False), 1e4)
-    return Centre(mx.array(mu * norm / 8), turning, "test")
+    return Centre(mx.array((np.round(mu * 4) / 4).astype(np.float32)), turning, "test")
 
 
 def tokens(n, seed=0, batch=1, centre=None, padding=(0,)):
     """Keys with a mean, at their own positions, and values."""
-    rng = np.random.default_rng(seed)
-    k, v = rng.standard_normal((2, batch, 2, n, HEAD_DIM)).astype(np.float32)
-    k = mx.array(k)
+    k, v = exact_rows(np.random.default_rng(seed), 2, batch, 2, n, HEAD_DIM)
     if centre is not None:
         k = k + centre.rows(0, n, tuple(padding) if any(padding) else None)
-    return k, mx.array(v)
+    return k, v
 
 
 def fill(cache, k, v, cuts):
@@ -118,7 +132,7 @@ def test_the_table_does_not_depend_on_its_length():
 
 
 @pytest.mark.parametrize("cuts", [[], [1], [31, 32, 33], [100, 101, 102, 256], list(range(1, 300))])
-def test_prompts_cut_anywhere_give_the_same_rows(cuts):
+def test_prompts_cut_anywhere_give_the_same_rows(coarse_table, cuts):
     centre = a_centre()
     k, v = tokens(300, centre=centre)
     whole = fill(TurboKVCache("turbo4", "turbo3", "reference", centre), k, v, [])
@@ -143,7 +157,7 @@ def test_centring_stores_what_varies():
     assert error(uncentred, k) > 100 * error(centred, k)
 
 
-def test_trim_crosses_blocks_and_appending_goes_on():
+def test_trim_crosses_blocks_and_appending_goes_on(coarse_table):
     centre = a_centre()
     k, v = tokens(400, centre=centre)
     cache = fill(TurboKVCache("turbo5", "turbo3", "reference", centre), k, v, [280])
@@ -186,7 +200,7 @@ def same_rows(a: mx.array, b: mx.array) -> bool:
     return mx.allclose(a, b, rtol=1e-5, atol=1e-4).item()
 
 
-def test_each_sequence_of_a_batch_has_its_own_positions():
+def test_each_sequence_of_a_batch_has_its_own_positions(coarse_table):
     centre = a_centre()
     lengths, n = (40, 75, 3), 75
     singles = []
@@ -208,7 +222,7 @@ def test_each_sequence_of_a_batch_has_its_own_positions():
             assert same_rows(a, b)
 
 
-def test_right_padding_moves_and_keeps_its_positions():
+def test_right_padding_moves_and_keeps_its_positions(coarse_table):
     centre = a_centre()
     lengths, n = [50, 70], 70
     k, v = tokens(n, batch=2, centre=centre)

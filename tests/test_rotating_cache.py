@@ -11,6 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from exact_rows import exact_rows
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -27,22 +28,20 @@ from mlx_turbokv.kernels import assemble
 from mlx_turbokv.layout import TILE
 from mlx_turbokv.rotating_cache import SLACK_TOKENS, SPARE_TOKENS
 
-N_HEADS, K_DIM, V_DIM = 2, 32, 24
+N_HEADS, K_DIM, V_DIM = 2, 32, 16  # exact_rows are exact in V, the side that is rotated here
 FORMATS = [("q8_0", "turbo2"), ("turbo3", "turbo6:32"), ("f16", "turbo4"), ("turbo5", "q8_0")]
-# without a rotation, whose rounding may turn a code where rows are packed in another shape
+# without a rotation, so that rows read back in another shape are the same bits
 EXACT = [("q8_0", "q8_0"), ("f16", "q8_0"), ("q8_0", "f16")]
 WINDOWS = [(1, 0), (5, 0), (16, 4), (33, 0), (64, 33), (100, 0), (150, 4)]
 # attention in float32 against float64 over the same rows, of order 1; a row too many is 1e-2 and more
 ATTENTION_TOLERANCE = 1e-4
-KERNEL_TOLERANCE = 2e-3  # decode multiplies halves
+# the decode kernel multiplies codes as halves, each product rounded by 2**-11 of itself
+KERNEL_TOLERANCE = 2**-9
 SCALE = 0.2
 
 
 def tokens(rng: np.random.Generator, n: int, batch: int = 1) -> tuple[mx.array, mx.array]:
-    return tuple(
-        mx.array(rng.standard_normal((batch, N_HEADS, n, d)).astype(np.float32))
-        for d in (K_DIM, V_DIM)
-    )
+    return tuple(exact_rows(rng, batch, N_HEADS, n, d) for d in (K_DIM, V_DIM))
 
 
 def dequantised(keys: mx.array, values: mx.array, formats: tuple[str, str]) -> list[np.ndarray]:
@@ -358,4 +357,4 @@ def test_kernels_give_what_the_reference_gives(metal_host, monkeypatch, window) 
             got = cache.update_and_fetch(*new)
             output = mx.fast.scaled_dot_product_attention(q, *got, scale=SCALE, mask=mask)
             outputs.append(np.array(output))
-        np.testing.assert_allclose(*outputs, atol=KERNEL_TOLERANCE)
+        np.testing.assert_allclose(*outputs, rtol=0, atol=KERNEL_TOLERANCE)

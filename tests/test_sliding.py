@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,6 +20,7 @@ from mlx_lm.models.cache import (
     save_prompt_cache,
 )
 from mlx_lm.models.cache import make_prompt_cache as mlx_lm_make_prompt_cache
+from q8_simulation import SimulatedQ8Cache, SimulatedQ8RotatingCache, note_stored
 from test_architectures import (
     NEEDS_A_GPU,
     SIMULATION_TOLERANCE,
@@ -28,7 +30,7 @@ from test_architectures import (
 )
 from test_batch_generate import one_by_one, prompts, tokenizer
 from tiny_expected import EXPECTED, WINDOW
-from tiny_models import SimulatedQ8Cache, run_session, shared_model, through_q8, tiny_model
+from tiny_models import run_session, shared_model, tiny_model
 from varied_models import varied_model
 
 from mlx_turbokv import (
@@ -53,21 +55,16 @@ Q8_TOLERANCE = {"gemma4": 0.15, "gemma4_text": 0.15, "muse_glimmer": 0.08}
 Q8_OTHERS = 0.03
 
 
-class SimulatedQ8RotatingCache(RotatingKVCache):
-    """mlx-lm's rotating cache over values that went through q8_0 and back."""
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        return super().update_and_fetch(through_q8(keys), through_q8(values))
-
-
-def simulated(model: nn.Module) -> list:
-    caches = own_caches(model)
+def q8_and_simulated(model: nn.Module) -> tuple[list, list]:
+    """Packed caches, and the simulation's, to be run after them."""
+    packed, caches = make_prompt_cache(model, "q8_0", "q8_0", compress_sliding=True), own_caches(model)
     for layer in kv_layers(model, compress_sliding=True).layers:
-        own = at(caches, (layer.index, layer.sub))
+        position = layer.index, layer.sub
+        own, stored = at(caches, position), note_stored(at(packed, position))
         rotating = isinstance(own, RotatingKVCache)
-        cache = SimulatedQ8RotatingCache(own.max_size) if rotating else SimulatedQ8Cache()
-        put(caches, (layer.index, layer.sub), cache)
-    return caches
+        kind = partial(SimulatedQ8RotatingCache, own.max_size) if rotating else SimulatedQ8Cache
+        put(caches, position, kind(stored=stored))
+    return packed, caches
 
 
 def error(logits: mx.array, reference: mx.array) -> float:
@@ -99,9 +96,9 @@ def test_sliding_layers_are_packed_if_asked(name: str) -> None:
 def test_logits_past_the_window(name: str) -> None:
     model = shared_model(name)
     f16 = run_session(model, own_caches(model), CUTS, N_DECODE)
-    q8 = make_prompt_cache(model, "q8_0", "q8_0", compress_sliding=True)
-    q8 = run_session(model, q8, CUTS, N_DECODE)
-    assert error(q8, run_session(model, simulated(model), CUTS, N_DECODE)) < SIMULATION_TOLERANCE
+    packed, simulated = q8_and_simulated(model)
+    q8 = run_session(model, packed, CUTS, N_DECODE)
+    assert error(q8, run_session(model, simulated, CUTS, N_DECODE)) < SIMULATION_TOLERANCE
     assert 0 < error(q8, f16) < Q8_TOLERANCE.get(name, Q8_OTHERS)
     if name not in Q8_TOLERANCE:
         turbo4 = make_prompt_cache(model, "turbo4", "turbo4", compress_sliding=True)
@@ -112,11 +109,10 @@ def test_logits_past_the_window(name: str) -> None:
 def test_logits_after_a_trim_inside_the_window(name: str) -> None:
     """run_session trims where the cache allows it; here it does."""
     model = shared_model(name)
-    packed = make_prompt_cache(model, "q8_0", "q8_0", compress_sliding=True)
-    expected = run_session(model, simulated(model), [4, 1, 3], 3)
+    packed, simulated = q8_and_simulated(model)
     got = run_session(model, packed, [4, 1, 3], 3)
     assert packed[0].offset == 10
-    assert error(got, expected) < SIMULATION_TOLERANCE
+    assert error(got, run_session(model, simulated, [4, 1, 3], 3)) < SIMULATION_TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["gemma3_text", "gpt_oss", "gemma4_text", "baichuan_m1"])
@@ -289,9 +285,9 @@ def test_max_kv_size_is_mlx_lms() -> None:
     for a, b in zip(ours, expected, strict=True):
         assert type(a) is TurboRotatingKVCache and type(b) is RotatingKVCache
         assert (a.max_size, a.keep) == (b.max_size, b.keep) == (MAX_KV_SIZE, 4)
-    oracle = [SimulatedQ8RotatingCache(MAX_KV_SIZE, 4) for _ in expected]
-    wanted = run_session(model, oracle, CUTS, 100)
-    assert error(run_session(model, ours, CUTS, 100), wanted) < SIMULATION_TOLERANCE
+    oracle = [SimulatedQ8RotatingCache(MAX_KV_SIZE, 4, note_stored(cache)) for cache in ours]
+    got = run_session(model, ours, CUTS, 100)
+    assert error(got, run_session(model, oracle, CUTS, 100)) < SIMULATION_TOLERANCE
 
 
 def test_max_kv_size_through_attach_reaches_generation() -> None:
@@ -301,9 +297,9 @@ def test_max_kv_size_through_attach_reaches_generation() -> None:
     attach(model, "q8_0", "q8_0", max_kv_size=MAX_KV_SIZE)
     caches = mlx_lm_make_prompt_cache(model, max_kv_size=1000)
     assert {c.max_size for c in caches} == {MAX_KV_SIZE}
+    oracle = [SimulatedQ8RotatingCache(MAX_KV_SIZE, 4, note_stored(cache)) for cache in caches]
     steps = generate_step(mx.array(prompt), model, max_tokens=30, prompt_cache=caches)
     limited = [int(token) for token, _ in steps]
-    oracle = [SimulatedQ8RotatingCache(MAX_KV_SIZE, 4) for _ in caches]
     steps = generate_step(mx.array(prompt), model, max_tokens=30, prompt_cache=oracle)
     assert limited == [int(token) for token, _ in steps]
     row_bytes = 2 * (caches[0].layout.k_row_bytes + caches[0].layout.v_row_bytes)

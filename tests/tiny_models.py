@@ -20,7 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.models
 from mlx.utils import tree_map
-from mlx_lm.models.cache import KVCache, can_trim_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 from tiny_configs import COMMON, INNER, OVERRIDES
 
 HELPERS = {
@@ -125,23 +125,6 @@ ADJUST: dict[str, Callable[[nn.Module], None]] = {
     "bitnet": _ternary_weights,
     "phi3small": _no_reserved_tokens,
 }
-
-
-class SimulatedQ8Cache(KVCache):
-    """mlx-lm's cache over values that went through q8_0 and back: an oracle for the packed one."""
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        return super().update_and_fetch(through_q8(keys), through_q8(values))
-
-
-def through_q8(rows: mx.array) -> mx.array:
-    spare = -rows.shape[-1] % 32
-    groups = mx.unflatten(mx.pad(rows, [(0, 0)] * 3 + [(0, spare)]), -1, (-1, 32))
-    scale = (mx.max(mx.abs(groups), -1, keepdims=True) / 127).astype(mx.float16)
-    scale = scale.astype(mx.float32)
-    codes = mx.where(scale > 0, mx.round(groups / mx.where(scale > 0, scale, 1)), 0)
-    codes = mx.clip(codes, -127, 127)
-    return (codes * scale).flatten(-2)[..., : rows.shape[-1]].astype(rows.dtype)
 
 
 def run_session(model: nn.Module, caches: list[Any], cuts: list[int], n_decode: int) -> mx.array:
