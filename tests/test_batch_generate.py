@@ -21,7 +21,7 @@ VOCABULARY = 96
 # log probabilities move by 1e-5 where no code turns, by up to this where rounding turns some
 TURNED_CODES = 0.05
 # share of the texts that may take another way at such a tie
-MOST_TURNED = 0.34
+MOST_TURNED = 0.5
 LENGTHS = [1, 2, 3, 5, 8, 13, 21, 31, 32, 33, 40, 64, 65, 100, 150, 290]
 
 
