@@ -333,8 +333,4 @@ def test_decoding_reads_packed_rows_past_padding_and_hidden_rows(
             outputs.append(np.array(output))
             if cache is batches[0]:
                 assert len(metal_host.launches) == 2  # a part and the merge
-<<<<<<< HEAD
-        np.testing.assert_allclose(*outputs, atol=KERNEL_TOLERANCE)
-=======
         np.testing.assert_allclose(*outputs, rtol=0, atol=KERNEL_TOLERANCE)
->>>>>>> fix
