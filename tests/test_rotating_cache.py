@@ -37,6 +37,8 @@ WINDOWS = [(1, 0), (5, 0), (16, 4), (33, 0), (64, 33), (100, 0), (150, 4)]
 ATTENTION_TOLERANCE = 1e-4
 # the decode kernel multiplies codes as halves, each product rounded by 2**-11 of itself
 KERNEL_TOLERANCE = 2**-9
+# what MLX may hold of a step's small arrays for a little longer; a row kept at each step is 48,000
+STEP_BYTES = 4096
 SCALE = 0.2
 
 
@@ -269,7 +271,7 @@ def test_a_long_decode_holds_the_window_and_little_more() -> None:
         row_bytes = N_HEADS * (cache.layout.k_row_bytes + cache.layout.v_row_bytes)
         assert cache.nbytes <= (128 + SLACK_TOKENS) * row_bytes
         most.append(mx.get_active_memory())
-    assert max(most) - min(most[1:]) <= SLACK_TOKENS * row_bytes
+    assert max(most) - min(most[1:]) <= SLACK_TOKENS * row_bytes + STEP_BYTES
     assert cache.offset == 2648 and cache.size() == 128
 
 
