@@ -68,17 +68,10 @@ class Limits:
         full[:, self.dims(layer).T] = by_pair[:, None]
         return full
 
-    def scaled(self, layer: int, bits: int, power: float, kind: str = "") -> Scheme:
-        """Keys divided by (their energy / the queries') ** power before one rotation.
-
-        kind: "by keys" leaves the queries' energy out; "power of two" rounds to what every dtype
-            multiplies by exactly.
-        """
-        energy = self.energies[True][layer] / (1 if kind == "by keys" else self.queries[layer])
-        scale = energy**power
+    def scaled(self, layer: int, bits: int, power: float) -> Scheme:
+        """Keys divided by (their energy / the queries') ** power before one rotation."""
+        scale = (self.energies[True][layer] / self.queries[layer]) ** power
         scale /= np.exp(np.log(scale).mean(axis=-1, keepdims=True))
-        if kind == "power of two":
-            scale = 2 ** np.round(np.log2(scale))
         return uniform(bits, len(scale), 2 * scale.shape[1], self.spread(layer, scale))
 
     def by_energy(self, layer: int, bits: int, scaled: bool, shared: bool, centred: bool = True) -> tuple[Scheme, list[float]]:  # fmt: skip
@@ -142,9 +135,6 @@ class Limits:
                     scheme = lambda i, b=b, p=power: self.scaled(i, b, p)  # noqa: E731
                     add(f"{b} bits, scales to the {power}", scheme)
                     add(f"{b} bits, scales to the {power}, first key exact", scheme, exact=(1, 0))
-                for power, kind in ((QUARTER / 2, "by keys"), (QUARTER, "by keys"), (QUARTER, "power of two")):  # fmt: skip
-                    scheme = lambda i, b=b, p=power, n=kind: self.scaled(i, b, p, n)  # noqa: E731
-                    add(f"{b} bits, scales to the {power}, {kind}", scheme)
             elif part == f"energy {b}":
                 for scaled, shared in ((False, False), (True, False), (True, True)):
                     label = f"{b} bits by energy" + ", scaled" * scaled + ", one norm" * shared
