@@ -146,7 +146,10 @@ def scores_of(model, window: np.ndarray, caches: list, positions: list[int]) -> 
 
 
 def measure(model, windows: np.ndarray, config: Prepared, queries: int, threshold: float) -> dict:
-    """Shares by what weights are compared with: of layers, each a list over UNITS."""
+    """Shares by what weights are compared with: of layers, each a list over UNITS.
+
+    ``splits`` are those of the earliest query.
+    """
     n = windows.shape[1]
     positions = [n - 1 - i * (n // LAST) // queries for i in range(queries)]
     total: dict[str, dict[int, list]] = {}

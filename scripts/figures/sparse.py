@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from mlx_turbokv.formats import KVFormat
+from mlx_turbokv.kernels.decode import n_splits
+from mlx_turbokv.layout import TILE
 
 from . import figure, read, table
 
@@ -62,7 +64,7 @@ def sparse() -> dict[str, str]:
         "threshold": f"{record['threshold']:.0e}".replace("e-0", "e-"),
         "table": table(["tokens, formats", *head], cells),
         "longest": f"{longest[0]['n_ctx']:,}",
-        "splits": str(longest[0]["splits"]),
+        "splits": str(n_splits(-(-longest[0]["n_ctx"] // TILE), longest[0]["heads"][1])),
         "final": _percent(most["final"]),
         "final_layer": _percent(float(shares(final, "final", 32).max())),
         "running": _percent(most["running"]),
