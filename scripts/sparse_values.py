@@ -146,7 +146,10 @@ def scores_of(model, window: np.ndarray, caches: list, positions: list[int]) -> 
 
 
 def measure(model, windows: np.ndarray, config: Prepared, queries: int, threshold: float) -> dict:
-    """Shares by what weights are compared with: of layers, each a list over UNITS."""
+    """Shares by what weights are compared with: of layers, each a list over UNITS.
+
+    ``splits`` are those of the earliest query.
+    """
     n = windows.shape[1]
     positions = [n - 1 - i * (n // LAST) // queries for i in range(queries)]
     total: dict[str, dict[int, list]] = {}
@@ -170,22 +173,29 @@ def measure(model, windows: np.ndarray, config: Prepared, queries: int, threshol
 @click.option("--threshold", default=1e-6, show_default=True)
 @click.option("--queries", default=16, show_default=True, help="Of each window.")
 @click.option("--contexts", default="512,2048,8192", show_default=True)
+@click.option("--configs", default=",".join(CONFIGS), show_default=True)
 @click.option("--json", "json_path", default=str(ROOT / "benchmarks/sparse_values.json"))
-def main(model, text, threshold, queries, contexts, json_path):
+def main(model, text, threshold, queries, contexts, configs, json_path):
+    """Rows that the JSON file has are kept and not measured again; each carries its own record."""
+    path = Path(json_path)
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
     loaded, source = load(model), load_text(text)
     tokens = list(loaded.tokenizer.encode(source.text, add_special_tokens=False))
-    started, rows = time.perf_counter(), []
     for n_ctx in (int(n) for n in contexts.split(",")):
         windows = cut_windows(loaded.tokenizer, tokens, n_ctx, CONTEXTS.get(n_ctx, 1))
-        for name in CONFIGS:
-            rows.append(measure(loaded.model, windows, prepare(loaded.model, name), queries, threshold))
-            means = {k: np.mean(v, axis=0).round(4).tolist() for k, v in rows[-1]["by_layer"].items()}
-            print(n_ctx, name, means, f"{time.perf_counter() - started:.0f} s", flush=True)
-            results = record(
+        for name in configs.split(","):
+            if any((row["n_ctx"], row["config"]) == (n_ctx, name) for row in rows):
+                continue
+            started = time.perf_counter()
+            found = measure(loaded.model, windows, prepare(loaded.model, name), queries, threshold)
+            means = {k: np.mean(v, axis=0).round(4).tolist() for k, v in found["by_layer"].items()}
+            seconds = round(time.perf_counter() - started, 1)
+            print(n_ctx, name, means, f"{seconds} s", flush=True)
+            rows.append(record(
                 model=model_record(loaded), text_sha256=source.sha256, threshold=threshold,
-                units=list(UNITS), last=LAST, seconds=round(time.perf_counter() - started, 1), rows=rows,
-            )  # fmt: skip
-            Path(json_path).write_text(json.dumps(results) + "\n", encoding="utf-8")
+                units=list(UNITS), last=LAST, seconds=seconds, **found,
+            ))  # fmt: skip
+            path.write_text(json.dumps({"rows": rows}) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

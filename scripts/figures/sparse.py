@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from mlx_turbokv.formats import KVFormat
+from mlx_turbokv.kernels.decode import n_splits
+from mlx_turbokv.layout import TILE
 
 from . import figure, read, table
 
@@ -24,8 +26,9 @@ def _percent(share: float) -> str:
 @figure
 def sparse() -> dict[str, str]:
     """Shares of units of V that no query head of a group needs, and the gain that they bound."""
-    record, dim = read("sparse_values"), read("kernel_counters")["head_dim"]
-    units, rows = record["units"], sorted(record["rows"], key=lambda row: row["n_ctx"])
+    dim = read("kernel_counters")["head_dim"]
+    rows = sorted(read("sparse_values")["rows"], key=lambda row: row["n_ctx"])
+    record, units = rows[-1], rows[-1]["units"]
 
     def shares(row: dict, kind: str, unit: int) -> np.ndarray:
         return np.array(row["by_layer"][kind])[:, units.index(unit)]
@@ -56,12 +59,12 @@ def sparse() -> dict[str, str]:
             f"{record['model']['name']} in {record['model']['dtype']}, "
             f"{longest[0]['heads'][0]} query and {longest[0]['heads'][1]} KV heads, windows of wikitext-2 "
             f"({windows} tokens; sha256 {record['text_sha256'][:12]}…), {rows[0]['queries']} queries from the "
-            f"last eighth of each; {record['device']}, mlx {record['mlx']}, commit {record['commit']}"
+            f"last eighth of each; {record['device']}, mlx {record['mlx']}"
         ),
         "threshold": f"{record['threshold']:.0e}".replace("e-0", "e-"),
         "table": table(["tokens, formats", *head], cells),
         "longest": f"{longest[0]['n_ctx']:,}",
-        "splits": str(longest[0]["splits"]),
+        "splits": str(n_splits(-(-longest[0]["n_ctx"] // TILE), longest[0]["heads"][1])),
         "final": _percent(most["final"]),
         "final_layer": _percent(float(shares(final, "final", 32).max())),
         "running": _percent(most["running"]),
@@ -71,5 +74,5 @@ def sparse() -> dict[str, str]:
         "saved_running": _percent(most["running"] * max(parts.values())),
         "saved_final": _percent(most["final"] * max(parts.values())),
         "saved_operations": _percent(most["final"] / 2),
-        "command": f"`{record['command']}`",
+        "command": ", ".join(f"`{c}`" for c in dict.fromkeys(row["command"] for row in rows)),
     }
