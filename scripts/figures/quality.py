@@ -260,7 +260,12 @@ def report() -> str:
         f"{len(needles['cases'])} needles at "
         f"{', '.join(f'{n:,}' for n in needles['contexts'])} tokens."
     )
-    parts = [about, table(header, rows), " ".join(summary.notes(record))]
+    notes = summary.notes(record)
+    if record["bench"]:
+        speeds = [r["generation_tps"] for r in record["bench"]["rows"] if "error" not in r]
+        apart = max(max(s["max"] - s["median"], s["median"] - s["min"]) / s["median"] for s in speeds)
+        notes.append(f"Trials of generation lie up to {apart:.0%} from their median.")
+    parts = [about, table(header, rows), " ".join(notes)]
     measured = (record[name] for name in ("perplexity", "needle", "bench"))
     commands = dict.fromkeys(f"`{part['command']}`" for part in measured if part)
     return "\n\n".join([*parts, " ".join(commands)])
