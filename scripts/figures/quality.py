@@ -254,10 +254,18 @@ def report() -> str:
     rows = [[f"{row[0]} ●" if row[0] in front else row[0], *row[1:]] for row in rows]
     quality, needles = record["perplexity"], record["needle"]
     about = (
-        f"{record['model']['name']}, {record['environment']['device']}, back-end "
-        f"{record['backend']}: {quality['n_windows']} windows of {quality['n_ctx']} of "
-        f"{quality['text']['name']}, {len(needles['cases'])} needles at "
-        f"{' and '.join(f'{n:,}' for n in needles['contexts'])} tokens."
+        f"{record['model']['name']} in {record['model']['dtype']}, "
+        f"{record['environment']['device']}, back-end {record['backend']}: "
+        f"{quality['n_windows']} windows of {quality['n_ctx']} of {quality['text']['name']}, "
+        f"{len(needles['cases'])} needles at "
+        f"{', '.join(f'{n:,}' for n in needles['contexts'])} tokens."
     )
-    parts = [about, table(header, rows), " ".join(summary.notes(record))]
-    return "\n\n".join([*parts, f"`{quality['command']}`"])
+    notes = summary.notes(record)
+    if record["bench"]:
+        speeds = [r["generation_tps"] for r in record["bench"]["rows"] if "error" not in r]
+        apart = max(max(s["max"] - s["median"], s["median"] - s["min"]) / s["median"] for s in speeds)
+        notes.append(f"Trials of generation lie up to {apart:.0%} from their median.")
+    parts = [about, table(header, rows), " ".join(notes)]
+    measured = (record[name] for name in ("perplexity", "needle", "bench"))
+    commands = dict.fromkeys(f"`{part['command']}`" for part in measured if part)
+    return "\n\n".join([*parts, " ".join(commands)])
