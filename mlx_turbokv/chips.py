@@ -1,4 +1,4 @@
-"""Published memory bandwidths of GPUs: what decode, which reads packed rows once, cannot exceed."""
+"""Published memory bandwidths of GPUs, which decode cannot exceed, and how many cores they have."""
 
 from __future__ import annotations
 

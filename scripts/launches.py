@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Counts the kernels that one layer's cache and attention launch in a decode step, on NVIDIA.
 
-    python scripts/launches.py --out benchmarks/launches.json
+    python scripts/launches.py --out launches.json
 
 Runs itself under ncu twice for each cache, with eight and with sixteen steps, and divides the
-difference: what is launched once drops out.
+difference: what is launched once drops out. gpu_check_record.py takes what it writes.
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ NEEDS = {
     "pack.metal": ("anchor.h",),
     "dequantize.metal": ("anchor.h",),
 }
-# MLX copies the text at every launch: what the compiler does not need is left out, lines stay
+# MLX copies the text at every launch that is not replayed: what the compiler does not need is left
+# out, lines stay
 _COMMENT_OR_INDENT = re.compile(r"^ +|(?: *)//.*$", re.M)
 # how a kernel knows its threads: attributes in Metal, macros of compat/cuda.h in CUDA
 THREAD = "threadgroup_position_in_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup"

@@ -291,7 +291,7 @@ def dequantize(
 ) -> tuple[mx.array, mx.array]:
     """K and V as the model would have made them, quantisation error aside.
 
-    Built at each decode step and seldom evaluated: whole tiles are dequantised and cut after it,
+    Built at each decode step of a model that gets arrays, and seldom evaluated: whole tiles are dequantised and cut after it,
     so that the graph is the same for as long as the buffers are.
 
     Shapes:

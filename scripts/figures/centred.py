@@ -107,8 +107,6 @@ def synthetic_keys() -> dict[str, str]:
     )
     return {
         "table": "\n\n".join([about, table(["K", "not centred", "centred"], rows), f"`{record['command']}`"]),
-        "not_centred": f"{found['turbo4', False]['kld']['mean']:.1f}",
-        "centred": f"{found['turbo4', True]['kld']['mean']:.4f}",
         "ratio": f"{record['bias_over_rest']:.0f}",
     }
 

@@ -15,7 +15,6 @@ def gpu() -> dict[str, str]:
     ratios = [row["decode_ratio"] for row in kernels["rows"] if row.get("decode_ratio")]
     return {
         "device": f"{record['device']}, mlx {record['mlx']}",
-        "cases": str(kernels["cases"]),
         "cases_said": _cases_said(kernels),
         "decode_ratio": f"{max(ratios):.2f}",
         "sanitizer": _sanitizer_said(record["sanitizer"], kernels["cases"] + len(kernels["not_run"])),

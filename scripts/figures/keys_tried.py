@@ -79,7 +79,6 @@ def key_blocks() -> dict[str, str]:
         "halved_4": halved(4),
         "slope": f"{left[BUILT]['mean_and_slope']:.0%}",
         "half": f"{left[BUILT // 2]['mean']:.0%}",
-        "built": f"{left[BUILT]['mean']:.0%}",
     }
 
 
@@ -109,7 +108,6 @@ def key_sinks() -> dict[str, str]:
     built = found["turbo4/turbo3 centred, K of 0 and V of 0 exact"]
     return {
         "table": "\n\n".join([text, table(["first tokens", *pairs], rows), f"`{part['command']}`"]),
-        "v_of_1": _times(found["turbo4/turbo3 centred, K of 0 and V of 1 exact"], built),
         "both_of_4": _times(found["turbo4/turbo3 centred, K of 4 and V of 4 exact"], built),
         "both_of_1": _times(found["turbo4/turbo3 centred, K of 1 and V of 1 exact"], built),
     }
@@ -138,20 +136,13 @@ def key_layers() -> dict[str, str]:
         "loudest 1 % of tokens", "loudest token",
     ]  # fmt: skip
     centred = np.array([alone[i][1] for i in order])
-    gains = [alone[i][1] / alone[i][0] for i in order]
     return {
         "table": "\n\n".join([about(part), table(header, rows), f"`{part['command']}`, `{channels['command']}`"]),
         "shown": str(SHOWN_LAYERS),
         "n": str(len(order)),
         "share": f"{centred[:SHOWN_LAYERS].sum() / centred.sum():.0%}",
-        "gain_least": f"{max(gains):.2f}",
-        "gain_most": f"{min(gains):.2f}",
         "pairs_share": f"{np.mean([at['loud_pairs_share'] for at in layers]):.0%}",
         "tokens_share": f"{np.mean([at['loud_tokens_share'] for at in layers]):.1%}",
-        "loudest_token": f"{max(at['loudest_energy'] for at in layers):.1f}",
-        "promised_scales": f"{np.mean([at['promised']['scales'] for at in layers]):.2f}",
-        "promised_energy": f"{np.mean([at['promised']['energy'] for at in layers]):.2f}",
-        "promised_one_norm": f"{np.mean([at['promised']['energy_scaled'] for at in layers]):.2f}",
     }
 
 

@@ -49,7 +49,7 @@ def _whole_model(record: dict) -> str:
     about = (
         f"{record['model']['name']}'s shape, {record['weights']}; {environment['device']}, mlx "
         f"{environment['mlx']}: medians of {record['num_trials']} trials, configurations in turn, and "
-        f"in brackets the ratio to {first}. Decode: {record['generation_tokens']} tokens behind a "
+        f"in brackets the median of the ratios to {first} in the same trial. Decode: {record['generation_tokens']} tokens behind a "
         "cache that was filled with random K and V, packed by the cache itself."
     )
     return "\n\n".join([about, table(["", *record["configs"]], lines), f"`{record['command']}`"])
