@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from ..formats import FORMAT_NAMES, KVFormat
 from ..layout import KVLayout
 
-SETS = ("quick", "default", "full")
 FORMATS = (*FORMAT_NAMES, *(f"turbo{bits}:32" for bits in (2, 3, 4, 5, 6)))
 HEAD_DIMS = (64, 72, 80, 96, 112, 128, 160, 192, 256, 512)
 COMMON_DIMS = (128, 64)

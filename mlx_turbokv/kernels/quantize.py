@@ -14,7 +14,7 @@ import numpy as np
 from ..codebook import boundaries, codebook
 from ..formats import KVFormat
 from ..rotation import rotation_matrix, rotation_width
-from .tiles import UNITS, code_bits, units_from_codes
+from .tiles import UNITS, units_from_codes
 
 FP16_MAX = 65504.0
 # Rules for a group y with levels c: raw |y|, matched |y| / |c|, least_squares <y, c> / <c, c>,
