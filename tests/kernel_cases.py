@@ -239,7 +239,7 @@ def _check_pack(tiles, keys, values, layout, failures, at: dict, exact_size=True
             failures.append(f"pack: {name} rows behind the last are not zero")
         different = np.argwhere(units[:, :, :n] != wanted[:, :, :n])
         unsure = rounding if name == "k" else np.zeros((x.shape[1], x.shape[3]))
-        if len(different) and not _near_boundaries(different, units, wanted, x, fmt, unsure):
+        if len(different) and not _near_boundaries(different, units, x, fmt, unsure):
             failures.append(f"pack: {len(different)} {name} units differ")
         scales = np.array(getattr(got, f"{name}_scales")[:, :, :n].view(mx.uint16)).astype(int)
         wanted = np.array(getattr(want, f"{name}_scales")[:, :, :n].view(mx.uint16)).astype(int)
@@ -274,7 +274,7 @@ def _anchor_rounding(centre: Centre) -> np.ndarray:
     return 2.0**-23 * (mu + other)
 
 
-def _near_boundaries(different, units, wanted, x, fmt, unsure) -> bool:
+def _near_boundaries(different, units, x, fmt, unsure) -> bool:
     """Whether every unit that differs holds a value next to a decision boundary.
 
     Args:

@@ -83,7 +83,7 @@ def test_kv_heads_in_slices_change_nothing(monkeypatch):
     assert mx.allclose(whole, sliced, atol=1e-6).item()
 
 
-def test_packed_rows_are_read_and_nothing_is_dequantised(monkeypatch):
+def test_packed_rows_are_read_and_nothing_is_dequantised():
     """The interception is what runs: dequantised values that would be wrong are not looked at."""
     cache, (k, v) = filled(("q8_0", "turbo2"), 50)
     assert type(k) is TurboArray and type(v) is TurboArray

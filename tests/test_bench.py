@@ -136,7 +136,7 @@ def test_ratios_are_taken_trial_by_trial():
     config = configuration.Prepared("a", list)
     first = speed.Trials(config, generation_s=[1.0, 4.0, 2.0], build_s=[0.1])
     other = speed.Trials(config, generation_s=[2.0, 2.0, 2.0], build_s=[0.1])
-    row = speed._row(Point("context", 8), other, first, QUICK)
+    row = speed._row(Point("context", 8), other, first)
     assert row["generation_of_first"] == 1.0  # of 0.5, 2 and 1
     assert row["generation_tps"]["median"] == 0.5
 

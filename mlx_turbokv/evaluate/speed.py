@@ -98,7 +98,7 @@ def measure_point(
                 done = i * len(trials) + j + 1
                 tick(done, (settings.num_trials + 1) * len(trials), trial.config.name)
     runs.close()
-    return [_row(point, trial, trials[0], settings) for trial in trials]
+    return [_row(point, trial, trials[0]) for trial in trials]
 
 
 class _Prompts:
@@ -234,7 +234,7 @@ def _build_times(model: nn.Module, caches: list) -> list[float]:
     return times
 
 
-def _row(point: Point, trial: Trials, first: Trials, settings: Settings) -> dict:
+def _row(point: Point, trial: Trials, first: Trials) -> dict:
     row = {
         "kind": point.kind,
         "tokens": point.tokens,
