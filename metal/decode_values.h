@@ -149,7 +149,6 @@ TKV_FN void add_float_values(thread float* output, thread uint* words, const dev
                              int unit, int first_quad, int stride, uint first, uint n) {
   constexpr int RP = padded_rows(ROWS);
   constexpr int TOKENS = value_span(BITS);
-  constexpr bool ONE_SCALE = group_count(DIM, GROUP) == 1;
   TKV_UNROLL
   for (int s = 0; s < ceil_div(DIM, 4 * LANES); s++) {
     const int quad = first_quad + s * stride < DIM / 4 ? first_quad + s * stride : DIM / 4 - 1;
@@ -158,14 +157,12 @@ TKV_FN void add_float_values(thread float* output, thread uint* words, const dev
     TKV_UNROLL
     for (int t = 0; t < TOKENS; t++) {
       float4 v = quad_values<BITS, RAW>(quad_bits<BITS>(words + s * TOKENS * BITS / 8, t), levels);
-      if (!ONE_SCALE) {
-        const bool seen = uint(unit * TOKENS + t) - first < n;
-        if (GROUP != 0) {
-          const float scale = seen ? half_bits(scales[t]) : 0.0f;
-          v = float4(v.x * scale, v.y * scale, v.z * scale, v.w * scale);
-        } else {
-          v = float4(seen ? v.x : 0.0f, seen ? v.y : 0.0f, seen ? v.z : 0.0f, seen ? v.w : 0.0f);
-        }
+      const bool seen = uint(unit * TOKENS + t) - first < n;
+      if (GROUP != 0) {
+        const float scale = seen ? half_bits(scales[t]) : 0.0f;
+        v = float4(v.x * scale, v.y * scale, v.z * scale, v.w * scale);
+      } else {
+        v = float4(seen ? v.x : 0.0f, seen ? v.y : 0.0f, seen ? v.z : 0.0f, seen ? v.w : 0.0f);
       }
       TKV_UNROLL
       for (int r = 0; r < ROWS; r++) {
