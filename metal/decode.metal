@@ -35,38 +35,40 @@ TKV_CONST_FN int merge_rows(int rows, int v_dim) {
 TKV_CONST_FN int table_copies(int bits, bool keys, int rows, int k_dim, int v_dim) {
   return lookup_copies(bits, rows * (k_dim + v_dim) <= 1024 ? most_lookup_words(keys) : 1024);
 }
-TKV_CONST_FN int key_table_words(int bits, int rows, int k_dim, int v_dim) {
-  return keys_in_halves(bits, k_dim)
+TKV_CONST_FN int key_table_words(int bits, int rows, int k_dim, int v_dim, int raw) {
+  return keys_in_halves(bits, k_dim, raw)
              ? lookup_words(bits, table_copies(bits, true, rows, k_dim, v_dim))
              : MAX_LEVELS;
 }
-TKV_CONST_FN int value_table_words(int bits, int group, int rows, int k_dim, int v_dim) {
-  return values_in_halves(bits, group, v_dim)
+TKV_CONST_FN int value_table_words(int bits, int group, int rows, int k_dim, int v_dim, int raw) {
+  return values_in_halves(bits, group, v_dim, raw)
              ? lookup_words(bits, table_copies(bits, false, rows, k_dim, v_dim))
              : MAX_LEVELS;
 }
-TKV_CONST_FN int all_weight_words(int bits, int group, int dim, int rows) {
-  return DECODE_GROUPS * larger(decode_step(rows, dim) * weight_words(bits, group, dim, rows), 128);
+TKV_CONST_FN int all_weight_words(int bits, int group, int dim, int rows, int raw) {
+  return DECODE_GROUPS *
+         larger(decode_step(rows, dim) * weight_words(bits, group, dim, rows, raw), 128);
 }
 // Words of threadgroup memory: tables of K and V, row scales, queries, weights (first the
 // rotation's scratch) and, with centred keys, what queries and mu give. The SIMD groups' results
 // take their place in the end; maxima and sums lie behind.
-TKV_CONST_FN int queries_at(int k_bits, int k_dim, int v_bits, int v_group, int v_dim, int rows) {
-  return (key_table_words(k_bits, rows, k_dim, v_dim) +
-          value_table_words(v_bits, v_group, rows, k_dim, v_dim) + padded_rows(rows) + 3) /
+TKV_CONST_FN int queries_at(int k_bits, int k_dim, int v_bits, int v_group, int v_dim, int rows,
+                            int raw) {
+  return (key_table_words(k_bits, rows, k_dim, v_dim, raw) +
+          value_table_words(v_bits, v_group, rows, k_dim, v_dim, raw) + padded_rows(rows) + 3) /
          4 * 4;
 }
 TKV_CONST_FN int maxima_at(int k_bits, int k_dim, int v_bits, int v_group, int v_dim, int rows,
-                           bool centred) {
-  return larger(queries_at(k_bits, k_dim, v_bits, v_group, v_dim, rows) +
-                    query_words(k_bits, k_dim, k_dim, rows) +
-                    all_weight_words(v_bits, v_group, v_dim, rows) +
+                           int raw, bool centred) {
+  return larger(queries_at(k_bits, k_dim, v_bits, v_group, v_dim, rows, raw) +
+                    query_words(k_bits, k_dim, k_dim, rows, raw) +
+                    all_weight_words(v_bits, v_group, v_dim, rows, raw) +
                     (centred ? k_dim * padded_rows(rows) : 0),
                 DECODE_GROUPS * v_dim * merge_rows(rows, v_dim));
 }
 TKV_CONST_FN int decode_words(int k_bits, int k_dim, int v_bits, int v_group, int v_dim, int rows,
-                              bool centred) {
-  return (maxima_at(k_bits, k_dim, v_bits, v_group, v_dim, rows, centred) +
+                              int raw, bool centred) {
+  return (maxima_at(k_bits, k_dim, v_bits, v_group, v_dim, rows, raw, centred) +
           2 * DECODE_GROUPS * padded_rows(rows) + 3) /
          4 * 4;
 }
@@ -97,10 +99,10 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
   constexpr int UNIT_WORDS = unit_words(VB, VD);
   constexpr int KEY_WORDS = key_words(KB, KG, KD);
   constexpr int KEY_SCALES = key_scales(KB, KG, KD);
-  constexpr bool V_HALVES = values_in_halves(VB, VG, VD);
-  constexpr int WEIGHT_GROUPS = weight_groups(VB, VG, VD);
+  constexpr bool V_HALVES = values_in_halves(VB, VG, VD, RAW);
+  constexpr int WEIGHT_GROUPS = weight_groups(VB, VG, VD, RAW);
   constexpr int V_OFFSET = side_words(KB, KG, KD);
-  constexpr int WEIGHT_WORDS = weight_words(VB, VG, VD, ROWS);
+  constexpr int WEIGHT_WORDS = weight_words(VB, VG, VD, ROWS, RAW);
   constexpr int TILE_WORDS = V_OFFSET + side_words(VB, VG, VD);
   const int lane = int(lane_index);
   const int simd_group = int(simd);
@@ -109,14 +111,14 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
   // the larger table first: each begins at a multiple of its size
   constexpr int K_COPIES = table_copies(KB, true, ROWS, KD, VD);
   constexpr int V_COPIES = table_copies(VB, false, ROWS, KD, VD);
-  constexpr int K_TABLE_WORDS = key_table_words(KB, ROWS, KD, VD);
-  constexpr int V_TABLE_WORDS = value_table_words(VB, VG, ROWS, KD, VD);
+  constexpr int K_TABLE_WORDS = key_table_words(KB, ROWS, KD, VD, RAW);
+  constexpr int V_TABLE_WORDS = value_table_words(VB, VG, ROWS, KD, VD, RAW);
   constexpr int K_TABLE = K_TABLE_WORDS < V_TABLE_WORDS ? V_TABLE_WORDS : 0;
   constexpr int V_TABLE = K_TABLE == 0 ? K_TABLE_WORDS : 0;
-  constexpr int QUERIES = queries_at(KB, KD, VB, VG, VD, ROWS);
-  constexpr int WEIGHTS = QUERIES + query_words(KB, KD, KD, ROWS);
-  constexpr int PAIRS = WEIGHTS + (CENTRED ? all_weight_words(VB, VG, VD, ROWS) : 0);
-  constexpr int MAXIMA = maxima_at(KB, KD, VB, VG, VD, ROWS, CENTRED);
+  constexpr int QUERIES = queries_at(KB, KD, VB, VG, VD, ROWS, RAW);
+  constexpr int WEIGHTS = QUERIES + query_words(KB, KD, KD, ROWS, RAW);
+  constexpr int PAIRS = WEIGHTS + (CENTRED ? all_weight_words(VB, VG, VD, ROWS, RAW) : 0);
+  constexpr int MAXIMA = maxima_at(KB, KD, VB, VG, VD, ROWS, RAW, CENTRED);
   threadgroup uint* words = (threadgroup uint*)shared;
   threadgroup float* floats = (threadgroup float*)shared;
   threadgroup float* row_scales = floats + K_TABLE_WORDS + V_TABLE_WORDS;
@@ -160,7 +162,7 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
   if (first_own < end) {
     load_first_span<KB, KG, KD, STEP>(k_words, tiles, lane);
     load_key_scales<KB, KG, KD, STEP>(k_scales, tiles, 0, lane);
-    load_value_scales<VB, VG, VD, STEP>(v_scales, tiles, V_OFFSET, lane);
+    load_value_scales<VB, VG, VD, RAW, STEP>(v_scales, tiles, V_OFFSET, lane);
     const device uint* first =
         tile_at<TILE_WORDS>(head_body, head_tail, body_tiles, first_own + part, end);
     load_unit<VB, VD>(v_words, first + V_OFFSET, 0, first_quad, LANES / PARTS);
@@ -168,7 +170,7 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
 
   const uint k_own = own_copy<K_COPIES>(shared, K_TABLE, lane);
   const uint v_own = own_copy<V_COPIES>(shared, V_TABLE, lane);
-  if (keys_in_halves(KB, KD)) {
+  if (keys_in_halves(KB, KD, RAW)) {
     load_lookup<KB, K_COPIES>(words + K_TABLE, k_constants, thread_index, DECODE_GROUPS * LANES);
   } else {
     load_levels<KB>(floats + K_TABLE, k_constants, thread_index);
@@ -179,8 +181,8 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
     load_levels<VB>(floats + V_TABLE, v_constants, thread_index);
   }
   const size_t first_row = size_t(head) * size_t(all_rows) + size_t(row0);
-  load_queries<T, KB, KW, KD, ROWS>(q + first_row * KD, queries, row_scales, floats + WEIGHTS,
-                                    k_constants, n_rows, scale, simd_group, lane);
+  load_queries<T, KB, KW, KD, RAW, ROWS>(q + first_row * KD, queries, row_scales, floats + WEIGHTS,
+                                         k_constants, n_rows, scale, simd_group, lane);
   if (CENTRED) {
     load_pairs<T, KD, ROWS>(q + first_row * KD, pairs, mu + head % params[P_HEADS] * KD,
                             params[P_HALF], n_rows, scale, thread_index);
@@ -251,7 +253,7 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
       }
       v_log[i] = V_HALVES ? fast_log2(most) : 0.0f;
     }
-    load_value_scales<VB, VG, VD, STEP>(v_scales, next_tiles, V_OFFSET, lane);
+    load_value_scales<VB, VG, VD, RAW, STEP>(v_scales, next_tiles, V_OFFSET, lane);
     bool grown = false;
     float highest[ROWS];
     TKV_UNROLL
@@ -294,8 +296,8 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
           sum[r] += weight[r];
         }
       }
-      store_weights<VB, VG, VD, ROWS>(weights + i * WEIGHT_WORDS, weight,
-                                      v_scale + i * WEIGHT_GROUPS, lane);
+      store_weights<VB, VG, VD, RAW, ROWS>(weights + i * WEIGHT_WORDS, weight,
+                                           v_scale + i * WEIGHT_GROUPS, lane);
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
     for (int u = 0; u < n_units; u++) {

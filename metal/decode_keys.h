@@ -2,16 +2,17 @@
 // alone; q comes from threadgroup memory by reads that are the same for all lanes.
 //
 // Codes are multiplied as half2 and summed in half for a chain of dims; the sums of two chains are
-// added in half, and the rest in float32. Raw rows and narrow heads are multiplied in float32.
-// Every query row is divided by its largest value beforehand (`row_scales`), so that halves neither
-// overflow nor vanish.
+// added in half, and the rest in float32. Raw rows, narrow heads and models in float32 are
+// multiplied in float32. Every query row is divided by its largest value beforehand (`row_scales`),
+// so that halves neither overflow nor vanish.
 
 // dims of a chain
 constant constexpr int CHAIN = 16;
 
-// Heads narrower than four chains have too few of them for their rounding to average out.
-TKV_CONST_FN bool keys_in_halves(int bits, int dim) {
-  return bits <= 8 && dim >= 4 * CHAIN;
+// Heads narrower than four chains have too few of them for their rounding to average out. A model
+// in float32 (`raw` as in raw_value) gets float32 products.
+TKV_CONST_FN bool keys_in_halves(int bits, int dim, int raw) {
+  return bits <= 8 && dim >= 4 * CHAIN && raw != 2;
 }
 // Query rows are padded so that reads are whole.
 TKV_CONST_FN int padded_rows(int rows) {
@@ -30,23 +31,23 @@ TKV_CONST_FN int key_span(int bits, int group, int dim) {
                                                                                : dim;
 }
 // words of threadgroup memory that `n` dims of queries take
-TKV_CONST_FN int query_words(int bits, int dim, int n, int rows) {
-  return n * padded_rows(rows) / (keys_in_halves(bits, dim) ? 2 : 1);
+TKV_CONST_FN int query_words(int bits, int dim, int n, int rows, int raw) {
+  return n * padded_rows(rows) / (keys_in_halves(bits, dim, raw) ? 2 : 1);
 }
 
 // Where dim `d` of row `row` lies: floats [dim][row], or halves [quad][half2][row][2].
-template <int BITS, int DIM, int RP>
+template <int BITS, int DIM, int RAW, int RP>
 TKV_FN int query_place(int d, int row) {
-  if (keys_in_halves(BITS, DIM)) {
+  if (keys_in_halves(BITS, DIM, RAW)) {
     const int place = half_place(BITS, d % 4);
     return ((d / 4 * 2 + place / 2) * RP + row) * 2 + place % 2;
   }
   return d * RP + row;
 }
 
-template <int BITS, int DIM>
+template <int BITS, int DIM, int RAW>
 TKV_FN void store_query(threadgroup uint* queries, int at, float x) {
-  if (keys_in_halves(BITS, DIM)) {
+  if (keys_in_halves(BITS, DIM, RAW)) {
     ((threadgroup half*)queries)[at] = half(x);
   } else {
     ((threadgroup float*)queries)[at] = x;
@@ -55,7 +56,7 @@ TKV_FN void store_query(threadgroup uint* queries, int at, float x) {
 
 // Queries to threadgroup memory, rotated as K is. `row_scales`: what a row's sums are to be
 // multiplied by, the attention's scale among it.
-template <typename T, int BITS, int WIDTH, int DIM, int ROWS>
+template <typename T, int BITS, int WIDTH, int DIM, int RAW, int ROWS>
 TKV_FN void load_queries(const device T* q, threadgroup uint* queries,
                          threadgroup float* row_scales, threadgroup float* scratch,
                          const device uint* constants, int n_rows, float scale, int simd_group,
@@ -88,8 +89,8 @@ TKV_FN void load_queries(const device T* q, threadgroup uint* queries,
       for (int j = 0; j < N; j++) {
         const int i = part * W + lane + j * LANES;
         if (lane + j * LANES < W && i < DIM) {
-          store_query<BITS, DIM>(queries, query_place<BITS, DIM, RP>(i, row),
-                                 x[part * N + j] * factor);
+          store_query<BITS, DIM, RAW>(queries, query_place<BITS, DIM, RAW, RP>(i, row),
+                                      x[part * N + j] * factor);
         }
       }
     }
@@ -318,7 +319,7 @@ TKV_FN void key_scores(thread float* score, thread uint* words, thread uint* sca
   constexpr int G = GROUP == 0 || GROUP > SPAN ? SPAN : GROUP;
   constexpr int WORDS = key_words(BITS, GROUP, DIM);
   constexpr int SPAN_WORDS = SPAN * BITS;
-  constexpr int SPAN_QUERIES = query_words(BITS, DIM, SPAN, ROWS);
+  constexpr int SPAN_QUERIES = query_words(BITS, DIM, SPAN, ROWS, RAW);
   constexpr bool AHEAD = keys_ahead(BITS, GROUP, DIM, STEP);
   TKV_UNROLL
   for (int i = 0; i < STEP * ROWS; i++) {
@@ -351,7 +352,7 @@ TKV_FN void key_scores(thread float* score, thread uint* words, thread uint* sca
       TKV_UNROLL
       for (int begin = g * G / 4; begin < group_end; begin += CHAIN_QUADS) {
         const int end = begin + CHAIN_QUADS < group_end ? begin + CHAIN_QUADS : group_end;
-        if (keys_in_halves(BITS, DIM)) {
+        if (keys_in_halves(BITS, DIM, RAW)) {
           half2 chain[STEP * ROWS];
           half_products<BITS, COPIES, WORDS, ROWS, STEP>(chain, words, span_queries, shared, own,
                                                          begin, end);

@@ -6,18 +6,20 @@
 
 constant constexpr int CHAIN_TOKENS = 8;
 
-// Whether a lane's quad has one scale a token for all lanes: that of its rotation group.
-TKV_CONST_FN bool values_in_halves(int bits, int group, int dim) {
-  return bits <= 6 && (group_count(dim, group) == 1 || group == 4 * LANES);
+// Whether a lane's quad has one scale a token for all lanes: that of its rotation group. Models in
+// float32 (`raw` as in raw_value) get float32 products.
+TKV_CONST_FN bool values_in_halves(int bits, int group, int dim, int raw) {
+  return bits <= 6 && raw != 2 && (group_count(dim, group) == 1 || group == 4 * LANES);
 }
 // Scales that a token's weight is multiplied by, each beforehand.
-TKV_CONST_FN int weight_groups(int bits, int group, int dim) {
-  return values_in_halves(bits, group, dim) ? group_count(dim, group) : 1;
+TKV_CONST_FN int weight_groups(int bits, int group, int dim, int raw) {
+  return values_in_halves(bits, group, dim, raw) ? group_count(dim, group) : 1;
 }
 // words of threadgroup memory that the weights of a tile take
-TKV_CONST_FN int weight_words(int bits, int group, int dim, int rows) {
-  return values_in_halves(bits, group, dim) ? group_count(dim, group) * TILE * padded_rows(rows) / 2
-                                            : TILE * padded_rows(rows);
+TKV_CONST_FN int weight_words(int bits, int group, int dim, int rows, int raw) {
+  return values_in_halves(bits, group, dim, raw)
+             ? group_count(dim, group) * TILE * padded_rows(rows) / 2
+             : TILE * padded_rows(rows);
 }
 // Tokens whose quads fill whole columns, one or two at least: a unit, which is loaded ahead.
 TKV_CONST_FN int value_span(int bits) {
@@ -59,11 +61,11 @@ TKV_FN void load_unit(thread uint* words, const device uint* codes, int unit, in
 }
 
 // Bits of the scales that the weights of a lane's tokens are multiplied by, [tile][group].
-template <int BITS, int GROUP, int DIM, int STEP>
+template <int BITS, int GROUP, int DIM, int RAW, int STEP>
 TKV_FN void load_value_scales(thread uint* scales, const device uint* thread* tiles, int offset,
                               int lane) {
-  constexpr int GROUPS = weight_groups(BITS, GROUP, DIM);
-  if (!values_in_halves(BITS, GROUP, DIM)) {
+  constexpr int GROUPS = weight_groups(BITS, GROUP, DIM, RAW);
+  if (!values_in_halves(BITS, GROUP, DIM, RAW)) {
     return;
   }
   TKV_UNROLL
@@ -147,7 +149,6 @@ TKV_FN void add_float_values(thread float* output, thread uint* words, const dev
                              int unit, int first_quad, int stride, uint first, uint n) {
   constexpr int RP = padded_rows(ROWS);
   constexpr int TOKENS = value_span(BITS);
-  constexpr bool ONE_SCALE = group_count(DIM, GROUP) == 1;
   TKV_UNROLL
   for (int s = 0; s < ceil_div(DIM, 4 * LANES); s++) {
     const int quad = first_quad + s * stride < DIM / 4 ? first_quad + s * stride : DIM / 4 - 1;
@@ -156,14 +157,12 @@ TKV_FN void add_float_values(thread float* output, thread uint* words, const dev
     TKV_UNROLL
     for (int t = 0; t < TOKENS; t++) {
       float4 v = quad_values<BITS, RAW>(quad_bits<BITS>(words + s * TOKENS * BITS / 8, t), levels);
-      if (!ONE_SCALE) {
-        const bool seen = uint(unit * TOKENS + t) - first < n;
-        if (GROUP != 0) {
-          const float scale = seen ? half_bits(scales[t]) : 0.0f;
-          v = float4(v.x * scale, v.y * scale, v.z * scale, v.w * scale);
-        } else {
-          v = float4(seen ? v.x : 0.0f, seen ? v.y : 0.0f, seen ? v.z : 0.0f, seen ? v.w : 0.0f);
-        }
+      const bool seen = uint(unit * TOKENS + t) - first < n;
+      if (GROUP != 0) {
+        const float scale = seen ? half_bits(scales[t]) : 0.0f;
+        v = float4(v.x * scale, v.y * scale, v.z * scale, v.w * scale);
+      } else {
+        v = float4(seen ? v.x : 0.0f, seen ? v.y : 0.0f, seen ? v.z : 0.0f, seen ? v.w : 0.0f);
       }
       TKV_UNROLL
       for (int r = 0; r < ROWS; r++) {
@@ -185,11 +184,11 @@ TKV_FN void add_float_values(thread float* output, thread uint* words, const dev
 
 // A token's weights to threadgroup memory: float [token][row], or half [group][token][row], each
 // times its scale. A weight of zero stays one, whatever the scale is.
-template <int BITS, int GROUP, int DIM, int ROWS>
+template <int BITS, int GROUP, int DIM, int RAW, int ROWS>
 TKV_FN void store_weights(threadgroup uint* at, thread const float* weight,
                           thread const float* scales, int lane) {
   constexpr int RP = padded_rows(ROWS);
-  if (!values_in_halves(BITS, GROUP, DIM)) {
+  if (!values_in_halves(BITS, GROUP, DIM, RAW)) {
     TKV_UNROLL
     for (int r = 0; r < RP; r++) {
       ((threadgroup float*)at)[lane * RP + r] = weight[r];
@@ -197,7 +196,7 @@ TKV_FN void store_weights(threadgroup uint* at, thread const float* weight,
     return;
   }
   TKV_UNROLL
-  for (int g = 0; g < weight_groups(BITS, GROUP, DIM); g++) {
+  for (int g = 0; g < weight_groups(BITS, GROUP, DIM, RAW); g++) {
     threadgroup half* row = (threadgroup half*)at + (g * TILE + lane) * RP;
     TKV_UNROLL
     for (int r = 0; r < RP; r++) {

@@ -132,7 +132,9 @@ SANITIZE_CASES += [
     Case("turbo4", "turbo3", (128, 128), heads=(1, 1, 4), centred="apart"),
     Case("turbo3", "turbo3", (64, 64), "float16", (2, 1, 3), 2, (32, 33), "starts", "partial"),
 ]
-ALL_CASES = SANITIZE_CASES + PAIRS + CENTRED
+# heads with one scale a row
+NARROW = [Case("q8_0", "q8_0", (32, 32)), Case("turbo4", "q8_0", (32, 16), "float32")]
+ALL_CASES = SANITIZE_CASES + PAIRS + CENTRED + NARROW
 
 
 def run_case(case: Case, backend: str) -> dict:

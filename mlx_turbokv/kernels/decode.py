@@ -20,7 +20,7 @@ FULL_WAVE = 264
 MIN_SPLIT_TILES = 4
 
 PARTIAL_SOURCE = f"""
-TKV_SHARED_ALIGNED(float4, shared, decode_words(KB, KD, VB, VG, VD, ROWS, CENTRED) / 4);
+TKV_SHARED_ALIGNED(float4, shared, decode_words(KB, KD, VB, VG, VD, ROWS, RAW, CENTRED) / 4);
 decode_partial<T, KB, KG, KD, KW, VB, VG, VD, RAW, ROWS, CENTRED>(
     queries, body, tail, starts, params, k_constants, v_constants, mu, table, partial, stats,
     shared, {assemble.THREAD});
