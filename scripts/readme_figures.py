@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from figures import budget, centred, kernels, keys_tried, models, quality, speed  # noqa: E402, F401: they register figures
-from figures import sparse, whole_model  # noqa: E402, F401
+from figures import long_checks, sparse, whole_model  # noqa: E402, F401
 from figures import drawn  # noqa: E402
 
 

@@ -46,11 +46,17 @@ def _whole_model(record: dict) -> str:
     lines += [line("peak above weights, prefill of", p, size("peak_bytes_above_weights")) for p in prompts]
     lines += [line("KV bytes after", p, size("kv_bytes")) for p in contexts[-1:]]
     environment = record["environment"]
+    spread = max(
+        abs(trial / row["generation_tps"]["median"] - 1)
+        for row in record["rows"] if "error" not in row
+        for trial in row["generation_tps"]["trials"]
+    )  # fmt: skip
     about = (
         f"{record['model']['name']}'s shape, {record['weights']}; {environment['device']}, mlx "
         f"{environment['mlx']}: medians of {record['num_trials']} trials, configurations in turn, and "
-        f"in brackets the median of the ratios to {first} in the same trial. Decode: {record['generation_tokens']} tokens behind a "
-        "cache that was filled with random K and V, packed by the cache itself."
+        f"in brackets the median of the ratios to {first} in the same trial. Decode: "
+        f"{record['generation_tokens']} tokens behind a cache that was filled with random K and V, "
+        f"packed by the cache itself. Trials lie up to {spread:.0%} from their median."
     )
     return "\n\n".join([about, table(["", *record["configs"]], lines), f"`{record['command']}`"])
 
