@@ -9,7 +9,7 @@ import click
 
 from ..errors import InputError
 from .entry import run
-from .options import BACKENDS, dtype_option, load_dtype, model_options
+from .options import backend_option, dtype_option, load_dtype, model_options
 from .output import Progress, note, write_json
 
 DEFAULT_CTX = 512
@@ -61,7 +61,7 @@ RECORD = "calibration.json"
 @click.option(
     "--batch-size", type=click.IntRange(1), help="Windows at a time.  [default: 4 on a GPU, else 1]"
 )
-@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
+@backend_option
 @click.option(
     "--keys", is_flag=True,
     help="Take mean keys from the text first, centre turbo keys by them, and write them beside "

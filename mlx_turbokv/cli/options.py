@@ -79,18 +79,25 @@ def load_dtype(name: str | None) -> dict[str, Any]:
     return {} if name is None else {"dtype": getattr(mx, name), "packed": False}
 
 
+backend_option = click.option(
+    "--backend",
+    type=click.Choice(BACKENDS),
+    default="auto",
+    show_default=True,
+    help="Which kernels to run; a named one that is missing is an error.",
+)
+
+
 def cache_options(function: F) -> F:
     """Adds the options of the packed cache; ``policy_from`` reads those of the policy."""
+    return policy_options(backend_option(function))
+
+
+def policy_options(function: F) -> F:
+    """Adds the options that say what is stored, and in which formats."""
     formats = ", ".join(FORMAT_NAMES)
     for option in (
         sliding_option,
-        click.option(
-            "--backend",
-            type=click.Choice(BACKENDS),
-            default="auto",
-            show_default=True,
-            help="Which kernels to run; a named one that is missing is an error.",
-        ),
         click.option(
             "--layer-adaptive",
             metavar="N",

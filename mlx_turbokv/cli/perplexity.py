@@ -9,7 +9,7 @@ import click
 
 from .entry import run
 from .options import (
-    BACKENDS,
+    backend_option,
     centre_from,
     centre_options,
     dtype_option,
@@ -44,7 +44,7 @@ DEFAULT_CTX = 512
     "reference. Without it: a table of eleven.",
 )
 @centre_options
-@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
+@backend_option
 @sliding_option
 @click.option(
     "--output",

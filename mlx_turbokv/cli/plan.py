@@ -10,7 +10,7 @@ import click
 
 from ..errors import InputError
 from .entry import run
-from .options import CACHE_HELP, cache_options, centre_from, centre_options, policy_from
+from .options import CACHE_HELP, centre_from, centre_options, policy_from, policy_options
 
 DEFAULT_CONTEXTS = (4096, 32768, 131072)
 # Rows beside what was asked for: the uniform steps, Boundary V, and its wider form.
@@ -50,7 +50,7 @@ _CACHE_OPTIONS = ("cache_type_k", "cache_type_v", "policy", "boundary", "layer_a
 )  # fmt: skip
 @click.option("--markdown", is_flag=True, help="The same as --output markdown.")
 @centre_options
-@cache_options
+@policy_options
 def command(
     model: str | None,
     contexts: tuple[int, ...],
@@ -63,7 +63,6 @@ def command(
     weight_bits: float | None,
     output: str,
     markdown: bool,
-    backend: str,
     compress_sliding: bool,
     keys: str | None,
     no_centre: bool,

@@ -11,7 +11,7 @@ import click
 from ..errors import InputError
 from .entry import run
 from .options import (
-    BACKENDS,
+    backend_option,
     centre_from,
     centre_options,
     dtype_option,
@@ -71,7 +71,7 @@ _COUNT = click.IntRange(1)
 @click.option("-g", "--generation-tokens", type=_COUNT, help="bench.  [64; quick: 8]")
 @click.option("-n", "--num-trials", type=_COUNT, help="bench.  [5; quick: 2]")
 @centre_options
-@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
+@backend_option
 @click.option("--no-resume", is_flag=True, help="Measure everything anew.")
 def command(**options: Any) -> None:
     """Measure quality, needles, memory and speed of a model's cache, and write one HTML page."""
