@@ -13,7 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import QuantizedKVCache, _BaseCache
 
-from ..kv_layers import kv_layers, own_caches
+from ..kv_layers import kv_layers
+from ..shapes import own_caches, put_cache
 
 OWN, DEQUANTIZED = "mlx-lm", "mlx-lm, rows dequantised"
 
@@ -75,11 +76,5 @@ def peer_caches(model: nn.Module, bits: int, group: int, dequantized: bool = Fal
             if dequantized
             else QuantizedKVCache(group_size=group, bits=bits)
         )
-        if layer.sub is None:
-            caches[layer.index] = packed
-        else:
-            holder = caches[layer.index]
-            holder.caches = tuple(
-                packed if i == layer.sub else c for i, c in enumerate(holder.caches)
-            )
+        put_cache(caches, layer.index, layer.sub, packed)
     return caches

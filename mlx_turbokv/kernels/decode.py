@@ -89,10 +89,9 @@ def _launch(
     chunks = -(-n_rows // rows)
     n_groups = batch * n_kv_heads
     splits = n_splits(-(-(n_body + n_tail) // TILE), n_groups * chunks)
-    template = [("T", dtype), ("KB", k.bits), ("KG", k.group), ("KD", k.dim), ("KW", k.width)]
-    template += [("VB", v.bits), ("VG", v.group), ("VD", v.dim), ("RAW", tables.RAW[layout.dtype])]
+    template = *tables.template(layout, dtype), ("ROWS", rows), ("CENTRED", anchors is not None)
     partial_options = (
-        ("template", (*template, ("ROWS", rows), ("CENTRED", anchors is not None))),
+        ("template", template),
         ("grid", (n_groups * THREADS, splits, chunks)),
         ("threadgroup", (THREADS, 1, 1)),
         ("output_shapes", ((n_groups * n_rows, splits, v.dim), (n_groups * n_rows, splits, 2))),

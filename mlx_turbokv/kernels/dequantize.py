@@ -72,9 +72,7 @@ def _launch(
             whether rows of padding come first.
     """
     k, v = tables.sides(layout)
-    template = [("T", dtype), ("KB", k.bits), ("KG", k.group), ("KD", k.dim), ("KW", k.width)]
-    template += [("VB", v.bits), ("VG", v.group), ("VD", v.dim), ("RAW", tables.RAW[layout.dtype])]
-    template += [("CENTRED", anchors is not None)]
+    template = [*tables.template(layout, dtype), ("CENTRED", anchors is not None)]
     batch, n_heads = shape
     first, count = heads
     n_body, body_stride, n_tail, tail_stride = counts
@@ -291,8 +289,8 @@ def dequantize(
 ) -> tuple[mx.array, mx.array]:
     """K and V as the model would have made them, quantisation error aside.
 
-    Built at each decode step of a model that gets arrays, and seldom evaluated: whole tiles are dequantised and cut after it,
-    so that the graph is the same for as long as the buffers are.
+    Built at each decode step of a model that gets arrays, and seldom evaluated: whole tiles are
+    dequantised and cut after it, so that the graph is the same for as long as the buffers are.
 
     Shapes:
         returns: [B, H, n, k_head_dim] and [B, H, n, v_head_dim] in ``dtype``.

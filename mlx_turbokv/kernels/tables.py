@@ -59,6 +59,13 @@ def uncovered(layout: KVLayout) -> str | None:
     return None
 
 
+def template(layout: KVLayout, dtype: mx.Dtype) -> list[tuple[str, object]]:
+    """Template values of the kernels that read packed rows; ``dtype`` is that of what they meet."""
+    k, v = sides(layout)
+    values = [("T", dtype), ("KB", k.bits), ("KG", k.group), ("KD", k.dim), ("KW", k.width)]
+    return values + [("VB", v.bits), ("VG", v.group), ("VD", v.dim), ("RAW", RAW[layout.dtype])]
+
+
 @lru_cache(maxsize=None)
 def constants(side: Side) -> mx.array:
     """The tables of one side, evaluated: signs, dense Hadamard matrix, levels, boundaries.
