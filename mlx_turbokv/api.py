@@ -21,7 +21,7 @@ from .kv_summary import leaves
 from .packed_cache import PackedCache
 from .policy import Pair, Policy, Uniform, load_policy
 from .rotating_cache import TurboRotatingKVCache
-from .shapes import hands_over, own_caches
+from .shapes import hands_over, own_caches, put_cache
 
 logger = logging.getLogger("mlx_turbokv")
 KEPT_TOKENS = 4  # first tokens that stay when max_kv_size is reached; mlx-lm keeps as many
@@ -203,12 +203,9 @@ class CacheFactory:
         """Fresh caches; arguments go to the model's own factory."""
         caches = own_caches(self.model, *args, **kwargs)
         for layer in self._layers_of(caches).layers:
-            if layer.sub is None:
-                caches[layer.index] = self._cache(layer, caches[layer.index])
-            else:
-                entries = list(caches[layer.index].caches)
-                entries[layer.sub] = self._cache(layer, entries[layer.sub])
-                caches[layer.index].caches = tuple(entries)
+            own = caches[layer.index]
+            own = own if layer.sub is None else own.caches[layer.sub]
+            put_cache(caches, layer.index, layer.sub, self._cache(layer, own))
         return _with_handles(caches) if self._hands_over else caches
 
     def _cache(self, layer: KVLayer, own: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mlx_turbokv.evaluate.statistics import ratio
 
 from . import figure, read, table
+from .kernels import with_anchors
 
 
 @figure
@@ -115,9 +116,4 @@ def synthetic_keys() -> dict[str, str]:
 def centred_decode() -> str:
     """What anchors add to the time of decode attention, from the kernels' record."""
     rows = [r for r in read("bench_kernels")["rows"] if r.get("part") == "centred"]
-    us = {r["variant"]: r["us"] for r in rows}
-    added = [
-        f"{us[name] / us[name.removesuffix(' centred')] - 1:+.1%} with {name.removesuffix(' centred')}"
-        for name in us if name.endswith(" centred")
-    ]  # fmt: skip
-    return f"{', '.join(added)} at {rows[0]['tokens']:,} tokens" if added else "not measured in this run"
+    return with_anchors(rows, lambda pair, us, plain: f"{us / plain - 1:+.1%} with {pair}")

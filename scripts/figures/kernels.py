@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from . import figure, read, table
 
 
@@ -143,12 +145,17 @@ def kv_bits() -> dict[str, str]:
 
 def _centred(rows: list[dict]) -> str:
     """What anchors cost: each centred variant beside the same pair without them."""
+    return with_anchors(rows, lambda pair, us, plain: f"{pair} centred {us:.1f} µs against {plain:.1f}")
+
+
+def with_anchors(rows: list[dict], said: Callable[[str, float, float], str]) -> str:
+    """What is said of each centred variant: its pair, its time and that without anchors, in µs."""
     us = {r["variant"]: r["us"] for r in rows}
-    found = [
-        f"{name} {us[name]:.1f} µs against {us[name.removesuffix(' centred')]:.1f}"
-        for name in us if name.endswith(" centred")
-    ]  # fmt: skip
-    return f"{', '.join(found)} at {rows[0]['tokens']:,} tokens" if found else "not measured in this run"
+    pairs = [name.removesuffix(" centred") for name in us if name.endswith(" centred")]
+    if not pairs:
+        return "not measured in this run"
+    found = ", ".join(said(pair, us[f"{pair} centred"], us[pair]) for pair in pairs)
+    return f"{found} at {rows[0]['tokens']:,} tokens"
 
 
 def _parts(record: dict) -> list[str]:
