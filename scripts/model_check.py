@@ -1,8 +1,11 @@
 """A whole model on two back-ends: loss by window, and greedy text.
 
-In float32, so that the two differ by rounding alone. A window's loss is compared with near-ties of
-the quantiser settled alike (witnessed.py); how far the back-ends part when each settles its own is
-given beside it, and so is the share of codes that turned.
+In float32, so that the two differ by rounding alone. Windows' losses and texts are compared with
+near-ties of the quantiser settled alike (witnessed.py): the second back-end reads what the first
+reads and generates, and must choose the same tokens. How far the back-ends part when each settles
+its own is given beside it, and so is the share of codes that turned. Free texts may part early and
+widely with nothing wrong in either, so where they part is recorded and is no failure: if the
+settled text agrees, it is such near-ties that part them.
 """
 
 from __future__ import annotations
@@ -32,8 +35,10 @@ N_TOKENS = 100
 WINDOW_NLL = 5e-3
 # share of codes that may be settled as the other back-end did
 MOST_TURNED = 1e-3
-# nats below the reference's choice at which another token is a near-tie
-NEAR_TIE = 0.1
+# nats below the second back-end's choice at which the first's is a near-tie, codes settled alike
+SETTLED_TIE = 1e-3
+# nats by which any token's log-probability may then differ
+SETTLED_LOG_PROBABILITY = 1e-2
 
 
 def window_nll(model, window: np.ndarray, caches: list) -> float:
@@ -72,27 +77,101 @@ def compare_windows(model, windows: np.ndarray, pair, backends) -> tuple[dict, l
     name, failures = "/".join(pair), []
     if not apart <= WINDOW_NLL:
         failures.append(f"{name}: nll of a window differs by {apart:.4f}")
-    if n_wrong:
-        failures.append(f"{name}: {n_wrong} codes or scales differ, and are no near-ties")
-    if n_turned > MOST_TURNED * n_codes:
-        failures.append(f"{name}: {n_turned} of {n_codes} codes differ")
+    failures += [f"{name}: {failure}" for failure in code_failures(row)]
     return row, failures
 
 
+def settled_text(
+    model, prompt: list[int], first: list, second: list[WitnessedCache], n: int
+) -> dict:
+    """Generates greedily through ``first``; ``second`` reads the same tokens in lockstep.
+
+    Where ``second`` would choose another token it goes on with the first's, so that all ``n`` steps
+    are compared.
+
+    Args:
+        first: empty caches.
+        second: empty caches that take ``first``'s codes.
+
+    Returns:
+        n_tokens: steps; n_equal: those at which both choose the same token.
+        parted: the other steps, and how far the second's logit of the first's choice lies below
+            that of its own, in nats; gap: the largest of these, None where there is none.
+        log_probability: the largest difference of any token's log-probability at any step.
+        codes, turned, wrong: as WitnessedCache counts them.
+    """
+    given, parted, apart = prompt, [], []
+    for step in range(n):
+        expected, got = (_next_token(model, given, caches) for caches in (first, second))
+        token, other = (mx.argmax(x).item() for x in (expected, got))
+        if other != token:
+            parted.append({"step": step, "gap": (got[other] - got[token]).item()})
+        apart.append(mx.abs(expected - got).max().item())
+        given = [token]
+    return {
+        "n_tokens": n,
+        "n_equal": n - len(parted),
+        "parted": parted,
+        "gap": max((step["gap"] for step in parted), default=None),
+        "log_probability": float(np.max(apart)),
+        "codes": sum(cache.n_codes for cache in second),
+        "turned": sum(cache.n_turned for cache in second),
+        "wrong": sum(cache.n_wrong for cache in second),
+    }
+
+
+def _next_token(model, tokens: list[int], caches: list) -> mx.array:
+    """Log-probabilities of the token after these, evaluated, so that a witness's rows are there.
+
+    Shapes:
+        returns: [vocabulary] float32.
+    """
+    logits = model(mx.array([tokens]), cache=caches)[0, -1].astype(mx.float32)
+    logits = logits - mx.logsumexp(logits)
+    mx.eval(logits)
+    return logits
+
+
+def settled_failures(settled: dict) -> list[str]:
+    """What in a settled text no rounding explains."""
+    failures = [
+        f"the choices part at step {step['step']}, {step['gap']:.4f} nats"
+        for step in settled["parted"]
+        if not step["gap"] <= SETTLED_TIE
+    ]
+    if not settled["log_probability"] <= SETTLED_LOG_PROBABILITY:
+        failures.append(f"a log-probability differs by {settled['log_probability']:.4f}")
+    return failures + code_failures(settled)
+
+
+def code_failures(found: dict) -> list[str]:
+    """What is wrong with codes that were settled: their counts ``codes``, ``turned``, ``wrong``."""
+    failures = []
+    if found["wrong"]:
+        failures.append(f"{found['wrong']} codes or scales differ, and are no near-ties")
+    if found["turned"] > MOST_TURNED * found["codes"]:
+        failures.append(f"{found['turned']} of {found['codes']} codes differ")
+    return failures
+
+
 def compare_texts(model, tokenizer, pair, backends) -> tuple[list[dict], list[str]]:
-    """Greedy text on both back-ends; where it parts, it must be at a near-tie."""
+    """Greedy text on both back-ends: settled, which must agree, and free, where it parts."""
     texts, failures = [], []
     for prompt in PROMPTS:
-        found = compare(
+        tokens = tokenizer.encode(prompt)
+        first = make_prompt_cache(model, *pair, backend=backends[0])
+        second = [WitnessedCache(cache, backends[1]) for cache in first]
+        settled = settled_text(model, tokens, first, second, N_TOKENS)
+        free = compare(
             model,
-            tokenizer.encode(prompt),
+            tokens,
             lambda: make_prompt_cache(model, *pair, backend=backends[1]),
             lambda: make_prompt_cache(model, *pair, backend=backends[0]),
             N_TOKENS,
         )
-        if found.gap is not None and not abs(found.gap) <= NEAR_TIE:
-            failures.append(f"{'/'.join(pair)}: text parts at {found.n_equal}, {found.gap:.3f} nats")
-        texts.append({"prompt": prompt, **vars(found)})
+        name = f"{'/'.join(pair)}, {prompt!r}"
+        failures += [f"{name}: {failure}" for failure in settled_failures(settled)]
+        texts.append({"prompt": prompt, "settled": settled, "free": vars(free)})
         print(pair, texts[-1], flush=True)
     return texts, failures
 

@@ -30,6 +30,8 @@ SCALE_TIE = 2**-9
 class WitnessedCache(TurboKVCache):
     """Packs with its own back-end, then takes the witness's rows.
 
+    The witness must hold the rows before this is given them. It may hold more, and grow in between.
+
     ``n_codes``, ``n_turned`` and ``n_wrong`` count codes, those that differ between the two, and
     the witness's codes and scales that no tie explains.
     """
@@ -40,19 +42,23 @@ class WitnessedCache(TurboKVCache):
         self.n_codes = self.n_turned = self.n_wrong = 0
 
     def _append(self, keys: mx.array, values: mx.array) -> None:
-        first = self.size()
+        n_before = self.size()
         super()._append(keys, values)
-        ours, theirs = (
-            [part[:, :, first : self.size()] for part in tiles_to_rows(cache.packed.tiles, self.layout)]
-            for cache in (self, self.witness)
-        )
+        ours, theirs = (self._rows_from(n_before, cache) for cache in (self, self.witness))
         for at, fmt, x in ((0, self.k_format, keys), (2, self.v_format, values)):
             if not fmt.is_f16:
                 self._settle(fmt, x, ours[at : at + 2], theirs[at : at + 2])
+        tiles, n_full = self.witness.packed.tiles, self.n_body // TILE
         if self.n_body:
-            self.body = self.witness.body[:, :, : self.n_body // TILE]
+            self.body = tiles[:, :, :n_full]
         if self.n_tail:
-            self.tail = self.witness.tail
+            self.tail = tiles[:, :, n_full : -(-self.size() // TILE)]
+
+    def _rows_from(self, n_before: int, cache: TurboKVCache) -> list[mx.array]:
+        """A cache's rows after the first ``n_before``, of which this one holds as many."""
+        tile, row = divmod(n_before, TILE)
+        rows = tiles_to_rows(cache.packed.tiles[:, :, tile:], self.layout)
+        return [part[:, :, row : self.size() - tile * TILE] for part in rows]
 
     def _settle(self, fmt: KVFormat, x: mx.array, ours: list, theirs: list) -> None:
         codes, theirs_codes = (_codes(part[0], fmt) for part in (ours, theirs))

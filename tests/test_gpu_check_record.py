@@ -88,6 +88,14 @@ def test_a_case_left_out_and_one_that_failed_are_named(folder) -> None:
     assert failures == ["q8_0: decode differs", "kernels: 1 cases not run"]
 
 
+def test_what_disagrees_in_the_model_is_a_failure_and_its_figures_are_kept(folder) -> None:
+    model = {"pairs": [{"pair": "q8_0/turbo2", "greedy": [{"settled": {"n_equal": 99}}]}]}
+    change(folder, "model", model=model, failures=["q8_0/turbo2: the choices part"])
+    report, failures = script.gather(folder)
+    assert failures == ["q8_0/turbo2: the choices part"]
+    assert report["model"] == {"command": "gpu_check", **model}
+
+
 def test_a_case_of_another_checkout_is_a_failure(folder) -> None:
     rows = json.loads((folder / "cases0.json").read_text())["kernels"]
     change(folder, "cases0", kernels=[*rows, {"case": "an old one"}])

@@ -50,3 +50,22 @@ def test_rounding_turns_codes_and_is_settled(rows, pair):
 def test_more_than_rounding_is_wrong(rows, pair):
     cache, _ = settled(pair, *rows, noise=3e-2)
     assert cache.n_wrong > 0.2 * cache.n_turned
+
+
+def test_a_witness_may_grow_in_step_or_be_ahead(rows):
+    """Rows in uneven updates, past a flush of the tail: settled as those given at once are."""
+    cuts = [0, 40, 41, 42, 130, 131, 259, 260, 300]
+    ahead, in_step = (TurboKVCache("turbo4", "turbo3", backend="reference") for _ in range(2))
+    ahead.update_and_fetch(*(mx.array(x[:, :, :400]) for x in rows))
+    caches = [WitnessedCache(witness, "reference") for witness in (ahead, in_step)]
+    moved = [x * (1 + 3e-5 * np.random.default_rng(1).standard_normal(x.shape)) for x in rows]
+    for first, last in zip(cuts, cuts[1:]):
+        in_step.update_and_fetch(*(mx.array(x[:, :, first:last]) for x in rows))
+        new = [mx.array(x[:, :, first:last].astype(np.float32)) for x in moved]
+        for cache in caches:
+            cache.update_and_fetch(*new)
+            for ours, theirs in zip(cache.keys_and_values(), in_step.keys_and_values()):
+                assert np.array_equal(ours, theirs)
+    for cache in caches:
+        assert (cache.n_codes, cache.n_wrong) == (2 * 2 * 300 * 64, 0)
+        assert cache.n_turned > 0

@@ -13,7 +13,6 @@ def gpu() -> dict[str, str]:
     record = read("gpu_check")
     kernels, pairs = record["kernels"], record["model"]["pairs"]
     texts = [text for pair in pairs for text in pair["greedy"]]
-    gaps = [abs(text["gap"]) for text in texts if text["gap"] is not None]
     ratios = [row["decode_ratio"] for row in kernels["rows"] if row.get("decode_ratio")]
     return {
         "device": f"{record['device']}, mlx {record['mlx']}",
@@ -21,9 +20,9 @@ def gpu() -> dict[str, str]:
         "decode_ratio": f"{max(ratios):.2f}",
         "sanitizer": _sanitizer_said(record["sanitizer"], kernels["cases"] + len(kernels["not_run"])),
         "windows": str(len(pairs[0]["nll_by_window"]["first"])),
-        "alike": f"{max(p['largest_difference'] for p in pairs):.0e}".replace("e-0", "e-"),
+        "alike": _power(max(p["largest_difference"] for p in pairs)),
         "own": f"{max(p['largest_difference_free'] for p in pairs):.3f}",
-        "texts": _texts_said(len(texts), gaps, texts[0]["n_tokens"]),
+        "texts": texts_said(texts),
         "launches": _launches_said(record["launches"]["rows"]),
         "doctor": _doctor_said(record["doctor"]),
     }
@@ -50,15 +49,42 @@ def _sanitizer_said(tools: list[dict], n: int) -> str:
     return ", ".join(parts)
 
 
-def _texts_said(n: int, gaps: list[float], n_tokens: int) -> str:
+def texts_said(texts: list[dict]) -> str:
+    """How greedy texts of the two back-ends agree with ties settled alike, and part without."""
+    if "settled" not in texts[0]:
+        return _parted_said(texts)
+    settled, free = ([text[kind] for text in texts] for kind in ("settled", "free"))
+    steps, equal = (sum(text[key] for text in settled) for key in ("n_tokens", "n_equal"))
+    chosen = f"all {steps}" if equal == steps else f"{equal} of {steps}"
+    gaps = [text["gap"] for text in settled if text["gap"] is not None]
+    others = f" (two tokens are at most {_power(max(gaps))} nats apart at the rest)" if gaps else ""
+    apart = _power(max(text["log_probability"] for text in settled))
+    gaps = [abs(text["gap"]) for text in free if text["gap"] is not None]
+    parted = "none parts"
+    if gaps:
+        parted = f"{len(gaps)} of them part, where two tokens are at most {max(gaps):.3f} nats apart"
+    return (
+        f"with ties settled alike, both choose the same token at {chosen} steps of {len(texts)} "
+        f"greedy texts{others}, log-probabilities differing by at most {apart} nats; where each "
+        f"settles its own, {parted}"
+    )
+
+
+def _parted_said(texts: list[dict]) -> str:
     """How greedy texts of the two back-ends part."""
-    same = n - len(gaps)
+    n, n_tokens = len(texts), texts[0]["n_tokens"]
+    gaps = [abs(text["gap"]) for text in texts if text["gap"] is not None]
     if not gaps:
         return f"all {n} greedy texts of {n_tokens} tokens are the same"
     return (
-        f"of {n} greedy texts of {n_tokens} tokens {same} are the same, the others part where two "
-        f"tokens are at most {max(gaps):.3f} nats apart"
+        f"of {n} greedy texts of {n_tokens} tokens {n - len(gaps)} are the same, the others part "
+        f"where two tokens are at most {max(gaps):.3f} nats apart"
     )
+
+
+def _power(x: float) -> str:
+    """One digit and a power of ten, as 5e-7."""
+    return f"{x:.0e}".replace("e-0", "e-")
 
 
 def _launches_said(rows: list[dict]) -> str:
@@ -109,7 +135,7 @@ def bench() -> dict[str, str]:
         "lengths": table(["tokens", *names], by_length),
         "build": span(r["build_us"] for r in own),
         "build_fp16": span(r["build_us"] for r in record["rows"] if r["job"] == "decode" and r["variant"] == "fp16"),
-        "error": f"{max(errors):.0e}".replace("e-0", "e-") if errors else "–",
+        "error": _power(max(errors)) if errors else "–",
         "command": f"`{record['command']}`",
     }
     found["pairs"] = _shares(parts.get("pairs", []), lambda r: r["variant"])
