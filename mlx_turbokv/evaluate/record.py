@@ -27,18 +27,19 @@ def device_name() -> str:
     if device.type == mx.DeviceType.gpu:
         info = mx.device_info(device)
         return str(info.get("device_name") or info.get("architecture") or "gpu")
-    return _processor()
+    return f"{processor_name()} (CPU)"
 
 
-def _processor() -> str:
+def processor_name() -> str:
+    """The processor that Python runs on, in words."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as f:
             for line in f:
                 if line.startswith("model name"):
-                    return f"{line.split(':', 1)[1].strip()} (CPU)"
+                    return line.split(":", 1)[1].strip()
     except OSError:
         pass
-    return f"{platform.processor() or platform.machine()} (CPU)"
+    return platform.processor() or platform.machine()
 
 
 def command_line() -> str:
