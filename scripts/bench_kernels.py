@@ -41,7 +41,6 @@ import mlx.core as mx  # noqa: E402
 import kernel_variants as variants  # noqa: E402
 from record import record  # noqa: E402
 
-from mlx_turbokv.evaluate.record import processor_name  # noqa: E402
 from mlx_turbokv.kernels.backend import Backend, available_backends, select_backend  # noqa: E402
 
 PAIRS = ("q8_0/turbo2", "turbo4/turbo3")
@@ -238,7 +237,8 @@ def line(row: dict) -> str:
     error = f", error {row['error']:.1e}" if "error" in row else ""
     return (
         f"{shape:34} {row['variant']:22} {row['us']:8.1f} us ({row['low_us']:.1f} to "
-        f"{row['high_us']:.1f}{apart}, build {row['build_us']:.1f}, handed over {row['handed_over_us']:.1f}), {row['gb_per_s']:.0f} GB/s, "
+        f"{row['high_us']:.1f}{apart}, build {row['build_us']:.1f}, handed over "
+        f"{row['handed_over_us']:.1f}), {row['gb_per_s']:.0f} GB/s, "
         f"{row['share_of_copy']:.0%} of copying{ratio}{error}"
     )
 
@@ -283,8 +283,8 @@ def main() -> int:
     speeds = copy_speeds()
     copy_speed, rows = max(speeds.values()), []
     report = record(
-        processor=processor_name(), backend=backend.name, rounds=args.rounds,
-        calls_a_step=STEP_CALLS, copy_gb_per_s=round(copy_speed / 1e9, 1),
+        backend=backend.name, rounds=args.rounds, calls_a_step=STEP_CALLS,
+        copy_gb_per_s=round(copy_speed / 1e9, 1),
         copies_gb_per_s={name: round(speed / 1e9, 1) for name, speed in speeds.items()}, rows=rows,
     )  # fmt: skip
     print({k: v for k, v in report.items() if k != "rows"}, flush=True)

@@ -27,10 +27,10 @@ def device_name() -> str:
     if device.type == mx.DeviceType.gpu:
         info = mx.device_info(device)
         return str(info.get("device_name") or info.get("architecture") or "gpu")
-    return f"{processor_name()} (CPU)"
+    return f"{_processor()} (CPU)"
 
 
-def processor_name() -> str:
+def _processor() -> str:
     """The processor that Python runs on, in words."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as f:
@@ -69,7 +69,7 @@ def checkout_commit() -> str | None:
 
 
 def environment() -> dict:
-    """Versions and device, for the record of a run."""
+    """Versions, device and processor, for the record of a run."""
     from .. import __version__, blas
 
     return {
@@ -79,6 +79,7 @@ def environment() -> dict:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "device": device_name(),
+        "processor": _processor(),
         "openblas": blas.openblas_in_use(),
     }
 
