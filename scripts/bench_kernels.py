@@ -7,8 +7,15 @@
 
 What is compared takes turns in one run. Times are microseconds of a call, MLX's launches included,
 in a chain where each call's query is the last call's output, as layers follow one another;
-``apart_us`` is the same call where none waits for another. What building a call's graph takes in
-Python is given beside it: a model builds the next step's graph while the last one runs.
+``apart_us`` is the same call where none waits for another.
+
+The chain is handed over as mlx-lm's generation hands over tokens: in steps of STEP_CALLS calls, as
+many as a model has layers, the next step while the GPU runs the last one. So MLX's work on the CPU
+for a step, from its graph to the GPU's commands, is hidden as far as the GPU's work takes as long;
+where it takes longer, ``us`` is the time of that work: compare ``handed_over_us``, the CPU time of
+it. A chain that is evaluated at once hides nothing: the GPU begins when all of it, or what fits a
+CUDA graph, is encoded. Building a call's graph in Python comes before and is timed apart, as
+``build_us``; in generation it, too, takes place while the last step runs.
 
 Kernels compile at their first call. ``--warm i/n`` does that and no more, for every n-th variant, so
 that processes with a MLX_PTX_CACHE_DIR each can share the work; the run then gets all their files.
@@ -22,9 +29,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from statistics import median
-from typing import NamedTuple
+from statistics import mean, median
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -45,9 +53,10 @@ CHUNK_TOKENS = 2048  # a prefill's step
 WARM_TOKENS = 4096  # kernels do not depend on lengths
 # `rows` joins `lengths`: dequantising first, then MLX's own attention
 PARTS = ("lengths", "rows", "pairs", "shapes", "centred", "pack", "dequantize", "kv_bits")
-# a chain takes about so long, within so many calls
-CHAIN_SECONDS, FEWEST_CALLS, MOST_CALLS = 8e-3, 8, 128
-COPY_BYTES, COPIES = 2**30, 10
+STEP_CALLS = 32
+# the timed steps of a chain take about so long, within so many steps
+CHAIN_SECONDS, FEWEST_STEPS, MOST_STEPS = 8e-3, 3, 16
+COPY_BYTES, COPIES, COPY_STEPS = 2**30, 10, 5
 
 
 class Group(NamedTuple):
@@ -107,43 +116,94 @@ def groups(parts, pairs, lengths, backend: Backend) -> Iterator[Group]:
         yield Group("dequantize", "dequantize", HEADS, HEAD_DIM, n, make)
 
 
-def timed(variant: variants.Variant, n_calls: int, chained: bool) -> tuple[float, float]:
-    """Seconds of one call: to evaluate it, launches included, and to build its graph before."""
-    last = variant.start()
-    mx.eval(last)
-    results = []
+class Times(NamedTuple):
+    """Seconds of one call of a chain: until it is done, to build its graph, to hand it over."""
+
+    done: float
+    built: float
+    handed_over: float
+
+
+def run_steps(ends: list[Any]) -> tuple[list[float], float]:
+    """Hands steps over as mlx-lm's generation does: the next one, then the last one is waited for.
+
+    The first step has nothing to run beside and the last one nothing that is handed over meanwhile,
+    so times are those between: n steps give n - 2.
+
+    Args:
+        ends: what each step ends in, arrays or trees of them, not evaluated; emptied meanwhile, so
+            that results last no longer than they must.
+
+    Returns: seconds of each step but the first and the last, and the CPU time that handing over
+        took of this thread, of all steps together. Waiting is not in it.
+    """
+    cpu_time, done = 0.0, []
+    for i, end in enumerate(ends):
+        start = time.thread_time()
+        mx.async_eval(end)
+        cpu_time += time.thread_time() - start
+        if i > 0:
+            mx.eval(ends[i - 1])
+            done.append(time.perf_counter())
+            ends[i - 1] = None
+    mx.eval(ends.pop())
+    return [after - before for before, after in pairwise(done)], cpu_time
+
+
+def chain_of(variant: variants.Variant, starts: list[Any], n_steps: int, chained: bool) -> list[Any]:
+    """What each step of a chain ends in, not evaluated: its last call's result, or all of them.
+
+    Args:
+        starts: what calls get for a last result: one for all steps, or one for each.
+        chained: whether a call gets the last one's result; if not, all get the start.
+    """
+    ends, last = [], None
+    for step in range(n_steps):
+        if step < len(starts):
+            last = starts[step]
+        results = []
+        for i in range(step * STEP_CALLS, (step + 1) * STEP_CALLS):
+            results.append(variant.call(i, last))
+            if chained:
+                last = results.pop()
+        ends.append(last if chained else results)
+    return ends
+
+
+def timed(variant: variants.Variant, n_steps: int, chained: bool) -> Times:
+    """Times of a chain of so many timed steps, the first and the last beside them."""
+    n_steps += 2
+    n_calls = n_steps * STEP_CALLS
+    starts = [variant.start() for _ in range(n_steps if variant.in_place else 1)]
+    mx.eval(starts)
     begin = time.perf_counter()
-    for i in range(n_calls):
-        result = variant.call(i, last)
-        if chained:
-            last = result
-        else:
-            results.append(result)
-    built = time.perf_counter()
-    mx.eval(last if chained else results)
-    return (time.perf_counter() - built) / n_calls, (built - begin) / n_calls
+    ends = chain_of(variant, starts, n_steps, chained)
+    built = time.perf_counter() - begin
+    del starts
+    steps, handed_over = run_steps(ends)
+    return Times(mean(steps) / STEP_CALLS, built / n_calls, handed_over / n_calls)
 
 
-def calls_of(variant: variants.Variant) -> int:
-    """How many calls make a chain of CHAIN_SECONDS; compiles what is not compiled yet."""
-    timed(variant, FEWEST_CALLS, variant.chained)
-    seconds, _ = timed(variant, FEWEST_CALLS, variant.chained)
-    return max(FEWEST_CALLS, min(MOST_CALLS, round(CHAIN_SECONDS / seconds)))
+def steps_of(variant: variants.Variant) -> int:
+    """How many timed steps make a chain of CHAIN_SECONDS; compiles what is not compiled yet."""
+    timed(variant, 1, variant.chained)
+    seconds = STEP_CALLS * timed(variant, FEWEST_STEPS, variant.chained).done
+    return max(FEWEST_STEPS, min(MOST_STEPS, round(CHAIN_SECONDS / seconds)))
 
 
 def bench(group: Group, rounds: int, refcheck: bool, copy_speed: float) -> list[dict]:
     """One row a variant of the group."""
     inputs = variants.noise(group.heads, group.head_dim, group.tokens)
     made = {name: make(inputs) for name, make in group.make.items()}
-    n_calls = {name: calls_of(variant) for name, variant in made.items()}
+    n_steps = {name: steps_of(variant) for name, variant in made.items()}
     chain = {name: [] for name in made}
     apart = {name: [] for name in made}
     for _ in range(rounds):
         for name, variant in made.items():
-            chain[name].append(timed(variant, n_calls[name], variant.chained))
+            chain[name].append(timed(variant, n_steps[name], variant.chained))
             if variant.chained and group.job == "decode":
-                apart[name].append(timed(variant, n_calls[name], False)[0])
-    times = {name: [evaluated for evaluated, _ in found] for name, found in chain.items()}
+                apart[name].append(timed(variant, n_steps[name], False).done)
+    times = {name: [t.done for t in found] for name, found in chain.items()}
     rows = []
     for name, variant in made.items():
         t = median(times[name])
@@ -152,8 +212,9 @@ def bench(group: Group, rounds: int, refcheck: bool, copy_speed: float) -> list[
             "heads": list(group.heads), "head_dim": group.head_dim, "variant": name,
             "us": round(t * 1e6, 2), "low_us": round(min(times[name]) * 1e6, 2),
             "high_us": round(max(times[name]) * 1e6, 2),
-            "build_us": round(median(built for _, built in chain[name]) * 1e6, 2),
-            "calls": n_calls[name], "bytes": variant.n_bytes,
+            "build_us": round(median(t.built for t in chain[name]) * 1e6, 2),
+            "handed_over_us": round(median(t.handed_over for t in chain[name]) * 1e6, 2),
+            "steps": n_steps[name], "bytes": variant.n_bytes,
             "gb_per_s": round(variant.n_bytes / t / 1e9, 1),
             "share_of_copy": round(variant.n_bytes / t / copy_speed, 4),
         }  # fmt: skip
@@ -176,7 +237,8 @@ def line(row: dict) -> str:
     error = f", error {row['error']:.1e}" if "error" in row else ""
     return (
         f"{shape:34} {row['variant']:22} {row['us']:8.1f} us ({row['low_us']:.1f} to "
-        f"{row['high_us']:.1f}{apart}, build {row['build_us']:.1f}), {row['gb_per_s']:.0f} GB/s, "
+        f"{row['high_us']:.1f}{apart}, build {row['build_us']:.1f}, handed over "
+        f"{row['handed_over_us']:.1f}), {row['gb_per_s']:.0f} GB/s, "
         f"{row['share_of_copy']:.0%} of copying{ratio}{error}"
     )
 
@@ -184,22 +246,20 @@ def line(row: dict) -> str:
 def copy_speeds() -> dict[str, float]:
     """Bytes a second, read and written, of ways to copy a large array on this device.
 
-    Each copy reads the last one's result, so that nothing but the end is waited for.
+    Each copy reads the last one's result, so that nothing but the end is waited for; they are
+    handed over as calls are.
     """
     found = {}
     for name, dtype in (("uint8", mx.uint8), ("uint32", mx.uint32), ("float32", mx.float32)):
         x, one = mx.zeros((COPY_BYTES // dtype.size,), dtype), mx.array(1, dtype)
         mx.eval(x, one)
-        times = []
-        for _ in range(5):
-            y = x
-            start = time.perf_counter()
+        n_bytes, ends = 2 * COPIES * x.nbytes, []
+        for _ in range(COPY_STEPS + 2):
             for _ in range(COPIES):
-                y = y + one
-            mx.eval(y)
-            times.append((time.perf_counter() - start) / COPIES)
-        found[f"{name} + 1"] = 2 * x.nbytes / median(times)
-        del x, y
+                x = x + one
+            ends.append(x)
+        del x
+        found[f"{name} + 1"] = n_bytes / median(run_steps(ends)[0])
         mx.clear_cache()
     return found
 
@@ -223,7 +283,8 @@ def main() -> int:
     speeds = copy_speeds()
     copy_speed, rows = max(speeds.values()), []
     report = record(
-        backend=backend.name, rounds=args.rounds, copy_gb_per_s=round(copy_speed / 1e9, 1),
+        backend=backend.name, rounds=args.rounds, calls_a_step=STEP_CALLS,
+        copy_gb_per_s=round(copy_speed / 1e9, 1),
         copies_gb_per_s={name: round(speed / 1e9, 1) for name, speed in speeds.items()}, rows=rows,
     )  # fmt: skip
     print({k: v for k, v in report.items() if k != "rows"}, flush=True)
@@ -244,7 +305,7 @@ def warm(wanted: list[Group], share: int, n_shares: int) -> int:
     for (*_, name), (group, make) in list(makes.items())[share::n_shares]:
         start = time.perf_counter()
         variant = make(variants.noise(group.heads, group.head_dim, min(group.tokens, WARM_TOKENS)))
-        timed(variant, 2, variant.chained)
+        mx.eval(variant.call(0, variant.start()))
         print(f"{group.job} {group.heads} {name}: {time.perf_counter() - start:.1f} s", flush=True)
     return 0
 

@@ -54,6 +54,8 @@ class Variant:
         n_bytes: what one call must read and write in device memory.
         check: the call's relative error, and what is accepted; None where nothing is compared.
         chained: whether a call needs the last one's result.
+        in_place: whether it writes into the result that it gets, so that no earlier one is left
+            to be waited for: each step of a chain then has a start of its own.
     """
 
     call: Callable
@@ -61,6 +63,7 @@ class Variant:
     n_bytes: int
     check: Callable[[], tuple[float, float]] | None = None
     chained: bool = True
+    in_place: bool = False
 
 
 def noise(heads: tuple[int, int], dim: int, n: int) -> Inputs:
@@ -189,7 +192,7 @@ def fp16_append(x: Inputs) -> Variant:
             side[:, :, at : at + n_new] = rows
         return cache
 
-    return Variant(call, start, 2 * (x.keys.nbytes + x.values.nbytes))
+    return Variant(call, start, 2 * (x.keys.nbytes + x.values.nbytes), in_place=True)
 
 
 def rows_of(packed: PackedKV, backend: Backend) -> tuple[mx.array, mx.array]:

@@ -1,10 +1,12 @@
-"""The kernel benchmark: what it compares, and that a wrong result is found."""
+"""The kernel benchmark: what it compares, how it is timed, and that a wrong result is found."""
 
 from __future__ import annotations
 
+import json
 import sys
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx_turbokv  # noqa: F401, I001: before mlx.core
 import mlx.core as mx
@@ -14,7 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import bench_kernels as bench  # noqa: E402
+import figures  # noqa: E402
 import kernel_variants as variants  # noqa: E402
+from figures import kernels as drawn  # noqa: E402
 from mlx_turbokv.kernels.backend import REFERENCE  # noqa: E402
 
 CUDA = REFERENCE._replace(name="cuda")  # nothing is run on it here
@@ -24,6 +28,7 @@ CUDA = REFERENCE._replace(name="cuda")  # nothing is run on it here
 def few_copies(monkeypatch):
     monkeypatch.setattr(variants, "ROTATED_BYTES", 1)
     monkeypatch.setattr(bench, "CHAIN_SECONDS", 1e-6)
+    monkeypatch.setattr(bench, "STEP_CALLS", 2)
 
 
 def names(part: str, lengths=bench.LENGTHS) -> list[tuple]:
@@ -50,7 +55,8 @@ def test_rows_say_what_was_read_and_how_wrong_it_was() -> None:
     fp16, packed = bench.bench(group, 1, True, 1e9)
     assert fp16["fp16_over_this"] == 1 and fp16["bytes"] == 64 * 8 * 128 * 4
     assert packed["bytes"] == 64 * 8 * 116  # 4.125 and 3.125 bits a value
-    assert packed["us"] > 0 and packed["apart_us"] > 0
+    assert packed["us"] > 0 and packed["apart_us"] > 0 and packed["handed_over_us"] > 0
+    assert packed["steps"] == bench.FEWEST_STEPS
     assert 0 < packed["error"] <= packed["error_allowed"]
 
 
@@ -66,3 +72,118 @@ def test_a_result_that_is_a_percent_off_is_found(make) -> None:
     for backend, good in ((REFERENCE, True), (broken, False)):
         error, allowed = make("turbo4/turbo3", inputs, backend).check()
         assert (error <= allowed) is good
+
+
+class Device:
+    """Takes steps as a GPU does, on a clock of its own: one runs while the next is encoded.
+
+    Args:
+        encoding, running: seconds that a step takes of the CPU, then of the device.
+        first: what the first step takes of the device beside that.
+    """
+
+    def __init__(self, monkeypatch, encoding: float, running: float, first: float):
+        self.now = self.busy_until = 0.0
+        self.encoding, self.running, self.first = encoding, running, first
+        self.ends: dict[int, float] = {}
+        self.log: list[tuple[str, int]] = []
+        monkeypatch.setattr(mx, "async_eval", self.hand_over)
+        monkeypatch.setattr(mx, "eval", self.wait)
+        clock = SimpleNamespace(perf_counter=lambda: self.now, thread_time=lambda: self.now)
+        monkeypatch.setattr(bench, "time", clock)
+
+    def hand_over(self, step: int) -> None:
+        self.log.append(("hand over", step))
+        self.now += self.encoding
+        self.busy_until = max(self.now, self.busy_until) + self.running + self.first
+        self.first, self.ends[step] = 0.0, self.busy_until
+
+    def wait(self, step: int) -> None:
+        self.log.append(("wait", step))
+        self.now = max(self.now, self.ends[step])
+
+
+@pytest.mark.parametrize("encoding, running, step", [(1, 5, 5), (7, 5, 7), (5, 5, 5)])
+def test_steps_take_the_longer_of_encoding_and_running(monkeypatch, encoding, running, step):
+    Device(monkeypatch, encoding, running, first=100)
+    times, cpu_time = bench.run_steps(list(range(6)))
+    assert times == [step] * 4
+    assert cpu_time == 6 * encoding
+
+
+def test_a_step_is_handed_over_before_the_last_one_is_waited_for(monkeypatch):
+    device = Device(monkeypatch, 1, 5, 0)
+    bench.run_steps([0, 1, 2])
+    over, wait = "hand over", "wait"
+    assert device.log == [(over, 0), (over, 1), (wait, 0), (over, 2), (wait, 1), (wait, 2)]
+
+
+def counting(**options) -> tuple[variants.Variant, list[tuple[int, mx.array]]]:
+    """A call that adds one, and what it was called with."""
+    called = []
+
+    def call(i: int, last: mx.array) -> mx.array:
+        called.append((i, last))
+        return last + 1
+
+    return variants.Variant(call, lambda: mx.zeros(()), 4, **options), called
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_calls_follow_one_another_across_steps_and_are_all_made_once(monkeypatch, in_place):
+    variant, called = counting(in_place=in_place)
+    ends, run = [], bench.run_steps
+    monkeypatch.setattr(bench, "run_steps", lambda steps: run([ends.append(x) or x for x in steps]))
+    bench.timed(variant, 2, chained=True)
+    assert [i for i, _ in called] == list(range(8))  # two steps of two calls, and one step on each side
+    assert [x.item() for _, x in called] == [0, 1] * 4 if in_place else list(range(8))
+    assert [x.item() for x in ends] == ([2] * 4 if in_place else [2, 4, 6, 8])
+
+
+def test_calls_apart_all_get_the_start_and_a_step_ends_in_all_of_them(monkeypatch):
+    variant, called = counting()
+    ends, run = [], bench.run_steps
+    monkeypatch.setattr(bench, "run_steps", lambda steps: run([ends.append(x) or x for x in steps]))
+    bench.timed(variant, 1, chained=False)
+    assert [i for i, _ in called] == list(range(6)) and all(x is called[0][1] for _, x in called)
+    assert [[x.item() for x in end] for end in ends] == [[1, 1]] * 3
+
+
+def test_what_is_written_in_place_is_not_copied_and_ends_each_step(monkeypatch) -> None:
+    variant = variants.fp16_append(variants.noise((8, 8), 128, 512))
+    sides, peaks, run = [], [], bench.run_steps
+
+    def watched(ends: list) -> tuple[list[float], float]:
+        sides.extend(side for end in ends for side in end)
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        found = run(ends)
+        peaks.append(mx.get_peak_memory() - before)
+        return found
+
+    monkeypatch.setattr(bench, "run_steps", watched)
+    bench.timed(variant, 3, chained=True)
+    assert len({id(side) for side in sides}) == 5 * 2  # keys and values of five steps
+    assert peaks[0] < 2**20  # a side is 4 MiB
+
+
+def test_records_of_a_run_are_drawn(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(bench, "COPY_BYTES", 2**12)
+    monkeypatch.setattr(bench, "HEADS", (4, 2))
+    out = tmp_path / "run.json"
+    command = ["bench", "--backend", "reference", "--lengths", "64", "--rounds", "1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", [*command, "--parts", "lengths,kv_bits", "--pairs", "turbo4/turbo3"])
+    assert bench.main() == 0
+    record = json.loads(out.read_text())
+    assert record["calls_a_step"] == 2 and record["processor"]
+    monkeypatch.setattr(drawn, "read", lambda name: record)
+    assert "steps of 2 calls" in figures.text_of("bench.scheme")
+    assert "kv_bits=4" in figures.text_of("kv_bits.lengths")
+
+
+def test_a_record_of_chains_evaluated_at_once_says_so(monkeypatch) -> None:
+    row = {"part": "lengths", "job": "decode", "tokens": 1, "variant": "fp16", "us": 1, "build_us": 1}
+    record = {"rows": [row], "rounds": 1, "copy_gb_per_s": 1, "command": ""}
+    record |= dict.fromkeys(("device", "mlx", "date", "commit"), "")
+    monkeypatch.setattr(drawn, "read", lambda name: record)
+    assert "evaluated at once" in figures.text_of("bench.scheme")

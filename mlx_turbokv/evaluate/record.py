@@ -27,18 +27,19 @@ def device_name() -> str:
     if device.type == mx.DeviceType.gpu:
         info = mx.device_info(device)
         return str(info.get("device_name") or info.get("architecture") or "gpu")
-    return _processor()
+    return f"{_processor()} (CPU)"
 
 
 def _processor() -> str:
+    """The processor that Python runs on, in words."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as f:
             for line in f:
                 if line.startswith("model name"):
-                    return f"{line.split(':', 1)[1].strip()} (CPU)"
+                    return line.split(":", 1)[1].strip()
     except OSError:
         pass
-    return f"{platform.processor() or platform.machine()} (CPU)"
+    return platform.processor() or platform.machine()
 
 
 def command_line() -> str:
@@ -68,7 +69,7 @@ def checkout_commit() -> str | None:
 
 
 def environment() -> dict:
-    """Versions and device, for the record of a run."""
+    """Versions, device and processor, for the record of a run."""
     from .. import __version__, blas
 
     return {
@@ -78,6 +79,7 @@ def environment() -> dict:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "device": device_name(),
+        "processor": _processor(),
         "openblas": blas.openblas_in_use(),
     }
 

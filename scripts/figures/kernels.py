@@ -129,12 +129,13 @@ def bench() -> dict[str, str]:
     own = [r for r in record["rows"] if r["job"] == "decode" and "/" in r["variant"] and "rows" not in r["variant"]]
     errors = [r["error"] for r in record["rows"] if "error" in r]
     found = {
-        "about": f"{record['device']}, mlx {record['mlx']}, {record['date']}, commit {record['commit']}",
+        "about": _about(record),
+        "scheme": _scheme_said(record, own),
         "copy": f"{record['copy_gb_per_s']:,.0f}",
         "rounds": str(record["rounds"]),
         "lengths": table(["tokens", *names], by_length),
         "build": span(r["build_us"] for r in own),
-        "build_fp16": span(r["build_us"] for r in record["rows"] if r["job"] == "decode" and r["variant"] == "fp16"),
+        "build_fp16": span(r["build_us"] for r in _fp16(record)),
         "error": _power(max(errors)) if errors else "–",
         "command": f"`{record['command']}`",
     }
@@ -161,12 +162,36 @@ def kv_bits() -> dict[str, str]:
     """mlx-lm's quantised attention beside this package's and fp16's, in a run of its own."""
     record = read("bench_kv_bits")
     rows = record["rows"]
-    names = list(dict.fromkeys(r["variant"] for r in rows))
+    names = [name.replace("kv_bits", "kv_bits=") for name in dict.fromkeys(r["variant"] for r in rows)]
     lines = [
         [f"{n:,}", *_variants([r for r in rows if r["tokens"] == n], "us")]
         for n in sorted({r["tokens"] for r in rows})
     ]
-    return {"lengths": table(["tokens", *names], lines), "command": f"`{record['command']}`"}
+    return {
+        "about": _about(record),
+        "lengths": table(["tokens", *names], lines),
+        "command": f"`{record['command']}`",
+    }
+
+
+def _about(record: dict) -> str:
+    return f"{record['device']}, mlx {record['mlx']}, {record['date']}, commit {record['commit']}"
+
+
+def _fp16(record: dict) -> list[dict]:
+    return [r for r in record["rows"] if r["job"] == "decode" and r["variant"] == "fp16"]
+
+
+def _scheme_said(record: dict, own: list[dict]) -> str:
+    """How a run's chains were handed over, and what that took of the CPU."""
+    if "calls_a_step" not in record:
+        return "a chain was evaluated at once, so what MLX takes of the CPU for it counts as its time"
+    own_us, fp16_us = (span(r["handed_over_us"] for r in rows) for rows in (own, _fp16(record)))
+    return (
+        f"a chain was handed over in steps of {record['calls_a_step']} calls, each while the one before "
+        f"ran; handing over takes {own_us} µs a call of the CPU ({record['processor']}; fp16: {fp16_us}), "
+        "hidden as far as the GPU is busy meanwhile"
+    )
 
 
 def _centred(rows: list[dict]) -> str:
