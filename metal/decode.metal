@@ -3,16 +3,16 @@
 // decode_partial: a threadgroup takes one KV head, one split of the tokens and up to ROWS query
 // rows (the GQA group's heads times the queries), so a packed byte is read once for all of them.
 // Its SIMD groups stride over tiles of 32 tokens, STEP tiles at a time: q.k (decode_keys.h), the
-// softmax's weights, p.v (decode_values.h). merge.metal joins the splits.
+// softmax's weights, p.v (decode_values.h). `result` is each split's rows, then its maxima and
+// sums, for merge.metal to join; or, of a split that is the WHOLE, the output.
 //
 // Scores are in units of log2 e. Weights are powers of two of a score less a reference, which
 // follows the largest score with a margin; where weights take V's scale along, so does the
 // reference.
 //
 // A token that no query may see costs a weight of zero; what its row holds is never multiplied, so
-// stale rows may hold anything. With centred keys a score gets one product q.a more, a block's:
-// what q and mu give for each pair of dims is worked out once, and a block's cosines and sines
-// multiply it.
+// stale rows may hold anything. With centred keys a score gets one product q.a more, a block's
+// (decode_anchors.h).
 
 // A weight at the reference is 2^HEADROOM; one above 2^(HEADROOM + MARGIN) moves the reference.
 // A chain of half products of 2^10 stays finite, and weights of 2^-30 of the largest still count.
@@ -31,18 +31,23 @@ TKV_CONST_FN int merge_rows(int rows, int v_dim) {
              ? 1
              : (4096 / (DECODE_GROUPS * v_dim) < rows ? 4096 / (DECODE_GROUPS * v_dim) : rows);
 }
-// The tables' copies: fewer of them where queries and weights take much.
-TKV_CONST_FN int table_copies(int bits, bool keys, int rows, int k_dim, int v_dim) {
-  return lookup_copies(bits, rows * (k_dim + v_dim) <= 1024 ? most_lookup_words(keys) : 1024);
+// The tables' copies: fewer of them where queries and weights take much. V has the words of K's
+// where K needs no table.
+TKV_CONST_FN int table_copies(bool keys, int k_bits, int v_bits, int rows, int k_dim, int v_dim) {
+  return lookup_copies(keys ? k_bits : v_bits,
+                       padded_rows(rows) * (k_dim + v_dim) > 1024
+                           ? 1024
+                           : most_lookup_words(keys || (k_bits > 6 && v_dim <= 128)));
 }
-TKV_CONST_FN int key_table_words(int bits, int rows, int k_dim, int v_dim, int raw) {
-  return keys_in_halves(bits, k_dim, raw)
-             ? lookup_words(bits, table_copies(bits, true, rows, k_dim, v_dim))
+TKV_CONST_FN int key_table_words(int k_bits, int v_bits, int rows, int k_dim, int v_dim, int raw) {
+  return keys_in_halves(k_bits, k_dim, raw)
+             ? lookup_words(k_bits, table_copies(true, k_bits, v_bits, rows, k_dim, v_dim))
              : MAX_LEVELS;
 }
-TKV_CONST_FN int value_table_words(int bits, int group, int rows, int k_dim, int v_dim, int raw) {
-  return values_in_halves(bits, group, v_dim, raw)
-             ? lookup_words(bits, table_copies(bits, false, rows, k_dim, v_dim))
+TKV_CONST_FN int value_table_words(int k_bits, int v_bits, int v_group, int rows, int k_dim,
+                                   int v_dim, int raw) {
+  return values_in_halves(v_bits, v_group, v_dim, raw)
+             ? lookup_words(v_bits, table_copies(false, k_bits, v_bits, rows, k_dim, v_dim))
              : MAX_LEVELS;
 }
 TKV_CONST_FN int all_weight_words(int bits, int group, int dim, int rows, int raw) {
@@ -54,8 +59,9 @@ TKV_CONST_FN int all_weight_words(int bits, int group, int dim, int rows, int ra
 // take their place in the end; maxima and sums lie behind.
 TKV_CONST_FN int queries_at(int k_bits, int k_dim, int v_bits, int v_group, int v_dim, int rows,
                             int raw) {
-  return (key_table_words(k_bits, rows, k_dim, v_dim, raw) +
-          value_table_words(v_bits, v_group, rows, k_dim, v_dim, raw) + padded_rows(rows) + 3) /
+  return (key_table_words(k_bits, v_bits, rows, k_dim, v_dim, raw) +
+          value_table_words(k_bits, v_bits, v_group, rows, k_dim, v_dim, raw) + padded_rows(rows) +
+          3) /
          4 * 4;
 }
 TKV_CONST_FN int maxima_at(int k_bits, int k_dim, int v_bits, int v_group, int v_dim, int rows,
@@ -63,7 +69,7 @@ TKV_CONST_FN int maxima_at(int k_bits, int k_dim, int v_bits, int v_group, int v
   return larger(queries_at(k_bits, k_dim, v_bits, v_group, v_dim, rows, raw) +
                     query_words(k_bits, k_dim, k_dim, rows, raw) +
                     all_weight_words(v_bits, v_group, v_dim, rows, raw) +
-                    (centred ? k_dim * padded_rows(rows) : 0),
+                    (centred ? pair_words(k_dim, rows) + anchor_words(rows) : 0),
                 DECODE_GROUPS * v_dim * merge_rows(rows, v_dim));
 }
 TKV_CONST_FN int decode_words(int k_bits, int k_dim, int v_bits, int v_group, int v_dim, int rows,
@@ -71,6 +77,27 @@ TKV_CONST_FN int decode_words(int k_bits, int k_dim, int v_bits, int v_group, in
   return (maxima_at(k_bits, k_dim, v_bits, v_group, v_dim, rows, raw, centred) +
           2 * DECODE_GROUPS * padded_rows(rows) + 3) /
          4 * 4;
+}
+
+// The largest reference of a row's SIMD groups; `maxima` [SIMD group][row].
+template <int RP>
+TKV_FN float joint_maximum(threadgroup const float* maxima, int row) {
+  float top = LOWEST;
+  for (int s = 0; s < DECODE_GROUPS; s++) {
+    top = maxima[s * RP + row] > top ? maxima[s * RP + row] : top;
+  }
+  return top;
+}
+
+// The sum of a row's weights, relative to the score `top`.
+template <int RP>
+TKV_FN float joint_sum(threadgroup const float* maxima, threadgroup const float* sums, int row,
+                       float top) {
+  float total = 0.0f;
+  for (int s = 0; s < DECODE_GROUPS; s++) {
+    total += sums[s * RP + row] * fast_exp2(maxima[s * RP + row] - top);
+  }
+  return total;
 }
 
 // The words of tile `tile`, or of the split's last where it lies behind: read, not used.
@@ -82,14 +109,14 @@ TKV_FN const device uint* tile_at(const device uint* body, const device uint* ta
   return (in_body ? body : tail) + size_t(uint(in_body ? at : at - body_tiles)) * TILE_WORDS;
 }
 
-template <typename T, int KB, int KG, int KD, int KW, int VB, int VG, int VD, int RAW, int ROWS,
-          bool CENTRED>
+template <typename T, int KB, int KG, int KD, int KW, int VB, int VG, int VD, int VW, int RAW,
+          int ROWS, bool CENTRED, bool WHOLE, typename Result>
 TKV_FN void decode_partial(const device T* q, const device uint* body, const device uint* tail,
                            const device int* starts, const device int* params,
                            const device uint* k_constants, const device uint* v_constants,
-                           const device float* mu, const device uint* table, device float* partial,
-                           device float* stats, threadgroup float4* shared, uint3 group, uint simd,
-                           uint lane_index) {
+                           const device float* mu, const device uint* table, const device T* sinks,
+                           device Result* result, threadgroup float4* shared, uint3 group,
+                           uint simd, uint lane_index) {
   constexpr int RP = padded_rows(ROWS);
   constexpr int STEP = decode_step(ROWS, VD);
   constexpr int QUADS = ceil_div(VD, 4 * LANES);
@@ -104,15 +131,16 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
   constexpr int V_OFFSET = side_words(KB, KG, KD);
   constexpr int WEIGHT_WORDS = weight_words(VB, VG, VD, ROWS, RAW);
   constexpr int TILE_WORDS = V_OFFSET + side_words(VB, VG, VD);
+  constexpr int STRIDE = DECODE_GROUPS * STEP;  // tiles of all SIMD groups' steps
   const int lane = int(lane_index);
   const int simd_group = int(simd);
   const int thread_index = simd_group * LANES + lane;
 
   // the larger table first: each begins at a multiple of its size
-  constexpr int K_COPIES = table_copies(KB, true, ROWS, KD, VD);
-  constexpr int V_COPIES = table_copies(VB, false, ROWS, KD, VD);
-  constexpr int K_TABLE_WORDS = key_table_words(KB, ROWS, KD, VD, RAW);
-  constexpr int V_TABLE_WORDS = value_table_words(VB, VG, ROWS, KD, VD, RAW);
+  constexpr int K_COPIES = table_copies(true, KB, VB, ROWS, KD, VD);
+  constexpr int V_COPIES = table_copies(false, KB, VB, ROWS, KD, VD);
+  constexpr int K_TABLE_WORDS = key_table_words(KB, VB, ROWS, KD, VD, RAW);
+  constexpr int V_TABLE_WORDS = value_table_words(KB, VB, VG, ROWS, KD, VD, RAW);
   constexpr int K_TABLE = K_TABLE_WORDS < V_TABLE_WORDS ? V_TABLE_WORDS : 0;
   constexpr int V_TABLE = K_TABLE == 0 ? K_TABLE_WORDS : 0;
   constexpr int QUERIES = queries_at(KB, KD, VB, VG, VD, ROWS, RAW);
@@ -124,6 +152,7 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
   threadgroup float* row_scales = floats + K_TABLE_WORDS + V_TABLE_WORDS;
   threadgroup uint* queries = words + QUERIES;
   threadgroup float* pairs = floats + PAIRS;
+  threadgroup float* anchors = pairs + pair_words(KD, ROWS) + simd_group * (ANCHORS * RP);
   threadgroup float* maxima = floats + MAXIMA;
   threadgroup float* sums = maxima + DECODE_GROUPS * RP;
 
@@ -148,6 +177,16 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
   const int part = PARTS == 2 ? lane >> 4 : 0;
   const int first_quad = PARTS == 2 ? lane & 15 : lane;
   const int first_own = begin + simd_group * STEP;
+  // the lane's block among those of a tile, and steps whose anchors are worked out at once; what
+  // the first need is asked for before all else
+  const int tile_blocks = blocks_of_tile(start);
+  const int own_block = tile_blocks == 2 && lane >= start % TILE ? 1 : 0;
+  const int first_centred = start + params[P_BARE];
+  const int anchor_steps = ANCHORS / (STEP * tile_blocks);
+  uint turns[8];
+  if (CENTRED) {
+    load_turns<KD, STEP>(turns, table, lane % HALF_LANES, first_own, start, n_tokens, lane);
+  }
   const device uint* tiles[STEP];
   TKV_UNROLL
   for (int i = 0; i < STEP; i++) {
@@ -168,15 +207,15 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
     load_unit<VB, VD>(v_words, first + V_OFFSET, 0, first_quad, LANES / PARTS);
   }
 
-  const uint k_own = own_copy<K_COPIES>(shared, K_TABLE, lane);
-  const uint v_own = own_copy<V_COPIES>(shared, V_TABLE, lane);
+  const uint k_own = own_copy<KB, K_COPIES>(shared, K_TABLE, lane);
+  const uint v_own = own_copy<VB, V_COPIES>(shared, V_TABLE, lane);
   if (keys_in_halves(KB, KD, RAW)) {
-    load_lookup<KB, K_COPIES>(words + K_TABLE, k_constants, thread_index, DECODE_GROUPS * LANES);
+    load_lookup<KB, K_COPIES, DECODE_GROUPS * LANES>(words + K_TABLE, k_constants, thread_index);
   } else {
     load_levels<KB>(floats + K_TABLE, k_constants, thread_index);
   }
   if (V_HALVES) {
-    load_lookup<VB, V_COPIES>(words + V_TABLE, v_constants, thread_index, DECODE_GROUPS * LANES);
+    load_lookup<VB, V_COPIES, DECODE_GROUPS * LANES>(words + V_TABLE, v_constants, thread_index);
   } else {
     load_levels<VB>(floats + V_TABLE, v_constants, thread_index);
   }
@@ -211,32 +250,33 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
   const int n_spans = SPANS == 1 ? 1 : SPANS - 1 + params[P_ONE];
   const int n_units = STEP / PARTS * UNITS - 1 + params[P_ONE];
   threadgroup uint* weights = words + WEIGHTS + simd_group * (STEP * WEIGHT_WORDS);
-  for (int t = first_own; t < end; t += DECODE_GROUPS * STEP) {
-    const int next_t = t + DECODE_GROUPS * STEP;
+  for (int t = first_own; t < end; t += STRIDE) {
+    const int next_t = t + STRIDE;
     const device uint* next_tiles[STEP];
     TKV_UNROLL
     for (int i = 0; i < STEP; i++) {
       next_tiles[i] = tile_at<TILE_WORDS>(head_body, head_tail, body_tiles, next_t + i, end);
     }
+    const int step = CENTRED ? (t - first_own) / STRIDE % anchor_steps : 0;
+    if (CENTRED && step == 0) {
+      if (t != first_own) {
+        load_turns<KD, STEP>(turns, table, lane % HALF_LANES, t, start, n_tokens, lane);
+      }
+      anchor_products<KD, ROWS, STEP>(anchors, pairs, table, turns, t, start, n_tokens, lane);
+    }
     float score[STEP * ROWS];
     key_scores<KB, KG, KD, K_COPIES, RAW, ROWS, STEP>(score, k_words, k_scales, tiles, next_tiles,
-                                                      queries, row_scales, shared, k_own,
-                                                      floats + K_TABLE, n_spans, lane);
-    if (CENTRED) {
-      int blocks[STEP];
-      bool some[STEP];
-      const int parts = start % ANCHOR_BLOCK == 0 ? 1 : 2;  // blocks that a tile's tokens lie in
-      for (int p = 0; p < parts; p++) {
-        TKV_UNROLL
-        for (int i = 0; i < STEP; i++) {
-          const int first = (t + i < end ? t + i : end - 1) * TILE;
-          const int last_block = anchor_block(n_tokens - 1, start);
-          const int block = anchor_block(first, start) + p;
-          blocks[i] = block < last_block ? block : last_block;
-          some[i] = anchor_block(first + lane, start) == block &&
-                    has_anchor(first + lane, start, params[P_BARE]);
-        }
-        add_anchors<KD, ROWS, STEP>(score, blocks, some, table, pairs, lane);
+                                                      queries, shared, k_own, floats + K_TABLE,
+                                                      n_spans, lane);
+    TKV_UNROLL
+    for (int i = 0; i < STEP; i++) {
+      threadgroup const float* anchor =
+          anchors + ((step * STEP + i) * tile_blocks + own_block) * RP;
+      const bool has_anchor = CENTRED && (t + i) * TILE + lane >= first_centred;
+      TKV_UNROLL
+      for (int r = 0; r < ROWS; r++) {
+        score[i * ROWS + r] =
+            score[i * ROWS + r] * row_scales[r] + (has_anchor ? row_value<RP>(anchor, r) : 0.0f);
       }
     }
 
@@ -346,23 +386,14 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
   float joint[ROWS];
   TKV_UNROLL
   for (int r = 0; r < ROWS; r++) {
-    joint[r] = LOWEST;
-    for (int s = 0; s < DECODE_GROUPS; s++) {
-      joint[r] = maxima[s * RP + r] > joint[r] ? maxima[s * RP + r] : joint[r];
-    }
+    joint[r] = joint_maximum<RP>(maxima, r);
   }
-  if (thread_index < n_rows) {
-    float top = LOWEST;
-    float total = 0.0f;
-    for (int s = 0; s < DECODE_GROUPS; s++) {
-      top = maxima[s * RP + thread_index] > top ? maxima[s * RP + thread_index] : top;
-    }
-    for (int s = 0; s < DECODE_GROUPS; s++) {
-      total += sums[s * RP + thread_index] * fast_exp2(maxima[s * RP + thread_index] - top);
-    }
-    device float* out = stats + ((first_row + size_t(thread_index)) * n_splits + group.y) * 2;
-    out[0] = top;
-    out[1] = total;
+  if (!WHOLE && thread_index < n_rows) {
+    const float top = joint_maximum<RP>(maxima, thread_index);
+    device Result* stats =
+        result + params[P_STATS] + ((first_row + size_t(thread_index)) * n_splits + group.y) * 2;
+    stats[0] = Result(top);
+    stats[1] = Result(joint_sum<RP>(maxima, sums, thread_index, top));
   }
   constexpr int AT_ONCE = merge_rows(ROWS, VD);
   threadgroup float* merged = floats;
@@ -388,14 +419,33 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    for (int i = thread_index; i < AT_ONCE * VD; i += DECODE_GROUPS * LANES) {
-      const int row = r0 + i / VD;
-      if (row < n_rows) {
-        float total = 0.0f;
-        for (int s = 0; s < DECODE_GROUPS; s++) {
-          total += merged[(i / VD * DECODE_GROUPS + s) * VD + i % VD];
+    const int n_joined = n_rows - r0 < AT_ONCE ? n_rows - r0 : AT_ONCE;
+    if (WHOLE) {
+      constexpr int OUTPUT_PARTS = VD / output_width(VD, VW);
+      for (int i = simd_group; i < n_joined * OUTPUT_PARTS; i += DECODE_GROUPS) {
+        const int row = r0 + i / OUTPUT_PARTS;
+        const float top = joint_maximum<RP>(maxima, row);
+        float total = joint_sum<RP>(maxima, sums, row, top);
+        if (params[P_SINKS] != 0) {
+          total += sink_weight(sinks, params, int(first_row) + row, top);
         }
-        partial[((first_row + size_t(row)) * n_splits + group.y) * VD + i % VD] = total;
+        write_output<Result, VD, VW>(result + (first_row + size_t(row)) * VD,
+                                     merged + i / OUTPUT_PARTS * DECODE_GROUPS * VD, total,
+                                     i % OUTPUT_PARTS, v_constants, lane);
+      }
+    } else {
+      TKV_UNROLL
+      for (int first = 0; first < AT_ONCE * VD; first += DECODE_GROUPS * LANES) {
+        const int i = first + thread_index;
+        if (i / VD < n_joined) {
+          float total = 0.0f;
+          TKV_UNROLL
+          for (int s = 0; s < DECODE_GROUPS; s++) {
+            total += merged[(i / VD * DECODE_GROUPS + s) * VD + i % VD];
+          }
+          result[((first_row + size_t(r0 + i / VD)) * n_splits + group.y) * VD + i % VD] =
+              Result(total);
+        }
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);

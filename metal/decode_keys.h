@@ -97,77 +97,6 @@ TKV_FN void load_queries(const device T* q, threadgroup uint* queries,
   }
 }
 
-// q.RoPE(mu) of each pair and row is u cos + w sin: u and w, [pair][2][row].
-template <typename T, int DIM, int ROWS>
-TKV_FN void load_pairs(const device T* q, threadgroup float* pairs, const device float* mu,
-                       int half_dims, int n_rows, float scale, int thread_index) {
-  constexpr int RP = padded_rows(ROWS);
-  for (int i = thread_index; i < DIM / 2 * RP; i += DECODE_GROUPS * LANES) {
-    const int row = i % RP;
-    const int pair = i / RP;
-    const int first = pair_first(pair, half_dims);
-    const int second = pair_second(pair, half_dims);
-    const float x = row < n_rows ? float(q[row * DIM + first]) * scale : 0.0f;
-    const float y = row < n_rows ? float(q[row * DIM + second]) * scale : 0.0f;
-    pairs[2 * pair * RP + row] = x * mu[first] + y * mu[second];
-    pairs[(2 * pair + 1) * RP + row] = y * mu[first] - x * mu[second];
-  }
-}
-
-// Adds q.anchor to the scores of STEP tiles, `blocks` the block of each; with `some`, to those of
-// the lanes alone whose token is in it. A part of the SIMD group sums for each tile.
-template <int DIM, int ROWS, int STEP>
-TKV_FN void add_anchors(thread float* score, thread const int* blocks, thread const bool* some,
-                        const device uint* table, threadgroup const float* pairs, int lane) {
-  constexpr int RP = padded_rows(ROWS);
-  constexpr int PART = LANES / STEP;
-  const device uint* words =
-      table + (STEP == 2 && lane >= PART ? blocks[STEP - 1] : blocks[0]) * (DIM / 2);
-  float found[ROWS];
-  TKV_UNROLL
-  for (int r = 0; r < ROWS; r++) {
-    found[r] = 0.0f;
-  }
-  TKV_UNROLL
-  for (int j = 0; j < ceil_div(DIM / 2, PART); j++) {
-    const int pair = lane % PART + j * PART;
-    const bool inside = pair < DIM / 2;
-    const uint word = inside ? words[pair] : 0u;
-    const float cosine = half_bits(word);
-    const float sine = half_bits(word >> 16);
-    threadgroup const float* at = pairs + (inside ? pair : 0) * 2 * RP;
-    TKV_UNROLL
-    for (int r = 0; r < ROWS; r++) {
-      float u;
-      float w;
-      if (RP % 4 == 0) {
-        u = component(((threadgroup const float4*)at)[r / 4], r % 4);
-        w = component(((threadgroup const float4*)at)[RP / 4 + r / 4], r % 4);
-      } else {
-        u = at[r];
-        w = at[RP + r];
-      }
-      found[r] += u * cosine + w * sine;
-    }
-  }
-  TKV_UNROLL
-  for (int r = 0; r < ROWS; r++) {
-    TKV_UNROLL
-    for (int distance = 1; distance < PART; distance *= 2) {
-      found[r] += simd_shuffle_xor(found[r], ushort(distance));
-    }
-    float other = found[r];
-    if (STEP == 2) {
-      other = simd_shuffle_xor(found[r], ushort(PART));
-    }
-    TKV_UNROLL
-    for (int i = 0; i < STEP; i++) {
-      const float anchor = (lane / PART == i) ? found[r] : other;
-      score[i * ROWS + r] += some[i] ? anchor : 0.0f;
-    }
-  }
-}
-
 // Four half2 of q, one read where rows allow it.
 template <int N>
 TKV_FN void load_half_queries(thread uint* q, threadgroup const uint* queries) {
@@ -288,33 +217,39 @@ TKV_CONST_FN int key_scales(int bits, int group, int dim) {
   return group == 0 ? 1 : ceil_div(key_span(bits, group, dim), group);
 }
 
-// Bits of the scales of a span's groups, [group][tile].
+// Bits of the scale of a span's group `g`; `scales` [group][tile].
 template <int BITS, int GROUP, int DIM, int STEP>
-TKV_FN void load_key_scales(thread uint* scales, const device uint* thread* tiles, int span,
-                            int lane) {
+TKV_FN void load_key_scale(thread uint* scales, const device uint* thread* tiles, int span, int g,
+                           int lane) {
   if (GROUP == 0) {
     return;
   }
   constexpr int WIDTH = GROUP == 0 ? 1 : GROUP;
   TKV_UNROLL
-  for (int g = 0; g < key_scales(BITS, GROUP, DIM); g++) {
-    TKV_UNROLL
-    for (int i = 0; i < STEP; i++) {
-      const device ushort* at = (const device ushort*)(tiles[i] + code_words(BITS, DIM));
-      scales[g * STEP + i] = at[(span * key_span(BITS, GROUP, DIM) / WIDTH + g) * TILE + lane];
-    }
+  for (int i = 0; i < STEP; i++) {
+    const device ushort* at = (const device ushort*)(tiles[i] + code_words(BITS, DIM));
+    scales[g * STEP + i] = at[(span * key_span(BITS, GROUP, DIM) / WIDTH + g) * TILE + lane];
   }
 }
 
-// q.k of STEP tokens a lane (one in each tile) and ROWS query rows. `scales` holds the scales of
+template <int BITS, int GROUP, int DIM, int STEP>
+TKV_FN void load_key_scales(thread uint* scales, const device uint* thread* tiles, int span,
+                            int lane) {
+  TKV_UNROLL
+  for (int g = 0; g < key_scales(BITS, GROUP, DIM); g++) {
+    load_key_scale<BITS, GROUP, DIM, STEP>(scales, tiles, span, g, lane);
+  }
+}
+
+// q.k of STEP tokens a lane (one in each tile) and ROWS query rows, but for the factors that
+// load_queries gives. `scales` holds the scales of
 // the first span of `tiles`, `words` its columns where spans are loaded ahead; in the end, those of
 // `next_tiles`.
 template <int BITS, int GROUP, int DIM, int COPIES, int RAW, int ROWS, int STEP>
 TKV_FN void key_scores(thread float* score, thread uint* words, thread uint* scales,
                        const device uint* thread* tiles, const device uint* thread* next_tiles,
-                       threadgroup const uint* queries, threadgroup const float* row_scales,
-                       threadgroup const float4* shared, uint own, threadgroup const float* levels,
-                       int n_spans, int lane) {
+                       threadgroup const uint* queries, threadgroup const float4* shared, uint own,
+                       threadgroup const float* levels, int n_spans, int lane) {
   constexpr int SPAN = key_span(BITS, GROUP, DIM);
   constexpr int G = GROUP == 0 || GROUP > SPAN ? SPAN : GROUP;
   constexpr int WORDS = key_words(BITS, GROUP, DIM);
@@ -384,15 +319,7 @@ TKV_FN void key_scores(thread float* score, thread uint* words, thread uint* sca
           score[i * ROWS + r] += scale * sums[i * ROWS + r];
         }
       }
-    }
-    load_key_scales<BITS, GROUP, DIM, STEP>(scales, sources, next_span, lane);
-  }
-  TKV_UNROLL
-  for (int r = 0; r < ROWS; r++) {
-    const float scale = row_scales[r];
-    TKV_UNROLL
-    for (int i = 0; i < STEP; i++) {
-      score[i * ROWS + r] *= scale;
+      load_key_scale<BITS, GROUP, DIM, STEP>(scales, sources, next_span, g, lane);
     }
   }
 }

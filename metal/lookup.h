@@ -3,44 +3,66 @@
 // that read different entries of one bank wait for each other, so a table has several copies, and a
 // lane reads its own.
 
-// Codes that index a table together: 4 of turbo2, 1 of turbo6, else 2.
-TKV_CONST_FN int lookup_codes(int bits) {
-  return bits == 2 ? 4 : (bits == 6 ? 1 : 2);
-}
-// Words of the entries: a half2 for every two codes; at 6 bits each level twice.
-TKV_CONST_FN int entry_words(int bits) {
-  return bits == 2 ? 2 : 1;
-}
-TKV_CONST_FN int lookup_entries(int bits) {
-  return bits > 6 ? 0 : 1 << (lookup_codes(bits) * bits);
-}
+// copies of a table whose entries are four codes of turbo2, and words that they take
+constant constexpr int QUAD_COPIES = 8;
+constant constexpr int QUAD_WORDS = 4096;
+
 // The largest power of two up to 32 that goes into n, at least 1.
 TKV_CONST_FN int power_within(int n) {
   return n >= 32 ? 32 : (n >= 16 ? 16 : (n >= 8 ? 8 : (n >= 4 ? 4 : (n >= 2 ? 2 : 1))));
 }
-// As many copies as lanes, or as `words` hold. Entries of two words spread over the banks alone.
+// Codes that index a table together; `copies`: from lookup_copies.
+TKV_CONST_FN int lookup_codes(int bits, int copies) {
+  return bits == 6 ? 1 : (bits == 2 && copies == QUAD_COPIES ? 4 : 2);
+}
+// Words of an entry: a half2 for every two codes; at 6 bits each level twice.
+TKV_CONST_FN int entry_words(int bits, int copies) {
+  return lookup_codes(bits, copies) == 4 ? 2 : 1;
+}
+TKV_CONST_FN int lookup_entries(int bits, int copies) {
+  return bits > 6 ? 0 : 1 << (lookup_codes(bits, copies) * bits);
+}
+// As many copies as lanes, or as `words` hold; of turbo2 fewer and longer, where words are many.
 TKV_CONST_FN int lookup_copies(int bits, int words) {
-  return bits == 2 || bits > 6 ? 1 : power_within(words / lookup_entries(bits));
+  return bits > 6
+             ? 1
+             : (bits == 2 && words >= QUAD_WORDS ? QUAD_COPIES
+                                                 : power_within(words / lookup_entries(bits, 1)));
 }
 TKV_CONST_FN int lookup_words(int bits, int copies) {
-  return lookup_entries(bits) * entry_words(bits) * copies;
+  return lookup_entries(bits, copies) * entry_words(bits, copies) * copies;
 }
 // of a power of two up to 128
 TKV_CONST_FN int log2_of(int n) {
   return (n & 0xaa ? 1 : 0) + (n & 0xcc ? 2 : 0) + (n & 0xf0 ? 4 : 0);
 }
 
-// Copies a side's table (kernels/tables.py writes its entries) to threadgroup memory.
+// Word `i` of a table, from its entries of a half2 (kernels/tables.py).
 template <int BITS, int COPIES>
-TKV_FN void load_lookup(threadgroup uint* table, const device uint* constants, int thread_index,
-                        int n_threads) {
+TKV_FN uint lookup_word(const device uint* constants, int i) {
+  const int entry = i / (COPIES * entry_words(BITS, COPIES));
+  if (entry_words(BITS, COPIES) == 1) {
+    return constants[TABLE_LOOKUP + entry];
+  }
+  return constants[TABLE_LOOKUP + (i % 2 == 0 ? entry % 16 : entry / 16)];
+}
+
+// Writes a side's table to threadgroup memory; all reads are under way together.
+template <int BITS, int COPIES, int THREADS>
+TKV_FN void load_lookup(threadgroup uint* table, const device uint* constants, int thread_index) {
   constexpr int AT_ONCE = COPIES < 4 ? 1 : 4;
-  for (int i = thread_index; i < lookup_words(BITS, COPIES) / AT_ONCE; i += n_threads) {
-    const uint word = constants[TABLE_LOOKUP + i * AT_ONCE / COPIES];
-    if (AT_ONCE == 4) {
-      ((threadgroup uint4*)table)[i] = uint4(word, word, word, word);
-    } else {
-      table[i] = word;
+  constexpr int N = lookup_words(BITS, COPIES) / AT_ONCE;
+  TKV_UNROLL
+  for (int first = 0; first < N; first += THREADS) {
+    const int i = first + thread_index;
+    if (i < N) {
+      const uint word = lookup_word<BITS, COPIES>(constants, i * AT_ONCE);
+      if (AT_ONCE == 4) {
+        const uint other = lookup_word<BITS, COPIES>(constants, i * AT_ONCE + 1);
+        ((threadgroup uint4*)table)[i] = uint4(word, other, word, other);
+      } else {
+        table[i] = word;
+      }
     }
   }
 }
@@ -53,17 +75,17 @@ TKV_CONST_FN int half_place(int bits, int d) {
 
 // Where the lane's copy of the first entry lies; `first`: the table's first word. A table begins at
 // a multiple of its own size, so that an entry's place is its codes' bits beside these.
-template <int COPIES>
+template <int BITS, int COPIES>
 TKV_FN uint own_copy(threadgroup const float4* shared, int first, int lane) {
-  return shared_place(shared) + uint(first + lane % COPIES) * 4u;
+  return shared_place(shared) + uint(first + lane % COPIES * entry_words(BITS, COPIES)) * 4u;
 }
 
 // The words of the entry that the codes from bit `first` on name.
 template <int BITS, int COPIES, typename Entry>
 TKV_FN Entry looked_up(threadgroup const float4* shared, uint bits, int first, uint own) {
   constexpr int SHIFT =
-      log2_of(4 * entry_words(BITS) * COPIES);  // bytes of an entry with its copies
-  constexpr uint MASK = ((1u << (lookup_codes(BITS) * (BITS & 7))) - 1u) << SHIFT;
+      log2_of(4 * entry_words(BITS, COPIES) * COPIES);  // bytes of an entry with its copies
+  constexpr uint MASK = ((1u << (lookup_codes(BITS, COPIES) * (BITS & 7))) - 1u) << SHIFT;
   const uint at = first < SHIFT ? bits << (SHIFT - first) : bits >> (first - SHIFT);
   return shared_entry<Entry>(shared, (at & MASK) | own);
 }
@@ -74,7 +96,7 @@ TKV_FN void quad_halves(thread half2* pairs, uint bits, threadgroup const float4
                         uint own) {
   if (BITS == 8) {
     signed_pairs(pairs, bits);
-  } else if (BITS == 2) {
+  } else if (lookup_codes(BITS, COPIES) == 4) {
     const uint2 levels = looked_up<BITS, COPIES, uint2>(shared, bits, 0, own);
     pairs[0] = as_type<half2>(levels.x);
     pairs[1] = as_type<half2>(levels.y);

@@ -24,8 +24,11 @@ from mlx_turbokv.rotation import rotation_matrix, rotation_width
 
 # how near a value must lie to a boundary for another code to be right, in units of its scale
 BOUNDARY = 1e-5
-# relative error of the kernel over that of an attention in plain ops at the case's precision
-ERROR_RATIO = 2.0
+# relative error of the kernel over that of an attention in plain ops at the case's precision: the
+# geometric mean over draws of the queries, since one draw is luck where a loud key outweighs all
+# others and both errors are that of its score; and the most of any draw
+ERROR_RATIO, MOST_ERROR_RATIO = 2.0, 8.0
+DRAWS = {"float16": 3, "bfloat16": 3, "float32": 1}
 # what rounding the output alone may cost
 ROUNDING = {"float16": 2**-11, "bfloat16": 2**-8, "float32": 1e-6}
 # rows read back: float32 products of exact codes and scales
@@ -50,9 +53,15 @@ class Case:
     tokens: tuple[int, int] = (64, 7)  # in the body, in the tail
     edge: str = "plain"
     centred: str = ""  # how the pairs of dims of centred keys lie: apart, traditional or partial
+    splits: int = 1  # parts that decode cuts the tokens into
+
+    @property
+    def data(self) -> str:
+        """All that its rows and queries depend on."""
+        return " ".join(str(value) for value in list(asdict(self).values())[:-1] if value != "")
 
     def __str__(self) -> str:
-        return " ".join(str(value) for value in asdict(self).values() if value != "")
+        return self.data + (f" in {self.splits}" if self.splits > 1 else "")
 
 
 FORMATS = ("f16", "q8_0", "turbo2", "turbo3", "turbo4", "turbo5", "turbo6")
@@ -64,6 +73,7 @@ HEADS = ((1, 1, 1), (1, 2, 4), (2, 1, 7), (1, 1, 16), (1, 3, 3), (3, 2, 2), (1, 
 QUERIES = (1, 2, 8)
 TOKENS = ((0, 1), (0, 33), (32, 31), (96, 0), (64, 70), (544, 5))
 # causal: lower right; starts: left-padded; sinks; stale: loud rows behind the last one
+SPLITS = (1, 3)
 EDGES = ("plain", "causal", "starts", "sinks", "stale")
 
 
@@ -103,14 +113,15 @@ PAIRS = [
             "n_queries": QUERIES,
             "tokens": TOKENS,
             "edge": EDGES,
+            "splits": SPLITS,
         }
     )
 ]
 SANITIZE_CASES = [
     Case("q8_0", "turbo2", (128, 128)),
-    Case("turbo4", "turbo3", (64, 64), "float16", (1, 1, 3), 2, (32, 33), "causal"),
+    Case("turbo4", "turbo3", (64, 64), "float16", (1, 1, 3), 2, (32, 33), "causal", splits=2),
     Case("f16", "turbo5:32", (72, 80), "bfloat16", (2, 1, 1), 1, (0, 33), "starts"),
-    Case("turbo6", "f16", (160, 96), "float32", (1, 1, 5), 1, (64, 1), "sinks"),
+    Case("turbo6", "f16", (160, 96), "float32", (1, 1, 5), 1, (64, 1), "sinks", splits=3),
 ]
 CENTRED = [
     Case(**row)
@@ -124,6 +135,7 @@ CENTRED = [
             "n_queries": QUERIES,
             "tokens": TOKENS[:5],
             "edge": EDGES,
+            "splits": SPLITS,
             "centred": ("apart", "traditional", "partial"),
         }
     )
@@ -134,12 +146,14 @@ SANITIZE_CASES += [
 ]
 # heads with one scale a row
 NARROW = [Case("q8_0", "q8_0", (32, 32)), Case("turbo4", "q8_0", (32, 16), "float32")]
-ALL_CASES = SANITIZE_CASES + PAIRS + CENTRED + NARROW
+# more splits than a merge has under way at once
+MANY = [Case("turbo4", "turbo2", (64, 64), tokens=(544, 5), splits=50)]
+ALL_CASES = SANITIZE_CASES + PAIRS + CENTRED + NARROW + MANY
 
 
 def run_case(case: Case, backend: str) -> dict:
     """Pack, read back and attend as ``case`` says, on ``backend``; what disagrees is listed."""
-    rng = np.random.default_rng(zlib.crc32(str(case).encode()))
+    rng = np.random.default_rng(zlib.crc32(case.data.encode()))
     k_format, v_format = KVFormat.parse(case.k_format), KVFormat.parse(case.v_format)
     layout = KVLayout(k_format, v_format, *case.dims, case.dtype)
     failures: list[str] = []
@@ -307,33 +321,43 @@ def _near_boundaries(different, units, x, fmt, unsure) -> bool:
 
 
 def _decode(case: Case, packed: PackedKV, rng, backend: str, failures: list[str]) -> dict:
-    """Attention of the case's queries against float64 over the dequantised rows."""
+    """Attention of the case's queries against float64 over the dequantised rows, for DRAWS queries."""
     batch, n_kv_heads, gqa = case.heads
     n_heads, dtype = n_kv_heads * gqa, getattr(mx, case.dtype)
-    shape = (batch, n_heads, case.n_queries, case.dims[0])
-    queries = mx.array(rng.standard_normal(shape).astype(np.float32)).astype(dtype)
     causal = case.edge == "causal" and case.n_queries <= packed.n_tokens
     sinks = starts = None
-    if case.edge == "sinks":
-        sinks = mx.array(rng.standard_normal(n_heads).astype(np.float32)).astype(dtype)
     if case.edge == "starts":
         starts = mx.array(_starts(case, packed.n_tokens))
     scale = case.dims[0] ** -0.5
-    output = decode.decode(queries, packed, scale, causal, sinks, starts, backend=backend)
     seen = _seen(case.n_queries, packed.n_tokens, causal, starts, batch)
     with ON_CPU:
-        keys, values = reference.dequantize(packed, mx.float32)
-        keys, values = (mx.repeat(x, gqa, axis=1) for x in (keys, values))
-    truth = _attention64(queries, keys, values, scale, seen, sinks)
-    error = _relative_error(output, truth)
+        rows = reference.dequantize(packed, mx.float32)
+        keys, values = (mx.repeat(x, gqa, axis=1) for x in rows)
     plain = mx.float16 if case.dtype == "float32" else dtype
-    with ON_CPU:
-        low = _attention(queries, keys, values, scale, seen, sinks, plain)
-    baseline = _relative_error(low, truth)
-    allowed = max(ERROR_RATIO * baseline, ROUNDING[case.dtype])
-    if not error <= allowed:
-        failures.append(f"decode: relative error {error:.2e} exceeds {allowed:.2e}")
-    return {"decode_error": error, "decode_ratio": error / baseline if baseline else None}
+    errors, ratios = [], []
+    for _ in range(DRAWS[case.dtype]):
+        queries = _noise(rng, (batch, n_heads, case.n_queries, case.dims[0]), dtype)
+        if case.edge == "sinks":
+            sinks = _noise(rng, (n_heads,), dtype)
+        output = decode.decode(
+            queries, packed, scale, causal, sinks, starts, backend=backend, splits=case.splits
+        )
+        truth = _attention64(queries, keys, values, scale, seen, sinks)
+        with ON_CPU:
+            low = _attention(queries, keys, values, scale, seen, sinks, plain)
+        errors.append(_relative_error(output, truth))
+        ratios.append(errors[-1] / max(_relative_error(low, truth), ROUNDING[case.dtype] / ERROR_RATIO))
+    ratio = float(np.exp(np.log(np.maximum(ratios, 1e-9)).mean()))
+    if not (ratio <= ERROR_RATIO and max(ratios) <= MOST_ERROR_RATIO):
+        failures.append(
+            f"decode: relative errors {', '.join(f'{error:.2e}' for error in errors)} are "
+            f"{', '.join(f'{r:.2f}' for r in ratios)} times what is common"
+        )
+    return {"decode_error": max(errors), "decode_ratio": ratio}
+
+
+def _noise(rng, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    return mx.array(rng.standard_normal(shape).astype(np.float32)).astype(dtype)
 
 
 def _seen(n_queries: int, n: int, causal: bool, starts, batch: int) -> np.ndarray:

@@ -23,6 +23,10 @@ from mlx_turbokv.layout import KVLayout
 THROUGH_ROWS = 3e-3
 # logits of a sequence alone and in a batch, float32
 BATCH_LOGITS = 1e-4
+CASES_OF_TURBO2 = (
+    Case("q8_0", "turbo2", (128, 128)),
+    Case("turbo2", "turbo3", (64, 64), tokens=(32, 33), splits=2),
+)
 
 
 @pytest.fixture
@@ -35,6 +39,26 @@ def host(metal_host, monkeypatch):
 @pytest.mark.parametrize("case", ALL_CASES, ids=str)
 def test_case_agrees_with_float64(host, case: Case) -> None:
     assert run_case(case, "metal")["failures"] == []
+
+
+@pytest.mark.parametrize("case", CASES_OF_TURBO2, ids=str)
+def test_tables_as_large_as_on_nvidia_agree_too(host, monkeypatch, case: Case) -> None:
+    """Apple's kernels have no table whose entries are four codes."""
+    text = assemble.header_text
+
+    def header(file: str, backend: str) -> str:
+        return text(file, backend).replace("keys ? 1024 : 512;", "keys ? 4096 : 2048;")
+
+    assert header("decode.metal", "metal") != text("decode.metal", "metal")
+    monkeypatch.setattr(assemble, "header_text", header)
+    caches = assemble._build, decode._launch, decode._call
+    for cached in caches:
+        cached.cache_clear()
+    try:
+        assert run_case(case, "metal")["failures"] == []
+    finally:
+        for cached in caches:
+            cached.cache_clear()
 
 
 def test_cases_hold_every_pair_of_formats_and_dims() -> None:
@@ -155,12 +179,24 @@ def test_kv_heads_go_in_slices(host, monkeypatch) -> None:
     assert mx.abs(whole - sliced).max().item() <= THROUGH_ROWS
 
 
-def test_a_decode_step_is_three_launches(host) -> None:
+@pytest.mark.parametrize(("splits", "launches"), [(None, 2), (2, 3)])
+def test_a_decode_step_is_two_launches_or_three(host, splits: int | None, launches: int) -> None:
     layout = _layout("q8_0", "turbo2")
     host.launches.clear()
     tail = pack.pack(_rows((1, 1, 3, 64)), _rows((1, 1, 3, 64), 1), layout)
-    decode.decode(_rows((1, 4, 1, 64), 2), PackedKV(layout, None, 0, tail, 3), 0.125)
-    assert len(host.launches) == 3  # mlx-lm's f16 cache: two slice updates and attention
+    packed = PackedKV(layout, None, 0, tail, 3)
+    decode.decode(_rows((1, 4, 1, 64), 2), packed, 0.125, splits=splits)
+    # mlx-lm's f16 cache: two slice updates and attention
+    assert len(host.launches) == launches
+
+
+def test_many_tokens_are_split_and_few_are_not() -> None:
+    assert decode.n_splits(decode.MOST_WHOLE_TILES, 8) == 1
+    for n_tiles in (decode.MOST_WHOLE_TILES + 1, 1000, 4096):
+        for n_groups in range(1, 300):
+            splits = decode.n_splits(n_tiles, n_groups)
+            assert 1 <= splits and (splits == 1 or splits * n_groups <= decode.FULL_WAVE)
+            assert splits == 1 or n_tiles >= (splits - 1) * decode.MIN_SPLIT_TILES
 
 
 def test_a_padded_batch_decodes_from_packed_rows(host) -> None:
@@ -176,7 +212,7 @@ def test_a_padded_batch_decodes_from_packed_rows(host) -> None:
     names = [launch.name for launch in host.launches]
     assert sum("decode_partial" in name for name in names) == 2
     # K and V that nobody reads are never launched on a GPU; here every launch runs at once
-    assert len(host.launches) - sum("dequantize" in name for name in names) == 3 * 2
+    assert len(host.launches) - sum("dequantize" in name for name in names) == 2 * 2
     for row, caches in enumerate(singles):
         alone = model(new[row : row + 1], cache=caches)
         assert mx.abs(got[row] - alone[0]).max().item() <= BATCH_LOGITS

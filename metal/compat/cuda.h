@@ -8,9 +8,9 @@
 #define TKV_FN __forceinline__
 #define TKV_CONST_FN constexpr
 #define TKV_SHARED(type, name, count) __shared__ type name[count]
-// CUDA's own alignment counts from a base that is no such multiple.
-#define TKV_SHARED_ALIGNED(type, name, count)                      \
-  __shared__ type name##_all[(count) + 16384 / int(sizeof(type))]; \
+// Shared memory begins at no such multiple, so some is left free before it.
+#define TKV_SHARED_ALIGNED(type, name, count)                                              \
+  __shared__ __align__(1024) type name##_all[(count) + (16384 - 1024) / int(sizeof(type))]; \
   type* name = name##_all + (0u - uint(__cvta_generic_to_shared(name##_all))) % 16384u / sizeof(type)
 #define TKV_UNROLL _Pragma("unroll")
 

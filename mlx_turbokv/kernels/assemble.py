@@ -18,7 +18,10 @@ factory: Callable | None = None
 SHARED_FILES = ("common.h", "hadamard.h")
 # what a kernel's file needs beside those
 NEEDS = {
-    "decode.metal": ("attention.h", "anchor.h", "lookup.h", "decode_keys.h", "decode_values.h"),
+    "decode.metal": (
+        *("attention.h", "anchor.h", "lookup.h"),
+        *("decode_keys.h", "decode_anchors.h", "decode_values.h"),
+    ),
     "merge.metal": ("attention.h",),
     "pack.metal": ("anchor.h",),
     "dequantize.metal": ("anchor.h",),

@@ -1,4 +1,4 @@
-"""Launches metal/decode.metal: attention of few queries over packed rows."""
+"""Launches metal/decode.metal and merge.metal: attention of few queries over packed rows."""
 
 from __future__ import annotations
 
@@ -15,28 +15,31 @@ from .packed import PackedKV
 
 MAX_QUERIES = 8
 THREADS = 256
-# threadgroups that fill a large GPU, and the fewest tiles worth a split
+# threadgroups that fill a large GPU, the fewest tiles worth a split, and the most that are not cut
 FULL_WAVE = 264
 MIN_SPLIT_TILES = 4
+MOST_WHOLE_TILES = 64
+# uncut tokens: up to so many threadgroups take one query row each
+MOST_SINGLE_ROWS = 64
 
 PARTIAL_SOURCE = f"""
 TKV_SHARED_ALIGNED(float4, shared, decode_words(KB, KD, VB, VG, VD, ROWS, RAW, CENTRED) / 4);
-decode_partial<T, KB, KG, KD, KW, VB, VG, VD, RAW, ROWS, CENTRED>(
-    queries, body, tail, starts, params, k_constants, v_constants, mu, table, partial, stats,
+decode_partial<T, KB, KG, KD, KW, VB, VG, VD, VW, RAW, ROWS, CENTRED, WHOLE>(
+    queries, body, tail, starts, params, k_constants, v_constants, mu, table, sinks, result,
     shared, {assemble.THREAD});
 """
 PARTIAL_INPUTS = ("queries", "body", "tail", "starts", "params", "k_constants", "v_constants")
-PARTIAL_INPUTS += tables.ANCHOR_INPUTS[:2]
+PARTIAL_INPUTS += (*tables.ANCHOR_INPUTS[:2], "sinks")
 MERGE_SOURCE = f"""
 TKV_SHARED(float4, shared, 2 * VD);
 decode_merge<T, VD, VW>(
-    partial, stats, sinks, params, v_constants, output, shared, {assemble.THREAD});
+    partial, sinks, params, v_constants, output, shared, {assemble.THREAD});
 """
-MERGE_INPUTS = ("partial", "stats", "sinks", "params", "v_constants")
+MERGE_INPUTS = ("partial", "sinks", "params", "v_constants")
 
 
 class Launch(NamedTuple):
-    """The two kernels as one call on arrays, and its parameters: the same for a step's layers."""
+    """One or two kernels as a call on arrays, and its parameters: the same for a step's layers."""
 
     call: Callable
     params: mx.array
@@ -56,8 +59,13 @@ def rows_at_once(n_rows: int, widest: int, centred: bool = False) -> int:
 
 
 def n_splits(n_tiles: int, n_groups: int) -> int:
-    """Into how many splits the tokens of one head are cut."""
-    return max(1, min(-(-FULL_WAVE // n_groups), -(-n_tiles // MIN_SPLIT_TILES)))
+    """Into how many splits the tokens of one head are cut: no more than run at once.
+
+    A split alone needs no second kernel to join it with others, which few tokens do not repay.
+    """
+    if n_tiles <= MOST_WHOLE_TILES:
+        return 1
+    return max(1, min(FULL_WAVE // n_groups, -(-n_tiles // MIN_SPLIT_TILES)))
 
 
 @lru_cache(maxsize=256)
@@ -71,6 +79,7 @@ def _launch(
     scale: float,
     flags: tuple[bool, bool, bool],
     anchors: tuple[int, bool] | None,
+    splits: int | None,
 ) -> Launch:
     """
     Args:
@@ -79,6 +88,7 @@ def _launch(
         counts: body rows, tiles of the body's buffer, tail rows, tiles of the tail's buffer.
         flags: causal, sinks, starts.
         anchors: of centred keys: pairs of dims that lie apart, whether first keys are bare.
+        splits: those of a head; None: n_splits.
     """
     k, v = tables.sides(layout)
     batch, n_heads, n_kv_heads, n_queries = shape
@@ -86,22 +96,28 @@ def _launch(
     causal, has_sinks, has_starts = flags
     n_rows = n_heads // n_kv_heads * n_queries
     rows = rows_at_once(n_rows, max(k.dim, v.dim), anchors is not None)
-    chunks = -(-n_rows // rows)
     n_groups = batch * n_kv_heads
-    splits = n_splits(-(-(n_body + n_tail) // TILE), n_groups * chunks)
-    template = *tables.template(layout, dtype), ("ROWS", rows), ("CENTRED", anchors is not None)
+    n_tiles = -(-(n_body + n_tail) // TILE)
+    splits = splits or n_splits(n_tiles, n_groups * -(-n_rows // rows))
+    whole = splits == 1
+    if whole and n_groups * n_rows <= MOST_SINGLE_ROWS:
+        rows = 1
+    n_partial = 0 if whole else n_groups * n_rows * splits * v.dim
+    output = (batch, n_heads, n_queries, v.dim)
+    template = *tables.template(layout, dtype), ("VW", v.width), ("ROWS", rows)
+    template += ("CENTRED", anchors is not None), ("WHOLE", whole)
     partial_options = (
         ("template", template),
-        ("grid", (n_groups * THREADS, splits, chunks)),
+        ("grid", (n_groups * THREADS, splits, -(-n_rows // rows))),
         ("threadgroup", (THREADS, 1, 1)),
-        ("output_shapes", ((n_groups * n_rows, splits, v.dim), (n_groups * n_rows, splits, 2))),
-        ("output_dtypes", (mx.float32, mx.float32)),
+        ("output_shapes", (output if whole else (n_partial + 2 * n_partial // v.dim,),)),
+        ("output_dtypes", (dtype if whole else mx.float32,)),
     )
     merge_options = (
         ("template", (("T", dtype), ("VD", v.dim), ("VW", v.width))),
         ("grid", (n_groups * n_rows * THREADS, 1, 1)),
         ("threadgroup", (THREADS, 1, 1)),
-        ("output_shapes", ((batch, n_heads, n_queries, v.dim),)),
+        ("output_shapes", (output,)),
         ("output_dtypes", (dtype,)),
     )
     scale_bits = struct.unpack("<i", struct.pack("<f", scale))[0]
@@ -120,8 +136,12 @@ def _launch(
         scale_bits,
         1,
         *(int(x) for x in anchors or (0, 0)),
+        n_partial,
     )
-    call = _call(factory, backend, partial_options, merge_options, (body_stride, tail_stride))
+    call = _call(
+        factory, backend, partial_options, None if whole else merge_options,
+        (body_stride, tail_stride),
+    )  # fmt: skip
     return Launch(call, params, tables.constants(k), tables.constants(v))
 
 
@@ -130,26 +150,23 @@ def _call(
     factory: Callable | None,
     backend: str,
     partial_options: tuple,
-    merge_options: tuple,
+    merge_options: tuple | None,
     strides: tuple[int, int],
 ) -> Callable:
-    """Both launches as one function of arrays; ``factory`` and ``strides`` are parts of the key."""
-    names = ("partial", "stats")
+    """The launches as one function of arrays; ``factory`` and ``strides`` are parts of the key."""
     partial = assemble.build(
-        "decode_partial", "decode.metal", PARTIAL_INPUTS, names, PARTIAL_SOURCE, backend
+        "decode_partial", "decode.metal", PARTIAL_INPUTS, ("result",), PARTIAL_SOURCE, backend
     )
     merge = assemble.build(
         "decode_merge", "merge.metal", MERGE_INPUTS, ("output",), MERGE_SOURCE, backend
     )
 
-    def launch(sinks: mx.array, *inputs: mx.array) -> mx.array:
-        outputs, stats = partial(inputs=list(inputs), **dict(partial_options))
-        if stats.size < 8:
-            stats = tables.at_least_eight(stats.reshape(-1))
-        params, v_constants = inputs[4], inputs[6]
-        return merge(
-            inputs=[outputs, stats, sinks, params, v_constants], **dict(merge_options)
-        )[0]
+    def launch(*inputs: mx.array) -> mx.array:
+        (result,) = partial(inputs=list(inputs), **dict(partial_options))
+        if merge_options is None:
+            return result
+        params, v_constants, sinks = inputs[4], inputs[6], inputs[9]
+        return merge(inputs=[result, sinks, params, v_constants], **dict(merge_options))[0]
 
     return assemble.replayed(launch, backend)
 
@@ -163,14 +180,16 @@ def decode(
     starts: mx.array | None = None,
     *,
     backend: str = "metal",
+    splits: int | None = None,
 ) -> mx.array:
-    """Attention of at most 8 queries over packed rows, in two launches.
+    """Attention of at most 8 queries over packed rows, in one launch or two.
 
     Args:
         causal: the last query sees every row, the one before all but the last, and so on.
         sinks: one logit a query head that takes part in the softmax and has no value.
         starts: the first valid row of each sequence, int32; None where all are valid. Positions
             of centred keys count from it.
+        splits: parts that the tokens of a head are cut into; None: as many as suit their number.
 
     Shapes:
         queries: [B, n_heads, L, k_head_dim]; sinks: [n_heads]; starts: [B].
@@ -188,9 +207,9 @@ def decode(
         scale,
         (causal, sinks is not None, starts is not None),
         None if centre is None else (centre.turning.half, centre.bare_first),
+        splits,
     )
     return launch.call(
-        _sinks(sinks, queries),
         queries,
         body if n_body else tables.no_tiles(),
         tail if n_tail else tables.no_tiles(),
@@ -199,6 +218,7 @@ def decode(
         launch.k_constants,
         launch.v_constants,
         *tables.anchor_inputs(centre, n_body + n_tail, None)[:2],
+        _sinks(sinks, queries),
     )
 
 

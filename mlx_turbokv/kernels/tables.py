@@ -94,7 +94,7 @@ def constants(side: Side) -> mx.array:
 
 
 def _lookup(bits: int, levels: np.ndarray) -> np.ndarray:
-    """Entries of metal/lookup.h: pairs of levels in half for each value of some codes' bits.
+    """Entries of metal/lookup.h: pairs of levels in half for each value of two codes' bits.
 
     Shapes:
         levels: [2**bits]; returns: uint32.
@@ -102,8 +102,7 @@ def _lookup(bits: int, levels: np.ndarray) -> np.ndarray:
     halves = levels.astype(np.float16)
     if bits == 6:
         return np.repeat(halves, 2).view(np.uint32)
-    n_codes = 4 if bits == 2 else 2
-    codes = np.arange(1 << n_codes * bits)[:, None] >> bits * np.arange(n_codes)
+    codes = np.arange(1 << 2 * bits)[:, None] >> bits * np.arange(2)
     return halves[codes & ((1 << bits) - 1)].view(np.uint32).reshape(-1)
 
 
