@@ -248,8 +248,22 @@ def decode_log() -> dict[str, str]:
         for step in record["steps"]
     ]
     counters = {name: f"{value:g}" for name, value in record["counters"].items()}
+    later = [
+        [
+            trial["change"], trial["expected"],
+            "; ".join(f"{what}: {_plain(before)} → {_plain(after)}" for what, before, after in trial["measured"]),
+            "; ".join([*([] if trial["kept"] else ["dropped"]), *filter(None, [trial.get("note")])]),
+        ]
+        for trial in record["later"]["trials"]
+    ]  # fmt: skip
     return {
         "about": f"{record['what']}. {record['device']}, mlx {record['mlx']}. {record['note']}",
         "steps": table(["change", "expected", *pairs, ""], steps),
+        "later_about": record["later"]["note"],
+        "later": table(["change", "expected", "before → after", ""], later),
         **counters,
     }
+
+
+def _plain(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
