@@ -18,7 +18,7 @@ import numpy as np
 
 from ..centre import Centre, Turning
 from ..formats import KVFormat
-from ..kernels import dequantize, quantize, reference
+from ..kernels import decode, dequantize, quantize, reference
 from ..kernels.backend import Backend
 from ..kernels.packed import PackedKV
 from ..kernels.tiles import code_bits, first_rows_mask, tiles_to_rows
@@ -39,6 +39,7 @@ MANY_QUERIES = 16
 THROUGH_ROWS = {"float16": 3e-3, "bfloat16": 1e-2, "float32": 3e-3}
 N_KV_HEADS = 2
 N_BODY, N_TAIL, N_KEPT = 64, 37, 5
+N_SPLITS = 3
 JOBS = ("pack", "decode", "dequantize")
 TOLERANCES = {
     "pack": f"at most {CODES_SHARE:.0e} of the codes off by one level (values at a decision "
@@ -167,21 +168,31 @@ class _Case:
         return share
 
     def decode(self, backend: Backend) -> float:
-        """One query of four heads a group, then the variant's own shape."""
+        """One query of four heads a group, all tokens at once and split, then the variant's own shape."""
         packed, v = self.packed(), self.variant
         worst = 0.0
-        for gqa, n_queries, edge in ((4, 1, "plain"), (v.gqa_factor, v.n_queries, v.edge)):
-            error = self._attention_error(backend, packed, gqa, n_queries, edge)
+        shapes = [(4, 1, "plain", None), (v.gqa_factor, v.n_queries, v.edge, None)]
+        if backend.name != "reference":
+            shapes.insert(1, (4, 1, "plain", N_SPLITS))
+        for gqa, n_queries, edge, splits in shapes:
+            error = self._attention_error(backend, packed, gqa, n_queries, edge, splits)
             if not error <= ATTENTION[v.dtype]:
                 raise Failed(
                     f"relative error {error:.1e} is above {ATTENTION[v.dtype]:.0e} "
-                    f"(GQA factor {gqa}, {n_queries} queries, {edge})"
+                    f"(GQA factor {gqa}, {n_queries} queries, {edge}"
+                    + (f", {splits} splits)" if splits else ")")
                 )
             worst = max(worst, error)
         return worst
 
     def _attention_error(
-        self, backend: Backend, packed: PackedKV, gqa: int, n_queries: int, edge: str
+        self,
+        backend: Backend,
+        packed: PackedKV,
+        gqa: int,
+        n_queries: int,
+        edge: str,
+        splits: int | None = None,
     ) -> float:
         n_heads, n, dim = N_KV_HEADS * gqa, packed.n_tokens, self.variant.k_head_dim
         shape = (1, n_heads, n_queries, dim)
@@ -202,7 +213,10 @@ class _Case:
                 mask = mx.array(np.broadcast_to(seen, (1, 1, n_queries, n)))
             else:
                 options["starts"] = mx.array([n // 3], mx.int32)
-        output = backend.attention(queries, packed, scale, mask, sinks, **options)
+        if splits:
+            output = decode.decode(queries, packed, scale, backend=backend.name, splits=splits)
+        else:
+            output = backend.attention(queries, packed, scale, mask, sinks, **options)
         mx.eval(output)
         if backend.name == "reference":
             keys, values = (np.repeat(x, gqa, axis=1) for x in _expected_rows(packed))
