@@ -166,27 +166,53 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
   const int start = params[P_STARTS] != 0 ? starts[head / params[P_HEADS]] : 0;
   const float scale = as_type<float>(params[P_SCALE]) * LOG2_E;
 
+  // what does not depend on the parameters is asked for while they arrive
+  constexpr int THREADS = DECODE_GROUPS * LANES;
+  constexpr bool K_HALVES = keys_in_halves(KB, KD, RAW);
+  uint k_entries[2 * larger(lookup_turns(KB, K_COPIES, THREADS), 1)];
+  uint v_entries[2 * larger(lookup_turns(VB, V_COPIES, THREADS), 1)];
+  if (K_HALVES) {
+    fetch_lookup<KB, K_COPIES, THREADS>(k_entries, k_constants, thread_index);
+  }
+  if (V_HALVES) {
+    fetch_lookup<VB, V_COPIES, THREADS>(v_entries, v_constants, thread_index);
+  }
+  uint signs[4];
+  TKV_UNROLL
+  for (int j = 0; j < 4; j++) {
+    signs[j] = k_constants[j];
+  }
+  const size_t first_row = size_t(head) * size_t(all_rows) + size_t(row0);
+  float query[query_values(KW, KD)];
+  fetch_query<T, KW, KD>(query, q + first_row * KD, simd_group, n_rows, lane);
+  float pair_values[4 * pairs_of_thread(KD, ROWS)];
+  if (CENTRED) {
+    const int n_heads = params[P_HEADS];
+    fetch_pairs<T, KD, ROWS>(pair_values, q + first_row * KD,
+                             mu + (head < n_heads ? head : head % n_heads) * KD, params[P_HALF],
+                             n_rows, thread_index);
+  }
+
   // this split's tiles; those before the sequence's start are nobody's
   const int first_tile = (start < n_tokens ? start : n_tokens) / TILE;
   const int n_tiles = (n_tokens + TILE - 1) / TILE - first_tile;
-  const int begin = first_tile + int(long(n_tiles) * long(group.y) / n_splits);
-  const int end = first_tile + int(long(n_tiles) * long(group.y + 1) / n_splits);
+  const int split = int(group.y);
+  const int each = WHOLE ? n_tiles : int(uint(n_tiles) / uint(n_splits));
+  const int rest = WHOLE ? 0 : n_tiles - each * n_splits;
+  const int begin = first_tile + split * each + (split < rest ? split : rest);
+  const int end = begin + each + (split < rest ? 1 : 0);
   const device uint* head_body = body + size_t(head) * size_t(params[P_BODY_STRIDE]) * TILE_WORDS;
   const device uint* head_tail = tail + size_t(head) * size_t(params[P_TAIL_STRIDE]) * TILE_WORDS;
 
   const int part = PARTS == 2 ? lane >> 4 : 0;
   const int first_quad = PARTS == 2 ? lane & 15 : lane;
   const int first_own = begin + simd_group * STEP;
-  // the lane's block among those of a tile, and steps whose anchors are worked out at once; what
-  // the first need is asked for before all else
+  // the lane's block among those of a tile, and steps whose anchors are worked out at once
   const int tile_blocks = blocks_of_tile(start);
   const int own_block = tile_blocks == 2 && lane >= start % TILE ? 1 : 0;
   const int first_centred = start + params[P_BARE];
   const int anchor_steps = ANCHORS / (STEP * tile_blocks);
   uint turns[8];
-  if (CENTRED) {
-    load_turns<KD, STEP>(turns, table, lane % HALF_LANES, first_own, start, n_tokens, lane);
-  }
   const device uint* tiles[STEP];
   TKV_UNROLL
   for (int i = 0; i < STEP; i++) {
@@ -200,6 +226,9 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
   uint v_scales[STEP * WEIGHT_GROUPS];
   if (first_own < end) {
     load_first_span<KB, KG, KD, STEP>(k_words, tiles, lane);
+    if (CENTRED) {
+      load_turns<KD, STEP>(turns, table, lane % HALF_LANES, first_own, start, n_tokens, lane);
+    }
     load_key_scales<KB, KG, KD, STEP>(k_scales, tiles, 0, lane);
     load_value_scales<VB, VG, VD, RAW, STEP>(v_scales, tiles, V_OFFSET, lane);
     const device uint* first =
@@ -209,22 +238,21 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
 
   const uint k_own = own_copy<KB, K_COPIES>(shared, K_TABLE, lane);
   const uint v_own = own_copy<VB, V_COPIES>(shared, V_TABLE, lane);
-  if (keys_in_halves(KB, KD, RAW)) {
-    load_lookup<KB, K_COPIES, DECODE_GROUPS * LANES>(words + K_TABLE, k_constants, thread_index);
+  if (K_HALVES) {
+    store_lookup<KB, K_COPIES, THREADS>(words + K_TABLE, k_entries, thread_index);
   } else {
     load_levels<KB>(floats + K_TABLE, k_constants, thread_index);
   }
   if (V_HALVES) {
-    load_lookup<VB, V_COPIES, DECODE_GROUPS * LANES>(words + V_TABLE, v_constants, thread_index);
+    store_lookup<VB, V_COPIES, THREADS>(words + V_TABLE, v_entries, thread_index);
   } else {
     load_levels<VB>(floats + V_TABLE, v_constants, thread_index);
   }
-  const size_t first_row = size_t(head) * size_t(all_rows) + size_t(row0);
-  load_queries<T, KB, KW, KD, RAW, ROWS>(q + first_row * KD, queries, row_scales, floats + WEIGHTS,
-                                         k_constants, n_rows, scale, simd_group, lane);
+  load_queries<T, KB, KW, KD, RAW, ROWS>(query, signs, q + first_row * KD, queries, row_scales,
+                                         floats + WEIGHTS, k_constants, n_rows, scale, simd_group,
+                                         lane);
   if (CENTRED) {
-    load_pairs<T, KD, ROWS>(q + first_row * KD, pairs, mu + head % params[P_HEADS] * KD,
-                            params[P_HALF], n_rows, scale, thread_index);
+    store_pairs<KD, ROWS>(pairs, pair_values, scale, thread_index);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
@@ -236,14 +264,16 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
   for (int i = 0; i < QUADS * ROWS * 4; i++) {
     output[i] = 0.0f;
   }
+  const bool causal = params[P_CAUSAL] != 0;
+  const int n_queries = params[P_QUERIES];
+  int later = causal ? n_queries - 1 - row0 % n_queries : 0;  // tokens that a row does not see
   TKV_UNROLL
   for (int r = 0; r < ROWS; r++) {
     reference[r] = LOWEST;
     sum[r] = 0.0f;
-    const int n_queries = params[P_QUERIES];
-    const int later = params[P_CAUSAL] != 0 ? n_queries - 1 - (row0 + r) % n_queries : 0;
     const int past = n_tokens - later;
     n_seen[r] = uint(larger((past < end * TILE ? past : end * TILE) - start, 0));
+    later = !causal ? 0 : (later == 0 ? n_queries - 1 : later - 1);
   }
 
   // rolled: a loop that does not fit the instruction cache is slower
@@ -257,27 +287,43 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
     for (int i = 0; i < STEP; i++) {
       next_tiles[i] = tile_at<TILE_WORDS>(head_body, head_tail, body_tiles, next_t + i, end);
     }
-    const int step = CENTRED ? (t - first_own) / STRIDE % anchor_steps : 0;
-    if (CENTRED && step == 0) {
-      if (t != first_own) {
-        load_turns<KD, STEP>(turns, table, lane % HALF_LANES, t, start, n_tokens, lane);
-      }
-      anchor_products<KD, ROWS, STEP>(anchors, pairs, table, turns, t, start, n_tokens, lane);
-    }
     float score[STEP * ROWS];
+    TKV_UNROLL
+    for (int i = 0; i < STEP * ROWS; i++) {
+      score[i] = 0.0f;
+    }
+    if (CENTRED) {
+      const int step = (t - first_own) / STRIDE % anchor_steps;
+      if (step == 0) {
+        if (t != first_own) {
+          load_turns<KD, STEP>(turns, table, lane % HALF_LANES, t, start, n_tokens, lane);
+        }
+        anchor_products<KD, ROWS, STEP>(anchors, pairs, row_scales, table, turns, t, start,
+                                        n_tokens, lane);
+      }
+      TKV_UNROLL
+      for (int i = 0; i < STEP; i++) {
+        threadgroup const float* anchor =
+            anchors + ((step * STEP + i) * tile_blocks + own_block) * RP;
+        TKV_UNROLL
+        for (int r = 0; r < ROWS; r++) {
+          score[i * ROWS + r] = row_value<RP>(anchor, r);
+        }
+        if ((t + i) * TILE < first_centred) {
+          const bool bare = (t + i) * TILE + lane < first_centred;
+          TKV_UNROLL
+          for (int r = 0; r < ROWS; r++) {
+            score[i * ROWS + r] = bare ? 0.0f : score[i * ROWS + r];
+          }
+        }
+      }
+    }
     key_scores<KB, KG, KD, K_COPIES, RAW, ROWS, STEP>(score, k_words, k_scales, tiles, next_tiles,
                                                       queries, shared, k_own, floats + K_TABLE,
                                                       n_spans, lane);
     TKV_UNROLL
-    for (int i = 0; i < STEP; i++) {
-      threadgroup const float* anchor =
-          anchors + ((step * STEP + i) * tile_blocks + own_block) * RP;
-      const bool has_anchor = CENTRED && (t + i) * TILE + lane >= first_centred;
-      TKV_UNROLL
-      for (int r = 0; r < ROWS; r++) {
-        score[i * ROWS + r] =
-            score[i * ROWS + r] * row_scales[r] + (has_anchor ? row_value<RP>(anchor, r) : 0.0f);
-      }
+    for (int i = 0; i < STEP * ROWS; i++) {
+      score[i] *= row_scales[i % ROWS];
     }
 
     float v_scale[STEP * WEIGHT_GROUPS];

@@ -15,25 +15,56 @@ TKV_FN int pair_place(int four, int k, int value) {
   return ((2 * k + value) * ceil_div(DIM / 2, 4) + four) * RP;
 }
 
-// q.RoPE(mu) of each pair and row is u cos + w sin: u and w. The SIMD groups to which load_queries
-// gives no row do it, where there are any.
+// Pairs of dims and rows are worked out by the SIMD groups to which load_queries gives no row,
+// where there are any: the first such thread, and the pairs and rows of a thread.
+TKV_CONST_FN int first_pair_thread(int rows) {
+  return padded_rows(rows) < DECODE_GROUPS ? padded_rows(rows) * LANES : 0;
+}
+TKV_CONST_FN int pairs_of_thread(int dim, int rows) {
+  return ceil_div(dim / 2 * padded_rows(rows), DECODE_GROUPS * LANES - first_pair_thread(rows));
+}
+
+// What a thread's pairs and rows need: of each two dims of q and of mu, [pair and row][4].
 template <typename T, int DIM, int ROWS>
-TKV_FN void load_pairs(const device T* q, threadgroup float* pairs, const device float* mu,
-                       int half_dims, int n_rows, float scale, int thread_index) {
+TKV_FN void fetch_pairs(thread float* held, const device T* q, const device float* mu,
+                        int half_dims, int n_rows, int thread_index) {
   constexpr int RP = padded_rows(ROWS);
-  constexpr int FIRST = RP < DECODE_GROUPS ? RP * LANES : 0;
-  for (int i = thread_index - FIRST; i < DIM / 2 * RP; i += DECODE_GROUPS * LANES - FIRST) {
-    if (i < 0) {
-      return;
-    }
+  constexpr int FIRST = first_pair_thread(ROWS);
+  TKV_UNROLL
+  for (int n = 0; n < pairs_of_thread(DIM, ROWS); n++) {
+    const int i = n * (DECODE_GROUPS * LANES - FIRST) + thread_index - FIRST;
     const int row = i % RP;
     const int pair = i / RP;
-    const int first = pair_first(pair, half_dims);
-    const int second = pair_second(pair, half_dims);
-    const float x = row < n_rows ? float(q[row * DIM + first]) * scale : 0.0f;
-    const float y = row < n_rows ? float(q[row * DIM + second]) * scale : 0.0f;
-    pairs[pair_place<DIM, RP>(pair / 4, pair % 4, 0) + row] = x * mu[first] + y * mu[second];
-    pairs[pair_place<DIM, RP>(pair / 4, pair % 4, 1) + row] = y * mu[first] - x * mu[second];
+    if (thread_index >= FIRST && pair < DIM / 2) {
+      const int first = pair_first(pair, half_dims);
+      const int second = pair_second(pair, half_dims);
+      held[4 * n] = row < n_rows ? float(q[row * DIM + first]) : 0.0f;
+      held[4 * n + 1] = row < n_rows ? float(q[row * DIM + second]) : 0.0f;
+      held[4 * n + 2] = mu[first];
+      held[4 * n + 3] = mu[second];
+    }
+  }
+}
+
+// q.RoPE(mu) of each pair and row is u cos + w sin: u and w to threadgroup memory.
+template <int DIM, int ROWS>
+TKV_FN void store_pairs(threadgroup float* pairs, thread const float* held, float scale,
+                        int thread_index) {
+  constexpr int RP = padded_rows(ROWS);
+  constexpr int FIRST = first_pair_thread(ROWS);
+  TKV_UNROLL
+  for (int n = 0; n < pairs_of_thread(DIM, ROWS); n++) {
+    const int i = n * (DECODE_GROUPS * LANES - FIRST) + thread_index - FIRST;
+    const int row = i % RP;
+    const int pair = i / RP;
+    if (thread_index >= FIRST && pair < DIM / 2) {
+      const float x = held[4 * n] * scale;
+      const float y = held[4 * n + 1] * scale;
+      threadgroup float* u = pairs + pair_place<DIM, RP>(pair / 4, pair % 4, 0) + row;
+      threadgroup float* w = pairs + pair_place<DIM, RP>(pair / 4, pair % 4, 1) + row;
+      *u = x * held[4 * n + 2] + y * held[4 * n + 3];
+      *w = y * held[4 * n + 2] - x * held[4 * n + 3];
+    }
   }
 }
 
@@ -58,16 +89,17 @@ TKV_FN int blocks_of_tile(int start) {
   return start % TILE == 0 ? 1 : 2;
 }
 
-// Block `i` of ANCHORS blocks, those of a SIMD group's tiles from `t` on, STEP tiles a step. It is
-// one of the sequence's, whatever the tile.
+// Block `b` (0 or 1) of the two that a lane's half takes: of ANCHORS blocks, those of a SIMD
+// group's tiles from `t` on, STEP tiles a step. It is one of the sequence's, whatever the tile.
 template <int STEP>
-TKV_FN int anchor_of(int i, int t, int start, int n_tokens) {
+TKV_FN int anchor_of(int b, int t, int start, int n_tokens, int lane) {
   const bool two = blocks_of_tile(start) == 2;
-  const int at = two ? i / 2 : i;
-  const int tile = t + at / STEP * (DECODE_GROUPS * STEP) + at % STEP;
-  const int block = larger(tile - ceil_div(start, TILE) + (two ? i % 2 : 0), 0);
+  // tiles between what the halves take, and between a half's blocks
+  const int apart = two ? (STEP == 2 ? 1 : DECODE_GROUPS) : 2 * DECODE_GROUPS;
+  const int next = STEP == 2 || two ? 1 : DECODE_GROUPS;
+  const int block = t + (lane / HALF_LANES) * apart + b * next - ceil_div(start, TILE);
   const int last = anchor_block(n_tokens - 1, start);
-  return block < last ? block : last;
+  return block < 0 ? 0 : (block < last ? block : last);
 }
 
 // Words 4 `four` to 4 `four` + 3 of the table's rows of a lane's two blocks.
@@ -76,7 +108,7 @@ TKV_FN void load_turns(thread uint* turns, const device uint* table, int four, i
                        int n_tokens, int lane) {
   TKV_UNROLL
   for (int b = 0; b < 2; b++) {
-    const int block = anchor_of<STEP>(lane / HALF_LANES * 2 + b, t, start, n_tokens);
+    const int block = anchor_of<STEP>(b, t, start, n_tokens, lane);
     const device uint4* row = (const device uint4*)(table + block * (DIM / 2));
     const uint4 v = 4 * four < DIM / 2 ? row[four] : uint4(0, 0, 0, 0);
     turns[4 * b] = v.x;
@@ -108,12 +140,12 @@ TKV_CONST_FN int anchor_sums(int rows) {
   return rows <= 1 ? 2 : (rows <= 2 ? 4 : (rows <= 4 ? 8 : (rows <= 8 ? 16 : 32)));
 }
 
-// q.anchor of ANCHORS blocks to `found`, [block][row]; `turns`: what load_turns gives of the first
-// words.
+// q.anchor of ANCHORS blocks to `found`, [block][row], in units of `row_scales`, as q.k is before
+// it is multiplied by these; `turns`: what load_turns gives of the first words.
 template <int DIM, int ROWS, int STEP>
 TKV_FN void anchor_products(threadgroup float* found, threadgroup const float* pairs,
-                            const device uint* table, thread uint* turns, int t, int start,
-                            int n_tokens, int lane) {
+                            threadgroup const float* row_scales, const device uint* table,
+                            thread uint* turns, int t, int start, int n_tokens, int lane) {
   constexpr int RP = padded_rows(ROWS);
   constexpr int SUMS = anchor_sums(ROWS);
   float sums[SUMS];
@@ -149,7 +181,8 @@ TKV_FN void anchor_products(threadgroup float* found, threadgroup const float* p
     TKV_UNROLL
     for (int i = 0; i < ceil_div(SUMS, HALF_LANES); i++) {
       if (own + i < 2 * RP) {
-        found[lane / HALF_LANES * 2 * RP + own + i] = sums[i];
+        const float scale = row_scales[(own + i) % RP];
+        found[lane / HALF_LANES * 2 * RP + own + i] = scale > 0.0f ? sums[i] / scale : 0.0f;
       }
     }
   }

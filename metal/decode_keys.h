@@ -54,26 +54,49 @@ TKV_FN void store_query(threadgroup uint* queries, int at, float x) {
   }
 }
 
-// Queries to threadgroup memory, rotated as K is. `row_scales`: what a row's sums are to be
+// What a SIMD group rotates of a query row at once, and its values that a lane holds.
+TKV_CONST_FN int query_width(int width) {
+  return width == 0 ? LANES : width;
+}
+TKV_CONST_FN int query_values(int width, int dim) {
+  return ceil_div(dim, query_width(width)) * ceil_div(query_width(width), LANES);
+}
+
+// A lane's values of query row `row`.
+template <typename T, int WIDTH, int DIM>
+TKV_FN void fetch_query(thread float* x, const device T* q, int row, int n_rows, int lane) {
+  constexpr int W = query_width(WIDTH);
+  constexpr int N = ceil_div(W, LANES);
+  TKV_UNROLL
+  for (int j = 0; j < query_values(WIDTH, DIM); j++) {
+    const int i = j / N * W + lane + j % N * LANES;
+    const bool inside = row < n_rows && lane + j % N * LANES < W && i < DIM;
+    x[j] = inside ? float(q[row * DIM + i]) : 0.0f;
+  }
+}
+
+// Queries to threadgroup memory, rotated as K is. `x`: what fetch_query gives of the SIMD group's
+// first row; `signs`: the constants' first words; `row_scales`: what a row's sums are to be
 // multiplied by, the attention's scale among it.
 template <typename T, int BITS, int WIDTH, int DIM, int RAW, int ROWS>
-TKV_FN void load_queries(const device T* q, threadgroup uint* queries,
-                         threadgroup float* row_scales, threadgroup float* scratch,
-                         const device uint* constants, int n_rows, float scale, int simd_group,
-                         int lane) {
+TKV_FN void load_queries(thread float* x, thread const uint* signs, const device T* q,
+                         threadgroup uint* queries, threadgroup float* row_scales,
+                         threadgroup float* scratch, const device uint* constants, int n_rows,
+                         float scale, int simd_group, int lane) {
   constexpr int RP = padded_rows(ROWS);
-  constexpr int W = WIDTH == 0 ? LANES : WIDTH;
+  constexpr int W = query_width(WIDTH);
   constexpr int N = ceil_div(W, LANES);
-  constexpr int PARTS = ceil_div(DIM, W);
   for (int row = simd_group; row < RP; row += DECODE_GROUPS) {
-    float x[PARTS * N];
+    if (row >= DECODE_GROUPS) {
+      fetch_query<T, WIDTH, DIM>(x, q, row, n_rows, lane);
+    }
     float largest = 0.0f;
     TKV_UNROLL
-    for (int j = 0; j < PARTS * N; j++) {
-      const int i = j / N * W + lane + j % N * LANES;
-      const bool inside = row < n_rows && lane + j % N * LANES < W && i < DIM;
-      x[j] = inside ? float(q[row * DIM + i]) : 0.0f;
+    for (int j = 0; j < query_values(WIDTH, DIM); j++) {
       largest = abs(x[j]) > largest ? abs(x[j]) : largest;
+      if (WIDTH != 0) {
+        x[j] = flip_sign(x[j], (signs[j % N] >> lane) & 1u);
+      }
     }
     largest = simd_max(largest);
     const float factor = largest > 0.0f ? 1.0f / largest : 0.0f;
@@ -81,9 +104,9 @@ TKV_FN void load_queries(const device T* q, threadgroup uint* queries,
       row_scales[row] = largest * scale / (WIDTH == 0 ? 1.0f : sqrt(float(W)));
     }
     TKV_UNROLL
-    for (int part = 0; part < PARTS; part++) {
+    for (int part = 0; part < ceil_div(DIM, W); part++) {
       if (WIDTH != 0) {
-        rotate<W>(x + part * N, constants, scratch + simd_group * 128, lane);
+        rotate_flipped<W>(x + part * N, constants, scratch + simd_group * 128, lane);
       }
       TKV_UNROLL
       for (int j = 0; j < N; j++) {
@@ -241,10 +264,9 @@ TKV_FN void load_key_scales(thread uint* scales, const device uint* thread* tile
   }
 }
 
-// q.k of STEP tokens a lane (one in each tile) and ROWS query rows, but for the factors that
-// load_queries gives. `scales` holds the scales of
-// the first span of `tiles`, `words` its columns where spans are loaded ahead; in the end, those of
-// `next_tiles`.
+// Adds q.k of STEP tokens a lane (one in each tile) and ROWS query rows to `score`, but for the
+// factors that load_queries gives. `scales` holds the scales of the first span of `tiles`, `words`
+// its columns where spans are loaded ahead; in the end, those of `next_tiles`.
 template <int BITS, int GROUP, int DIM, int COPIES, int RAW, int ROWS, int STEP>
 TKV_FN void key_scores(thread float* score, thread uint* words, thread uint* scales,
                        const device uint* thread* tiles, const device uint* thread* next_tiles,
@@ -256,10 +278,6 @@ TKV_FN void key_scores(thread float* score, thread uint* words, thread uint* sca
   constexpr int SPAN_WORDS = SPAN * BITS;
   constexpr int SPAN_QUERIES = query_words(BITS, DIM, SPAN, ROWS, RAW);
   constexpr bool AHEAD = keys_ahead(BITS, GROUP, DIM, STEP);
-  TKV_UNROLL
-  for (int i = 0; i < STEP * ROWS; i++) {
-    score[i] = 0.0f;
-  }
   for (int span = 0; span < n_spans; span++) {
     const bool last = span + 1 == n_spans;
     const int next_span = last ? 0 : span + 1;

@@ -5,7 +5,8 @@
 
 // Widths have an odd part of 1, 3, 5, 7 or 9.
 TKV_CONST_FN int odd_part(int width) {
-  return width % 9 == 0 ? 9 : (width % 7 == 0 ? 7 : (width % 5 == 0 ? 5 : (width % 3 == 0 ? 3 : 1)));
+  return width % 9 == 0 ? 9
+                        : (width % 7 == 0 ? 7 : (width % 5 == 0 ? 5 : (width % 3 == 0 ? 3 : 1)));
 }
 // m: 1, 12, 20, 28 or 36.
 TKV_CONST_FN int dense_order(int width) {
@@ -85,12 +86,19 @@ TKV_FN void dense_hadamard(thread float* x, const device uint* matrix, threadgro
   }
 }
 
+// The transform of values whose signs are flipped already.
+template <int WIDTH>
+TKV_FN void rotate_flipped(thread float* x, const device uint* constants,
+                           threadgroup float* scratch, int lane) {
+  sylvester<WIDTH>(x, lane);
+  dense_hadamard<WIDTH>(x, constants + TABLE_ROWS, scratch, lane);
+}
+
 template <int WIDTH>
 TKV_FN void rotate(thread float* x, const device uint* constants, threadgroup float* scratch,
                    int lane) {
   apply_signs<WIDTH>(x, constants, lane);
-  sylvester<WIDTH>(x, lane);
-  dense_hadamard<WIDTH>(x, constants + TABLE_ROWS, scratch, lane);
+  rotate_flipped<WIDTH>(x, constants, scratch, lane);
 }
 
 template <int WIDTH>

@@ -47,21 +47,41 @@ TKV_FN uint lookup_word(const device uint* constants, int i) {
   return constants[TABLE_LOOKUP + (i % 2 == 0 ? entry % 16 : entry / 16)];
 }
 
-// Writes a side's table to threadgroup memory; all reads are under way together.
+// words of a table that a thread writes at once, and how often
+TKV_CONST_FN int lookup_at_once(int copies) {
+  return copies < 4 ? 1 : 4;
+}
+TKV_CONST_FN int lookup_turns(int bits, int copies, int threads) {
+  return (lookup_words(bits, copies) / lookup_at_once(copies) + threads - 1) / threads;
+}
+
+// What a thread needs to write its words of a table: two words of an entry a turn.
 template <int BITS, int COPIES, int THREADS>
-TKV_FN void load_lookup(threadgroup uint* table, const device uint* constants, int thread_index) {
-  constexpr int AT_ONCE = COPIES < 4 ? 1 : 4;
-  constexpr int N = lookup_words(BITS, COPIES) / AT_ONCE;
+TKV_FN void fetch_lookup(thread uint* entries, const device uint* constants, int thread_index) {
+  constexpr int AT_ONCE = lookup_at_once(COPIES);
   TKV_UNROLL
-  for (int first = 0; first < N; first += THREADS) {
-    const int i = first + thread_index;
-    if (i < N) {
-      const uint word = lookup_word<BITS, COPIES>(constants, i * AT_ONCE);
+  for (int turn = 0; turn < lookup_turns(BITS, COPIES, THREADS); turn++) {
+    const int word = (turn * THREADS + thread_index) * AT_ONCE;
+    const int at = word < lookup_words(BITS, COPIES) ? word : 0;
+    entries[2 * turn] = lookup_word<BITS, COPIES>(constants, at);
+    entries[2 * turn + 1] = AT_ONCE == 1 ? 0u : lookup_word<BITS, COPIES>(constants, at + 1);
+  }
+}
+
+// Writes them to threadgroup memory.
+template <int BITS, int COPIES, int THREADS>
+TKV_FN void store_lookup(threadgroup uint* table, thread const uint* entries, int thread_index) {
+  constexpr int AT_ONCE = lookup_at_once(COPIES);
+  TKV_UNROLL
+  for (int turn = 0; turn < lookup_turns(BITS, COPIES, THREADS); turn++) {
+    const int i = turn * THREADS + thread_index;
+    if (i < lookup_words(BITS, COPIES) / AT_ONCE) {
       if (AT_ONCE == 4) {
-        const uint other = lookup_word<BITS, COPIES>(constants, i * AT_ONCE + 1);
+        const uint word = entries[2 * turn];
+        const uint other = entries[2 * turn + 1];
         ((threadgroup uint4*)table)[i] = uint4(word, other, word, other);
       } else {
-        table[i] = word;
+        table[i] = entries[2 * turn];
       }
     }
   }
