@@ -179,11 +179,3 @@ def test_records_of_a_run_are_drawn(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(drawn, "read", lambda name: record)
     assert "steps of 2 calls" in figures.text_of("bench.scheme")
     assert "kv_bits=4" in figures.text_of("kv_bits.lengths")
-
-
-def test_a_record_of_chains_evaluated_at_once_says_so(monkeypatch) -> None:
-    row = {"part": "lengths", "job": "decode", "tokens": 1, "variant": "fp16", "us": 1, "build_us": 1}
-    record = {"rows": [row], "rounds": 1, "copy_gb_per_s": 1, "command": ""}
-    record |= dict.fromkeys(("device", "mlx", "date", "commit"), "")
-    monkeypatch.setattr(drawn, "read", lambda name: record)
-    assert "evaluated at once" in figures.text_of("bench.scheme")

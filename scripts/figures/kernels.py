@@ -51,8 +51,6 @@ def _sanitizer_said(tools: list[dict], n: int) -> str:
 
 def texts_said(texts: list[dict]) -> str:
     """How greedy texts of the two back-ends agree with ties settled alike, and part without."""
-    if "settled" not in texts[0]:
-        return _parted_said(texts)
     settled, free = ([text[kind] for text in texts] for kind in ("settled", "free"))
     steps, equal = (sum(text[key] for text in settled) for key in ("n_tokens", "n_equal"))
     chosen = f"all {steps}" if equal == steps else f"{equal} of {steps}"
@@ -67,18 +65,6 @@ def texts_said(texts: list[dict]) -> str:
         f"with ties settled alike, both choose the same token at {chosen} steps of {len(texts)} "
         f"greedy texts{others}, log-probabilities differing by at most {apart} nats; where each "
         f"settles its own, {parted}"
-    )
-
-
-def _parted_said(texts: list[dict]) -> str:
-    """How greedy texts of the two back-ends part."""
-    n, n_tokens = len(texts), texts[0]["n_tokens"]
-    gaps = [abs(text["gap"]) for text in texts if text["gap"] is not None]
-    if not gaps:
-        return f"all {n} greedy texts of {n_tokens} tokens are the same"
-    return (
-        f"of {n} greedy texts of {n_tokens} tokens {n - len(gaps)} are the same, the others part "
-        f"where two tokens are at most {max(gaps):.3f} nats apart"
     )
 
 
@@ -184,8 +170,6 @@ def _fp16(record: dict) -> list[dict]:
 
 def _scheme_said(record: dict, own: list[dict]) -> str:
     """How a run's chains were handed over, and what that took of the CPU."""
-    if "calls_a_step" not in record:
-        return "a chain was evaluated at once, so what MLX takes of the CPU for it counts as its time"
     own_us, fp16_us = (span(r["handed_over_us"] for r in rows) for rows in (own, _fp16(record)))
     return (
         f"a chain was handed over in steps of {record['calls_a_step']} calls, each while the one before "
