@@ -331,5 +331,5 @@ def test_decoding_reads_packed_rows_past_padding_and_hidden_rows(
             output = mx.fast.scaled_dot_product_attention(q, *got, scale=SCALE, mask=mask)
             outputs.append(np.array(output))
             if cache is batches[0]:
-                assert len(metal_host.launches) == 2  # a part and the merge
+                assert ["decode_partial" in x.name for x in metal_host.launches] == [True]
         np.testing.assert_allclose(*outputs, rtol=0, atol=ATTENTION_TOLERANCE)

@@ -105,7 +105,8 @@ def test_the_order_is_that_of_the_kernel():
     text = "".join((metal_folder() / name).read_text() for name in ("decode.metal", "attention.h"))
     assert f"DECODE_GROUPS = {SIMD_GROUPS};" in text
     assert "const int first_own = begin + simd_group * STEP;" in text
-    assert "for (int t = first_own; t < end; t += DECODE_GROUPS * STEP)" in text
+    assert "constexpr int STRIDE = DECODE_GROUPS * STEP;" in text
+    assert "for (int t = first_own; t < end; t += STRIDE)" in text
     assert "return rows <= 4 && v_dim <= 256 ? 2 : 1;" in text and [tile_step(g) for g in (4, 5)] == [2, 1]
 
 
