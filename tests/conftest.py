@@ -10,7 +10,7 @@ import mlx_turbokv  # noqa: F401, I001: before mlx.core, so that OpenBLAS is use
 import pytest
 from hypothesis import settings
 from metal_host import HostMetal
-from metal_host.coverage import collect, report, session_folder
+from metal_host.coverage import FileCoverage, collect, report, session_folder
 
 
 # A slow machine is no failure.
@@ -26,13 +26,26 @@ def metal_host() -> Iterator[HostMetal]:
     host.close()
 
 
-def pytest_terminal_summary(terminalreporter) -> None:
-    """Prints which lines of metal/ ran on the CPU, if any did."""
+_found: dict[str, FileCoverage] = {}  # lines of metal/, once a run has ended
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A run of all tests fails where a line of metal/ never ran on the CPU."""
     if session_folder.cache_info().currsize == 0:
         return
-    coverage = collect(session_folder())
-    if any(c.ran for c in coverage.values()):
-        terminalreporter.section("lines of metal/ that ran on the CPU")
-        terminalreporter.write_line(report(coverage))
+    _found.update(collect(session_folder()))
     if "METAL_HOST_COVERAGE" not in os.environ:
         shutil.rmtree(session_folder())
+    asked = session.config.args_source is pytest.Config.ArgsSource.ARGS or session.config.option.keyword
+    if not asked and session.exitstatus == 0 and any(c.missed for c in _found.values()):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, exitstatus: int) -> None:
+    """Prints which lines of metal/ ran on the CPU, if any did."""
+    if any(c.ran for c in _found.values()):
+        terminalreporter.section("lines of metal/ that ran on the CPU")
+        terminalreporter.write_line(report(_found))
+    wrong = [kind for kind in ("failed", "error") if terminalreporter.stats.get(kind)]
+    if exitstatus == pytest.ExitCode.TESTS_FAILED and not wrong:
+        terminalreporter.write_line("Error: a run of all tests must run every line of metal/.")

@@ -148,7 +148,14 @@ SANITIZE_CASES += [
 NARROW = [Case("q8_0", "q8_0", (32, 32)), Case("turbo4", "q8_0", (32, 16), "float32")]
 # more splits than a merge has under way at once
 MANY = [Case("turbo4", "turbo2", (64, 64), tokens=(544, 5), splits=50)]
-ALL_CASES = SANITIZE_CASES + PAIRS + CENTRED + NARROW + MANY
+# more tiles than a SIMD group works out anchors for at once: of sequences that start with a tile,
+# and of one that does not
+LONG = [
+    Case("turbo4", "turbo3", (64, 64), heads=(1, 1, 2), tokens=(2112, 5), centred="apart"),
+    Case("turbo4", "turbo3", (64, 64), heads=(2, 1, 4), tokens=(1120, 5), edge="starts", centred="apart"),
+    Case("turbo3", "turbo2", (128, 128), "bfloat16", (1, 1, 5), 2, (1120, 5), "plain", "traditional"),
+]
+ALL_CASES = SANITIZE_CASES + PAIRS + CENTRED + NARROW + MANY + LONG
 
 
 def run_case(case: Case, backend: str) -> dict:
