@@ -72,8 +72,8 @@ DTYPES = ("float16", "bfloat16", "float32")
 HEADS = ((1, 1, 1), (1, 2, 4), (2, 1, 7), (1, 1, 16), (1, 3, 3), (3, 2, 2), (1, 1, 5))
 QUERIES = (1, 2, 8)
 TOKENS = ((0, 1), (0, 33), (32, 31), (96, 0), (64, 70), (544, 5))
-# causal: lower right; starts: left-padded; sinks; stale: loud rows behind the last one
 SPLITS = (1, 3)
+# causal: lower right; starts: left-padded; sinks; stale: loud rows behind the last one
 EDGES = ("plain", "causal", "starts", "sinks", "stale")
 
 
