@@ -11,12 +11,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from . import blas
+from .loading import blas
 
 __version__ = "0.1.0"
 
 _WHERE = {
-    "KVFormat": "formats",
+    "KVFormat": "quant.formats",
     "InputError": "errors",
     "Policy": "policy",
     "Uniform": "policy",
@@ -26,9 +26,9 @@ _WHERE = {
     "load_policy": "policy",
     "TurboKVCache": "cache",
     "TurboRotatingKVCache": "cache",
-    "make_prompt_cache": "api",
-    "attach": "api",
-    "detach": "api",
+    "make_prompt_cache": "cache",
+    "attach": "cache",
+    "detach": "cache",
 }
 __all__ = [*_WHERE, "__version__"]
 
@@ -40,7 +40,7 @@ def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = _WHERE[name]
-    if module in ("cache", "api"):
+    if module == "cache":
         blas.require_mlx()
     return getattr(import_module(f".{module}", __name__), name)
 

@@ -36,9 +36,8 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import mlx_turbokv  # noqa: E402, F401, I001: before mlx.core
-import mlx.core as mx  # noqa: E402
 import kernel_variants as variants  # noqa: E402
+import mlx.core as mx  # noqa: E402
 from record import record  # noqa: E402
 
 from mlx_turbokv.kernels.backend import Backend, available_backends, select_backend  # noqa: E402
@@ -150,7 +149,9 @@ def run_steps(ends: list[Any]) -> tuple[list[float], float]:
     return [after - before for before, after in pairwise(done)], cpu_time
 
 
-def chain_of(variant: variants.Variant, starts: list[Any], n_steps: int, chained: bool) -> list[Any]:
+def chain_of(
+    variant: variants.Variant, starts: list[Any], n_steps: int, chained: bool
+) -> list[Any]:
     """What each step of a chain ends in, not evaluated: its last call's result, or all of them.
 
     Args:
@@ -231,7 +232,9 @@ def bench(group: Group, rounds: int, refcheck: bool, copy_speed: float) -> list[
 
 def line(row: dict) -> str:
     """A row for people."""
-    shape = f"{row['job']} {row['heads'][0]},{row['heads'][1]} D={row['head_dim']} n={row['tokens']}"
+    shape = (
+        f"{row['job']} {row['heads'][0]},{row['heads'][1]} D={row['head_dim']} n={row['tokens']}"
+    )
     apart = f", apart {row['apart_us']:.1f}" if "apart_us" in row else ""
     ratio = f", {row['fp16_over_this']:.2f}x fp16" if "fp16_over_this" in row else ""
     error = f", error {row['error']:.1e}" if "error" in row else ""
@@ -270,8 +273,12 @@ def main() -> int:
     parser.add_argument("--pairs", default=",".join(PAIRS), help="K/V pairs, comma-separated")
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)))
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--refcheck", action="store_true", help="compare results with the reference")
-    parser.add_argument("--warm", metavar="I/N", default=None, help="compile a share of the kernels")
+    parser.add_argument(
+        "--refcheck", action="store_true", help="compare results with the reference"
+    )
+    parser.add_argument(
+        "--warm", metavar="I/N", default=None, help="compile a share of the kernels"
+    )
     parser.add_argument("--backend", default=None)
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
@@ -301,7 +308,11 @@ def main() -> int:
 
 def warm(wanted: list[Group], share: int, n_shares: int) -> int:
     """Compiles every n-th of the kernels that the groups need."""
-    makes = {(g.job, g.heads, g.head_dim, name): (g, make) for g in wanted for name, make in g.make.items()}
+    makes = {
+        (g.job, g.heads, g.head_dim, name): (g, make)
+        for g in wanted
+        for name, make in g.make.items()
+    }
     for (*_, name), (group, make) in list(makes.items())[share::n_shares]:
         start = time.perf_counter()
         variant = make(variants.noise(group.heads, group.head_dim, min(group.tokens, WARM_TOKENS)))

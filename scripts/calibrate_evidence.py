@@ -28,7 +28,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import mlx_turbokv  # noqa: E402, F401: before mlx.core, so that OpenBLAS is used
 import mlx.core as mx  # noqa: E402
 from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 
@@ -39,7 +38,7 @@ from mlx_turbokv.evaluate.calibration_record import as_text, file_name, notes  #
 from mlx_turbokv.evaluate.calibration_run import Calibration  # noqa: E402
 from mlx_turbokv.evaluate.table import as_text as table_text  # noqa: E402
 from mlx_turbokv.evaluate.text import TextSource, load_text  # noqa: E402
-from mlx_turbokv.models import load  # noqa: E402
+from mlx_turbokv.loading.models import load  # noqa: E402
 
 BUDGETS = ("la-v7", "5.25", "4.75", "4.25", "3.75", "3.5", "3.25", "3", "2.75")
 VARIANT_BUDGETS = ("la-v7", "4.25", "3.5")

@@ -16,14 +16,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import mlx_turbokv  # noqa: E402, F401: before mlx.core, so that OpenBLAS is used
 import numpy as np  # noqa: E402
 from record import record  # noqa: E402
 
 from mlx_turbokv.cli.output import write_json  # noqa: E402
 from mlx_turbokv.evaluate.calibrate import Budget, solve  # noqa: E402
 from mlx_turbokv.evaluate.sensitivity import Sensitivity, all_changes  # noqa: E402
-from mlx_turbokv.shapes import KVShape  # noqa: E402
+from mlx_turbokv.model.shapes import KVShape  # noqa: E402
 
 BITS = (5.75, 4.75, 4.25, 3.75, 3.25)
 DRAWS = 20
@@ -69,7 +68,9 @@ def main() -> None:
         for _ in range(DRAWS):
             order = rng.permutation(n)
             some, others = taken(found, order[:n_taken]), taken(found, order[n_taken:])
-            pairs = zip(solve(some, shapes, formats, budgets), solve(others, shapes, formats, budgets))
+            pairs = zip(
+                solve(some, shapes, formats, budgets), solve(others, shapes, formats, budgets)
+            )
             excess.append(
                 [others.predicted(a.pairs).mean() / b.predicted.mean() - 1 for a, b in pairs]
             )
@@ -77,7 +78,11 @@ def main() -> None:
             {"windows": n_taken, "draws": DRAWS, "bits": list(BITS),
              "mean_excess": np.mean(excess, axis=0).tolist(), "max_excess": float(np.max(excess))}
         )  # fmt: skip
-        print(n_taken, " ".join(f"{x:.1%}" for x in rows[-1]["mean_excess"]), f"max {np.max(excess):.1%}")
+        print(
+            n_taken,
+            " ".join(f"{x:.1%}" for x in rows[-1]["mean_excess"]),
+            f"max {np.max(excess):.1%}",
+        )
     if given.json:
         about = {"measured": {k: made[k] for k in ("model", "calibration", "environment")}}
         write_json(given.json, record(rows=rows, **about))

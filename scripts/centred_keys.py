@@ -86,7 +86,18 @@ def sizes(part: str, n_ctx: int, chunks: int) -> tuple[int, int]:
 @click.option("--chunks", default=64, show_default=True, help="Windows of --ctx-size tokens.")
 @click.option("--parts", default=",".join(PARTS), show_default=True)
 @click.option("--json", "json_path", default=str(ROOT / "benchmarks/centred_keys.json"))
-def main(model, text, calibration, calibration_windows, backend, ctx_size, contexts, chunks, parts, json_path):
+def main(
+    model,
+    text,
+    calibration,
+    calibration_windows,
+    backend,
+    ctx_size,
+    contexts,
+    chunks,
+    parts,
+    json_path,
+):
     study = Study(model, text, calibration, calibration_windows, backend)
     names = []
     for part in parts.split(","):

@@ -1,6 +1,6 @@
 """Run a command of this checkout, without an installed package.
 
-    python scripts/command.py bench --shape Llama-3.1-8B --context 8192
+python scripts/command.py bench --shape Llama-3.1-8B --context 8192
 """
 
 from __future__ import annotations

@@ -11,13 +11,13 @@ import json
 from pathlib import Path
 
 import click
-import mlx_turbokv  # noqa: I001: before mlx.core, so that OpenBLAS is used
 import mlx.core as mx
+from record import record
 from tqdm import tqdm
 
+import mlx_turbokv  # noqa: I001: before mlx.core, so that OpenBLAS is used
 from mlx_turbokv.cache import FLUSH_TOKENS
 from mlx_turbokv.cli.entry import run
-from record import record
 
 ALLOWED = 2 * 2**20  # bytes a layer above the packed rows
 
@@ -30,7 +30,7 @@ ALLOWED = 2 * 2**20  # bytes a layer above the packed rows
 @click.option("--json", "json_file", default=None, help="Write the record to this file.")
 def command(tokens, steps, cache_type_k, cache_type_v, json_file) -> None:
     """Measure peak memory above the model and its packed caches while decoding."""
-    from mlx_turbokv.models import load
+    from mlx_turbokv.loading.models import load
 
     loaded = load(None)
     caches = mlx_turbokv.make_prompt_cache(loaded.model, cache_type_k, cache_type_v)

@@ -21,9 +21,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 
-import mlx_turbokv  # noqa: E402, F401, I001: before mlx.core
 from kernel_cases import ALL_CASES  # noqa: E402
 
 from mlx_turbokv.doctor.sources import ENTRIES  # noqa: E402
@@ -98,7 +97,9 @@ def sanitized(tool: str, found: list[Part]) -> dict:
     clean = [part for part in found if CLEAN[tool].search(part.log)]
     result = shards(clean)
     del result["rows"]
-    result["command"] = result["command"] and f"compute-sanitizer --tool {tool} python {result['command']}"
+    result["command"] = (
+        result["command"] and f"compute-sanitizer --tool {tool} python {result['command']}"
+    )
     said = [(part.name, (SUMMARY.findall(part.log) or ["no summary"])[-1]) for part in found]
     result["failures"] += [f"{name}: {line}" for name, line in said if not CLEAN[tool].search(line)]
     return {"tool": tool, **result}
@@ -139,7 +140,13 @@ def gather(folder: Path) -> tuple[dict, list[str]]:
     cases, models = parts(folder, "cases*.json"), parts(folder, "model.json")
     under = {tool: parts(folder, f"{tool}*.json") for tool in TOOLS}
     launches, checked = parts(folder, "launches.json"), parts(folder, "doctor*.json")
-    everything = [*cases, *models, *launches, *checked, *(p for found in under.values() for p in found)]
+    everything = [
+        *cases,
+        *models,
+        *launches,
+        *checked,
+        *(p for found in under.values() for p in found),
+    ]
     dates = sorted({part.record["date"] for part in everything if "date" in part.record})
     report: dict = {"command": command_line(), "date": dates[-1] if dates else None}
     report |= {**about(everything), "kernels": shards(cases)}
@@ -160,7 +167,9 @@ def gather(folder: Path) -> tuple[dict, list[str]]:
         kept = {key: found[0].record[key] for key in keys}
         report[name] = {"command": kept["command"], **kept["model"]} if name == "model" else kept
         failures += found[0].record.get("failures", [])
-    if not any(row["changed"] for row in report["doctor"]) or all(row["changed"] for row in report["doctor"]):
+    if not any(row["changed"] for row in report["doctor"]) or all(
+        row["changed"] for row in report["doctor"]
+    ):
         failures.append("doctor: not run on a whole tree and on a changed one")
     return report, failures
 
@@ -179,7 +188,10 @@ def main() -> int:
         args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     for failure in failures:
         print("FAILED", failure, file=sys.stderr)
-    counts = [f"{report['kernels']['cases']} cases", *(f"{s['tool']} {s['cases']}" for s in report["sanitizer"])]
+    counts = [
+        f"{report['kernels']['cases']} cases",
+        *(f"{s['tool']} {s['cases']}" for s in report["sanitizer"]),
+    ]
     print(f"{', '.join(counts)} of {len(ALL_CASES)}; {len(failures)} failures or gaps")
     return 1 if failures else 0
 

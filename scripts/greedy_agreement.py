@@ -1,6 +1,6 @@
 """Ten prompts of 100 tokens, greedy, through a packed cache and through mlx-lm's own.
 
-    python scripts/greedy_agreement.py -ctk q8_0 -ctv q8_0
+python scripts/greedy_agreement.py -ctk q8_0 -ctv q8_0
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import json
 from pathlib import Path
 
 import click
+from record import record
 
 import mlx_turbokv
 from mlx_turbokv.cli.entry import run
 from mlx_turbokv.evaluate.greedy import compare
-from record import record
 
 PROMPTS = (
     "Why is the sky blue?",
@@ -37,7 +37,7 @@ NEAR_TIE = 0.2  # nats: probabilities within a factor of 1.22
 @click.option("--json", "json_file", default=None, help="Write the record to this file.")
 def command(model, cache_type_k, cache_type_v, json_file) -> None:
     """Compare greedy generation through a packed cache with mlx-lm's own cache."""
-    from mlx_turbokv.models import load
+    from mlx_turbokv.loading.models import load
 
     loaded = load(model)
     rows = []

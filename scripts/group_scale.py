@@ -14,12 +14,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 
 import click  # noqa: E402
-
-from mlx_turbokv.models import load  # noqa: E402  (finds OpenBLAS before MLX is imported)
-
 import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
 from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
@@ -30,6 +27,7 @@ from mlx_turbokv.evaluate.divergence import Reference  # noqa: E402
 from mlx_turbokv.evaluate.record import command_line, environment  # noqa: E402
 from mlx_turbokv.evaluate.text import load_text  # noqa: E402
 from mlx_turbokv.evaluate.windows import cut_windows, scored_logits  # noqa: E402
+from mlx_turbokv.loading.models import load  # noqa: E402  (finds OpenBLAS before MLX is imported)
 
 FORMATS = ("turbo2", "turbo3", "turbo4")
 

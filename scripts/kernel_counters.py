@@ -44,9 +44,9 @@ METRICS = {
 
 def launch(pair: str, tokens: int) -> None:
     """Each kernel once."""
-    import mlx_turbokv  # noqa: F401, I001: before mlx.core
-    import mlx.core as mx
     import kernel_variants as variants
+    import mlx.core as mx
+
     from mlx_turbokv.kernels.backend import select_backend
     from mlx_turbokv.kernels.packed import PackedKV
 
@@ -55,7 +55,7 @@ def launch(pair: str, tokens: int) -> None:
     layout = variants.layout_of(pair, HEAD_DIM)
     body = backend.pack(x.keys, x.values, layout)
     packed = PackedKV(layout, body, tokens, None, 0)
-    mx.eval(backend.attention(x.queries, packed, HEAD_DIM**-0.5))
+    mx.eval(dispatch.attention(x.queries, packed, HEAD_DIM**-0.5, backend=backend))
     mx.eval(variants.rows_of(packed, backend))
 
 

@@ -14,12 +14,13 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlx_turbokv.centre import Centre, Turning
-from mlx_turbokv.formats import KVFormat
+from mlx_turbokv.attention import dispatch
+from mlx_turbokv.centring.centre import Centre, Turning
 from mlx_turbokv.kernels import dequantize, reference
 from mlx_turbokv.kernels.backend import Backend
 from mlx_turbokv.kernels.packed import PackedKV
-from mlx_turbokv.layout import KVLayout
+from mlx_turbokv.quant.formats import KVFormat
+from mlx_turbokv.quant.layout import KVLayout
 
 ROTATED_BYTES = 120 * 2**20  # more than twice the largest cache of a card
 MOST_COPIES = 32
@@ -96,7 +97,9 @@ def packed_attention(pair: str, x: Inputs, backend: Backend, how: str = "") -> V
     if how == "centred":
         turning = Turning.of_rope(dim, dim, False, THETA)
         centre = Centre(mx.random.normal((n_kv_heads, dim)), turning, "random")
-        keys = (keys + centre.rows(0, n)).astype(keys.dtype)  # as large without their centre as others
+        keys = (keys + centre.rows(0, n)).astype(
+            keys.dtype
+        )  # as large without their centre as others
     first = backend.pack(keys, x.values, layout, **({"centre": centre} if centre else {}))
     views = [PackedKV(layout, body, n, None, 0, centre) for (body,) in copies(first)]
     scale = dim**-0.5
@@ -104,8 +107,8 @@ def packed_attention(pair: str, x: Inputs, backend: Backend, how: str = "") -> V
     def call(i: int, queries: mx.array) -> mx.array:
         view = views[i % len(views)]
         if how == "rows":
-            return dequantize._through_rows(queries, view, scale, None, None, backend.name)
-        return backend.attention(queries, view, scale)
+            return dispatch._through_rows(queries, view, scale, None, None, backend)
+        return dispatch.attention(queries, view, scale, backend=backend)
 
     def check() -> tuple[float, float]:
         rows = reference.dequantize(views[0]._replace(body=views[0].body[:, :1]), mx.float32)
@@ -158,7 +161,9 @@ def pack_chunk(pair: str, x: Inputs, backend: Backend) -> Variant:
 
     first = call(0, None)
     n_bytes = x.keys.nbytes + x.values.nbytes + first.nbytes
-    return Variant(call, lambda: None, n_bytes, lambda: _pack_error(first, x, layout), chained=False)
+    return Variant(
+        call, lambda: None, n_bytes, lambda: _pack_error(first, x, layout), chained=False
+    )
 
 
 def pack_token(pair: str, x: Inputs, backend: Backend) -> Variant:
@@ -216,7 +221,9 @@ def dequantized_rows(pair: str, x: Inputs, backend: Backend) -> Variant:
     def check() -> tuple[float, float]:
         one_head = views[0]._replace(body=views[0].body[:, :1])
         want = reference._rotated(one_head.tiles, one_head)
-        return max(_relative(a[:, :1], _float64(b)) for a, b in zip(call(0, None), want)), ROWS_ERROR
+        return max(
+            _relative(a[:, :1], _float64(b)) for a, b in zip(call(0, None), want)
+        ), ROWS_ERROR
 
     n_bytes = first.nbytes + x.keys.nbytes + x.values.nbytes
     return Variant(call, lambda: None, n_bytes, check, chained=False)
@@ -258,5 +265,7 @@ def _pack_error(tiles: mx.array, x: Inputs, layout: KVLayout) -> tuple[float, fl
     """How far packed rows are from those that the reference packs."""
     n = x.keys.shape[2]
     wanted = reference.pack(x.keys, x.values, layout)
-    rows = [reference.dequantize(PackedKV(layout, None, 0, t, n), mx.float32) for t in (tiles, wanted)]
+    rows = [
+        reference.dequantize(PackedKV(layout, None, 0, t, n), mx.float32) for t in (tiles, wanted)
+    ]
     return max(_relative(a, _float64(b)) for a, b in zip(*rows)), PACK_ERROR

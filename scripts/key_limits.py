@@ -24,15 +24,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import click  # noqa: E402
-from key_study import Study, key_energies, keys_of, query_energies, run_parts  # noqa: E402
-
 import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
 from key_quantisers import EXACT, Group, Scheme, allocated, uniform  # noqa: E402
+from key_study import Study, key_energies, keys_of, query_energies, run_parts  # noqa: E402
 
 from mlx_turbokv.centring.calibration import SINK_TOKENS  # noqa: E402
 from mlx_turbokv.evaluate.configuration import Prepared  # noqa: E402
-from mlx_turbokv.formats import KVFormat  # noqa: E402
+from mlx_turbokv.quant.formats import KVFormat  # noqa: E402
 
 PARTS = ("drift", "channels", "exact", "turbo", "scales", "energy", "norms")
 BITS = (2, 3, 4)
@@ -156,13 +155,18 @@ class Limits:
         for name in names:
             for centred in (False, True):
                 made.append(self.study.config(f"{name}/f16", centred))
-                bits[made[-1].name] = KVFormat.parse(name).bits_per_value(2 * self.queries[0].shape[1])
+                bits[made[-1].name] = KVFormat.parse(name).bits_per_value(
+                    2 * self.queries[0].shape[1]
+                )
         return made, bits
 
     def measure(self, part: str) -> dict:
         """The entry of a part."""
         if part == "drift":
-            return {"share_of": "the energy of centred keys, mean over layers", "rows": self.drift()}
+            return {
+                "share_of": "the energy of centred keys, mean over layers",
+                "rows": self.drift(),
+            }
         if part == "channels":
             return {"budget": CHANNEL_BITS, "loud_pairs": LOUD_PAIRS, "loud_share": LOUD_SHARE,
                     "layers": self.channels()}  # fmt: skip
@@ -209,7 +213,11 @@ class Limits:
                 "promised": {"scales": float(uneven.mean()), **promised},
                 **tokens[layer],
             })  # fmt: skip
-            print(layer, {key: value for key, value in found[-1].items() if key != "loud_pairs"}, flush=True)
+            print(
+                layer,
+                {key: value for key, value in found[-1].items() if key != "loud_pairs"},
+                flush=True,
+            )
         return found
 
     def tokens(self) -> list[dict]:
@@ -226,7 +234,9 @@ class Limits:
             rest, ids = energy[:, SINK_TOKENS:].reshape(-1), windows[:, SINK_TOKENS:].reshape(-1)
             n_loud = int(len(rest) * LOUD_SHARE)
             loud = np.argsort(-rest)[:n_loud]
-            common = Counter(self.study.tokenizer.decode([int(t)]) for t in ids[loud]).most_common(3)
+            common = Counter(self.study.tokenizer.decode([int(t)]) for t in ids[loud]).most_common(
+                3
+            )
             found.append({
                 "first_key_energy": float(energy[:, 0].mean() / rest.mean()),
                 "loud_tokens_share": float(rest[loud].sum() / rest.sum()),

@@ -9,14 +9,14 @@ of a layer.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from itertools import combinations
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_turbokv.codebook import boundaries, codebook
-from mlx_turbokv.rotation import rotation_matrix
+from mlx_turbokv.quant.codebook import boundaries, codebook
+from mlx_turbokv.quant.rotation import rotation_matrix
 
 NORM_BITS = 16
 EXACT = 16  # bits of a group that is stored as it is
@@ -120,7 +120,7 @@ def _rms(x: mx.array, axes) -> mx.array:
     return mx.sqrt(mx.square(x).mean(axis=axes, keepdims=True))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _rotation(width: int) -> mx.array:
     """turbo's own where there is one for the width, else a random orthogonal matrix."""
     try:
@@ -136,10 +136,12 @@ def uniform(bits: int, n_heads: int, head_dim: int, scales=None, norm="head", wi
     groups = tuple(
         Group(tuple(range(first, first + width)), bits) for first in range(0, head_dim, width)
     )
-    return Scheme((groups,) * n_heads, np.ones((n_heads, head_dim)) if scales is None else scales, norm)
+    return Scheme(
+        (groups,) * n_heads, np.ones((n_heads, head_dim)) if scales is None else scales, norm
+    )
 
 
-@lru_cache(maxsize=None)
+@cache
 def distortion(bits: int, width: int = 64) -> float:
     """The share of a rotated group's energy that its codes miss."""
     if bits == 0:
@@ -193,12 +195,12 @@ def allocated(
     return best[1], best[0] / one
 
 
-@lru_cache(maxsize=None)
+@cache
 def _choices(n_groups: int) -> np.ndarray:
     """Falling bits of a number of groups: [choices, n_groups]."""
     return np.array([c[::-1] for c in combinations(range(MOST_BITS + 1), n_groups)])
 
 
-@lru_cache(maxsize=None)
+@cache
 def _distortions() -> np.ndarray:
     return np.array([distortion(b) for b in range(MOST_BITS + 1)])

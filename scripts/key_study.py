@@ -11,24 +11,22 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from mlx_turbokv.models import load  # finds OpenBLAS before MLX is imported
-
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import KVCache
 from record import record
 
-from mlx_turbokv import centre as centre_module
-from mlx_turbokv.api import CacheFactory
-from mlx_turbokv.cache import TurboKVCache
-from mlx_turbokv.centre import Centre
+from mlx_turbokv.cache import CacheFactory, TurboKVCache
+from mlx_turbokv.centring import centre as centre_module
 from mlx_turbokv.centring.calibration import SINK_TOKENS, calibrate_keys
+from mlx_turbokv.centring.centre import Centre
 from mlx_turbokv.evaluate.configuration import Prepared, parse_policy
 from mlx_turbokv.evaluate.perplexity import evaluate_windows
 from mlx_turbokv.evaluate.record import model_record
 from mlx_turbokv.evaluate.text import load_text
 from mlx_turbokv.evaluate.windows import cut_windows
 from mlx_turbokv.kernels.backend import select_backend
+from mlx_turbokv.loading.models import load  # finds OpenBLAS before MLX is imported
 from mlx_turbokv.policy import Uniform
 
 Read = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
@@ -81,9 +79,7 @@ class Study:
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         source = load_text(text)
         self.tokens = list(self.tokenizer.encode(source.text, add_special_tokens=False))
-        self.calibration = cut_windows(
-            self.tokenizer, load_text(calibration).text, 512, n_windows
-        )
+        self.calibration = cut_windows(self.tokenizer, load_text(calibration).text, 512, n_windows)
         started = time.perf_counter()
         self.references = calibrate_keys(self.model, self.calibration)
         self.about = {

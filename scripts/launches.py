@@ -29,9 +29,10 @@ N_HEADS = 32
 
 def decode_steps(name: str, steps: int) -> None:
     """What a layer does with K and V, ``steps`` tokens long, behind N_TOKENS of context."""
-    import mlx_turbokv  # noqa: I001: before mlx.core
     import mlx.core as mx
     from mlx_lm.models.cache import KVCache
+
+    import mlx_turbokv  # noqa: I001: before mlx.core
 
     batch, n_kv_heads, dim = SHAPE
     cache = KVCache() if name == "f16" else mlx_turbokv.TurboKVCache(*name.split("/"))

@@ -19,11 +19,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import mlx_turbokv  # noqa: F401, I001: before mlx.core, so that OpenBLAS is used
 import mlx_lm
 import mlx_lm.utils
 import pytest
-from mlx_turbokv import attach, models
+
+from mlx_turbokv import attach
+from mlx_turbokv.loading import models
 
 FILES = ("test_prompt_cache.py", "test_generate.py", "test_server.py")
 STAND_IN = "is written for the tokenizer or the weights of the model that is replaced here"

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from witnessed import WitnessedCache
 
-from mlx_turbokv.api import make_prompt_cache
+from mlx_turbokv.cache import make_prompt_cache
 from mlx_turbokv.evaluate.divergence import Reference
 from mlx_turbokv.evaluate.greedy import compare
 from mlx_turbokv.evaluate.windows import cut_windows, scored_logits, targets_of
-from mlx_turbokv.models import load
-from witnessed import WitnessedCache
+from mlx_turbokv.loading.models import load
 
 PAIRS = (("q8_0", "turbo2"), ("turbo4", "turbo3"))
 PROMPTS = (

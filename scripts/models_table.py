@@ -1,6 +1,6 @@
 """What is compressed in every architecture of the installed mlx-lm, as tiny models have it.
 
-    python scripts/models_table.py && python scripts/readme_figures.py
+python scripts/models_table.py && python scripts/readme_figures.py
 """
 
 from __future__ import annotations
@@ -10,19 +10,20 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests" / "helpers")]
 
 from record import record  # noqa: E402
 from tiny_models import HELPERS, architectures, shared_model  # noqa: E402
 
 from mlx_turbokv.cli.output import write_json  # noqa: E402
-from mlx_turbokv.kv_layers import KVLayers, kv_layers, own_caches  # noqa: E402
+from mlx_turbokv.model.kv_layers import KVLayers, kv_layers, own_caches  # noqa: E402
 
 REMARKS = {
     "bitnet": "without Metal, tested with plain operations in place of mlx-lm's Metal kernel",
     "muse_spark": "tested on GPUs alone: mlx-lm has its attention's kernels for nothing else",
     "olmo": "mlx-lm needs the package ai2-olmo for it, and takes prompts only a token at a time",
 }
+
 
 def rows() -> list[dict]:
     """What happens to the caches of every architecture."""

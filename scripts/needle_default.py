@@ -34,10 +34,11 @@ CONFIGS = ("q8_0/q8_0", "q8_0/turbo3", "q8_0/turbo2", "la-v7", "turbo4/turbo3")
 def command(json_path, text, contexts, depths, repeats, dtype, backend, time_limit) -> None:
     """Measure and write the record."""
     started = time.perf_counter()
+    import mlx.core as mx
+
     from mlx_turbokv.evaluate.haystack import KINDS, make_cases
     from mlx_turbokv.evaluate.text import load_text
-    from mlx_turbokv.models import load
-    import mlx.core as mx
+    from mlx_turbokv.loading.models import load
 
     cases = make_cases(contexts, needle.even_depths(depths), KINDS, repeats)
     loaded = load(dtype=getattr(mx, dtype), packed=False)

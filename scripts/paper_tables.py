@@ -61,9 +61,9 @@ def roles_of(record: dict) -> dict[str, dict]:
 
 def raw_index_policies(model, folder: Path, group: str) -> list[str]:
     """Files of the boundary policies as raw layer indices give them; none for pure attention."""
-    from mlx_turbokv.kv_layers import kv_layers, own_caches
+    from mlx_turbokv.model.kv_layers import kv_layers, own_caches
     from mlx_turbokv.policy import load_policy
-    from mlx_turbokv.policy_file import write_layer_list
+    from mlx_turbokv.policy.files import write_layer_list
 
     layers, n_caches = kv_layers(model).layers, len(own_caches(model))
     if len(layers) == n_caches:
@@ -183,7 +183,9 @@ def speed_table(bench: dict, names: dict[str, str]) -> str:
         rows.append([role, f"{prompt:g}", f"{generation:g}", *cells])
     model = bench["model"]["name"]
     header = ["V (K in q8_0)", "prefill, paper", "decode, paper", f"{model}: prefill", "decode"]
-    return "### Speed in tokens a second (paper: phi-4, M5 Max, 8,192 tokens)\n\n" + markdown(header, rows)
+    return "### Speed in tokens a second (paper: phi-4, M5 Max, 8,192 tokens)\n\n" + markdown(
+        header, rows
+    )
 
 
 def judged(short: dict, long: dict | None, needle: dict | None) -> list[dict]:
@@ -207,7 +209,9 @@ def judged(short: dict, long: dict | None, needle: dict | None) -> list[dict]:
     found.append({"claim": text, "where": places[0][0], "unit": "PPL", **cost})
     if long is not None:
         text = "the gain of Boundary V over turbo2 shrinks with the context"
-        found.append({"claim": text, "where": "both", "unit": "nats", **claims.dilution(short, places[1][1])})
+        found.append(
+            {"claim": text, "where": "both", "unit": "nats", **claims.dilution(short, places[1][1])}
+        )
     if needle is not None:
         name = short["la-v7"]["config"] if "la-v7" in short else "la-v7"
         names = {r["config"] for r in needle["summary"]}
@@ -243,7 +247,9 @@ def difference_cell(entry: dict) -> str:
     return text
 
 
-def report(short: dict, long: dict | None, needle: dict | None, bench: dict | None) -> tuple[str, list]:
+def report(
+    short: dict, long: dict | None, needle: dict | None, bench: dict | None
+) -> tuple[str, list]:
     """(everything as Markdown, the verdicts)."""
     results, model = roles_of(short), short["model"]["name"]
     long_results = None if long is None else roles_of(long)
@@ -261,9 +267,7 @@ def report(short: dict, long: dict | None, needle: dict | None, bench: dict | No
     ]
     if long_results is not None:
         parts.append(quality_tables(paper.LONG, long_results, f"{model} at {long['n_ctx']}"))
-        parts.append(
-            plain_tables(paper.GAP_LONG, model, lambda role: gap_cell(long_results, role))
-        )
+        parts.append(plain_tables(paper.GAP_LONG, model, lambda role: gap_cell(long_results, role)))
     if bench is not None:
         parts.append(speed_table(bench, config_names("")))
     return "\n\n".join(parts), found
@@ -298,15 +302,14 @@ def command(
         short = read_json(short_path, perplexity.WHAT)
         long = None if long_path is None else read_json(long_path, perplexity.WHAT)
     else:
-        from mlx_turbokv.evaluate.text import load_text
-        from mlx_turbokv.models import load
         import mlx.core as mx
+
+        from mlx_turbokv.evaluate.text import load_text
+        from mlx_turbokv.loading.models import load
 
         source = load_text(text)
         form = {} if dtype is None else {"dtype": getattr(mx, dtype), "packed": False}
-        loaded = load(
-            model, adapter_path=adapter_path, trust_remote_code=trust_remote_code, **form
-        )
+        loaded = load(model, adapter_path=adapter_path, trust_remote_code=trust_remote_code, **form)
         Path(folder).mkdir(parents=True, exist_ok=True)
         suffix = ":32" if group == "32" else ""
         short = measure(loaded, source, Path(folder), 512, chunks, suffix, backend)

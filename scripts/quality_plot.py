@@ -1,6 +1,6 @@
 """Draw KLD against bits per value from the records of scripts/quality_table.py.
 
-    python scripts/quality_plot.py --out docs/quality.svg
+python scripts/quality_plot.py --out docs/quality.svg
 """
 
 from __future__ import annotations

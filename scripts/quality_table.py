@@ -118,7 +118,7 @@ def command(
     """Measure the table and write its record."""
     from mlx_turbokv.evaluate.table import as_text
     from mlx_turbokv.evaluate.text import load_text
-    from mlx_turbokv.models import load
+    from mlx_turbokv.loading.models import load
 
     started = time.perf_counter()
     names = list(configs or CONFIGS)
@@ -133,9 +133,7 @@ def command(
         if share is not None:
             return measure_share(loaded, ready, json_path, share, processes)
         note(f"{join(ready, json_path, processes)} windows were measured by {processes} processes.")
-    record = perplexity.measure(
-        loaded, source, names, ctx_size, chunks, backend, json_path, None
-    )
+    record = perplexity.measure(loaded, source, names, ctx_size, chunks, backend, json_path, None)
     record |= {"seconds": round(time.perf_counter() - started, 1), "processes": processes}
     del record["windows_kept_from_before"]
     write_json(json_path, record)

@@ -1,7 +1,7 @@
 """Draw the recorded figures into README.md and docs/, between their marks (scripts/figures).
 
-    python scripts/readme_figures.py           # rewrite
-    python scripts/readme_figures.py --check   # fail if a page differs
+python scripts/readme_figures.py           # rewrite
+python scripts/readme_figures.py --check   # fail if a page differs
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from figures import budget, centred, kernels, keys_tried, models, quality, speed  # noqa: E402, F401: they register figures
-from figures import long_checks, sparse, whole_model  # noqa: E402, F401
-from figures import drawn  # noqa: E402
+from figures import (  # noqa: E402, F401
+    drawn,  # noqa: E402
+    long_checks,
+    sparse,
+    whole_model,
+)
 
 
 def pages() -> list[Path]:

@@ -13,14 +13,14 @@ from pathlib import Path
 from statistics import median
 
 import click
-import mlx_turbokv  # noqa: I001: before mlx.core, so that OpenBLAS is used
 import mlx.core as mx
 from mlx_lm.generate import generate_step
+from record import record
 from tqdm import tqdm
 
+import mlx_turbokv  # noqa: I001: before mlx.core, so that OpenBLAS is used
 from mlx_turbokv.cli.entry import run
 from mlx_turbokv.evaluate.text import load_text
-from record import record
 
 STEPS = 12
 CONFIGS = {
@@ -53,7 +53,7 @@ def seconds(work) -> float:
 @click.option("--json", "json_file", default=None, help="Write the record to this file.")
 def command(tokens, rounds, windows, json_file) -> None:
     """Decode steps and 512-token windows of the default model, packed against f16."""
-    from mlx_turbokv.models import load
+    from mlx_turbokv.loading.models import load
 
     loaded = load(None)
     model, ids = loaded.model, loaded.tokenizer.encode(load_text("sample").text)

@@ -22,8 +22,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import mlx_turbokv  # noqa: F401, I001: before MLX, so that OpenBLAS is used
 import openai
+
 from mlx_turbokv.evaluate.record import command_line, environment
 
 # a loaded server's memory wavers by freed pages that the allocator keeps
@@ -68,16 +68,12 @@ def ask(client: openai.OpenAI, index: int, options: argparse.Namespace, leave: b
     return Outcome(index, text, False, tokens)
 
 
-def load(
-    client: openai.OpenAI, options: argparse.Namespace, first: int, n: int
-) -> list[Outcome]:
+def load(client: openai.OpenAI, options: argparse.Namespace, first: int, n: int) -> list[Outcome]:
     """Send ``n`` requests from the clients, of which a share disconnects."""
     rng = random.Random(first)
     leaving = [rng.random() < options.disconnects for _ in range(n)]
     with ThreadPoolExecutor(options.clients) as pool:
-        return list(
-            pool.map(lambda i: ask(client, first + i, options, leaving[i]), range(n))
-        )
+        return list(pool.map(lambda i: ask(client, first + i, options, leaving[i]), range(n)))
 
 
 def resident_bytes(pid: int) -> int:

@@ -17,12 +17,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 
 import click  # noqa: E402
-
-from mlx_turbokv.models import load  # noqa: E402  (finds OpenBLAS before MLX is imported)
-
 import numpy as np  # noqa: E402
 from simulation import SimulatedCache, layer_formats, share_asked, window_nll  # noqa: E402
 
@@ -31,7 +28,8 @@ from mlx_turbokv.evaluate.divergence import Reference  # noqa: E402
 from mlx_turbokv.evaluate.record import command_line, environment, model_record  # noqa: E402
 from mlx_turbokv.evaluate.text import load_text  # noqa: E402
 from mlx_turbokv.evaluate.windows import cut_windows, scored_logits, targets_of  # noqa: E402
-from mlx_turbokv.kernels.quantize import K_SCALE_RULE, V_SCALE_RULE  # noqa: E402
+from mlx_turbokv.loading.models import load  # noqa: E402  (finds OpenBLAS before MLX is imported)
+from mlx_turbokv.quant.quantize import K_SCALE_RULE, V_SCALE_RULE  # noqa: E402
 
 TOLERANCE = 2e-3  # nats, of a window's mean loss
 

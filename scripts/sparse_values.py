@@ -21,9 +21,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import click  # noqa: E402
-
-from mlx_turbokv.models import load  # noqa: E402  (finds OpenBLAS before MLX is imported)
-
 import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
 from record import record  # noqa: E402
@@ -33,7 +30,8 @@ from mlx_turbokv.evaluate.record import model_record  # noqa: E402
 from mlx_turbokv.evaluate.text import load_text  # noqa: E402
 from mlx_turbokv.evaluate.windows import PREFILL_STEP, cut_windows  # noqa: E402
 from mlx_turbokv.kernels.decode import THREADS, n_splits  # noqa: E402
-from mlx_turbokv.layout import TILE  # noqa: E402
+from mlx_turbokv.loading.models import load  # noqa: E402  (finds OpenBLAS before MLX is imported)
+from mlx_turbokv.quant.layout import TILE  # noqa: E402
 
 CONTEXTS = {512: 4, 2048: 1, 8192: 1}  # windows of each
 CONFIGS = ("f16/f16", "turbo4/turbo3", "q8_0/turbo2")
@@ -77,7 +75,9 @@ def split_maximum(maxima: np.ndarray, splits: int) -> np.ndarray:
     return found
 
 
-def skippable(scores: np.ndarray, splits: int, step: int, threshold: float) -> dict[str, np.ndarray]:
+def skippable(
+    scores: np.ndarray, splits: int, step: int, threshold: float
+) -> dict[str, np.ndarray]:
     """The share of units in which no head needs a row, by what weights are compared with.
 
     ``final``: the largest score of all tokens; ``split``: of the split's; ``running``: of those that
@@ -110,7 +110,9 @@ def skippable(scores: np.ndarray, splits: int, step: int, threshold: float) -> d
     return found
 
 
-def scores_of(model, window: np.ndarray, caches: list, positions: list[int]) -> Iterator[tuple[int, np.ndarray]]:
+def scores_of(
+    model, window: np.ndarray, caches: list, positions: list[int]
+) -> Iterator[tuple[int, np.ndarray]]:
     """Layer and scores of the queries at some positions of a window, over the keys up to each.
 
     Shapes: window [n]; yields [KV heads, heads a KV head, position + 1] for each layer and position.

@@ -16,14 +16,14 @@ from pathlib import Path
 from statistics import median
 
 import click
-import mlx_turbokv  # noqa: I001: before mlx.core, so that OpenBLAS is used
 import mlx.core as mx
 from mlx_lm.models.base import scaled_dot_product_attention
 from mlx_lm.models.cache import KVCache
+from record import record
 
+import mlx_turbokv  # noqa: I001: before mlx.core, so that OpenBLAS is used
 from mlx_turbokv.cli.entry import run
 from mlx_turbokv.kernels.backend import available_backends
-from record import record
 
 RUNS = available_backends()[0] != "reference"
 CACHES = ("f16", "q8_0/turbo2", "turbo4/turbo3")
@@ -93,9 +93,17 @@ def measure(layers: int, tokens: int, heads: tuple[int, int], dim: int) -> list[
     rows = []
     for name in CACHES:
         times = step_times(layer_caches(name, layers, tokens, heads, dim), heads, dim)
-        rows.append({"cache": name, "us": round(1e6 * median(times), 2), "low_us": round(1e6 * min(times), 2)})
+        rows.append(
+            {
+                "cache": name,
+                "us": round(1e6 * median(times), 2),
+                "low_us": round(1e6 * min(times), 2),
+            }
+        )
         rows[-1]["added_us"] = round(rows[-1]["us"] - rows[0]["us"], 2)
-        click.echo(f"{name:14} {rows[-1]['us']:6.2f} us a layer and step, {rows[-1]['added_us']:+.2f}")
+        click.echo(
+            f"{name:14} {rows[-1]['us']:6.2f} us a layer and step, {rows[-1]['added_us']:+.2f}"
+        )
     return rows
 
 
@@ -120,7 +128,13 @@ def command(layers, tokens, heads, head_dim, json_file) -> None:
         all_caches(mx.zeros((1,)))
     if json_file:
         backend = backend if RUNS else "metal, built and not run"
-        results = {"backend": backend, "layers": layers, "tokens": tokens, "steps": STEPS, "rounds": ROUNDS}
+        results = {
+            "backend": backend,
+            "layers": layers,
+            "tokens": tokens,
+            "steps": STEPS,
+            "rounds": ROUNDS,
+        }
         results |= {"heads": heads, "head_dim": head_dim, "rows": rows}
         Path(json_file).write_text(json.dumps(record(**results), indent=1) + "\n")
 

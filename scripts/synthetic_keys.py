@@ -13,16 +13,15 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests" / "helpers")]
 
-import mlx_turbokv  # noqa: E402, F401: before mlx.core, so that OpenBLAS is used
 import click  # noqa: E402
 import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
 from centred_model import BIAS_OVER_REST, SLOWEST_SHARE, centred_model  # noqa: E402
 from record import record  # noqa: E402
 
-from mlx_turbokv.api import make_prompt_cache  # noqa: E402
+from mlx_turbokv.cache import make_prompt_cache  # noqa: E402
 from mlx_turbokv.evaluate import statistics  # noqa: E402
 from mlx_turbokv.evaluate.divergence import compare_logits  # noqa: E402
 
@@ -32,6 +31,7 @@ N_MODELS, N_TOKENS = 8, 150
 
 def divergence(model, k: str, centre: bool, tokens: mx.array) -> float:
     """Mean KLD from exact keys."""
+
     def logits(*formats, **options):
         caches = make_prompt_cache(model, *formats, backend="reference", **options)
         return model(tokens, cache=caches)[0]

@@ -14,11 +14,11 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_turbokv.cache import TurboKVCache
-from mlx_turbokv.codebook import boundaries, codebook
-from mlx_turbokv.formats import KVFormat
-from mlx_turbokv.kernels.tiles import UNITS, tiles_to_rows
-from mlx_turbokv.layout import TILE
-from mlx_turbokv.rotation import rotation_matrix, rotation_width
+from mlx_turbokv.quant.codebook import boundaries, codebook
+from mlx_turbokv.quant.formats import KVFormat
+from mlx_turbokv.quant.layout import TILE
+from mlx_turbokv.quant.rotation import rotation_matrix, rotation_width
+from mlx_turbokv.quant.tiles import UNITS, tiles_to_rows
 
 # how near to a boundary a tie lies: in units of the group's root mean square, or of a q8_0 step
 TURBO_TIE = 1e-3

@@ -6,12 +6,10 @@ import os
 import shutil
 from collections.abc import Iterator
 
-import mlx_turbokv  # noqa: F401, I001: before mlx.core, so that OpenBLAS is used
 import pytest
 from hypothesis import settings
 from metal_host import HostMetal
 from metal_host.coverage import FileCoverage, collect, report, session_folder
-
 
 # A slow machine is no failure.
 settings.register_profile("mlx_turbokv", deadline=None)
@@ -36,7 +34,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     _found.update(collect(session_folder()))
     if "METAL_HOST_COVERAGE" not in os.environ:
         shutil.rmtree(session_folder())
-    asked = session.config.args_source is pytest.Config.ArgsSource.ARGS or session.config.option.keyword
+    asked = (
+        session.config.args_source is pytest.Config.ArgsSource.ARGS or session.config.option.keyword
+    )
     if not asked and session.exitstatus == 0 and any(c.missed for c in _found.values()):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

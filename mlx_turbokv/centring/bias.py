@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..kv_layers import KVLayer
-from ..shapes import own_caches
+from ..model.kv_layers import KVLayer
+from ..model.shapes import own_caches
 from .probe import NotingCache
 
 # names of the modules that keys come out of, alone or beside queries and values

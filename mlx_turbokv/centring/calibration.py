@@ -13,10 +13,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..centre import Turning
 from ..errors import InputError
-from ..kv_layers import KVLayer, kv_layers
-from ..shapes import own_caches, put_cache
+from ..model.kv_layers import KVLayer, kv_layers
+from ..model.shapes import own_caches, put_cache
+from .centre import Turning
 from .probe import NotingCache, find_turnings
 from .references import References, fingerprint
 

@@ -13,10 +13,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..centre import Centre, Turning
-from ..kv_layers import KVLayer, KVLayers, kv_layers, model_skeleton, ranges
+from ..model.kv_layers import KVLayer, KVLayers, kv_layers, model_skeleton, ranges
 from ..policy import Pair
 from .bias import key_biases
+from .centre import Centre, Turning
 from .probe import find_turnings
 from .references import ATTRIBUTE, References, load_references, paths_for
 
@@ -130,7 +130,9 @@ class Choice:
                 chosen[i] = self._biases[i], turning, BY_BIAS
         sharing = Counter(turning for _, turning, _ in chosen.values())
         return {
-            i: Centre(mu, turning, source, sharing[turning], not _in_all_keys(mu, self._biases.get(i)))
+            i: Centre(
+                mu, turning, source, sharing[turning], not _in_all_keys(mu, self._biases.get(i))
+            )
             for i, (mu, turning, source) in chosen.items()
         }
 
@@ -154,7 +156,9 @@ def _still(mean: mx.array) -> Turning:
     return Turning.none(mean.shape[-1])
 
 
-def _large(biases: dict[int, mx.array], centres: dict[int, Centre], formats: list[Pair]) -> list[str]:
+def _large(
+    biases: dict[int, mx.array], centres: dict[int, Centre], formats: list[Pair]
+) -> list[str]:
     """A warning where large biases stay in keys of few bits."""
     norms = {}
     for i, bias in biases.items():

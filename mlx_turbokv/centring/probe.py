@@ -17,9 +17,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import KVCache
 
-from ..centre import Turning
-from ..kv_layers import KVLayer
-from ..shapes import own_caches, put_cache
+from ..model.kv_layers import KVLayer
+from ..model.shapes import own_caches, put_cache
+from .centre import Turning
 
 OFFSET = 37  # any number that no model would use by chance
 
@@ -46,7 +46,11 @@ class RopeCalls:
     def turning_of(self, keys: mx.array, offset: int) -> Turning | None:
         """How ``keys`` were turned, if they are a result of RoPE at ``offset``."""
         for result, arguments in self.calls:
-            if result is keys and type(arguments["offset"]) is int and arguments["offset"] == offset:
+            if (
+                result is keys
+                and type(arguments["offset"]) is int
+                and arguments["offset"] == offset
+            ):
                 freqs = arguments["freqs"]
                 return Turning.of_rope(
                     keys.shape[-1],

@@ -108,7 +108,9 @@ def load_references(path: str | os.PathLike, model: nn.Module) -> References:
     arrays_file, json_file = paths_for(path)
     for file in (json_file, arrays_file):
         if not file.is_file():
-            raise InputError(f"There are no key references at {file}; calibrate --keys writes them.")
+            raise InputError(
+                f"There are no key references at {file}; calibrate --keys writes them."
+            )
     try:
         record = json.loads(json_file.read_text(encoding="utf-8"))
         if record["maker"] != MAKER or record["version"] != VERSION:
@@ -119,7 +121,9 @@ def load_references(path: str | os.PathLike, model: nn.Module) -> References:
         unturned = frozenset(int(i) for i in record["unturned"])
         references = References(means, unturned, record["model"], record["record"])
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise InputError(f"{json_file} holds no key references that can be read ({error}).") from error
+        raise InputError(
+            f"{json_file} holds no key references that can be read ({error})."
+        ) from error
     if references.model != fingerprint(model):
         raise InputError(f"The key references {json_file} belong to another model.")
     return references

@@ -98,7 +98,7 @@ def command(**options: Any) -> int:
 
 
 def _measured(options: dict[str, Any]) -> dict:
-    from .. import blas
+    from ..loading import blas
 
     blas.require_mlx()
     from ..evaluate import configuration
@@ -173,8 +173,8 @@ def _model(options: dict[str, Any]) -> tuple[Any, dict, int]:
     """(model, what the record says of it, size of its vocabulary)."""
     import mlx.core as mx
 
-    from .. import models, random_model
     from ..evaluate.record import model_record
+    from ..loading import models, random_model
 
     if options["shape"] is None:
         if options["dtype"] not in (None, *random_model.DTYPES):

@@ -101,11 +101,11 @@ def command(
     folder: an interrupted run goes on where it stopped, and another budget costs only its check.
     """
     # MLX is imported by models, after the CPU's BLAS was looked for.
-    from ..models import load
     from ..evaluate import table
     from ..evaluate.calibration_record import as_text, notes
     from ..evaluate.calibration_run import Calibration
     from ..evaluate.text import load_text
+    from ..loading.models import load
 
     options = _checked(options)
     source = load_text(text)

@@ -22,15 +22,13 @@ FAILED_STATUS = 1
 )  # fmt: skip
 @click.option("--no-times", is_flag=True, help="Check the kernels, do not time them.")
 @click.option("--json", "json_file", metavar="FILE", help="Write the whole record there too.")
-def command(
-    quick: bool, full: bool, backend: str, no_times: bool, json_file: str | None
-) -> int:
+def command(quick: bool, full: bool, backend: str, no_times: bool, json_file: str | None) -> int:
     """Compile every kernel variant, compare it with the reference and time it.
 
     Prints one Markdown report, made to be pasted into an issue. The exit status is 0 if all
     agrees, and 1 if a kernel or its source does not; the report names it.
     """
-    from .. import blas
+    from ..loading import blas
 
     blas.require_mlx()
     from ..doctor import examine

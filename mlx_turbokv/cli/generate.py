@@ -77,7 +77,7 @@ _NOT_DISTRIBUTED = {
 @cache_options
 def command(**options: Any) -> None:
     """Generate text through a packed KV cache."""
-    from .. import blas
+    from ..loading import blas
 
     blas.require_mlx()
     _Generation(options).run()
@@ -99,7 +99,7 @@ class _Generation:
         self._check_options()
 
     def _check_options(self) -> None:
-        from ..prompt_cache_file import check_target
+        from ..cache.files import check_target
 
         if self.options["max_tokens"] == 0 or self.options["max_tokens"] < -1:
             raise InputError(
@@ -114,8 +114,8 @@ class _Generation:
     def run(self) -> None:
         import mlx.core as mx
 
-        from .. import distributed, models
-        from ..api import make_prompt_cache
+        from ..cache.factory import make_prompt_cache
+        from ..loading import distributed, models
         from .options import centre_from, policy_from
 
         options = self.options
@@ -155,7 +155,7 @@ class _Generation:
         draft = self._draft(len(tokens) + (max_tokens if max_tokens > 0 else math.inf))
         generated, response_text = self._stream(tokens[n_common:], max_tokens, draft)
         if options["verbose"]:
-            from ..kv_summary import summarize
+            from ..cache.summary import summarize
 
             n_layers = len(self.loaded.model.layers)
             print(summarize(self.caches[:n_layers]).line(self.policy_name))
@@ -166,7 +166,7 @@ class _Generation:
 
     def _check_for_several(self) -> None:
         """Refuse what mlx.launch's processes cannot do together; all but the first fall silent."""
-        from .. import distributed
+        from ..loading import distributed
 
         distributed.check_options(self.options, _NOT_DISTRIBUTED)
         if self.options["prompt"] == "-":
@@ -198,7 +198,7 @@ class _Generation:
         """The caches to use and the tokens that they hold."""
         if self.file is None or not self.file.exists():
             return fresh, []
-        from .. import prompt_cache_file
+        from ..cache import files as prompt_cache_file
 
         named = any(self.options[name] is not None for name in _CACHE_OPTIONS)
         saved = prompt_cache_file.load(self.file, self.loaded.name, fresh, same_formats=named)
@@ -272,8 +272,8 @@ class _Generation:
         """The draft model, its caches added to the model's; n_tokens may come to lie in them."""
         from mlx_lm.models.cache import make_prompt_cache
 
-        from .. import models
-        from ..kv_summary import leaves
+        from ..cache.summary import leaves
+        from ..loading import models
 
         if self.options["draft_model"] is None:
             return None
@@ -325,8 +325,7 @@ class _Generation:
             if not "".join(text):
                 print("No text generated for this prompt")
             print(
-                f"Prompt: {response.prompt_tokens} tokens, "
-                f"{response.prompt_tps:.3f} tokens-per-sec"
+                f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.3f} tokens-per-sec"
             )
             print(
                 f"Generation: {response.generation_tokens} tokens, "
@@ -351,8 +350,8 @@ class _Generation:
         )
 
     def _save(self, tokens: list[int], response_text: str) -> None:
-        from .. import prompt_cache_file
-        from ..kv_summary import summarize
+        from ..cache import files as prompt_cache_file
+        from ..cache.summary import summarize
 
         held = tokens[: summarize(self.caches).tokens]
         if self.messages:

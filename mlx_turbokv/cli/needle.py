@@ -36,14 +36,20 @@ _OPEN = {"show_default": True}
     "-c", "--context", "contexts", multiple=True, type=click.IntRange(1),
     help="Tokens of the prompt and its answer; repeatable.  [default: 512, 1024, 2048, 4096]",
 )  # fmt: skip
-@click.option("--depths", default=5, type=click.IntRange(1), help="How many, spread evenly.", **_OPEN)
-@click.option("--depth", "depth_list", multiple=True, type=float, help="A depth from 0 to 1 instead.")
+@click.option(
+    "--depths", default=5, type=click.IntRange(1), help="How many, spread evenly.", **_OPEN
+)
+@click.option(
+    "--depth", "depth_list", multiple=True, type=float, help="A depth from 0 to 1 instead."
+)
 @click.option(
     "--needle", "kinds", multiple=True, metavar="KIND",
     help="password (turbo-rainbow-42), number, or distractors (a number beside four others); "
     "repeatable.  [default: all three]",
 )  # fmt: skip
-@click.option("-n", "--repeats", default=1, type=click.IntRange(1), help="With other text.", **_OPEN)
+@click.option(
+    "-n", "--repeats", default=1, type=click.IntRange(1), help="With other text.", **_OPEN
+)
 @click.option(
     "--config", "configs", multiple=True, metavar="CONFIG",
     help="As in perplexity; repeatable; f16/f16 is put first.  "
@@ -95,10 +101,10 @@ def _measured(options: dict[str, Any]) -> dict:
     started = time.perf_counter()
     centre = centre_from(options["keys"], options["no_centre"])
     # MLX is imported by models, after the CPU's BLAS was looked for.
-    from ..models import load
     from ..evaluate import configuration
     from ..evaluate.haystack import KINDS, make_cases
     from ..evaluate.text import load_text
+    from ..loading.models import load
 
     names = list(dict.fromkeys([configuration.REFERENCE, *(options["configs"] or DEFAULT_CONFIGS)]))
     for name in names:

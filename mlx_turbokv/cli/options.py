@@ -9,7 +9,7 @@ import click
 
 from .. import policy as policies
 from ..errors import InputError
-from ..formats import FORMAT_NAMES, KVFormat
+from ..quant.formats import FORMAT_NAMES, KVFormat
 
 F = TypeVar("F", bound=Callable[..., Any])
 

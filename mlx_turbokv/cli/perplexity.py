@@ -85,9 +85,9 @@ def command(
     quantised on write.
     """
     # MLX is imported by models, after the CPU's BLAS was looked for.
-    from ..models import load
     from ..evaluate import configuration
     from ..evaluate.text import load_text
+    from ..loading.models import load
 
     names = _with_reference(configs or configuration.DEFAULT_CONFIGS, configuration.REFERENCE)
     for name in names:
@@ -170,9 +170,7 @@ def measure(
     if kept := sum(i < len(run.windows) for i in checkpoint.windows):
         note(f"{kept} of {len(run.windows)} windows were finished before ({path}).")
     with Progress(len(run.windows) * len(names)) as progress:
-        evaluation = evaluate_windows(
-            loaded.model, run.windows, run.configs, checkpoint, progress
-        )
+        evaluation = evaluate_windows(loaded.model, run.windows, run.configs, checkpoint, progress)
     record = {
         "what": WHAT,
         "model": run.model,

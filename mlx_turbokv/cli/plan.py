@@ -69,13 +69,13 @@ def command(
     **cache: Any,
 ) -> None:
     """Compare cache formats on a model by its shape alone: no weights are loaded."""
-    from .. import blas
+    from ..loading import blas
 
     blas.require_mlx()
-    from ..plan_report import as_json, as_markdown, as_text
     from ..evaluate.configuration import parse_policy
-    from ..model_shapes import hypothetical_shape
-    from ..plan import GIB, make_plan
+    from ..loading.known_shapes import hypothetical_shape
+    from ..report.plan import GIB, make_plan
+    from ..report.plan_table import as_json, as_markdown, as_text
 
     if memory is not None and memory <= 0:
         raise InputError(f"Memory {memory} is not accepted: it must be more than 0.")
@@ -118,8 +118,8 @@ def _shape_of(
     model: str | None, weight_bits: float | None, compress_sliding: bool
 ) -> tuple[Any, int | None]:
     """(the model's shape, bytes of its weights)."""
-    from ..model_shapes import known_config, shape_from_config
-    from ..models import load_config
+    from ..loading.known_shapes import known_config, shape_from_config
+    from ..loading.models import load_config
 
     config = known_config(model) if model and not os.path.exists(model) else None
     if config is not None:

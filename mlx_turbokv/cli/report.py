@@ -104,10 +104,10 @@ class _Report:
 
     def __init__(self, options: dict[str, Any], folder: Path) -> None:
         # MLX is imported by models, after the CPU's BLAS was looked for.
-        from ..models import load
         from ..evaluate import configuration
         from ..evaluate.record import environment, model_record
         from ..evaluate.text import load_text
+        from ..loading.models import load
 
         self.options, self.folder = options, folder
         self.centre = centre_from(options["keys"], options["no_centre"])
@@ -222,22 +222,24 @@ class _Report:
 
     def _plan(self) -> dict:
         from ..evaluate.configuration import parse_policy
-        from ..model_shapes import shape_from_config
-        from ..plan import make_plan
-        from ..plan_report import as_json
+        from ..loading.known_shapes import shape_from_config
+        from ..report.plan import make_plan
+        from ..report.plan_table import as_json
 
         shape = shape_from_config(self.loaded.config, self.loaded.name)
         rows = [(name, parse_policy(name)) for name in self.names if not name.startswith("mlx-kv")]
         contexts = PLAN_CONTEXTS
         if self.loaded.max_context:
-            contexts = [n for n in PLAN_CONTEXTS if n <= self.loaded.max_context] or PLAN_CONTEXTS[:1]
+            contexts = [n for n in PLAN_CONTEXTS if n <= self.loaded.max_context] or PLAN_CONTEXTS[
+                :1
+            ]
         plan = json.loads(json.dumps(as_json(make_plan(shape, rows, contexts))))
         write_json(str(self.folder / "plan.json"), plan)
         return plan
 
     def _bench(self) -> dict:
         from ..evaluate.speed import Point, Settings
-        from ..random_model import weight_bytes
+        from ..loading.random_model import weight_bytes
         from . import bench
 
         options = self.options

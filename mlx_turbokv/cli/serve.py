@@ -14,7 +14,7 @@ class _Command(click.Command):
     """Adds mlx_lm.server's options to the help."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from ..serve import server_parser
+        from ..serve.server import server_parser
 
         super().format_options(ctx, formatter)
         rows = []
@@ -48,15 +48,13 @@ def command(
     Every option of mlx_lm.server is accepted; only --kv-bits is not, which asks for another cache.
     Its limits on prompt caches count packed bytes.
     """
-    from .. import blas
+    from ..loading import blas
 
     blas.require_mlx()
-    from ..serve import parse, serve
+    from ..serve.server import parse, serve
 
     policy = policy_from(**cache)
-    serve(
-        parse(ctx.args), policy, backend, centre_from(keys, no_centre), compress_sliding
-    )
+    serve(parse(ctx.args), policy, backend, centre_from(keys, no_centre), compress_sliding)
 
 
 def main() -> None:

@@ -16,13 +16,15 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from ..centre import Centre, Turning
-from ..formats import KVFormat
-from ..kernels import decode, dequantize, quantize, reference
+from ..attention import dispatch
+from ..centring.centre import Centre, Turning
+from ..kernels import decode, dequantize, reference
 from ..kernels.backend import Backend
 from ..kernels.packed import PackedKV
-from ..kernels.tiles import code_bits, first_rows_mask, tiles_to_rows
-from ..layout import TILE
+from ..quant import quantize
+from ..quant.formats import KVFormat
+from ..quant.layout import TILE
+from ..quant.tiles import code_bits, first_rows_mask, tiles_to_rows
 from . import oracle
 from .variants import Variant
 
@@ -216,7 +218,9 @@ class _Case:
         if splits:
             output = decode.decode(queries, packed, scale, backend=backend.name, splits=splits)
         else:
-            output = backend.attention(queries, packed, scale, mask, sinks, **options)
+            output = dispatch.attention(
+                queries, packed, scale, mask, sinks, **options, backend=backend
+            )
         mx.eval(output)
         if backend.name == "reference":
             keys, values = (np.repeat(x, gqa, axis=1) for x in _expected_rows(packed))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from ..codebook import boundaries, codebook
-from ..formats import KVFormat
-from ..kernels.tiles import UNITS
-from ..rotation import rotation_matrix, rotation_width
+from ..quant.codebook import boundaries, codebook
+from ..quant.formats import KVFormat
+from ..quant.rotation import rotation_matrix, rotation_width
+from ..quant.tiles import UNITS
 
 
 def codes_from_units(units: mx.array, bits: int) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..chips import Chip, published
+from ..kernels.chips import Chip, published
 from .checks import JOBS, TOLERANCES
 
 GIB = 2**30
@@ -125,7 +125,14 @@ def _times(record: dict) -> list[str]:
             return f"{t[f'{job}_us']:.0f} µs, {t[f'{job}_gb_s']:.3g} GB/s"
 
         speedup = f"{t['decode_speedup']:.2f}"
-        cells = [variant["variant"], cell("pack"), cell("decode"), speedup, cell("dequantize"), cell("fp16")]
+        cells = [
+            variant["variant"],
+            cell("pack"),
+            cell("decode"),
+            speedup,
+            cell("dequantize"),
+            cell("fp16"),
+        ]
         if chip is not None:
             cells.insert(3, f"{_least_us(t['packed_bytes'], chip)} µs")
         rows.append(tuple(cells))

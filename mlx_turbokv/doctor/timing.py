@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from itertools import cycle
 
 import mlx.core as mx
 
-from ..centre import Centre, Turning
+from ..attention.dispatch import attention
+from ..centring.centre import Centre, Turning
 from ..kernels.backend import Backend
 from ..kernels.packed import PackedKV
 from .checks import timed
@@ -49,7 +50,7 @@ def time_variant(variant: Variant, backend: Backend) -> dict:
     turns = cycle([packed._replace(body=body) for (body,) in _copies(calls, tiles)])
     scale = dims[0] ** -0.5
     pack = timed(lambda: backend.pack(keys, values, layout, **options), calls, rounds)
-    decode = timed(lambda: backend.attention(queries, next(turns), scale), calls, rounds)
+    decode = timed(lambda: attention(queries, next(turns), scale, backend=backend), calls, rounds)
     rows = timed(lambda: backend.dequantize(next(turns), mx.float16), calls, rounds)
     fp16 = _fp16_attention(dims, (n, n_kv_heads, n_heads), calls, rounds)
     row_bytes = n_kv_heads * n * sum(dims) * 2
@@ -69,7 +70,7 @@ def time_variant(variant: Variant, backend: Backend) -> dict:
     }
 
 
-@lru_cache(maxsize=None)
+@cache
 def _fp16_attention(
     dims: tuple[int, int], shape: tuple[int, int, int], calls: int, rounds: int
 ) -> float:

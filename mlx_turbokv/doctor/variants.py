@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from ..formats import FORMAT_NAMES, KVFormat
-from ..layout import KVLayout
+from ..quant.formats import FORMAT_NAMES, KVFormat
+from ..quant.layout import KVLayout
 
 FORMATS = (*FORMAT_NAMES, *(f"turbo{bits}:32" for bits in (2, 3, 4, 5, 6)))
 HEAD_DIMS = (64, 72, 80, 96, 112, 128, 160, 192, 256, 512)

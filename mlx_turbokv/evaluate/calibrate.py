@@ -15,8 +15,8 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import InputError
-from ..formats import as_format
-from ..shapes import KVShape
+from ..model.shapes import KVShape
+from ..quant.formats import as_format
 from . import statistics
 from .assignment import assign, monotone
 from .configuration import check_name, kv_shapes, prepare
@@ -129,7 +129,10 @@ def row_sizes(shapes: Sequence[KVShape], formats: Sequence[str]) -> np.ndarray:
     kinds = [as_format(name) for name in formats]
     return np.array(
         [
-            [[s.n_kv_heads * f.row_bytes(dim) for f in kinds] for dim in (s.k_head_dim, s.v_head_dim)]
+            [
+                [s.n_kv_heads * f.row_bytes(dim) for f in kinds]
+                for dim in (s.k_head_dim, s.v_head_dim)
+            ]
             for s in shapes
         ],
         np.int64,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..policy_file import write_layer_list
-from ..shapes import KVShape
+from ..model.shapes import KVShape
+from ..policy.files import write_layer_list
 from . import statistics
 from .calibrate import Assigned, row_sizes
 from .perplexity import Evaluation

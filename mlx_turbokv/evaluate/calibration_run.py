@@ -12,8 +12,8 @@ import numpy as np
 from ..centring.calibration import calibrate_keys
 from ..centring.references import References, save_references
 from ..kernels.backend import select_backend
-from ..models import Loaded
-from ..shapes import KVShape
+from ..loading.models import Loaded
+from ..model.shapes import KVShape
 from . import calibrate
 from . import calibration_record as records
 from .calibrate import Assigned
@@ -118,9 +118,7 @@ class Calibration:
             self.note(f"{source.name} has {len(windows)} windows of {n_ctx}; all of them are used.")
         return windows
 
-    def _settings(
-        self, source: TextSource, windows: np.ndarray, configs: list[Prepared]
-    ) -> dict:
+    def _settings(self, source: TextSource, windows: np.ndarray, configs: list[Prepared]) -> dict:
         name = self.model["fingerprint"]
         return settings_of(windows, configs, name, source.sha256, self.environment)
 
@@ -195,7 +193,7 @@ class Calibration:
         for at, name in zip(assigned, names):
             configs.append(prepare_layers(model, at.pairs, name, backend, self.centre))
         configs += [prepare(model, name, backend, centre=self.centre) for name in more]
-        settings = self._settings(source, windows, configs) 
+        settings = self._settings(source, windows, configs)
         settings |= {"windows": digest(windows), "keys": self.keys}
         resume = False if self.options["resume"] is False else None
         checkpoint = Checkpoint(checkpoint_path(settings, None), settings, resume)

@@ -14,13 +14,13 @@ from typing import Any
 
 import mlx.nn as nn
 
-from ..api import CacheFactory
+from ..cache.factory import CacheFactory
 from ..errors import InputError
-from ..formats import as_format
 from ..kernels.backend import select_backend
-from ..kv_layers import kv_layers
+from ..model.kv_layers import kv_layers
+from ..model.shapes import KVShape, probe_shapes
 from ..policy import LayerList, Policy, Uniform, load_policy
-from ..shapes import KVShape, probe_shapes
+from ..quant.formats import as_format
 from . import peer
 
 REFERENCE = "f16/f16"
@@ -216,7 +216,7 @@ def _prepare_peer(model: nn.Module, name: str, bits: int, group: int, timed: boo
 def kv_shapes(model: nn.Module, compress_sliding: bool = False) -> list[KVShape] | None:
     """Shapes of the KV layers in order, or None if the model cannot be probed."""
     layers = kv_layers(model, None, compress_sliding)
-    found = probe_shapes(model, layers)
+    found = probe_shapes(model, layers.positions)
     wanted = [(x.index, x.sub) for x in layers.layers]
     return [found[at] for at in wanted] if wanted and all(at in found for at in wanted) else None
 

@@ -37,10 +37,7 @@ class PositionStats:
 
     def to_json(self) -> dict:
         """Plain lists; floats as float32 prints them, which read back to the same bits."""
-        return {
-            f.name: [_plain(x) for x in getattr(self, f.name)]
-            for f in fields(self)
-        }
+        return {f.name: [_plain(x) for x in getattr(self, f.name)] for f in fields(self)}
 
     @classmethod
     def from_json(cls, record: dict) -> PositionStats:

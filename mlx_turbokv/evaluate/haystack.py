@@ -80,7 +80,9 @@ def make_cases(
         Case(kind, context, depth, repeat)
         for repeat in range(repeats) for depth in depths for kind in kinds for context in contexts
     }  # fmt: skip
-    return sorted(cases, key=lambda case: (case.repeat, hashlib.sha256(case.name.encode()).digest()))
+    return sorted(
+        cases, key=lambda case: (case.repeat, hashlib.sha256(case.name.encode()).digest())
+    )
 
 
 def split_sentences(text: str) -> list[str]:
@@ -167,7 +169,13 @@ def _facts(case: Case, rng: random.Random) -> tuple[str, str, str, str, list[str
     """(needle, question, how the answer begins, answer, distractors)."""
     if case.kind == "password":
         fact = "The secret password is"
-        return f"{fact} turbo-rainbow-42.", "What is the secret password?", fact, "turbo-rainbow-42", []
+        return (
+            f"{fact} turbo-rainbow-42.",
+            "What is the secret password?",
+            fact,
+            "turbo-rainbow-42",
+            [],
+        )
     cities = rng.sample(CITIES, 1 + N_DISTRACTORS)
     numbers = [str(n) for n in rng.sample(range(100_000, 1_000_000), len(cities))]
     facts = [f"The special number of {city} is" for city in cities]

@@ -10,8 +10,8 @@ import hashlib
 import json
 from pathlib import Path
 
-from ..default_model import cache_dir
 from ..errors import InputError
+from ..loading.default_model import cache_dir
 
 
 def journal_path(what: str, settings: dict, json_path: str | Path | None) -> Path:

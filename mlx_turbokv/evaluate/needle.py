@@ -115,9 +115,7 @@ def _forced(logits: mx.array, answer: mx.array) -> tuple[float, int]:
     return total.item(), int(mx.sum(mx.cumprod(right.astype(mx.int32))).item())
 
 
-def _greedy(
-    model: nn.Module, tokenizer: Any, token: mx.array, caches: list, n_answer: int
-) -> str:
+def _greedy(model: nn.Module, tokenizer: Any, token: mx.array, caches: list, n_answer: int) -> str:
     ends = set(getattr(tokenizer, "eos_token_ids", ()) or ())
     out: list[int] = []
     for _ in range(n_answer + SPARE_TOKENS):

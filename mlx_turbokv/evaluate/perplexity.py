@@ -96,9 +96,7 @@ class Evaluation:
             "kld": statistics.block_summary(result.of("kld"))
             | statistics.percentiles(kld)
             | {
-                "intervals": statistics.percentile_intervals(
-                    result.of("kld"), statistics.INTERVALS
-                )
+                "intervals": statistics.percentile_intervals(result.of("kld"), statistics.INTERVALS)
             },
             "delta_p": {
                 **statistics.block_summary(result.of("delta_p")),
@@ -156,7 +154,10 @@ def perplexity(
 
 
 def settings_of(
-    windows: np.ndarray, configs: Sequence[Prepared], model_name: str, text_sha256: str,
+    windows: np.ndarray,
+    configs: Sequence[Prepared],
+    model_name: str,
+    text_sha256: str,
     versions: dict,
 ) -> dict:
     """What two runs must share for their windows to belong together."""

@@ -95,7 +95,9 @@ def as_svg(figure: Figure, label: str) -> str:
     text = re.sub(r'\bid="([^"]+)"', once, text)
     text = re.sub(r'(xlink:href="|href="|url\()#', rf"\1#{salt}-", text)
     # As wide as drawn where there is room; letters then are as large as the page's.
-    head = f'<svg role="img" aria-label="{label}" style="--drawn:{1.15 * figure.get_figwidth():.3g}in"'
+    head = (
+        f'<svg role="img" aria-label="{label}" style="--drawn:{1.15 * figure.get_figwidth():.3g}in"'
+    )
     return text.replace("<svg", head, 1)
 
 
@@ -134,7 +136,9 @@ def speed_figure(record: dict) -> Figure:
         ax.set_title(title)
         ax.set_ylim(bottom=0)
     both = len({row["kind"] for row in rows}) == 2
-    legend_below(figure, axes[0, 0], "dashed: after a real prompt; solid: a filled cache" if both else None)
+    legend_below(
+        figure, axes[0, 0], "dashed: after a real prompt; solid: a filled cache" if both else None
+    )
     return figure
 
 
@@ -216,7 +220,9 @@ def needle_figure(record: dict) -> Figure:
             if column == 0:
                 ax.set_ylabel("depth")
     for k, text in enumerate(("share found", "log p, nats")):
-        bar = figure.colorbar(images[k], ax=axes[k::2, :], shrink=0.85, extend="min" if k else "neither")
+        bar = figure.colorbar(
+            images[k], ax=axes[k::2, :], shrink=0.85, extend="min" if k else "neither"
+        )
         bar.set_label(text, color=INK, fontsize=9)
         bar.ax.tick_params(colors=INK, labelsize=8)
         bar.outline.set_edgecolor(GRID)

@@ -70,7 +70,8 @@ def checkout_commit() -> str | None:
 
 def environment() -> dict:
     """Versions, device and processor, for the record of a run."""
-    from .. import __version__, blas
+    from .. import __version__
+    from ..loading import blas
 
     return {
         "mlx_turbokv": __version__,

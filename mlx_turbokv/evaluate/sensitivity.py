@@ -15,10 +15,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..api import CacheFactory
+from ..cache.factory import CacheFactory
 from ..errors import InputError
+from ..model.shapes import own_caches
 from ..policy import LayerList
-from ..shapes import own_caches
 from .divergence import Reference
 from .journal import Journal
 from .windows import batch_logits, targets_of

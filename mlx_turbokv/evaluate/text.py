@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from ..default_model import cache_dir
 from ..errors import InputError
+from ..loading.default_model import cache_dir
 
 WIKITEXT_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
 # llama.cpp's copy of the raw test split is the file whose digest is above.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import mlx.core as mx
@@ -33,7 +33,7 @@ _COMMENT_OR_INDENT = re.compile(r"^ +|(?: *)//.*$", re.M)
 THREAD = "threadgroup_position_in_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup"
 
 
-@lru_cache(maxsize=None)
+@cache
 def metal_folder() -> Path:
     """The folder of the kernel sources: in the wheel, or beside the package in a checkout.
 
@@ -47,7 +47,7 @@ def metal_folder() -> Path:
     raise FileNotFoundError(f"mlx_turbokv's kernel sources are not in {package / 'metal'}.")
 
 
-@lru_cache(maxsize=None)
+@cache
 def header_text(file: str, backend: str) -> str:
     """The text of one kernel file with what it needs before it.
 
@@ -91,7 +91,7 @@ def build(
     return _build(maker, name, file, tuple(input_names), tuple(output_names), source, backend)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _build(
     maker: Callable | None,
     name: str,

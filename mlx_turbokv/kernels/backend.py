@@ -5,29 +5,47 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import mlx.core as mx
 
 from ..errors import InputError
-from ..layout import KVLayout
-from . import assemble, dequantize, pack, reference, tables
+from ..quant.layout import KVLayout
+from . import assemble, decode, dequantize, pack, reference, tables
 
 ENVIRONMENT = "TURBOKV_BACKEND"
 BACKENDS = ("auto", "metal", "cuda", "reference")
 
 
 class Backend(NamedTuple):
-    """The three operations on packed rows, as one implementation has them."""
+    """The operations on packed rows, as one implementation has them.
+
+    Args:
+        attention: of any number of queries in plain ops; None where kernels serve it by ``decode``
+            (few queries) and ``rotated_rows`` (many), which attention/dispatch.py chooses between.
+    """
 
     name: str
     pack: Callable
-    attention: Callable
     dequantize: Callable
+    attention: Callable | None = None
+    decode: Callable | None = None
+    rotated_rows: Callable | None = None
+    forced: bool = False
+
+    def covering(self, layout: KVLayout) -> Backend:
+        """This back-end, or the reference where its kernels don't handle a layout.
+
+        Raises:
+            InputError: they don't, and the back-end was asked for by name.
+        """
+        if self.decode is None or _covered(self.name, self.forced, layout):
+            return self
+        return REFERENCE
 
 
-REFERENCE = Backend("reference", reference.pack, reference.attention, reference.dequantize)
+REFERENCE = Backend("reference", reference.pack, reference.dequantize, reference.attention)
 
 
 def select_backend(name: str | None = None) -> Backend:
@@ -39,7 +57,7 @@ def select_backend(name: str | None = None) -> Backend:
     return _selected(name or os.environ.get(ENVIRONMENT) or "auto", assemble.factory)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _selected(name: str, factory: Callable | None) -> Backend:
     """``factory``, that of assemble.py, is a part of the key: it decides what is available."""
     name = name.lower()
@@ -60,7 +78,7 @@ def available_backends() -> tuple[str, ...]:
     return _available(assemble.factory)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _available(factory: Callable | None) -> tuple[str, ...]:
     names = []
     if factory is not None or mx.metal.is_available():
@@ -70,15 +88,17 @@ def _available(factory: Callable | None) -> tuple[str, ...]:
     return (*names, "reference")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _backend(name: str, forced: bool) -> Backend:
     if name == "reference":
         return REFERENCE
     return Backend(
         name,
         partial(_pack, name, forced),
-        partial(_attention, name, forced),
         partial(_dequantize, name, forced),
+        decode=partial(decode.decode, backend=name),
+        rotated_rows=partial(dequantize.rotated_rows, backend=name),
+        forced=forced,
     )
 
 
@@ -88,19 +108,13 @@ def _pack(name, forced, keys, values, layout, tail=None, n_tail=0, **options):
     return reference.pack(keys, values, layout, tail, n_tail, **options)
 
 
-def _attention(name, forced, queries, packed, scale, mask=None, sinks=None, **options):
-    if _covered(name, forced, packed.layout):
-        return dequantize.attention(queries, packed, scale, mask, sinks, **options, backend=name)
-    return reference.attention(queries, packed, scale, mask, sinks, **options)
-
-
 def _dequantize(name, forced, packed, dtype):
     if _covered(name, forced, packed.layout):
         return dequantize.dequantize(packed, dtype, backend=name)
     return reference.dequantize(packed, dtype)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _covered(name: str, forced: bool, layout: KVLayout) -> bool:
     """Whether the kernels handle a layout.
 

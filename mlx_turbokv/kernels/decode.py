@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..layout import TILE, KVLayout
+from ..quant.layout import TILE, KVLayout
 from . import assemble, tables
 from .packed import PackedKV
 

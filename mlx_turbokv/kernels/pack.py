@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..centre import Centre
-from ..layout import TILE, KVLayout
-from . import assemble, quantize, tables
+from ..centring.centre import Centre
+from ..quant import quantize
+from ..quant.layout import TILE, KVLayout
+from . import assemble, tables
 
 SOURCE = f"""
 TKV_SHARED(float, row_buffers, pack_groups(larger(KD, VD)) * larger(KD, VD));

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..centre import Centre
-from ..layout import TILE, KVLayout
+from ..centring.centre import Centre
+from ..quant.layout import TILE, KVLayout
 
 
 class PackedKV(NamedTuple):

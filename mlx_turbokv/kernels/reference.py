@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ..centre import Centre
-from ..layout import TILE, KVLayout
-from . import quantize
+from ..centring.centre import Centre
+from ..quant import quantize
+from ..quant.layout import TILE, KVLayout
+from ..quant.tiles import Rows, first_rows_mask, padded, rows_to_tiles, tiles_to_rows
 from .packed import PackedKV, heads_at_once
-from .tiles import Rows, first_rows_mask, padded, rows_to_tiles, tiles_to_rows
 
 # dequantised K and V of one attention call are kept below this by taking KV heads in slices
 TRANSIENT_BYTES = 128 * 2**20
@@ -147,9 +147,7 @@ def _any(packed: PackedKV) -> mx.array:
     return packed.body if packed.body is not None else packed.tail
 
 
-def _rotated(
-    tiles: mx.array, packed: PackedKV, first_head: int = 0
-) -> tuple[mx.array, mx.array]:
+def _rotated(tiles: mx.array, packed: PackedKV, first_head: int = 0) -> tuple[mx.array, mx.array]:
     """Dequantised rows of tiles, turbo rows in the rotated basis, float32."""
     layout, n = packed.layout, packed.n_tokens
     dtype = getattr(mx, layout.dtype)

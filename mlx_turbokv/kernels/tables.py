@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from ..codebook import boundaries, codebook
-from ..centre import Centre
-from ..formats import KVFormat
-from ..layout import KVLayout
-from ..rotation import base_order, hadamard, rotation_width, signs
+from ..centring.centre import Centre
+from ..quant.codebook import boundaries, codebook
+from ..quant.formats import KVFormat
+from ..quant.layout import KVLayout
+from ..quant.rotation import base_order, hadamard, rotation_width, signs
 
 ANCHOR_INPUTS = ("mu", "table", "starts")
 MAX_HEAD_DIM = 512
@@ -36,7 +36,7 @@ class Side(NamedTuple):
     width: int
 
 
-@lru_cache(maxsize=None)
+@cache
 def sides(layout: KVLayout) -> tuple[Side, Side]:
     """K's and V's parameters."""
     return (
@@ -66,7 +66,7 @@ def template(layout: KVLayout, dtype: mx.Dtype) -> list[tuple[str, object]]:
     return values + [("VB", v.bits), ("VG", v.group), ("VD", v.dim), ("RAW", RAW[layout.dtype])]
 
 
-@lru_cache(maxsize=None)
+@cache
 def constants(side: Side) -> mx.array:
     """The tables of one side, evaluated: signs, dense Hadamard matrix, levels, boundaries.
 
@@ -137,7 +137,7 @@ def padding_array(padding: tuple[int, ...]) -> mx.array:
     return int_array(*padding, *(0,) * (8 - len(padding)))
 
 
-@lru_cache(maxsize=None)
+@cache
 def no_mu() -> mx.array:
     """Stands for a reference that is absent."""
     array = mx.zeros((8,), mx.float32)
@@ -145,13 +145,13 @@ def no_mu() -> mx.array:
     return array
 
 
-@lru_cache(maxsize=None)
+@cache
 def placeholder() -> mx.array:
     """Stands where an optional input is absent."""
     return int_array(0, 0, 0, 0, 0, 0, 0, 0)
 
 
-@lru_cache(maxsize=None)
+@cache
 def no_tiles() -> mx.array:
     """Stands for a body or a tail that is absent."""
     return constants(Side(8, 32, 8, 0))

@@ -14,7 +14,6 @@ from ..evaluate.plots import (
     new_figure,
     token_axis,
 )
-
 from .pareto import pareto_front
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from html import escape
 from importlib.resources import files
 
 from ..evaluate import needle_table, plots, speed_table, table
-from ..plan_report import table_of_json
 from . import figures, summary
+from .plan_table import table_of_json
 
 Section = tuple[str, str, str]  # id, title, HTML
 
@@ -35,7 +35,9 @@ def build_page(record: dict) -> str:
     name = escape(record["model"]["name"])
     style = (files("mlx_turbokv.report") / "style.css").read_text(encoding="utf-8")
     links = "".join(f'<a href="#{at}">{title}</a>' for at, title, _ in sections)
-    body = "".join(f'<section id="{at}"><h2>{title}</h2>{html}</section>' for at, title, html in sections)
+    body = "".join(
+        f'<section id="{at}"><h2>{title}</h2>{html}</section>' for at, title, html in sections
+    )
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -152,7 +154,9 @@ def _origins(record: dict) -> Section:
             entries["text"] = f"{part['text']['name']}, sha256 {part['text']['sha256']}"
         entries["seconds"] = part.get("seconds")
         items = "".join(
-            f"<dt>{key}</dt><dd>{escape(str(value))}</dd>" for key, value in entries.items() if value
+            f"<dt>{key}</dt><dd>{escape(str(value))}</dd>"
+            for key, value in entries.items()
+            if value
         )
         html += f"<h3>{name}</h3><dl>{items}</dl>" if items else ""
     environment = "".join(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from math import log2
 
-from mlx_turbokv.chips import CHIPS, LANES_A_CORE, Chip
-from mlx_turbokv.formats import KVFormat
+from mlx_turbokv.kernels.chips import CHIPS, LANES_A_CORE, Chip
+from mlx_turbokv.quant.formats import KVFormat
 
 from . import figure, read, table
 from .kernels import span
@@ -71,7 +71,9 @@ def budget() -> dict[str, str]:
     share = {
         row["variant"]: row["gb_per_s"] / max(CHIPS[read("bench_kernels")["device"]].bandwidths)
         for row in read("bench_kernels")["rows"]
-        if row["part"] == "lengths" and row["tokens"] == record["tokens"] and row["variant"] in decode
+        if row["part"] == "lengths"
+        and row["tokens"] == record["tokens"]
+        and row["variant"] in decode
     }
     apple = {name: chip for name, chip in CHIPS.items() if name.startswith("Apple")}
     large = [chip for name, chip in apple.items() if name.endswith(("Max", "Ultra"))]

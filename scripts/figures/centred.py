@@ -65,7 +65,15 @@ def calibrated_keys() -> dict[str, str]:
         f"{least['backend']}, mlx {record['environment']['mlx']}. In brackets: 95 % interval, paired "
         "bootstrap."
     )
-    header = ["K/V, centred", "bits/value", "of `la-v7`'s", "K bits", "V bits", "KLD", "KLD / `la-v7`'s"]
+    header = [
+        "K/V, centred",
+        "bits/value",
+        "of `la-v7`'s",
+        "K bits",
+        "V bits",
+        "KLD",
+        "KLD / `la-v7`'s",
+    ]
     before = {r["config"]: r for r in read("calibrate_64")["results"]}
     uncalibrated = before["with-keys/bits-3.25.json"]
     return {
@@ -99,7 +107,13 @@ def synthetic_keys() -> dict[str, str]:
     found = {(row["k"], row["centred"]): row for row in record["rows"]}
     names = list(dict.fromkeys(row["k"] for row in record["rows"]))
     rows = [
-        [k, *(f"{found[k, c]['kld']['mean']:.4f} ± {found[k, c]['kld']['se']:.4f}" for c in (False, True))]
+        [
+            k,
+            *(
+                f"{found[k, c]['kld']['mean']:.4f} ± {found[k, c]['kld']['se']:.4f}"
+                for c in (False, True)
+            ),
+        ]
         for k in names
     ]
     about = (
@@ -107,7 +121,9 @@ def synthetic_keys() -> dict[str, str]:
         f"over models. {record['device']}, mlx {record['mlx']}."
     )
     return {
-        "table": "\n\n".join([about, table(["K", "not centred", "centred"], rows), f"`{record['command']}`"]),
+        "table": "\n\n".join(
+            [about, table(["K", "not centred", "centred"], rows), f"`{record['command']}`"]
+        ),
         "ratio": f"{record['bias_over_rest']:.0f}",
     }
 

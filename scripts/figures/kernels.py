@@ -18,7 +18,9 @@ def gpu() -> dict[str, str]:
         "device": f"{record['device']}, mlx {record['mlx']}",
         "cases_said": _cases_said(kernels),
         "decode_ratio": f"{max(ratios):.2f}",
-        "sanitizer": _sanitizer_said(record["sanitizer"], kernels["cases"] + len(kernels["not_run"])),
+        "sanitizer": _sanitizer_said(
+            record["sanitizer"], kernels["cases"] + len(kernels["not_run"])
+        ),
         "windows": str(len(pairs[0]["nll_by_window"]["first"])),
         "alike": _power(max(p["largest_difference"] for p in pairs)),
         "own": f"{max(p['largest_difference_free'] for p in pairs):.3f}",
@@ -60,7 +62,9 @@ def texts_said(texts: list[dict]) -> str:
     gaps = [abs(text["gap"]) for text in free if text["gap"] is not None]
     parted = "none parts"
     if gaps:
-        parted = f"{len(gaps)} of them part, where two tokens are at most {max(gaps):.3f} nats apart"
+        parted = (
+            f"{len(gaps)} of them part, where two tokens are at most {max(gaps):.3f} nats apart"
+        )
     return (
         f"with ties settled alike, both choose the same token at {chosen} steps of {len(texts)} "
         f"greedy texts{others}, log-probabilities differing by at most {apart} nats; where each "
@@ -86,14 +90,17 @@ def _doctor_said(rows: list[dict]) -> str:
         if row["changed"] is None:
             parts.append(verdict)
         else:
-            parts.append(f"with {row['changed'].replace(':', ',')}, it {verdict} and names {', '.join(row['named'])}")
+            parts.append(
+                f"with {row['changed'].replace(':', ',')}, it {verdict} and names {', '.join(row['named'])}"
+            )
     return "; ".join(parts)
 
 
 def _variants(rows: list[dict], measure: str) -> list[str]:
     """Cells of one row a variant: µs and the ratio to fp16."""
     return [
-        f"{row[measure]:.1f}" + (f" ({row['fp16_over_this']:.2f}×)" if row["variant"] != "fp16" else "")
+        f"{row[measure]:.1f}"
+        + (f" ({row['fp16_over_this']:.2f}×)" if row["variant"] != "fp16" else "")
         for row in rows
     ]
 
@@ -112,7 +119,11 @@ def bench() -> dict[str, str]:
         [f"{n:,}", *_variants([r for r in lengths if r["tokens"] == n], "us")]
         for n in sorted({r["tokens"] for r in lengths})
     ]
-    own = [r for r in record["rows"] if r["job"] == "decode" and "/" in r["variant"] and "rows" not in r["variant"]]
+    own = [
+        r
+        for r in record["rows"]
+        if r["job"] == "decode" and "/" in r["variant"] and "rows" not in r["variant"]
+    ]
     errors = [r["error"] for r in record["rows"] if "error" in r]
     found = {
         "about": _about(record),
@@ -148,7 +159,9 @@ def kv_bits() -> dict[str, str]:
     """mlx-lm's quantised attention beside this package's and fp16's, in a run of its own."""
     record = read("bench_kv_bits")
     rows = record["rows"]
-    names = [name.replace("kv_bits", "kv_bits=") for name in dict.fromkeys(r["variant"] for r in rows)]
+    names = [
+        name.replace("kv_bits", "kv_bits=") for name in dict.fromkeys(r["variant"] for r in rows)
+    ]
     lines = [
         [f"{n:,}", *_variants([r for r in rows if r["tokens"] == n], "us")]
         for n in sorted({r["tokens"] for r in rows})
@@ -180,7 +193,9 @@ def _scheme_said(record: dict, own: list[dict]) -> str:
 
 def _centred(rows: list[dict]) -> str:
     """What anchors cost: each centred variant beside the same pair without them."""
-    return with_anchors(rows, lambda pair, us, plain: f"{pair} centred {us:.1f} µs against {plain:.1f}")
+    return with_anchors(
+        rows, lambda pair, us, plain: f"{pair} centred {us:.1f} µs against {plain:.1f}"
+    )
 
 
 def with_anchors(rows: list[dict], said: Callable[[str, float, float], str]) -> str:
@@ -228,7 +243,12 @@ def decode_log() -> dict[str, str]:
         return f"{step['us'][pair]:g}" + (f" ({ratio:.2f}×)" if ratio else "")
 
     steps = [
-        [step["change"], step["expected"], *(cell(step, pair) for pair in pairs), step.get("note", "")]
+        [
+            step["change"],
+            step["expected"],
+            *(cell(step, pair) for pair in pairs),
+            step.get("note", ""),
+        ]
         for step in record["steps"]
     ]
     counters = {name: f"{value:g}" for name, value in record["counters"].items()}

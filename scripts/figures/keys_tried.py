@@ -71,7 +71,9 @@ def key_blocks() -> dict[str, str]:
 
     def halved(bits: int) -> str:
         """Blocks of half the built size, over those."""
-        return _times(*(found[f"turbo{bits}/f16 centred, blocks of {n}"] for n in (BUILT // 2, BUILT)))
+        return _times(
+            *(found[f"turbo{bits}/f16 centred, blocks of {n}"] for n in (BUILT // 2, BUILT))
+        )
 
     return {
         "table": "\n\n".join([about(part), table(header, rows), f"`{part['command']}`"]),
@@ -137,7 +139,9 @@ def key_layers() -> dict[str, str]:
     ]  # fmt: skip
     centred = np.array([alone[i][1] for i in order])
     return {
-        "table": "\n\n".join([about(part), table(header, rows), f"`{part['command']}`, `{channels['command']}`"]),
+        "table": "\n\n".join(
+            [about(part), table(header, rows), f"`{part['command']}`, `{channels['command']}`"]
+        ),
         "shown": str(SHOWN_LAYERS),
         "n": str(len(order)),
         "share": f"{centred[:SHOWN_LAYERS].sum() / centred.sum():.0%}",
@@ -157,7 +161,9 @@ def key_exact() -> dict[str, str]:
             row, plain = found[f"{bits} bits{end}"], found[f"{bits} bits"]
             cells.append(_kld(row) + (f" ({_times(row, plain)})" if end else ""))
         rows.append([label, *cells])
-    text = about(part).replace("values in f16", "values in f16; in brackets over nothing exact, 95 % interval")
+    text = about(part).replace(
+        "values in f16", "values in f16; in brackets over nothing exact, 95 % interval"
+    )
     header = ["exact", *(f"turbo{b}" for b in BITS)]
     plain = found["3 bits"]
     return {
@@ -212,7 +218,10 @@ def _over_turbo(row: dict, curve: list[dict]) -> tuple[float, str]:
             over = _times(row, at)
             return float(over.split(",")[0]), over
     n = len(row["kld_by_window"])  # the first windows of both
-    bits, logs = [at["k_bits"] for at in curve], [np.log(np.mean(at["kld_by_window"][:n])) for at in curve]
+    bits, logs = (
+        [at["k_bits"] for at in curve],
+        [np.log(np.mean(at["kld_by_window"][:n])) for at in curve],
+    )
     slope = (logs[1] - logs[0]) / (bits[1] - bits[0])
     log = np.interp(row["k_bits"], bits, logs) + min(0, row["k_bits"] - bits[0]) * slope
     over = row["kld"]["mean"] / float(np.exp(log))

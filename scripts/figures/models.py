@@ -16,7 +16,12 @@ def models() -> dict[str, str]:
     ]
     for row in record["rows"]:
         added = row["added_with_sliding"]
-        cells = [row["architecture"], row["caches"], row["compressed"], f"+{added}" if added else ""]
+        cells = [
+            row["architecture"],
+            row["caches"],
+            row["compressed"],
+            f"+{added}" if added else "",
+        ]
         cells += ["; ".join(row["left_alone"]), row["remark"]]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return {

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from paper_tables import difference_cell
+
 from mlx_turbokv.evaluate import needle_table
 from mlx_turbokv.evaluate.statistics import ratio
 from mlx_turbokv.evaluate.table import as_markdown, footnotes, heading
 from mlx_turbokv.report import summary
-from paper_tables import difference_cell
 
 from . import figure, read, table
-
 
 SHOWN = (
     "f16/f16", "q8_0/q8_0", "q8_0/turbo4", "q8_0/turbo3", "q8_0/turbo2", "la-v5", "la-v6", "la-v7",
@@ -242,7 +242,13 @@ def claims() -> str:
         ]
         for entry in record["claims"]
     ]
-    header = ["the paper says", "tokens", "difference, nats (95 %)", "by loss", "by divergence from f16"]
+    header = [
+        "the paper says",
+        "tokens",
+        "difference, nats (95 %)",
+        "by loss",
+        "by divergence from f16",
+    ]
     return "\n\n".join([about, table(header, rows), f"`{record['command']}`"])
 
 
@@ -263,7 +269,9 @@ def report() -> str:
     notes = summary.notes(record)
     if record["bench"]:
         speeds = [r["generation_tps"] for r in record["bench"]["rows"] if "error" not in r]
-        apart = max(max(s["max"] - s["median"], s["median"] - s["min"]) / s["median"] for s in speeds)
+        apart = max(
+            max(s["max"] - s["median"], s["median"] - s["min"]) / s["median"] for s in speeds
+        )
         notes.append(f"Trials of generation lie up to {apart:.0%} from their median.")
     parts = [about, table(header, rows), " ".join(notes)]
     measured = (record[name] for name in ("perplexity", "needle", "bench"))

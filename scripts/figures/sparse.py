@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from mlx_turbokv.formats import KVFormat
 from mlx_turbokv.kernels.decode import n_splits
-from mlx_turbokv.layout import TILE
+from mlx_turbokv.quant.formats import KVFormat
+from mlx_turbokv.quant.layout import TILE
 
 from . import figure, read, table
 
@@ -45,7 +45,10 @@ def sparse() -> dict[str, str]:
     longest = [row for row in rows if row["n_ctx"] == rows[-1]["n_ctx"]]
     final = max(longest, key=lambda row: shares(row, "final", 32).mean())
     met = max(longest, key=lambda row: shares(row, "running", 32).mean())
-    most = {kind: float(shares(row, kind, 32).mean()) for kind, row in (("final", final), ("running", met))}
+    most = {
+        kind: float(shares(row, kind, 32).mean())
+        for kind, row in (("final", final), ("running", met))
+    }
     one_split = max(float(shares(row, "one_split", 32).mean()) for row in longest)
     parts = {}
     for pair in ("q8_0/turbo2", "turbo4/turbo3"):

@@ -43,7 +43,9 @@ def _whole_model(record: dict) -> str:
 
     lines = [line("decode tok/s after", p, speed("generation")) for p in contexts]
     lines += [line("prefill tok/s,", p, speed("prompt")) for p in prompts]
-    lines += [line("peak above weights, prefill of", p, size("peak_bytes_above_weights")) for p in prompts]
+    lines += [
+        line("peak above weights, prefill of", p, size("peak_bytes_above_weights")) for p in prompts
+    ]
     lines += [line("KV bytes after", p, size("kv_bytes")) for p in contexts[-1:]]
     environment = record["environment"]
     spread = max(

@@ -9,8 +9,17 @@ from pathlib import Path
 
 from . import text as metal
 from .errors import HostError
-from .toolchain import HERE, HOST_PRELUDE, REPOSITORY, cached, digest, gxx, machine_flags
-from .toolchain import mlx_include, run
+from .toolchain import (
+    HERE,
+    HOST_PRELUDE,
+    REPOSITORY,
+    cached,
+    digest,
+    gxx,
+    machine_flags,
+    mlx_include,
+    run,
+)
 
 BUILDS = ("asan", "records")
 
@@ -66,11 +75,17 @@ def runtime(build: str) -> Path:
     def make(folder: Path) -> None:
         objects = folder / "runtime.o"
         compile_flags = ["-std=c++17", "-O2", "-g1", *_RUNTIME_FLAGS[build]]
-        run([gxx(), *compile_flags, "-c", str(HERE / "runtime.cpp"), "-o", str(objects)],
-            "the host run time", HostError)
+        run(
+            [gxx(), *compile_flags, "-c", str(HERE / "runtime.cpp"), "-o", str(objects)],
+            "the host run time",
+            HostError,
+        )
         link = ["-fsanitize=address,undefined"] if build == "asan" else []
-        run([gxx(), *link, "-rdynamic", str(objects), "-o", str(folder / "runtime"), "-ldl"],
-            "the host run time", HostError)
+        run(
+            [gxx(), *link, "-rdynamic", str(objects), "-o", str(folder / "runtime"), "-ldl"],
+            "the host run time",
+            HostError,
+        )
 
     return cached(f"runtime-{key}", make) / "runtime"
 
@@ -167,8 +182,12 @@ def compile_kernel(text: str, name: str, call: str | None = None) -> Compiled:
         _, errors = running[build].communicate()
         if running[build].returncode != 0:
             raise HostError(f"{name} does not compile as host C++:\n{errors[:8000]}")
-        run([gxx(), "-shared", *_LINK_FLAGS[build], "kernel.o", "-o", "kernel.so"],
-            name, HostError, cwd=folder)
+        run(
+            [gxx(), "-shared", *_LINK_FLAGS[build], "kernel.o", "-o", "kernel.so"],
+            name,
+            HostError,
+            cwd=folder,
+        )
 
     # The builds are nested so that both compilers run at once under both locks.
     def make_second(folder: Path) -> None:

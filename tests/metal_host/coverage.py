@@ -21,10 +21,7 @@ from pathlib import Path
 
 from .toolchain import REPOSITORY, cache_folder, gcov
 
-
-_STATEMENT = re.compile(
-    r"^(return\b|[\w.\[\]()*&>\- +]+\s*[-+*/|&^%<>]*=[^=]|[\w:<>, ]+\()"
-)
+_STATEMENT = re.compile(r"^(return\b|[\w.\[\]()*&>\- +]+\s*[-+*/|&^%<>]*=[^=]|[\w:<>, ]+\()")
 _NO_CODE = re.compile(
     r"^(static\s+|const\s+)*(constexpr|constant|static_assert|using|typedef|extern)\b"
 )
@@ -121,8 +118,9 @@ def report(coverage: dict[str, FileCoverage]) -> str:
         total = len(c.lines | c.never_compiled)
         share = 100.0 * (total - len(c.missed)) / total if total else 100.0
         missed = f"  not run: {ranges(c.missed)}" if c.missed else ""
-        rows.append(f"{c.name:<28} {total - len(c.missed):>4} of {total:>4} lines {share:6.2f} %"
-                    f"{missed}")
+        rows.append(
+            f"{c.name:<28} {total - len(c.missed):>4} of {total:>4} lines {share:6.2f} %{missed}"
+        )
     return "\n".join(rows)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 _TOKEN = re.compile(
     r"""[A-Za-z_]\w*|\d[\w.]*(?:(?<=[eE])[+-]\w+)?|"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|\s+|::|."""
 )
-_LINE = re.compile(r'^\s*#.*$', re.M)
+_LINE = re.compile(r"^\s*#.*$", re.M)
 _INSTANCE = re.compile(
     r'^template \[\[host_name\("[^"]*"\)\]\] \[\[kernel\]\] decltype\(.*\) (.*);\s*$', re.M
 )

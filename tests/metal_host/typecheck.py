@@ -91,10 +91,18 @@ def check_limits(launch: Launch) -> list[Problem]:
             found.append(Problem(name, f"the source mentions '{p.name}': MLX adds it as a buffer"))
     for key, value in launch.template:
         if isinstance(value, int) and not isinstance(value, bool) and value > MAX_TEMPLATE_VALUE:
-            found.append(Problem(name, f"template value {key} = {value} is a length: every new "
-                                       "one compiles another kernel; pass lengths as inputs"))
-    found += [Problem(name, f"the text uses {why}") for pattern, why in _FORBIDDEN.items()
-              if re.search(pattern, _without_comments(launch.text))]
+            found.append(
+                Problem(
+                    name,
+                    f"template value {key} = {value} is a length: every new "
+                    "one compiles another kernel; pass lengths as inputs",
+                )
+            )
+    found += [
+        Problem(name, f"the text uses {why}")
+        for pattern, why in _FORBIDDEN.items()
+        if re.search(pattern, _without_comments(launch.text))
+    ]
     return found
 
 
@@ -135,8 +143,9 @@ def opencl_source(text: str, name: str) -> str:
     body = preprocess(mark_files(f'#line 1 "kernel"\n{body}'))
     body = re.sub(r"^#pragma (METAL|clang|unroll).*$", "", body, flags=re.M)
     body, variables = metal.rewrite_threadgroup(body, _declare)
-    start = re.search(r"((?:template\s*<([^{}]*?)>\s*)?)\[\[kernel\]\]\s+void\s+" + name + r"\s*\(",
-                      body)
+    start = re.search(
+        r"((?:template\s*<([^{}]*?)>\s*)?)\[\[kernel\]\]\s+void\s+" + name + r"\s*\(", body
+    )
     if start is None:
         raise ValueError("no [[kernel]] in the text")
     head, rest = body[: start.start()], body[start.end() - 1 :]
@@ -144,10 +153,7 @@ def opencl_source(text: str, name: str) -> str:
     rest = re.sub(r"\[\[[^\]]*\]\]", "", rest)
     end = rest.rindex("}")
     total = " + ".join(f"sizeof({v.name})" for v in variables) or "0"
-    limit = (
-        f"static_assert({total} <= {MAX_THREADGROUP_BYTES}, "
-        '"threadgroup memory above 32 KiB");'
-    )
+    limit = f'static_assert({total} <= {MAX_THREADGROUP_BYTES}, "threadgroup memory above 32 KiB");'
     head = re.sub(r"\[\[[^\]]*\]\]", "", head)
     kernel = f"__kernel void {name}{rest[:end]}{limit}}}"
     return f"{head}namespace checked {{ {definitions}\n{kernel}\n}}\n"

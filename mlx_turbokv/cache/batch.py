@@ -1,0 +1,148 @@
+"""BatchTurboKVCache: packed K and V of a batch of sequences, a drop-in for mlx-lm's BatchKVCache.
+
+Sequences of different lengths end at the same row, with left padding before them
+(padded_batch.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+from mlx_lm.models import cache as mlx_lm_cache
+from mlx_lm.models.base import create_causal_mask
+
+from ..centring.centre import Centre
+from ..errors import InputError
+from ..kernels.packed import PaddedCausal
+from ..kernels.tables import at_least_eight
+from ..quant.formats import KVFormat
+from .base import PackedCache
+from .padding import PaddedBatch, as_list, common_layout
+from .single import TurboKVCache
+
+STATE_LENGTH = 13
+
+
+class BatchTurboKVCache(PaddedBatch):
+    """A packed KV cache for one layer and several sequences.
+
+    Args:
+        k_format, v_format: formats or their names.
+        left_padding: rows before the first token of each sequence.
+        backend: ``metal``, ``cuda`` or ``reference``; None chooses.
+        centre: what to take out of the keys before they are quantised.
+
+    Raises:
+        InputError: an unknown format or back-end.
+    """
+
+    def __init__(
+        self,
+        k_format: KVFormat | str,
+        v_format: KVFormat | str,
+        left_padding: Sequence[int],
+        backend: str | None = None,
+        centre: Centre | None = None,
+    ) -> None:
+        super().__init__(k_format, v_format, backend, centre)
+        self._right_padding: list[int] | None = None
+        self._pad(left_padding)
+
+    def _pad(self, left_padding: Sequence[int]) -> None:
+        super()._pad(left_padding)
+        self._starts_array: mx.array | None = None
+        self._offset: tuple[int, mx.array] | None = None
+
+    def _row_padding(self) -> tuple[int, ...] | None:
+        return tuple(self._padding) if any(self._padding) else None
+
+    @property
+    def offset(self) -> mx.array:
+        """Tokens of each sequence, negative while its padding is still to come; [B] int32."""
+        size = self.size()
+        if self._offset is None or self._offset[0] != size:
+            self._offset = size, mx.array([size - n for n in self._padding], mx.int32)
+        return self._offset[1]
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None):
+        """The causal mask of the next tokens; without padding it needs no array."""
+        size = self.size()
+        if not any(self._padding):
+            return mlx_lm_cache.create_attention_mask(N, size, return_array, window_size)
+        mask = create_causal_mask(
+            N, offset=size, window_size=window_size, left_padding=self.left_padding
+        )
+        if window_size is not None:
+            return mask
+        mask = PaddedCausal(mask)
+        mask.starts = self._starts
+        return mask
+
+    @property
+    def _starts(self) -> mx.array:
+        """The first row of each sequence as kernels take it, made once."""
+        if self._starts_array is None:
+            self._starts_array = at_least_eight(self.left_padding)
+        return self._starts_array
+
+    def _announce(self, lengths: Sequence[int] | None, right_padding: list[int]) -> None:
+        self._right_padding = right_padding
+
+    def finalize(self) -> None:
+        """Turn the right padding that was announced into left padding."""
+        padding, self._right_padding = self._right_padding, None
+        if padding is None or self.empty():
+            return
+        n = self.size()
+        self._move(padding, [n - p for p in padding], n)
+        self._pad([a + b for a, b in zip(self._padding, padding)])
+
+    def extend(self, other: BatchTurboKVCache) -> None:
+        """Add the sequences of another batch.
+
+        Raises:
+            ValueError: the caches differ in formats or shapes.
+        """
+        layout = common_layout([self, other])
+        n = max(self.size(), other.size())
+        padding = [p + n - cache.size() for cache in (self, other) for p in cache._padding]
+        self._hold([self, other], n, layout)
+        self._pad(padding)
+
+    def _single(self) -> TurboKVCache:
+        return TurboKVCache(self.k_format, self.v_format, self._backend_name, self.centre)
+
+    @classmethod
+    def merge(cls, caches: Sequence[TurboKVCache]) -> BatchTurboKVCache:
+        """A batch of single sequences.
+
+        Raises:
+            ValueError: the caches differ in formats or shapes.
+        """
+        layout, first = common_layout(caches), caches[0]
+        n = max(c.size() for c in caches)
+        padding = [n - c.size() for c in caches]
+        merged = cls(first.k_format, first.v_format, padding, first._backend_name, first.centre)
+        merged._hold(caches, n, layout)
+        return merged
+
+    @property
+    def state(self) -> list:
+        """What saving, loading and evaluation need: arrays and scalars."""
+        right = None if self._right_padding is None else mx.array(self._right_padding, mx.int32)
+        return [*PackedCache.state.fget(self), self.left_padding, right]
+
+    @state.setter
+    def state(self, state: list) -> None:
+        if not isinstance(state, (list, tuple)) or len(state) != STATE_LENGTH:
+            PackedCache.state.fset(self, state)  # tells another version from no state at all
+            raise InputError("This is not the state of a BatchTurboKVCache.")
+        PackedCache.state.fset(self, state[:-2])
+        left, right = state[-2:]
+        self._right_padding = None if right is None else as_list(right)
+        self._pad(as_list(left))
+
+
+mlx_lm_cache.BatchTurboKVCache = BatchTurboKVCache  # load_prompt_cache looks classes up there
+TurboKVCache.batch_class = BatchTurboKVCache

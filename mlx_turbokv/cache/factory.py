@@ -1,0 +1,267 @@
+"""The packed cache for a model: made once, or attached so that all of mlx-lm uses it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from typing import Any
+
+import mlx.nn as nn
+from mlx_lm.models.cache import RotatingKVCache
+
+from ..centring.choose import Choice
+from ..centring.references import References
+from ..errors import InputError
+from ..kernels.backend import select_backend
+from ..model.kv_layers import KVLayer, KVLayers, kv_layers
+from ..model.shapes import hands_over, own_caches, put_cache
+from ..policy import Pair, Policy, Uniform, load_policy
+from ..quant.formats import KVFormat, as_format, check_head_dim
+from .base import PackedCache
+from .rotating import TurboRotatingKVCache
+from .single import TurboKVCache
+from .summary import leaves
+
+logger = logging.getLogger("mlx_turbokv")
+KEPT_TOKENS = 4  # first tokens that stay when max_kv_size is reached; mlx-lm keeps as many
+_said: set[tuple[str, str]] = set()
+
+
+def make_prompt_cache(
+    model: nn.Module,
+    k: KVFormat | str = "q8_0",
+    v: KVFormat | str = "turbo2",
+    policy: Policy | str | os.PathLike | None = None,
+    backend: str | None = None,
+    centre: bool | str | os.PathLike | References = True,
+    *,
+    compress_sliding: bool = False,
+    max_kv_size: int | None = None,
+) -> list[Any]:
+    """Caches for one sequence (or one batch) of ``model``: packed where its layers allow it.
+
+    Args:
+        k, v: formats of K and V, where the policy does not set them.
+        policy: which layer gets which formats, an object or a name; None is the same everywhere.
+        backend: ``metal``, ``cuda`` or ``reference``; None chooses.
+        centre: whether turbo keys are centred: True by what there is (means beside a policy file,
+            or the key projection's bias), False not, or calibrated references or their file. Keys
+            of windows, those of max_kv_size included, never are.
+        compress_sliding: pack layers with a sliding window too. They then count as KV layers, in
+            the model's order with the others: the first two of a boundary may be sliding layers,
+            and a list of formats has an entry for each. Without it they keep mlx-lm's own cache
+            and policies don't see them.
+        max_kv_size: tokens that a KV layer holds at most; beyond them the oldest go, but for the
+            first 4. None lets caches grow. Layers with a window of their own keep that.
+
+    Returns:
+        What mlx-lm's functions take as ``prompt_cache``. A layer whose formats are both f16 keeps
+        mlx-lm's own cache, but for windows beside packed ones: one mask must fit them all.
+
+    Raises:
+        InputError: unknown format or policy, a policy that does not fit the model, a head_dim
+            that a format cannot store, or a max_kv_size below 1.
+    """
+    policy = _as_policy(k, v, policy)
+    return CacheFactory(model, policy, backend, None, centre, compress_sliding, max_kv_size)()
+
+
+def attach(
+    model: nn.Module,
+    k: KVFormat | str = "q8_0",
+    v: KVFormat | str = "turbo2",
+    policy: Policy | str | os.PathLike | None = None,
+    backend: str | None = None,
+    centre: bool | str | os.PathLike | References = True,
+    *,
+    compress_sliding: bool = False,
+    max_kv_size: int | None = None,
+) -> nn.Module:
+    """Make packed caches the model's own, for every function of mlx-lm that creates caches.
+
+    Attaching again replaces what was attached. The arguments are those of ``make_prompt_cache``.
+    What mlx-lm's functions are given as ``max_kv_size`` reaches no model that has a factory of its
+    own, and this gives it one: give ``max_kv_size`` here.
+
+    Returns:
+        The model.
+
+    Raises:
+        InputError: as ``make_prompt_cache``.
+    """
+    previous = vars(model).get("make_cache")
+    if isinstance(previous, CacheFactory):
+        previous = previous.turbokv_previous
+    policy = _as_policy(k, v, policy)
+    model.make_cache = CacheFactory(
+        model, policy, backend, previous, centre, compress_sliding, max_kv_size
+    )
+    return model
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Give the model its own caches back; without anything attached this does nothing."""
+    factory = vars(model).get("make_cache")
+    if isinstance(factory, CacheFactory):
+        del model.make_cache
+        if factory.turbokv_previous is not None:
+            model.make_cache = factory.turbokv_previous
+    return model
+
+
+class CacheFactory:
+    """Makes a model's caches, with the KV layers packed.
+
+    Args:
+        model: the model; it is only read.
+        policy: which KV layer gets which formats.
+        backend: name of the back-end, or None.
+        previous: the instance's own ``make_cache`` that this factory stands in for, if it had one.
+        centre: as ``make_prompt_cache`` takes it.
+        compress_sliding, max_kv_size: as ``make_prompt_cache`` takes them.
+
+    Raises:
+        InputError: the policy or a format does not fit the model, the back-end is missing, or
+            max_kv_size is below 1.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        policy: Policy,
+        backend: str | None = None,
+        previous: Any = None,
+        centre: bool | str | os.PathLike | References = True,
+        compress_sliding: bool = False,
+        max_kv_size: int | None = None,
+    ) -> None:
+        if max_kv_size is not None and max_kv_size < 1:
+            raise InputError(f"max_kv_size {max_kv_size} is not accepted: it must be 1 or more.")
+        if max_kv_size is not None and not isinstance(centre, bool):
+            raise InputError(
+                f"Key references cannot be used with max_kv_size {max_kv_size}: the keys of a "
+                "window stay whole."
+            )
+        self.model = model
+        self.policy = policy
+        self.backend = backend
+        self.turbokv_previous = previous
+        self.compress_sliding = compress_sliding
+        self.max_kv_size = max_kv_size
+        select_backend(backend)  # one that is missing is an error now, not at the first token
+        caches = own_caches(model)
+        self._n_caches = len(caches)
+        self.layers: KVLayers = kv_layers(model, caches, compress_sliding)
+        growing = kv_layers(model, caches) if compress_sliding else self.layers
+        ordinals = {(x.index, x.sub): x.ordinal for x in self.layers.layers}
+        self._n_growing = growing.n_total
+        self._growing = {ordinals[x.index, x.sub]: x.ordinal for x in growing.layers}
+        # a window's rows have no positions of their own to turn a reference by
+        centre = centre if max_kv_size is None else False
+        self._choice = Choice(model, growing, centre, policy)
+        self._hands_over = False
+        self._take_formats()
+        notes = [*policy.notes(self.layers.n_total), *self.layers.notes(), *self.centring.notes]
+        if compress_sliding:
+            sliding = [x for x in self.layers.layers if x.window]
+            sliding = KVLayers(sliding, [], self.layers.n_total)
+            notes += Choice(model, sliding, False, policy).of(self.formats).notes
+        for note in notes:
+            _say_once(model, note)
+        self._hands_over = hands_over(model, _with_handles(self()))
+        if max_kv_size is not None and all(x.window for x in self.layers.layers):
+            _say_once(model, "max_kv_size has no effect: no layer keeps all tokens in a KV cache.")
+
+    def with_policy(self, policy: Policy) -> CacheFactory:
+        """A factory for the same model under another policy, without looking at the model again.
+
+        Raises:
+            InputError: the policy or a format does not fit the model.
+        """
+        other = copy.copy(self)
+        other.policy = policy
+        other._take_formats()
+        return other
+
+    def _take_formats(self) -> None:
+        """Everything that depends on the policy's formats."""
+        self.formats: list[Pair] = self.policy.formats(self.layers.n_total)
+        self._check_head_dims()
+        f16 = as_format("f16")
+        self._packs_windows = any(
+            self.formats[x.ordinal] != (f16, f16)
+            for x in self.layers.layers
+            if x.window is not None or self.max_kv_size is not None
+        )
+        growing = [(f16, f16)] * self._n_growing
+        for ordinal, among_growing in self._growing.items():
+            growing[among_growing] = self.formats[ordinal]
+        self.centring = self._choice.of(growing)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """Fresh caches; arguments go to the model's own factory."""
+        caches = own_caches(self.model, *args, **kwargs)
+        for layer in self._layers_of(caches).layers:
+            own = caches[layer.index]
+            own = own if layer.sub is None else own.caches[layer.sub]
+            put_cache(caches, layer.index, layer.sub, self._cache(layer, own))
+        return _with_handles(caches) if self._hands_over else caches
+
+    def _cache(self, layer: KVLayer, own: Any) -> Any:
+        """The cache of a KV layer in place of the model's own."""
+        k, v = self.formats[layer.ordinal]
+        is_f16 = k.is_f16 and v.is_f16
+        windowed = layer.window is not None or self.max_kv_size is not None
+        window, keep = layer.window, getattr(own, "keep", 0)
+        if window is None and self.max_kv_size is not None:
+            window, keep = self.max_kv_size, min(KEPT_TOKENS, self.max_kv_size - 1)
+            own = RotatingKVCache(window, keep)
+        # one mask serves all windows, and mlx-lm's columns are in another order than ours
+        if is_f16 and not (windowed and self._packs_windows):
+            return own
+        if window is None:
+            centre = self.centring.centres.get(self._growing[layer.ordinal])
+            return TurboKVCache(k, v, self.backend, centre)
+        return TurboRotatingKVCache(k, v, window, keep, self.backend)
+
+    def _layers_of(self, caches: list[Any]) -> KVLayers:
+        """The KV layers of these caches: a model may have been split since it was attached."""
+        if len(caches) != self._n_caches:
+            self.layers = kv_layers(self.model, caches, self.compress_sliding)
+            self._n_caches = len(caches)
+        return self.layers
+
+    def _check_head_dims(self) -> None:
+        for layer in self.layers.layers:
+            if layer.shape is not None:
+                k, v = self.formats[layer.ordinal]
+                check_head_dim(k, layer.shape.k_head_dim)
+                check_head_dim(v, layer.shape.v_head_dim)
+
+
+def _with_handles(caches: list[Any]) -> list[Any]:
+    for cache in leaves(caches):
+        if isinstance(cache, PackedCache):
+            cache.handles = True
+    return caches
+
+
+def _as_policy(
+    k: KVFormat | str, v: KVFormat | str, policy: Policy | str | os.PathLike | None
+) -> Policy:
+    if policy is None:
+        return Uniform(k, v)
+    if isinstance(policy, Policy):
+        return policy
+    if isinstance(policy, (str, os.PathLike)):
+        is_file = os.fspath(policy).lower().endswith(".json")
+        return load_policy(policy) if is_file else load_policy(policy, k, v)
+    raise InputError(f"Policy {policy!r} is not accepted: give a policy object or a name.")
+
+
+def _say_once(model: nn.Module, note: str) -> None:
+    key = (type(model).__module__, note)
+    if key not in _said:
+        _said.add(key)
+        logger.warning(note)

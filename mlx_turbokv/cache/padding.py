@@ -1,0 +1,205 @@
+"""What packed batches share: sequences that end at the same row, with left padding before them.
+
+Joining, leaving and rolling move rows as they are packed: codes and scales are never made anew, so
+every sequence keeps the very rows that it would have on its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from ..quant.layout import TILE, KVLayout
+from ..quant.tiles import Rows, rows_to_tiles, tiles_to_rows
+from .base import PackedCache
+
+
+class PaddedBatch(PackedCache):
+    """Packed K and V of one layer and several sequences. Its kinds say what else they count."""
+
+    def _pad(self, left_padding: Sequence[int]) -> None:
+        self._padding = [int(n) for n in left_padding]
+        self._padding_array: mx.array | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """How many sequences."""
+        return len(self._padding)
+
+    @property
+    def left_padding(self) -> mx.array:
+        """Rows before the first token of each sequence; [B] int32."""
+        if self._padding_array is None:
+            self._padding_array = mx.array(self._padding, mx.int32)
+        return self._padding_array
+
+    def _check(self, keys: mx.array, values: mx.array) -> None:
+        if keys.shape[0] != self.batch_size:
+            raise ValueError(
+                f"[{type(self).__name__}] keys {keys.shape} do not fit {self.batch_size} sequences."
+            )
+        super()._check(keys, values)
+
+    def prepare(
+        self,
+        *,
+        left_padding: Sequence[int] | None = None,
+        lengths: Sequence[int] | None = None,
+        right_padding: Sequence[int] | None = None,
+    ) -> None:
+        """Say how the tokens to come are padded.
+
+        Args:
+            left_padding: rows to be added before each sequence.
+            lengths: how many tokens of each sequence are to come; windows need it with
+                ``right_padding``.
+            right_padding: how many of the rows to come are padding, after each sequence's tokens;
+                they are moved to the left, at last by ``finalize``.
+
+        Raises:
+            ValueError: left padding for a cache that holds rows.
+        """
+        if left_padding is not None:
+            if not self.empty():
+                raise ValueError(
+                    f"[{type(self).__name__}] left padding can only be added to an empty cache."
+                )
+            self._pad([a + int(b) for a, b in zip(self._padding, left_padding)])
+        if right_padding is not None and max(right_padding) > 0:
+            self._announce(lengths, [int(n) for n in right_padding])
+
+    def _announce(self, lengths: Sequence[int] | None, right_padding: list[int]) -> None:
+        """Remember the right padding of the rows to come."""
+        raise NotImplementedError
+
+    def filter(self, batch_indices: Sequence[int] | mx.array) -> None:
+        """Keep these sequences, in this order, and drop padding that all of them have."""
+        indices = as_list(batch_indices)
+        if not self.empty():
+            rows = mx.array(indices)
+            self.body = self.body[rows] if self.n_body else None
+            self.tail = self.tail[rows] if self.n_tail else None
+        self._take(indices)
+        common = min(self._padding)
+        if common <= 0:
+            return
+        if not self.empty():
+            common, n = min(common, self.n_rows), self.n_rows
+            self._move([-common] * self.batch_size, [n] * self.batch_size, n - common)
+        self._pad([n - common for n in self._padding])
+
+    def _take(self, indices: list[int]) -> None:
+        """Keep what is counted of these sequences."""
+        self._pad([self._padding[i] for i in indices])
+
+    def extract(self, idx: int) -> PackedCache:
+        """One sequence as a cache of its own.
+
+        Its rows are computed at once: a lazy copy would hold on to the whole batch.
+        """
+        cache = self._single()
+        cache.handles = self.handles
+        padding, n = self._padding[idx], self.n_rows
+        if self.empty() or n <= padding:
+            return cache
+        tiles = self.packed.tiles[idx : idx + 1]
+        tiles = moved(tiles, self.layout, [-padding], [n], n - padding)
+        cache._set_tiles(tiles, n - padding, self.layout)
+        mx.async_eval([a for a in (cache.body, cache.tail) if a is not None])
+        return cache
+
+    def _single(self) -> PackedCache:
+        """An empty cache of one sequence."""
+        raise NotImplementedError
+
+    def _hold(self, caches: Sequence[PackedCache], n: int, layout: KVLayout | None) -> None:
+        """Hold the newest n rows of these caches, ending at the same row; None if all are empty."""
+        self.handles = all(cache.handles for cache in caches)
+        if layout is None:
+            return
+        n_heads = next(c.keys.shape[1] for c in caches if not c.empty())
+        tiles = [_tiles_ending_at(c, n, layout, n_heads) for c in caches]
+        self._set_tiles(mx.concatenate(tiles), n, layout)
+
+    def _move(self, shifts: list[int], ends: list[int], n: int) -> None:
+        """Move each sequence's rows by its shift; n rows remain."""
+        layout = self.layout
+        if n <= 0:
+            self._clear()
+            return
+        self._set_tiles(moved(self.packed.tiles, layout, shifts, ends, n), n, layout)
+
+
+def as_list(indices: Sequence[int] | mx.array) -> list[int]:
+    """Numbers of an array or a sequence."""
+    return indices.tolist() if isinstance(indices, mx.array) else [int(i) for i in indices]
+
+
+def common_layout(caches: Sequence[PackedCache]) -> KVLayout | None:
+    """The layout of all caches that hold rows; None if none does.
+
+    Raises:
+        ValueError: the caches differ in formats, shapes or centres.
+    """
+    formats = {(c.k_format, c.v_format) for c in caches}
+    shapes = {(c.layout, c.keys.shape[1]) for c in caches if not c.empty()}
+    if len(formats) > 1 or len(shapes) > 1:
+        named = sorted(f"{k}/{v}" for k, v in formats)
+        raise ValueError(
+            f"[batch] caches of different formats or shapes cannot be one batch: "
+            f"{', '.join(named)}; {', '.join(str(s) for s in shapes)}."
+        )
+    if len({c.centre for c in caches}) > 1:
+        raise ValueError("[batch] caches whose keys are centred differently cannot be one batch.")
+    return next(iter(shapes))[0] if shapes else None
+
+
+def _tiles_ending_at(cache: PackedCache, n: int, layout: KVLayout, n_heads: int) -> mx.array:
+    """The tiles of a cache's newest n rows, the last at n - 1; zeros where it has none."""
+    batch_size = getattr(cache, "batch_size", 1)
+    if cache.empty():
+        return mx.zeros((batch_size, n_heads, -(-n // TILE), layout.tile_words), mx.uint32)
+    held = cache.n_rows
+    return moved(cache.packed.tiles, layout, [n - held] * batch_size, [held] * batch_size, n)
+
+
+def moved(
+    tiles: mx.array, layout: KVLayout, shifts: list[int], ends: list[int], n: int
+) -> mx.array:
+    """Tiles whose row p is row p - shift of the given ones; zeros where that is no row.
+
+    Args:
+        shifts: by how many rows each sequence moves towards the end.
+        ends: how many of its rows each sequence has.
+        n: rows of the result.
+
+    Shapes:
+        tiles: [B, H, T, layout.tile_words]; returns: [B, H, ceil(n / 32), layout.tile_words].
+    """
+    n_tiles = -(-n // TILE)
+    if not any(shifts) and all(end >= n for end in ends):
+        return tiles[:, :, :n_tiles]
+    if all(shift % TILE == 0 and end >= n - shift for shift, end in zip(shifts, ends)):
+        return _moved_tiles(tiles, [shift // TILE for shift in shifts], n_tiles)
+    rows = mx.arange(n_tiles * TILE)[None] - mx.array(shifts)[:, None]
+    ends = mx.minimum(mx.array(ends), n - mx.array(shifts))
+    valid = mx.logical_and(rows >= 0, rows < ends[:, None])[:, None, :, None]
+    rows = mx.clip(rows, 0, tiles.shape[2] * TILE - 1)[:, None, :, None]
+
+    def move(part: mx.array) -> mx.array:
+        if part.shape[-1] == 0:
+            return mx.zeros((*part.shape[:2], n_tiles * TILE, 0), part.dtype)
+        taken = mx.take_along_axis(part, rows, axis=2)
+        return mx.where(valid, taken, mx.zeros((), part.dtype))
+
+    return rows_to_tiles(Rows(*map(move, tiles_to_rows(tiles, layout))), layout)
+
+
+def _moved_tiles(tiles: mx.array, shifts: list[int], n_tiles: int) -> mx.array:
+    """``moved`` by whole tiles: nothing needs to be unpacked."""
+    index = mx.arange(n_tiles)[None] - mx.array(shifts)[:, None]
+    taken = mx.take_along_axis(
+        tiles, mx.clip(index, 0, tiles.shape[2] - 1)[:, None, :, None], axis=2
+    )
+    return mx.where((index >= 0)[:, None, :, None], taken, mx.array(0, mx.uint32))

@@ -1,0 +1,208 @@
+"""TurboRotatingKVCache: packed K and V of a sliding window, a drop-in for mlx-lm's RotatingKVCache.
+
+Rows stay in the order of their tokens. Rows that have left the window are hidden from attention
+first and dropped by whole tiles later, when the body is written anew anyway; so what is held is the
+window and at most SLACK_TOKENS more, and after a longer update the rows of that update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+from mlx_lm.models import cache as mlx_lm_cache
+from mlx_lm.models.base import create_causal_mask
+
+from ..attention import hook as attention
+from ..errors import InputError
+from ..quant.formats import KVFormat
+from ..quant.layout import TILE
+from .base import PackedCache
+from .padding import PaddedBatch
+
+FLUSH_TOKENS = 64
+# Hidden rows that stay, so that a draft's tokens can be taken back after the window has moved on.
+SPARE_TOKENS = 32
+SLACK_TOKENS = FLUSH_TOKENS + SPARE_TOKENS + TILE
+STATE_EXTRA = 4
+
+
+class RotatingRows(PackedCache):
+    """What the packed caches of a window share: rows that expire at the front.
+
+    Attributes:
+        max_size: tokens that the newest token sees, itself included.
+        keep: how many first tokens stay visible for ever.
+        n_hidden: rows from ``keep`` on that no query sees any more.
+    """
+
+    flush_tokens = FLUSH_TOKENS
+
+    def __init__(
+        self,
+        k_format: KVFormat | str,
+        v_format: KVFormat | str,
+        max_size: int,
+        keep: int = 0,
+        backend: str | None = None,
+    ) -> None:
+        if max_size < 1 or not 0 <= keep < max_size:
+            raise InputError(
+                f"A window of {max_size} tokens that keeps {keep} is not accepted: give a window "
+                "of 1 or more, and fewer kept tokens than that."
+            )
+        self.max_size = int(max_size)
+        self.keep = int(keep)
+        super().__init__(k_format, v_format, backend)
+
+    def _clear(self) -> None:
+        super()._clear()
+        self.n_hidden = 0
+
+    @property
+    def _kept_tiles(self) -> int:
+        """Tiles at the front that are never dropped."""
+        return -(-self.keep // TILE)
+
+    def _lost(self) -> int:
+        """Rows beside the kept ones that can never be seen again; they share a tile with them."""
+        return 0
+
+    def _hidden_next(self) -> int:
+        """Rows that the tokens to come don't see."""
+        return max(self._lost(), self.n_rows - (self.max_size - 1))
+
+    def _append(self, keys: mx.array, values: mx.array) -> None:
+        self.n_hidden = self._hidden_next()
+        self._drop(self.n_tail + keys.shape[2] >= self.flush_tokens)
+        super()._append(keys, values)
+
+    def _drop(self, body_is_rewritten: bool) -> None:
+        """Drop tiles of hidden rows, if the body is written anew or it is worth doing so."""
+        first, last = self._kept_tiles, self.n_body // TILE
+        n = min((self.keep + self.n_hidden - SPARE_TOKENS) // TILE, last) - first
+        if n < (1 if body_is_rewritten else self.flush_tokens // TILE):
+            return
+        parts = [self.body[:, :, :first], self.body[:, :, first + n : last]]
+        parts = [part for part in parts if part.shape[2]]
+        body = mx.concatenate(parts, axis=2) if len(parts) > 1 else (parts or [None])[0]
+        # kernels would copy a slice at each step
+        self.body = body if body is None or body_is_rewritten else mx.contiguous(body)
+        self.n_body -= n * TILE
+        self.n_hidden -= n * TILE
+        self._forget(n * TILE)
+
+    def _forget(self, n: int) -> None:
+        """Count ``n`` dropped rows."""
+        raise NotImplementedError
+
+    def _source(self) -> attention.Source:
+        hidden = attention.Hidden(self.keep, self.n_hidden)
+        return attention.Source(self.packed, self.backend, hidden)
+
+
+class TurboRotatingKVCache(RotatingRows):
+    """A packed KV cache for one layer with a sliding window.
+
+    As in mlx-lm, an update of several tokens past the window masks all tokens by their distance,
+    the kept ones too; updates of one token always see those.
+
+    Args:
+        k_format, v_format: formats or their names.
+        max_size: tokens of the window, the newest included.
+        keep: how many first tokens stay visible when the window moves on.
+        backend: ``metal``, ``cuda`` or ``reference``; None chooses.
+
+    Raises:
+        InputError: an unknown format or back-end, or a window that is not accepted.
+    """
+
+    batch_class: type[PaddedBatch]  # set by rotating_batch.py
+
+    def _clear(self) -> None:
+        super()._clear()
+        self.n_gone = 0
+
+    def _forget(self, n: int) -> None:
+        self.n_gone += n
+
+    def _lost(self) -> int:
+        return self._kept_tiles * TILE - self.keep if self.n_gone else 0
+
+    @property
+    def offset(self) -> int:
+        """Tokens written so far and not taken back."""
+        return self.n_rows + self.n_gone
+
+    def size(self) -> int:
+        """Tokens in the window."""
+        return min(self.offset, self.max_size)
+
+    def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False):
+        """The mask of the next tokens, before the update, as mlx-lm makes it.
+
+        Columns are the tokens that ``update_and_fetch`` will return, oldest first.
+        """
+        n_before = self.n_rows - self._hidden_next()
+        if N > 1:
+            window_size = window_size or self.max_size
+            if n_before + N > window_size or return_array:
+                return create_causal_mask(N, n_before, window_size=window_size)
+            return "causal"
+        if window_size is None or n_before < window_size:
+            return None
+        return mx.arange(n_before + 1) > n_before - window_size
+
+    def is_trimmable(self) -> bool:
+        """Whether any number of tokens can be taken off the end: the window has not moved on."""
+        return self.offset < self.max_size
+
+    def trim(self, n: int) -> int:
+        """Take up to ``n`` tokens off the end; returns how many.
+
+        After the window has moved on, as many can be taken as leave it complete: back to at least
+        SPARE_TOKENS before the furthest token.
+
+        Raises:
+            ValueError: tokens that the window would need have been dropped.
+        """
+        n = min(self.offset, n)
+        needed = min(self.offset - n, self.max_size - 1)
+        if self.n_rows - self._lost() - n < needed:
+            raise ValueError(
+                f"[TurboRotatingKVCache] {n} tokens cannot be taken back: the window of "
+                f"{self.max_size} has moved on, and older tokens are gone."
+            )
+        n_gone = self.n_gone
+        super().trim(n)
+        self.n_gone = n_gone
+        self.n_hidden = min(self.n_hidden, self._hidden_next())
+        return n
+
+    @classmethod
+    def merge(cls, caches: Sequence[TurboRotatingKVCache]) -> PaddedBatch:
+        """One batch of the sequences of several caches; as in mlx-lm, it keeps no first tokens.
+
+        Raises:
+            ValueError: the caches differ in formats, shapes or windows.
+        """
+        return cls.batch_class.merge(caches)
+
+    @property
+    def state(self) -> list:
+        """What saving, loading and evaluation need: arrays and scalars."""
+        extra = [self.max_size, self.keep, self.n_hidden, self.n_gone]
+        return [*PackedCache.state.fget(self), *extra]
+
+    @state.setter
+    def state(self, state: list) -> None:
+        is_list = isinstance(state, (list, tuple)) and len(state) > STATE_EXTRA
+        extra = state[-STATE_EXTRA:] if is_list else []
+        if not all(type(n) is int for n in extra):
+            PackedCache.state.fset(self, state)  # tells another version from no state at all
+            raise InputError("This is not the state of a TurboRotatingKVCache.")
+        PackedCache.state.fset(self, state[:-STATE_EXTRA] if is_list else state)
+        self.max_size, self.keep, self.n_hidden, self.n_gone = extra
+
+
+mlx_lm_cache.TurboRotatingKVCache = TurboRotatingKVCache  # load_prompt_cache looks there

@@ -1,0 +1,237 @@
+"""BatchTurboRotatingKVCache: a packed sliding window of several sequences.
+
+A drop-in for mlx-lm's BatchRotatingKVCache. Sequences end at the same row, with left padding before
+those that hold fewer; rows move as they are packed. As in mlx-lm, no first tokens are kept.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import mlx.core as mx
+from mlx_lm.models import cache as mlx_lm_cache
+from mlx_lm.models.base import create_causal_mask
+
+from ..errors import InputError
+from ..kernels.packed import PaddedCausal
+from ..kernels.tables import at_least_eight
+from ..quant.formats import KVFormat
+from ..quant.layout import KVLayout
+from .base import PackedCache
+from .padding import PaddedBatch, as_list, common_layout
+from .rotating import RotatingRows, TurboRotatingKVCache
+
+STATE_EXTRA = 5
+logger = logging.getLogger("mlx_turbokv")
+_said: set[str] = set()
+
+
+class BatchTurboRotatingKVCache(PaddedBatch, RotatingRows):
+    """A packed KV cache for one layer with a sliding window, and several sequences.
+
+    Args:
+        k_format, v_format: formats or their names.
+        max_size: tokens of the window, the newest included.
+        left_padding: rows before the first token of each sequence.
+        backend: ``metal``, ``cuda`` or ``reference``; None chooses.
+
+    Raises:
+        InputError: an unknown format or back-end, or a window that is not accepted.
+    """
+
+    def __init__(
+        self,
+        k_format: KVFormat | str,
+        v_format: KVFormat | str,
+        max_size: int,
+        left_padding: Sequence[int],
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(k_format, v_format, max_size, 0, backend)
+        self._pad(left_padding)
+        self._gone = [0] * len(self._padding)
+        self._ends: list[int] | None = None
+
+    @property
+    def offset(self) -> mx.array:
+        """Tokens of each sequence, negative while its padding is still to come; [B] int32."""
+        return mx.array(self._offsets(), mx.int32)
+
+    def _offsets(self) -> list[int]:
+        n = self.n_rows
+        return [n - padding + gone for padding, gone in zip(self._padding, self._gone)]
+
+    def size(self) -> int:
+        """Rows in the window, padding included."""
+        return min(self.n_rows, self.max_size)
+
+    def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False):
+        """The mask of the next tokens; one token that sees all that is held needs no array."""
+        hidden = self._hidden_next()
+        n_before = self.n_rows - hidden
+        window_size = window_size or self.max_size
+        padded = any(padding > hidden for padding in self._padding)
+        if N == 1 and not padded and not return_array and n_before < window_size:
+            return None
+        padding = mx.array([padding - hidden for padding in self._padding], mx.int32)
+        mask = create_causal_mask(N, n_before, window_size=window_size, left_padding=padding)
+        if N > 1 or n_before >= window_size:
+            return mask
+        mask = PaddedCausal(mask)
+        firsts = [max(0, padding - hidden) for padding in self._padding]
+        mask.starts = at_least_eight(mx.array(firsts, mx.int32))
+        return mask
+
+    def _append(self, keys: mx.array, values: mx.array) -> None:
+        self._roll()
+        super()._append(keys, values)
+
+    def _forget(self, n: int) -> None:
+        self._gone = [gone + max(0, n - p) for gone, p in zip(self._gone, self._padding)]
+        self._pad([max(0, p - n) for p in self._padding])
+
+    def _announce(self, lengths: Sequence[int] | None, right_padding: list[int]) -> None:
+        self._ends = [int(n) + offset for n, offset in zip(lengths, self._offsets())]
+
+    def finalize(self) -> None:
+        """Turn the right padding that was announced into left padding."""
+        self._roll()
+        self._ends = None
+
+    def _roll(self) -> None:
+        """Move sequences that end in padding to the right."""
+        if self._ends is None or self.empty():
+            return
+        shifts = [max(0, offset - end) for offset, end in zip(self._offsets(), self._ends)]
+        if any(shifts):
+            n = self.n_rows
+            self._move(shifts, [n - shift for shift in shifts], n)
+            self._pad([a + b for a, b in zip(self._padding, shifts)])
+
+    def _move(self, shifts: list[int], ends: list[int], n: int) -> None:
+        super()._move(shifts, ends, n)
+        self.n_hidden = min(self.n_hidden, self.n_rows)
+
+    def is_trimmable(self) -> bool:
+        """Whether any number of tokens can be taken off the end: no window has moved on."""
+        return self.n_rows < self.max_size and not any(self._gone)
+
+    def trim(self, n: int) -> int:
+        """Take up to ``n`` rows off the end of every sequence; returns how many.
+
+        Raises:
+            ValueError: tokens that a window would need have been dropped.
+        """
+        asked, n = n, min(self.n_rows, n)
+        for padding, offset in zip(self._padding, self._offsets()):
+            if self.n_rows - padding - n < min(offset - n, self.max_size - 1):
+                raise ValueError(
+                    f"[BatchTurboRotatingKVCache] {asked} tokens cannot be taken back: the window of "
+                    f"{self.max_size} has moved on, and older tokens are gone."
+                )
+        super().trim(n)
+        self.n_hidden = min(self.n_hidden, self._hidden_next())
+        return n
+
+    def filter(self, batch_indices: Sequence[int] | mx.array) -> None:
+        """Keep these sequences, in this order, and drop padding that all of them have."""
+        before, hidden = self.n_rows, self.n_hidden
+        super().filter(batch_indices)
+        self.n_hidden = min(max(0, hidden - (before - self.n_rows)), self.n_rows)
+
+    def _take(self, indices: list[int]) -> None:
+        super()._take(indices)
+        self._gone = [self._gone[i] for i in indices]
+        self._ends = None if self._ends is None else [self._ends[i] for i in indices]
+
+    def extend(self, other: BatchTurboRotatingKVCache) -> None:
+        """Add the sequences of another batch.
+
+        Raises:
+            ValueError: the caches differ in formats, shapes or windows.
+        """
+        layout = _layout_of([self, other])
+        n = max(self.n_rows, other.n_rows)
+        padding = [p + n - cache.n_rows for cache in (self, other) for p in cache._padding]
+        self._hold([self, other], n, layout)
+        self._pad(padding)
+        self._gone = self._gone + other._gone
+        self._ends = None
+        self.n_hidden = max(0, n - self.max_size)
+
+    def extract(self, idx: int) -> TurboRotatingKVCache:
+        """One sequence as a cache of its own; its rows are computed at once."""
+        cache = super().extract(idx)
+        if not cache.empty():
+            cache.n_gone = self._gone[idx]
+            cache.n_hidden = max(0, self.n_hidden - self._padding[idx])
+        return cache
+
+    def _single(self) -> TurboRotatingKVCache:
+        formats = self.k_format, self.v_format
+        return TurboRotatingKVCache(*formats, self.max_size, 0, self._backend_name)
+
+    @classmethod
+    def merge(cls, caches: Sequence[TurboRotatingKVCache]) -> BatchTurboRotatingKVCache:
+        """A batch of single sequences.
+
+        Raises:
+            ValueError: the caches differ in formats, shapes or windows.
+        """
+        first, layout = caches[0], _layout_of(caches)
+        if any(cache.keep for cache in caches):
+            _say_once("A batch keeps no first tokens: as in mlx-lm, they leave with the window.")
+        # what lies between kept tokens and the window is gone, so the kept ones go as well
+        skipped = [c.keep + c._lost() if c.n_gone else 0 for c in caches]
+        held = [c.n_rows - skip for c, skip in zip(caches, skipped)]
+        n = max(held)
+        padding = [n - rows for rows in held]
+        merged = cls(first.k_format, first.v_format, first.max_size, padding, first._backend_name)
+        merged._hold(caches, n, layout)
+        merged._gone = [c.n_gone + skip for c, skip in zip(caches, skipped)]
+        merged.n_hidden = max(0, n - first.max_size)
+        return merged
+
+    @property
+    def state(self) -> list:
+        """What saving, loading and evaluation need: arrays and scalars."""
+        ends = None if self._ends is None else mx.array(self._ends, mx.int32)
+        gone = mx.array(self._gone, mx.int32)
+        extra = [self.max_size, self.n_hidden, self.left_padding, gone, ends]
+        return [*PackedCache.state.fget(self), *extra]
+
+    @state.setter
+    def state(self, state: list) -> None:
+        is_list = isinstance(state, (list, tuple)) and len(state) > STATE_EXTRA
+        extra = state[-STATE_EXTRA:] if is_list else [None] * STATE_EXTRA
+        if not isinstance(extra[2], mx.array) or not isinstance(extra[3], mx.array):
+            PackedCache.state.fset(self, state)  # tells another version from no state at all
+            raise InputError("This is not the state of a BatchTurboRotatingKVCache.")
+        PackedCache.state.fset(self, state[:-STATE_EXTRA])
+        self.keep = 0
+        self.max_size, self.n_hidden, padding, gone, ends = extra
+        self._pad(as_list(padding))
+        self._gone = as_list(gone)
+        self._ends = None if ends is None else as_list(ends)
+
+
+def _layout_of(caches: Sequence[RotatingRows]) -> KVLayout | None:
+    """The layout of all caches that hold rows; None if none does."""
+    windows = sorted({cache.max_size for cache in caches})
+    if len(windows) > 1:
+        raise ValueError(
+            "[BatchTurboRotatingKVCache] caches of different windows cannot be one batch: "
+            f"{', '.join(map(str, windows))} tokens."
+        )
+    return common_layout(caches)
+
+
+def _say_once(note: str) -> None:
+    if note not in _said:
+        _said.add(note)
+        logger.warning(note)
+
+
+mlx_lm_cache.BatchTurboRotatingKVCache = BatchTurboRotatingKVCache  # load_prompt_cache looks there
+TurboRotatingKVCache.batch_class = BatchTurboRotatingKVCache

@@ -1,0 +1,102 @@
+"""What a list of caches holds, counted over its KV layers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_lm.models.cache import CacheList, KVCache
+
+from ..centring.choose import describe
+from .rotating import TurboRotatingKVCache
+from .single import TurboKVCache
+
+F16_BYTES = 2
+PACKED = (TurboKVCache, TurboRotatingKVCache)
+
+
+@dataclass(frozen=True)
+class KVSummary:
+    """Totals over the KV layers (the packed ones and mlx-lm's own ``KVCache``).
+
+    tokens: that the layers were given; a window holds fewer, and its bytes are of those.
+    resident_bytes: everything held, spare rows included.
+    f16_bytes: of the same values in 16 bits, without spare rows.
+    bits_per_value: of the formats, scales included and spare rows not.
+    pairs: number of layers by ``K/V`` formats.
+    backend: of the packed layers, or None without any.
+    centred: number of layers whose keys are centred, by what they are centred by.
+    """
+
+    tokens: int
+    resident_bytes: int
+    f16_bytes: int
+    bits_per_value: float
+    pairs: dict[str, int]
+    backend: str | None
+    centred: dict[str, int] = field(default_factory=dict)
+
+    def line(self, policy: str) -> str:
+        """The closing line of ``generate``."""
+        pairs = ", ".join(f"{n} x {pair}" for pair, n in self.pairs.items())
+        turbo_keys = any(pair.startswith("turbo") for pair in self.pairs)
+        centred = f"{describe(self.centred)}, " if turbo_keys else ""
+        backend = f"{self.backend} back-end" if self.backend else "mlx-lm's own cache"
+        return (
+            f"KV cache: {self.tokens} tokens, {self.resident_bytes:,} bytes resident, "
+            f"{self.f16_bytes:,} bytes in f16, {self.bits_per_value:.2f} bits per value, "
+            f"{policy} ({pairs} layers), {centred}{backend}"
+        )
+
+
+def leaves(caches: list[Any]) -> Iterator[Any]:
+    """The caches with every CacheList opened."""
+    for cache in caches:
+        if isinstance(cache, CacheList):
+            yield from leaves(cache.caches)
+        else:
+            yield cache
+
+
+def summarize(caches: list[Any]) -> KVSummary:
+    """Count what caches hold."""
+    layers = [c for c in leaves(caches) if isinstance(c, PACKED) or type(c) is KVCache]
+    pairs: Counter[str] = Counter()
+    n_values = n_bits = 0.0
+    for cache in layers:
+        packed = isinstance(cache, PACKED)
+        pairs[f"{cache.k_format}/{cache.v_format}" if packed else "f16/f16"] += 1
+        for values, bits in _rows(cache, packed):
+            n_values += values
+            n_bits += values * bits
+    backends = [c.backend.name for c in layers if isinstance(c, PACKED)]
+    return KVSummary(
+        tokens=max((int(c.offset) for c in layers), default=0),
+        resident_bytes=sum(c.nbytes for c in layers),
+        f16_bytes=int(n_values) * F16_BYTES,
+        bits_per_value=n_bits / n_values if n_values else 0.0,
+        pairs=dict(pairs),
+        backend=backends[0] if backends else None,
+        centred=dict(Counter(c.centre.source for c in layers if _is_centred(c))),
+    )
+
+
+def _is_centred(cache: Any) -> bool:
+    return isinstance(cache, TurboKVCache) and cache.centre is not None
+
+
+def _rows(cache: Any, packed: bool) -> list[tuple[int, float]]:
+    """(values, bits per value) of K and of V."""
+    if cache.empty():
+        return []
+    batch, heads = cache.keys.shape[:2]
+    n_rows = batch * heads * int(cache.size())
+    if packed:
+        layout = cache.layout
+        return [
+            (n_rows * layout.k_head_dim, cache.k_format.bits_per_value(layout.k_head_dim)),
+            (n_rows * layout.v_head_dim, cache.v_format.bits_per_value(layout.v_head_dim)),
+        ]
+    return [(n_rows * a.shape[-1], 8.0 * a.itemsize) for a in (cache.keys, cache.values)]

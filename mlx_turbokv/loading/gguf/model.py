@@ -1,0 +1,193 @@
+"""An mlx-lm model filled with the tensors of a GGUF file."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from ...errors import InputError
+from .reader import ROPE_FACTORS, GGUFFile, config_from_gguf, parameter_name
+from .repack import BITS, GROUP_SIZE, repack
+
+_NUMPY = {mx.float32: np.float32, mx.float16: np.float16}
+_LARGEST_HALF = 65504.0
+
+
+class FactoredRoPE(nn.Module):
+    """RoPE with each pair's wavelength multiplied by a factor from the file (Llama 3.1 on)."""
+
+    def __init__(self, dims: int, base: float, factors: np.ndarray) -> None:
+        super().__init__()
+        self.dims = dims
+        wavelengths = base ** (np.arange(0, dims, 2, dtype=np.float64) / dims)
+        self._freqs = mx.array((wavelengths * factors).astype(np.float32))
+
+    def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
+        return mx.fast.rope(
+            x, self.dims, traditional=False, base=None, scale=1.0, offset=offset, freqs=self._freqs
+        )
+
+
+def model_from_gguf(
+    file: GGUFFile, *, packed: bool = True, dtype: mx.Dtype | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Build mlx-lm's model of the file's architecture and give it every tensor of the file.
+
+    packed: keep Q4_0, Q4_1, Q4_K and Q8_0 weights quantised, as MLX's affine groups of 32.
+    dtype: of everything else; None takes bfloat16 for a file with BF16 weights, else float16.
+
+    Raises:
+        InputError: a tensor is of an unsupported type, has no place in the model or another shape
+            than the model's, or the model has a parameter that the file doesn't fill.
+    """
+    config = config_from_gguf(file)
+    module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
+    model = module.Model(module.ModelArgs.from_dict(config))
+    reader = _TensorReader(file, config, packed, dtype or _default_dtype(file))
+    weights: dict[str, mx.array] = {}
+    for name, tensor in file.tensors.items():
+        if name not in ROPE_FACTORS:
+            weights.update(reader.read(name, tensor))
+    _fill_absent_biases(model, weights, reader.dtype)
+    if reader.bits:
+        nn.quantize(model, GROUP_SIZE, 4, class_predicate=reader.quantization_of)
+        config["quantization"] = {"group_size": GROUP_SIZE, "bits": max(reader.bits.values())}
+    _check_parameters(file, model, weights)
+    model.load_weights(list(weights.items()), strict=True)
+    _use_rope_factors(file, model, config)
+    model.eval()
+    mx.eval(model.parameters())
+    return model, config
+
+
+class _TensorReader:
+    def __init__(self, file, config, packed: bool, dtype: mx.Dtype) -> None:
+        self.file, self.config, self.packed, self.dtype = file, config, packed, dtype
+        self.bits: dict[str, int] = {}
+
+    def quantization_of(self, path: str, module: nn.Module) -> dict[str, int] | bool:
+        bits = self.bits.get(path)
+        return {"group_size": GROUP_SIZE, "bits": bits} if bits else False
+
+    def read(self, name: str, tensor) -> dict[str, mx.array]:
+        target = parameter_name(name, self.file.architecture)
+        if target is None:
+            raise InputError(
+                f"The GGUF file {self.file.path} has the tensor {name}, which mlx-lm's "
+                f"{self.file.architecture} has no place for."
+            )
+        kind = tensor.tensor_type.name
+        path, _, suffix = target.rpartition(".")
+        if self.packed and kind in BITS and suffix == "weight" and len(tensor.shape) == 2:
+            scale_type = np.float32 if self.dtype == mx.float32 else np.float16
+            parts = repack(np.asarray(tensor.data), kind, scale_type)
+            codes, scales, biases = (mx.array(self._unpermute(name, part)) for part in parts)
+            self.bits[path] = BITS[kind]
+            return {
+                target: codes,
+                f"{path}.scales": scales.astype(self.dtype),
+                f"{path}.biases": biases.astype(self.dtype),
+            }
+        return {target: self._to_dtype(self._unpermute(name, self._dequantize(name, tensor)))}
+
+    def _dequantize(self, name: str, tensor) -> np.ndarray:
+        from gguf.quants import dequantize
+
+        try:
+            values = dequantize(tensor.data, tensor.tensor_type)
+        except (NotImplementedError, ValueError, TypeError) as error:
+            raise self._unsupported(name, tensor) from error
+        if values.dtype != np.float32:
+            raise self._unsupported(name, tensor)
+        return values.reshape([int(n) for n in reversed(tensor.shape)])
+
+    def _unsupported(self, name: str, tensor) -> InputError:
+        return InputError(
+            f"Tensor {name} of {self.file.path} has the type {tensor.tensor_type.name}, which "
+            "cannot be read; accepted are F32, F16, BF16 and ggml's quantised types."
+        )
+
+    def _unpermute(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """Undo the row order that llama.cpp's converter gives Q and K of architecture llama.
+
+        It interleaves the two halves of each head for RoPE on neighbouring dimensions; mlx-lm's
+        default, like the original weights, pairs dimension i with i + head_dim / 2.
+        """
+        part = name.split(".")[-2]
+        if self.file.architecture != "llama" or part not in ("attn_q", "attn_k"):
+            return rows
+        n_heads = self.config["num_attention_heads" if part == "attn_q" else "num_key_value_heads"]
+        if rows.shape[0] % (2 * n_heads):
+            return rows  # of a shape that the check of all parameters refuses
+        pairs = rows.reshape(n_heads, rows.shape[0] // n_heads // 2, 2, *rows.shape[1:])
+        return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
+
+    def _to_dtype(self, values: np.ndarray) -> mx.array:
+        if self.dtype == mx.float16 and np.abs(values).max(initial=0) > _LARGEST_HALF:
+            raise InputError(
+                f"The GGUF file {self.file.path} has weights beyond float16's range "
+                f"({np.abs(values).max():.3g}); accepted are magnitudes up to {_LARGEST_HALF:g}."
+            )
+        if self.dtype in _NUMPY:
+            return mx.array(values.astype(_NUMPY[self.dtype]))
+        return mx.array(values).astype(self.dtype)
+
+
+def _default_dtype(file: GGUFFile) -> mx.Dtype:
+    kinds = {t.tensor_type.name for t in file.tensors.values() if len(t.shape) == 2}
+    # bfloat16 weights may lie outside float16's range.
+    return mx.bfloat16 if "BF16" in kinds else mx.float16
+
+
+def _fill_absent_biases(model: nn.Module, weights: dict[str, mx.array], dtype: mx.Dtype) -> None:
+    """Zeros for the biases that mlx-lm's llama switches on only together (q, k, v and o)."""
+    if model.model_type != "llama":
+        return
+    for name, value in tree_flatten(model.parameters()):
+        if name.endswith("proj.bias") and name not in weights:
+            weights[name] = mx.zeros(value.shape, dtype)
+
+
+def _check_parameters(file: GGUFFile, model: nn.Module, weights: dict[str, mx.array]) -> None:
+    wanted = dict(tree_flatten(model.parameters()))
+    absent, extra = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
+    if absent or extra:
+        what = f"lacks {_some(absent)}" if absent else f"has {_some(extra)} too many"
+        raise InputError(
+            f"The GGUF file {file.path} does not match mlx-lm's {file.architecture}: it {what}."
+        )
+    for name, value in wanted.items():
+        if value.shape != weights[name].shape:
+            raise InputError(
+                f"The GGUF file {file.path} gives {name} the shape {weights[name].shape} where "
+                f"its hyperparameters ask for {value.shape}."
+            )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _use_rope_factors(file: GGUFFile, model: nn.Module, config: dict[str, Any]) -> None:
+    long_and_short = [name for name in ROPE_FACTORS[1:] if name in file.tensors]
+    if long_and_short and file.architecture != "phi3":
+        raise InputError(
+            f"The GGUF file {file.path} has the tensor {long_and_short[0]}, which is only known "
+            "for the architecture phi3."
+        )
+    tensor = file.tensors.get(ROPE_FACTORS[0])
+    if tensor is None:
+        return
+    factors = np.asarray(tensor.data, dtype=np.float64)
+    if file.architecture != "llama" or factors.shape != (config["head_dim"] // 2,):
+        raise InputError(
+            f"The tensor {ROPE_FACTORS[0]} of {file.path} has shape {factors.shape}; accepted is "
+            f"one value for each of {config['head_dim'] // 2} pairs of architecture llama."
+        )
+    for layer in model.layers:
+        layer.self_attn.rope = FactoredRoPE(config["head_dim"], config["rope_theta"], factors)

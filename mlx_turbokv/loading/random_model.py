@@ -1,0 +1,124 @@
+"""Models of a given shape with random weights, made packed: for timing, where no model is at hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map_with_path
+
+from ..errors import InputError
+from .known_shapes import KNOWN, known_config
+
+WEIGHT_BITS = (2, 3, 4, 5, 6, 8, 16)
+DTYPES = ("float16", "bfloat16", "float32")
+GROUP = 64
+# Codes of b bits are spread evenly, so their deviation is this share of the largest code.
+_SPREAD = 1 / math.sqrt(12)
+
+
+def shape_config(name: str) -> tuple[dict[str, Any], str]:
+    """(config, name) of a built-in shape or of a config.json.
+
+    Raises: InputError for another name, or a file that is no model's configuration.
+    """
+    config = known_config(name)
+    if config is not None:
+        return config, name
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise InputError(
+            f"Unknown shape {name!r}: accepted are {', '.join(KNOWN)} or a config.json file."
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise InputError(f"{name} is not a readable config.json.") from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise InputError(f"{name} is not a model's config.json: it names no model_type.")
+    return config, str(config.get("_name_or_path") or path.parent.name or path.name)
+
+
+def random_model(
+    config: dict[str, Any],
+    bits: int = 4,
+    group_size: int = GROUP,
+    dtype: str = "bfloat16",
+    seed: int = 0,
+) -> nn.Module:
+    """A model of mlx-lm with random weights of ``bits`` bits, evaluated.
+
+    Packed words are drawn directly, with constant scales that give each matrix the variance of an
+    untrained one. mlx-lm's own initial weights stay lazy and are never made, so no 16-bit copy of
+    a quantised weight exists at any time.
+
+    Args:
+        bits: 2 to 8 for quantised linear and embedding layers, 16 for weights in ``dtype``.
+        dtype: type of activations, and so of K and V.
+
+    Raises:
+        InputError: mlx-lm cannot build the model, or a value that is not accepted.
+    """
+    from mlx_lm.utils import _get_classes
+
+    if bits not in WEIGHT_BITS:
+        raise InputError(
+            f"Weight bits {bits} are not accepted: give one of {', '.join(map(str, WEIGHT_BITS))}."
+        )
+    if dtype not in DTYPES:
+        raise InputError(f"Type {dtype!r} is not accepted: give one of {', '.join(DTYPES)}.")
+    mx.random.seed(seed)
+    try:
+        model_class, args_class = _get_classes(config)
+        model = model_class(args_class.from_dict(config))
+    except Exception as error:  # whatever the model's own code raises
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"mlx-lm cannot build model type {config.get('model_type')!r}: {first}"
+        ) from None
+    model.set_dtype(getattr(mx, dtype))
+    if bits < 16:
+        nn.quantize(
+            model, group_size, bits,
+            class_predicate=lambda _, m: hasattr(m, "to_quantized") and _divides(m, group_size),
+        )  # fmt: skip
+        for module in model.modules():
+            if isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+                _draw(module, getattr(mx, dtype))
+    model.update(tree_map_with_path(_make, model.parameters()))
+    return model.eval()
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters."""
+    return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+
+
+def _divides(module: nn.Module, group_size: int) -> bool:
+    weight = module.get("weight")
+    return weight is not None and weight.shape[-1] % group_size == 0
+
+
+def _draw(module: nn.Module, dtype: mx.Dtype) -> None:
+    """Random packed words and constant scales in place of a layer's lazy weights."""
+    shape = module.weight.shape
+    halves = mx.random.randint(0, 1 << 16, (*shape[:-1], 2 * shape[-1])).astype(mx.uint16)
+    module.weight = halves.view(mx.uint32)
+    largest = (1 << module.bits) - 1
+    columns = module.scales.shape[-1] * module.group_size
+    scale = 1 / (math.sqrt(columns) * largest * _SPREAD)
+    groups = module.scales.shape
+    module.scales = mx.full(groups, scale, dtype)
+    module.biases = mx.full(groups, -scale * largest / 2, dtype)
+    mx.eval(module.weight, module.scales, module.biases)
+    mx.clear_cache()
+
+
+def _make(_path: str, array: mx.array) -> mx.array:
+    """Evaluate one weight at a time, so that what makes it is freed before the next."""
+    mx.eval(array)
+    return array

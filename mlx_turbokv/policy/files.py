@@ -1,0 +1,97 @@
+"""Policy files: one pair of formats a KV layer, as JSON.
+
+    {"version": 1, "layers": [{"k": "q8_0", "v": "turbo2"}, ...]}
+
+Further keys (the model, how the list was found) are kept by writers and ignored by readers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..errors import InputError
+from ..quant.formats import KVFormat, as_format
+from .policies import LayerList
+
+VERSION = 1
+
+
+def read_layer_list(path: str | os.PathLike) -> LayerList:
+    """Read a policy file.
+
+    Raises:
+        InputError: the file is missing, is not JSON, or has another schema or version.
+    """
+    path = Path(path)
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"Policy file {str(path)!r} cannot be read: {error.strerror}.") from None
+    except ValueError:
+        raise InputError(f"Policy file {str(path)!r} is not JSON text.") from None
+    if not isinstance(document, dict) or document.get("version") != VERSION:
+        found = document.get("version") if isinstance(document, dict) else None
+        raise InputError(
+            f"Policy file {str(path)!r} has version {found!r}: version {VERSION} is accepted."
+        )
+    layers = document.get("layers")
+    if not isinstance(layers, list) or not layers:
+        raise InputError(f"Policy file {str(path)!r} has no list named 'layers'.")
+    pairs = tuple(_read_pair(path, ordinal, layer) for ordinal, layer in enumerate(layers))
+    return LayerList(pairs, path.stem, str(path))
+
+
+def _read_pair(path: Path, ordinal: int, layer: object) -> tuple[KVFormat, KVFormat]:
+    names = [layer.get("k"), layer.get("v")] if isinstance(layer, dict) else [None]
+    if not all(isinstance(name, str) for name in names):
+        raise InputError(
+            f"Policy file {str(path)!r}, layer {ordinal}: an object with the names 'k' and 'v' is "
+            "needed."
+        )
+    try:
+        k, v = map(as_format, names)
+        return k, v
+    except InputError as error:
+        raise InputError(f"Policy file {str(path)!r}, layer {ordinal}: {error}") from None
+
+
+def write_layer_list(
+    path: str | os.PathLike,
+    pairs: Iterable[tuple[KVFormat | str, KVFormat | str]],
+    **metadata: object,
+) -> None:
+    """Write a policy file; the old file stays whole until the new one is complete.
+
+    Args:
+        metadata: further keys of the document that JSON can hold.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    path = Path(path)
+    document = {
+        "version": VERSION,
+        **metadata,
+        "layers": [{"k": str(as_format(k)), "v": str(as_format(v))} for k, v in pairs],
+    }
+    text = json.dumps(document, indent=1) + "\n"
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=path.parent, prefix=path.name, delete=False
+        ) as file:
+            temporary = file.name
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        raise InputError(
+            f"Policy file {str(path)!r} cannot be written: {error.strerror}."
+        ) from None

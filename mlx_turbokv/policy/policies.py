@@ -1,0 +1,234 @@
+"""Which KV layer gets which formats.
+
+A policy maps n KV layers to n pairs (K format, V format). It counts ordinals among the layers
+whose cache grows and is compressed, never raw layer indices, so a hybrid's first two *KV* layers
+are its boundary wherever they stand in the network. Under pipeline parallelism the formats are
+computed over the whole model, and each rank takes its slice. Layers with a sliding window have no
+ordinal, unless they are packed as well (``compress_sliding``): then they are counted with the
+others, in the model's order.
+
+To add a policy: a frozen dataclass with one method, ``pair``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..errors import InputError
+from ..quant.formats import KVFormat, as_format
+
+Pair = tuple[KVFormat, KVFormat]
+
+DEFAULT_K = "q8_0"
+DEFAULT_V = "turbo2"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Base of all policies: a subclass overrides ``pair``, and ``check`` where n can be wrong."""
+
+    @property
+    def name(self) -> str:
+        """Short name for tables."""
+        return type(self).__name__.lower()
+
+    def pair(self, ordinal: int, n_layers: int) -> Pair:
+        """Formats of K and V in KV layer ``ordinal`` of ``n_layers``."""
+        raise NotImplementedError
+
+    def check(self, n_layers: int) -> None:
+        """Raises: InputError where the policy does not fit a model of ``n_layers`` KV layers."""
+
+    def notes(self, n_layers: int) -> list[str]:
+        """Sentences worth telling about this policy on ``n_layers`` KV layers."""
+        return []
+
+    def formats(self, n_layers: int) -> list[Pair]:
+        """The pair of formats of every KV layer, in order.
+
+        Raises:
+            InputError: the policy does not fit a model of ``n_layers`` KV layers.
+        """
+        self.check(n_layers)
+        return [self.pair(ordinal, n_layers) for ordinal in range(n_layers)]
+
+
+@dataclass(frozen=True)
+class Uniform(Policy):
+    """The same formats in every layer."""
+
+    k: KVFormat | str = DEFAULT_K
+    v: KVFormat | str = DEFAULT_V
+
+    def __post_init__(self) -> None:
+        _parse(self, "k", "v")
+
+    def pair(self, ordinal: int, n_layers: int) -> Pair:
+        return self.k, self.v
+
+
+@dataclass(frozen=True)
+class Boundary(Policy):
+    """Other formats for the first and the last layers.
+
+    Args:
+        k, v: formats of the layers between.
+        first, last: how many layers at either end are boundary.
+        boundary_k, boundary_v: formats of those; None keeps ``k`` or ``v``.
+
+    Raises:
+        InputError: a count is negative.
+    """
+
+    k: KVFormat | str
+    v: KVFormat | str
+    first: int
+    last: int
+    boundary_k: KVFormat | str | None = None
+    boundary_v: KVFormat | str | None = None
+
+    def __post_init__(self) -> None:
+        _parse(self, "k", "v", "boundary_k", "boundary_v")
+        if self.first < 0 or self.last < 0:
+            raise InputError(
+                f"Boundary {self.first},{self.last} is not accepted: both counts must be 0 or more."
+            )
+
+    @property
+    def name(self) -> str:
+        return f"boundary {self.first},{self.last}"
+
+    def check(self, n_layers: int) -> None:
+        if self.first + self.last > n_layers:
+            raise InputError(
+                f"Boundary {self.first},{self.last} is larger than the model: it has {n_layers} "
+                "KV layers."
+            )
+
+    def pair(self, ordinal: int, n_layers: int) -> Pair:
+        if self.first <= ordinal < n_layers - self.last:
+            return self.k, self.v
+        return self.boundary_k or self.k, self.boundary_v or self.v
+
+
+@dataclass(frozen=True)
+class LastN(Policy):
+    """Other formats for the last n layers.
+
+    Args:
+        k, v: formats of the layers before.
+        n: how many layers at the end get ``last_k`` and ``last_v`` (None keeps ``k`` or ``v``).
+
+    Raises:
+        InputError: n is negative.
+    """
+
+    k: KVFormat | str
+    v: KVFormat | str
+    n: int
+    last_k: KVFormat | str | None = None
+    last_v: KVFormat | str | None = None
+
+    def __post_init__(self) -> None:
+        _parse(self, "k", "v", "last_k", "last_v")
+        if self.n < 0:
+            raise InputError(f"Last {self.n} is not accepted: the count must be 0 or more.")
+
+    @property
+    def name(self) -> str:
+        return f"last {self.n}"
+
+    def check(self, n_layers: int) -> None:
+        if self.n > n_layers:
+            raise InputError(
+                f"Last {self.n} is larger than the model: it has {n_layers} KV layers."
+            )
+
+    def pair(self, ordinal: int, n_layers: int) -> Pair:
+        if ordinal < n_layers - self.n:
+            return self.k, self.v
+        return self.last_k or self.k, self.last_v or self.v
+
+
+@dataclass(frozen=True)
+class LayerList(Policy):
+    """One pair a layer, as a policy file lists them (``files.py``).
+
+    Args:
+        pairs: (K format, V format) of each KV layer, in order.
+        label: what to call the list, such as its file's name.
+        path: its file; references of keys may lie beside it.
+    """
+
+    pairs: tuple[Pair, ...]
+    label: str = "list"
+    path: str | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        pairs = tuple((as_format(k), as_format(v)) for k, v in self.pairs)
+        object.__setattr__(self, "pairs", pairs)
+
+    @property
+    def name(self) -> str:
+        return self.label
+
+    def check(self, n_layers: int) -> None:
+        if len(self.pairs) != n_layers:
+            raise InputError(
+                f"Policy {self.label!r} lists {len(self.pairs)} KV layers, but the model has "
+                f"{n_layers}."
+            )
+
+    def pair(self, ordinal: int, n_layers: int) -> Pair:
+        return self.pairs[ordinal]
+
+
+@dataclass(frozen=True)
+class Preset(Policy):
+    """A named policy that fits any model: where layers are few, all of them are boundary."""
+
+    label: str
+    inner: Policy
+    protected: int = field(default=0)
+
+    @property
+    def name(self) -> str:
+        return self.label
+
+    def notes(self, n_layers: int) -> list[str]:
+        if not 0 < n_layers < self.protected:
+            return []
+        return [
+            f"Policy {self.label} protects {self.protected} KV layers, and this model has "
+            f"{n_layers}: every layer is a boundary layer."
+        ]
+
+    def pair(self, ordinal: int, n_layers: int) -> Pair:
+        return self.inner.pair(ordinal, n_layers)
+
+
+def _parse(policy: Policy, *names: str) -> None:
+    """Let a frozen policy's formats be given by name."""
+    for name in names:
+        value = getattr(policy, name)
+        if value is not None:
+            object.__setattr__(policy, name, as_format(value))
+
+
+def bits_per_value(
+    formats: list[Pair], k_head_dims: list[int], v_head_dims: list[int], heads: list[int]
+) -> tuple[float, float, float]:
+    """Bits per value of K, of V, and of both together, weighted by each layer's values.
+
+    Shapes:
+        every list: one entry a KV layer.
+    """
+    k_bits = k_values = v_bits = v_values = 0.0
+    for (k, v), k_dim, v_dim, n_heads in zip(formats, k_head_dims, v_head_dims, heads):
+        k_values += n_heads * k_dim
+        v_values += n_heads * v_dim
+        k_bits += n_heads * k_dim * k.bits_per_value(k_dim)
+        v_bits += n_heads * v_dim * v.bits_per_value(v_dim)
+    if not k_values:
+        return 0.0, 0.0, 0.0
+    return k_bits / k_values, v_bits / v_values, (k_bits + v_bits) / (k_values + v_values)

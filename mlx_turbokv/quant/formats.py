@@ -1,0 +1,110 @@
+"""What one stored row of K or V is, and how many bits it takes.
+
+The formats follow TurboQuant+ (arXiv 2504.19874 and TheTom/turboquant_plus) and ggml's q8_0.
+A row is the K or V vector of one token and one KV head: integer codes packed tight, and one
+fp16 scale for each group of values.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from ..errors import InputError
+from .rotation import rotation_width
+
+Q8_GROUP = 32
+TURBO_BITS = (2, 3, 4, 5, 6)
+FORMAT_NAMES = ("f16", "q8_0", *(f"turbo{bits}" for bits in TURBO_BITS))
+_TURBO = re.compile(r"turbo([2-6])(?::(32))?")
+
+
+@dataclass(frozen=True)
+class KVFormat:
+    """The storage format of K or V in one layer.
+
+    Args:
+        kind: ``"f16"`` (the model's own dtype, untouched), ``"q8_0"`` or ``"turbo"``.
+        bits: bits of one code: 16, 8, or 2 to 6.
+        group: values that share one scale; None means the natural group (32 for q8_0, the
+            rotation's width for turbo).
+    """
+
+    kind: str
+    bits: int
+    group: int | None = None
+
+    @classmethod
+    def parse(cls, name: str) -> KVFormat:
+        """Read a format's name, such as ``q8_0``, ``turbo3`` or ``turbo2:32``.
+
+        Raises:
+            InputError: the name is none of FORMAT_NAMES, nor turboN:32.
+        """
+        text = name.strip().lower()
+        if text == "f16":
+            return cls("f16", 16)
+        if text == "q8_0":
+            return cls("q8_0", 8)
+        if match := _TURBO.fullmatch(text):
+            return cls("turbo", int(match[1]), int(match[2]) if match[2] else None)
+        raise InputError(
+            f"Unknown KV format {name!r}: accepted are {', '.join(FORMAT_NAMES)} and turboN:32."
+        )
+
+    def __str__(self) -> str:
+        if self.kind != "turbo":
+            return self.kind
+        return f"turbo{self.bits}" + (f":{self.group}" if self.group else "")
+
+    @property
+    def is_turbo(self) -> bool:
+        """Whether rows are rotated before they are quantised."""
+        return self.kind == "turbo"
+
+    @property
+    def is_f16(self) -> bool:
+        """Whether rows are stored as the model made them."""
+        return self.kind == "f16"
+
+    def group_width(self, head_dim: int) -> int:
+        """Values that share one scale; 0 where there is no scale (f16)."""
+        if self.is_f16:
+            return 0
+        if not self.is_turbo:
+            return Q8_GROUP
+        return self.group or rotation_width(head_dim)
+
+    def n_groups(self, head_dim: int) -> int:
+        """Scales in one row; the last group may be shorter than the others."""
+        width = self.group_width(head_dim)
+        return -(-head_dim // width) if width else 0
+
+    def code_bytes(self, head_dim: int, itemsize: int = 2) -> int:
+        """Bytes of one row's codes; ``itemsize`` is that of the model's dtype, for f16 rows."""
+        return head_dim * (itemsize if self.is_f16 else self.bits) // (1 if self.is_f16 else 8)
+
+    def row_bytes(self, head_dim: int, itemsize: int = 2) -> int:
+        """Bytes of one row, codes and scales."""
+        return self.code_bytes(head_dim, itemsize) + 2 * self.n_groups(head_dim)
+
+    def bits_per_value(self, head_dim: int) -> float:
+        """Bits that one value takes, its share of the scales included."""
+        return 8 * self.row_bytes(head_dim) / head_dim
+
+
+def as_format(value: KVFormat | str) -> KVFormat:
+    """Accept a format or its name."""
+    return value if isinstance(value, KVFormat) else KVFormat.parse(value)
+
+
+def check_head_dim(fmt: KVFormat, head_dim: int) -> None:
+    """Check that rows of ``head_dim`` values can be stored in ``fmt``.
+
+    Raises:
+        InputError: the head_dim is no multiple of 8, or cannot be rotated.
+    """
+    if fmt.is_turbo:
+        rotation_width(head_dim)
+    if head_dim % 8 or head_dim <= 0:
+        raise InputError(f"head_dim {head_dim} cannot be packed: a multiple of 8 is needed.")

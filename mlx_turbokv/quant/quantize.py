@@ -1,0 +1,186 @@
+"""Quantise rows and read them back, in plain mx ops.
+
+Scales are fp16. Codes are chosen at the raw scale, the root mean square of the group; what is
+stored is then the scale that a rule picks for those codes.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import mlx.core as mx
+import numpy as np
+
+from .codebook import boundaries, codebook
+from .formats import KVFormat
+from .rotation import rotation_matrix, rotation_width
+from .tiles import UNITS, units_from_codes
+
+FP16_MAX = 65504.0
+# Rules for a group y with levels c: raw |y|, matched |y| / |c|, least_squares <y, c> / <c, c>,
+# unbiased <y, y> / <y, c>. Chosen by measured KLD on the default model: benchmarks/group_scale.json.
+SCALE_RULES = ("raw", "matched", "least_squares", "unbiased")
+K_SCALE_RULE = "unbiased"
+V_SCALE_RULE = "unbiased"
+_UNSIGNED = {2: mx.uint16, 4: mx.uint32}
+
+
+@cache
+def _constant(kind: str, *args: int) -> mx.array:
+    """An evaluated array of one of the tables: it may be used from any thread."""
+    if kind == "rotation":
+        array = mx.array(rotation_matrix(*args))
+    elif kind == "codebook":
+        array = mx.array(codebook(*args))
+    else:
+        array = mx.array(boundaries(*args))
+    mx.eval(array)
+    return array
+
+
+def _levels(units: mx.array, bits: int, width: int, head_dim: int) -> mx.array:
+    """Codebook levels of a row's units.
+
+    Two neighbouring levels are looked up as one 64-bit word, and along an axis: MLX's CPU gather
+    takes six times as long for the same words. (Four at once would need half the lookups, in a
+    table that does not stay in the innermost cache: four times as long each.)
+
+    Shapes:
+        units: [..., units in a row]; returns: [..., head_dim] float32.
+    """
+    pairs = units
+    if UNITS[bits][1] == 4:
+        pairs = mx.stack([units & ((1 << 2 * bits) - 1), units >> (2 * bits)], axis=-1)
+    words = mx.take_along_axis(_pair_table(bits, width), pairs.reshape(-1), axis=0)
+    return words.view(mx.float32).reshape(*units.shape[:-1], head_dim)
+
+
+@cache
+def _pair_table(bits: int, width: int) -> mx.array:
+    """The levels of every two codes, two float32 in a word: [2**(2 bits)] uint64."""
+    codes = np.arange(1 << 2 * bits)[:, None] >> (bits * np.arange(2))
+    levels = codebook(bits, width).astype(np.float32)[codes & ((1 << bits) - 1)]
+    table = mx.array(levels.view(np.uint64)[:, 0])
+    mx.eval(table)  # evaluated, it may be used from any thread
+    return table
+
+
+def rotate(x: mx.array, head_dim: int, inverse: bool = False) -> mx.array:
+    """Rotate the heads of ``x``, in float32.
+
+    Shapes:
+        x, returns: [..., head_dim].
+    """
+    width = rotation_width(head_dim)
+    matrix = _constant("rotation", width)
+    groups = x.astype(mx.float32).reshape(*x.shape[:-1], -1, width)
+    return (groups @ (matrix if inverse else matrix.T)).reshape(x.shape)
+
+
+def quantize(x: mx.array, fmt: KVFormat, rule: str) -> tuple[mx.array, mx.array]:
+    """Quantise rows of K or V, rotation included.
+
+    A row that holds a NaN or an infinity reads back as NaN, and no other row is touched.
+
+    Args:
+        rule: which scale turbo groups store, one of SCALE_RULES.
+
+    Shapes:
+        x: [..., head_dim].
+        returns: units [..., units in a row], scales [..., groups in a row] float16.
+    """
+    head_dim = x.shape[-1]
+    if fmt.is_f16:
+        return x.view(_UNSIGNED[x.dtype.size]), mx.zeros((*x.shape[:-1], 0), mx.float16)
+    if fmt.is_turbo:
+        codes, scales = _turbo_codes(rotate(x, head_dim), fmt, rule)
+    else:
+        codes, scales = _q8_codes(x.astype(mx.float32))
+    return units_from_codes(codes, fmt.bits), scales
+
+
+def values(units: mx.array, scales: mx.array, fmt: KVFormat, head_dim: int, dtype: mx.Dtype):
+    """What packed rows stand for; turbo rows in the rotated basis.
+
+    Args:
+        dtype: the model's dtype, that of f16 rows.
+
+    Shapes:
+        units: [..., units in a row]; scales: [..., groups in a row].
+        returns: [..., head_dim] float32.
+    """
+    if fmt.is_f16:
+        return units.view(dtype).astype(mx.float32)
+    width = fmt.group_width(head_dim)
+    if fmt.is_turbo:
+        levels = _levels(units, fmt.bits, width, head_dim)
+    else:
+        levels = units.view(mx.int8).astype(mx.float32)
+    return _scaled(levels, scales.astype(mx.float32), width)
+
+
+def _scaled(levels: mx.array, scales: mx.array, width: int) -> mx.array:
+    """Multiply each group of ``width`` values by its scale; the last group may be shorter."""
+    if scales.shape[-1] == 1:
+        return levels * scales
+    if levels.shape[-1] % width:
+        return levels * mx.repeat(scales, width, axis=-1)[..., : levels.shape[-1]]
+    grouped = levels.reshape(*levels.shape[:-1], -1, width) * scales[..., None]
+    return grouped.reshape(levels.shape)
+
+
+def _groups(x: mx.array, width: int) -> mx.array:
+    """[..., D] to [..., groups, width]; a shorter last group is filled up with zeros."""
+    if ragged := -x.shape[-1] % width:
+        x = mx.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, ragged)])
+    return x.reshape(*x.shape[:-1], -1, width)
+
+
+def _stored(scales: mx.array) -> mx.array:
+    """Scales as fp16; too large ones saturate, NaN stays."""
+    return mx.minimum(scales, FP16_MAX).astype(mx.float16)
+
+
+def _q8_codes(x: mx.array) -> tuple[mx.array, mx.array]:
+    """int8 codes, as uint8, of groups of 32; the scale maps the largest magnitude to 127."""
+    groups = _groups(x, 32)
+    largest = mx.abs(groups).max(axis=-1)
+    largest = mx.where(mx.isinf(largest), mx.nan, largest)
+    scales = _stored(largest / 127)
+    step = scales.astype(mx.float32)[..., None]
+    codes = mx.round(groups / mx.where(step > 0, step, mx.inf))
+    codes = mx.clip(mx.where(mx.isnan(codes), 0, codes), -127, 127).astype(mx.int8)
+    return codes.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]].view(mx.uint8), scales
+
+
+def _turbo_codes(y: mx.array, fmt: KVFormat, rule: str) -> tuple[mx.array, mx.array]:
+    """Codes of rotated rows, and the scale that ``rule`` picks for them."""
+    head_dim = y.shape[-1]
+    width = fmt.group_width(head_dim)
+    # a ragged last group counts its own values only
+    sizes = mx.array([min(width, head_dim - g) for g in range(0, head_dim, width)], mx.float32)
+    groups = _groups(y, width)
+    energy = mx.square(groups).sum(axis=-1)
+    raw = mx.sqrt(energy / sizes)
+    normal = groups / mx.where(raw > 0, raw, mx.inf)[..., None]
+    thresholds = _constant("boundaries", fmt.bits, width)
+    codes = (normal[..., None] > thresholds).sum(axis=-1).astype(mx.uint8)
+    scales = raw if rule == "raw" else _fitted(groups, energy, codes, fmt.bits, head_dim, rule)
+    return codes.reshape(*y.shape[:-1], -1)[..., :head_dim], _stored(scales)
+
+
+def _fitted(
+    groups: mx.array, energy: mx.array, codes: mx.array, bits: int, head_dim: int, rule: str
+):
+    """The scale of each group by a rule that looks at its levels c."""
+    width = groups.shape[-1]
+    levels = _constant("codebook", bits, width)[codes]
+    if groups.shape[-2] * width > head_dim:  # nothing is stored for the end of a ragged group
+        levels = levels * (mx.arange(groups.shape[-2] * width).reshape(-1, width) < head_dim)
+    if rule == "matched":
+        top, bottom, power = energy, mx.square(levels).sum(axis=-1), 0.5
+    elif rule == "least_squares":
+        top, bottom, power = (groups * levels).sum(axis=-1), mx.square(levels).sum(axis=-1), 1
+    else:
+        top, bottom, power = energy, (groups * levels).sum(axis=-1), 1
+    return mx.where(energy == 0, 0, (top / bottom) ** power)

@@ -1,0 +1,244 @@
+"""What a policy would take on a model: bits per value, bytes at given contexts, and what fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from ..cache.rotating import SLACK_TOKENS
+from ..centring.references import paths_for
+from ..errors import InputError
+from ..loading.known_shapes import ModelShape
+from ..model.shapes import KVShape
+from ..policy import LayerList, Pair, Policy, Uniform, bits_per_value
+from ..quant.formats import KVFormat, as_format, check_head_dim
+
+GIB = 1 << 30
+MOST_TOKENS = 1 << 40  # what more tokens would take is not asked
+F16_BYTES = 2
+# What a boundary is measured against: the next uniform step up from turbo2.
+RIVAL_V = "turbo3"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration on one model.
+
+    Args:
+        name: as it was asked for.
+        policy: what it stands for.
+        formats: (K, V) of every KV layer.
+        k_bits, v_bits, bits: bits per value of K, of V and of both, scales included.
+        bytes_at: bytes of all caches of a sequence by context length, those left alone included.
+        notes: sentences about this configuration.
+        max_tokens: tokens that fit the memory, or None without a limit.
+    """
+
+    name: str
+    policy: Policy
+    formats: list[Pair]
+    k_bits: float
+    v_bits: float
+    bits: float
+    bytes_at: dict[int, int]
+    notes: list[str] = field(default_factory=list)
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Several configurations side by side.
+
+    Args:
+        f16_bytes_at: bytes of the same caches in 16 bits, by context length.
+        beside_bytes_at: of these, bytes of the sliding windows and states that are left alone.
+        weight_bytes: what the weights take, or None where they are not known.
+        memory_bytes: what there is for weights and cache, or None.
+    """
+
+    model: ModelShape
+    contexts: list[int]
+    rows: list[Row]
+    f16_bytes_at: dict[int, int]
+    weight_bytes: int | None = None
+    memory_bytes: int | None = None
+    beside_bytes_at: dict[int, int] = field(default_factory=dict)
+
+    def free_bytes(self) -> int | None:
+        """Memory that the weights leave."""
+        if self.memory_bytes is None:
+            return None
+        return self.memory_bytes - (self.weight_bytes or 0)
+
+
+def make_plan(
+    model: ModelShape,
+    policies: Iterable[tuple[str, Policy]],
+    contexts: Iterable[int],
+    memory_bytes: int | None = None,
+    weight_bytes: int | None = None,
+    centre: bool | str = True,
+) -> Plan:
+    """Compute a plan.
+
+    Args:
+        policies: (name, policy), a row each.
+        centre: as ``make_prompt_cache`` takes it.
+
+    Raises:
+        InputError: no KV layer to compress, a context below 1, a policy that does not fit, or a
+            head_dim that a format cannot store.
+    """
+    contexts = list(contexts)
+    if contexts and min(contexts) < 1:
+        raise InputError(f"Context {min(contexts)} is not accepted: it must be 1 or more.")
+    if not model.layers.layers:
+        reasons = " ".join(model.layers.notes()) or "It keeps no KV cache."
+        raise InputError(f"{model.name} has no KV layer that can be compressed. {reasons}")
+    f16 = Uniform("f16", "f16").formats(len(model.shapes))
+    plan = Plan(
+        model=model,
+        contexts=contexts,
+        rows=[],
+        f16_bytes_at={n: _bytes_at(f16, model, n) for n in contexts},
+        weight_bytes=weight_bytes,
+        memory_bytes=memory_bytes,
+        beside_bytes_at={n: sum(x.bytes_at(n) for x in model.beside) for n in contexts},
+    )
+    plan.rows.extend(_row(plan, name, policy, centre) for name, policy in policies)
+    return plan
+
+
+def raw_index_v_bits(policy: Policy, model: ModelShape) -> tuple[float, int, int] | None:
+    """V's bits per value if the policy counted raw layer indices, as upstream does.
+
+    Returns:
+        (bits per value, KV layers that got other formats than the middle, those that should), or
+        None where raw indices and KV ordinals give the same.
+    """
+    if model.n_caches == len(model.shapes) or isinstance(policy, LayerList):
+        return None
+    if len(set(policy.formats(len(model.shapes)))) == 1:
+        return None
+    raw = policy.formats(model.n_caches)
+    hit = [raw[layer.index] for layer in model.layers.layers]
+    right = policy.formats(len(hit))
+    middle = right[len(right) // 2]
+    shapes = model.shapes
+    bits = _bits(hit, shapes)[1]
+    return bits, sum(pair != middle for pair in hit), sum(pair != middle for pair in right)
+
+
+def runs(formats: list[Pair]) -> list[tuple[int, int, Pair]]:
+    """Consecutive layers with the same formats: (first ordinal, last ordinal, pair)."""
+    found: list[tuple[int, int, Pair]] = []
+    for ordinal, pair in enumerate(formats):
+        if found and found[-1][2] == pair:
+            found[-1] = (found[-1][0], ordinal, pair)
+        else:
+            found.append((ordinal, ordinal, pair))
+    return found
+
+
+def _row(plan: Plan, name: str, policy: Policy, centre: bool | str) -> Row:
+    shapes = plan.model.shapes
+    formats = policy.formats(len(shapes))
+    for (k, v), shape in zip(formats, shapes):
+        check_head_dim(k, shape.k_head_dim)
+        check_head_dim(v, shape.v_head_dim)
+    k_bits, v_bits, bits = _bits(formats, shapes)
+    free = plan.free_bytes()
+    return Row(
+        name=name,
+        policy=policy,
+        formats=formats,
+        k_bits=k_bits,
+        v_bits=v_bits,
+        bits=bits,
+        bytes_at={n: _bytes_at(formats, plan.model, n) for n in plan.contexts},
+        notes=[
+            *policy.notes(len(shapes)),
+            *_unprofitable(name, formats, shapes, v_bits),
+            *_centring(name, plan.model, formats, policy, centre),
+        ],
+        max_tokens=None if free is None else _most_tokens(formats, plan.model, free),
+    )
+
+
+def _unprofitable(
+    name: str, formats: list[Pair], shapes: list[KVShape], v_bits: float
+) -> list[str]:
+    """Says so where protecting a few layers costs more than the next format in all of them."""
+    v_formats = [v for _, v in formats]
+    if len(set(v_formats)) < 2:
+        return []
+    cheapest = min(v_formats, key=lambda v: v.bits)
+    if not cheapest.is_turbo or cheapest.bits >= as_format(RIVAL_V).bits:
+        return []
+    rival = KVFormat("turbo", as_format(RIVAL_V).bits, cheapest.group)
+    uniform = _bits([(k, rival) for k, _ in formats], shapes)[1]
+    if v_bits < uniform:
+        return []
+    return [
+        f"{name} does not pay: V takes {v_bits:.2f} bits per value over {len(formats)} KV layers, "
+        f"and {rival} in every layer takes {uniform:.2f}."
+    ]
+
+
+def _centring(
+    name: str, model: ModelShape, formats: list[Pair], policy: Policy, centre: bool | str
+) -> list[str]:
+    """Says whether turbo keys will be centred, and by what."""
+    n = sum(k.is_turbo for k, _ in formats)
+    if n == 0 or model.key_bias is None:
+        return []
+    beside = getattr(policy, "path", None)
+    if centre is False:
+        how = "stay as they are (--no-centre)"
+        if model.key_bias:
+            how += ", although the key projection has a bias"
+    elif isinstance(centre, str) or (beside and paths_for(beside)[1].is_file()):
+        file = paths_for(centre if isinstance(centre, str) else beside)[1]
+        how = f"are centred by the calibrated means in {file.name}"
+    elif model.key_bias:
+        how = "are centred by the bias of the key projection"
+    else:
+        how = "are not centred: the model has no key bias, and no calibrated means were given"
+    return [f"{name}: the turbo keys of {n} layer{'s' * (n > 1)} {how}."]
+
+
+def _bits(formats: list[Pair], shapes: list[KVShape]) -> tuple[float, float, float]:
+    return bits_per_value(
+        formats,
+        [s.k_head_dim for s in shapes],
+        [s.v_head_dim for s in shapes],
+        [s.n_kv_heads for s in shapes],
+    )
+
+
+def _bytes_at(formats: list[Pair], model: ModelShape, n: int) -> int:
+    """Bytes of all caches after ``n`` tokens."""
+    total = sum(x.bytes_at(n) for x in model.beside)
+    for layer in model.layers.layers:
+        k, v = formats[layer.ordinal]
+        shape, rows = layer.shape, n
+        if layer.window is not None:
+            spare = 0 if k.is_f16 and v.is_f16 else SLACK_TOKENS
+            rows = min(n, layer.window + spare)
+        total += rows * shape.n_kv_heads * k.row_bytes(shape.k_head_dim, F16_BYTES)
+        total += rows * shape.n_kv_heads * v.row_bytes(shape.v_head_dim, F16_BYTES)
+    return total
+
+
+def _most_tokens(formats: list[Pair], model: ModelShape, free: int) -> int | None:
+    """The longest context whose caches fit, or None where windows alone fit for ever."""
+    if _bytes_at(formats, model, MOST_TOKENS) <= free:
+        return None
+    fits, too_many = 0, MOST_TOKENS
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        if _bytes_at(formats, model, middle) <= free:
+            fits = middle
+        else:
+            too_many = middle
+    return fits

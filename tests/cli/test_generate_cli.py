@@ -1,0 +1,262 @@
+"""The generate command: what it prints, the prompt cache file, and bad input."""
+
+from __future__ import annotations
+
+import io
+import re
+import subprocess
+import sys
+
+import click
+import mlx.core as mx
+import numpy as np
+import pytest
+from gguf_files import small_model, write_gguf
+from mlx_lm import generate as mlx_lm_generate
+
+from mlx_turbokv.cli import group
+from mlx_turbokv.cli.entry import run
+from mlx_turbokv.cli.generate import command
+from mlx_turbokv.errors import InputError
+from mlx_turbokv.loading import models
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A small model with random weights, which never stops by itself for long."""
+    _, weights = small_model("llama")
+    return str(write_gguf(tmp_path_factory.mktemp("cli") / "small.gguf", "llama", weights))
+
+
+@pytest.fixture
+def call(capsys, small):
+    def call(*args, model=small):
+        given = ["--model", model, *map(str, args)] if model else [*map(str, args)]
+        with pytest.raises(SystemExit) as ended:
+            run(command, given)
+        out, err = capsys.readouterr()
+        return ended.value.code, out, err
+
+    return call
+
+
+def _answer(out: str) -> str:
+    return out.split("==========\n")[1].removesuffix("\n")
+
+
+def _bad(result, *words):
+    status, out, err = result
+    assert status == 2
+    assert out == ""
+    error = [line for line in err.splitlines() if line.startswith("Error: ")]
+    assert len(error) == 1 and "Traceback" not in err
+    for word in words:
+        assert word in error[0]
+
+
+def test_closing_lines(call):
+    status, out, err = call("-p", "the", "-m", 5)
+    assert status == 0
+    lines = out.split("==========\n")[2].splitlines()
+    assert re.fullmatch(r"Prompt: 1 tokens, [\d.]+ tokens-per-sec", lines[0])
+    assert re.fullmatch(r"Generation: \d tokens, [\d.]+ tokens-per-sec", lines[1])
+    assert re.fullmatch(r"Peak memory: [\d.]+ GB", lines[2])
+    assert re.fullmatch(
+        r"KV cache: \d tokens, [\d,]+ bytes resident, [\d,]+ bytes in f16, [\d.]+ bits per value, "
+        r"la-v7 \(.*2 x q8_0/q8_0 layers\), \w+ back-end",
+        lines[3],
+    )
+
+
+def test_f16_text_is_mlx_lm_s(call, small):
+    loaded = models.load(small)
+    want = mlx_lm_generate(loaded.model, loaded.tokenizer, "the", max_tokens=12)
+    status, out, _ = call("-p", "the", "-m", 12, "-ctk", "f16", "-ctv", "f16")
+    assert (status, _answer(out)) == (0, want)
+
+
+def test_counted_bytes_and_bits(call):
+    _, out, _ = call("-p", "the", "-m", 5, "-ctk", "turbo4", "-ctv", "turbo3")
+    tokens = int(re.search(r"KV cache: (\d+) tokens", out).group(1))
+    # 2 layers of 2 heads of 16 dimensions for K and for V, 16 bits each.
+    assert f"{tokens * 2 * 2 * 32 * 2:,} bytes in f16" in out
+    # A scale of 16 bits for every 16 values beside 4 and 3 bits.
+    assert "4.50 bits per value, uniform (2 x turbo4/turbo3 layers)" in out
+
+
+def test_not_verbose_prints_the_text_alone(call):
+    _, out, _ = call("-p", "the", "-m", 6)
+    assert call("-p", "the", "-m", 6, "--verbose", "False")[1] == _answer(out) + "\n"
+
+
+def test_prompt_from_standard_input(call, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the"))
+    assert _answer(call("-p", "-", "-m", 6)[1]) == _answer(call("-p", "the", "-m", 6)[1])
+
+
+def test_seed_repeats_the_sampling(call):
+    texts = {_answer(call("-p", "the", "-m", 12, "--temp", 2, "--seed", 3)[1]) for _ in range(2)}
+    assert len(texts) == 1
+
+
+def test_extra_end_token_stops(call):
+    text = _answer(call("-p", "the", "-m", 12)[1])
+    stopped = _answer(call("-p", "the", "-m", 12, "--extra-eos-token", text[2])[1])
+    assert stopped == text[: text.index(text[2])]
+
+
+def test_speculative_decoding_gives_the_same_text(call, small):
+    plain = _answer(call("-p", "the", "-m", 10, "-ctk", "q8_0", "-ctv", "q8_0")[1])
+    _, out, _ = call("-p", "the", "-m", 10, "-ctk", "q8_0", "-ctv", "q8_0", "--draft-model", small)
+    assert _answer(out) == plain
+    assert "2 x q8_0/q8_0 layers" in out
+
+
+@pytest.mark.parametrize("formats", [("f16", "f16"), ("q8_0", "turbo2")])
+def test_prompt_cache_file_goes_on_where_it_stopped(call, tmp_path, formats):
+    file = tmp_path / "cache.safetensors"
+    options = ("-ctk", formats[0], "-ctv", formats[1])
+    first = _answer(call("-p", "the", "-m", 6, "--prompt-cache-file", file, *options)[1])
+    status, out, _ = call("-p", "cat", "-m", 6, "--prompt-cache-file", file)
+    whole = _answer(call("-p", f"the{first}cat", "-m", 6, *options)[1])
+    assert (status, _answer(out)) == (0, whole)
+    assert "as in cache.safetensors" in out
+    assert [p.name for p in tmp_path.iterdir()] == [file.name]
+
+
+def test_a_conversation_goes_on_with_the_chat_template(call, tmp_path):
+    file = tmp_path / "chat.safetensors"
+    common = ("-m", 6, "--prompt-cache-file", file, "-ctk", "q8_0", "-ctv", "q8_0")
+    status, first, err = call("-p", "Name a fruit.", *common, model=None)
+    assert status == 0, err
+    status, out, err = call("-p", "Another?", *common, model=None)
+    assert status == 0, err
+    n_prompt, n_held = (
+        int(re.search(pattern, out).group(1)) for pattern in (r"Prompt: (\d+)", r"cache: (\d+)")
+    )
+    assert n_prompt < 20 < n_held  # the first turn was not read again
+
+
+@pytest.fixture
+def saved(call, tmp_path):
+    file = tmp_path / "cache.safetensors"
+    assert call("-p", "the", "-m", 3, "--prompt-cache-file", file)[0] == 0
+    return file
+
+
+def test_truncated_prompt_cache(call, saved):
+    data = saved.read_bytes()
+    for size in (0, 4, 100, len(data) // 2, len(data) - 1):
+        saved.write_bytes(data[:size])
+        _bad(call("-p", "a", "--prompt-cache-file", saved), str(saved))
+
+
+def test_foreign_prompt_caches(call, saved):
+    saved.write_bytes(b"not a cache at all, but long enough to have a header")
+    _bad(call("-p", "a", "--prompt-cache-file", saved), "not a prompt cache")
+    mx.save_safetensors(str(saved), {"x": mx.zeros((2, 2))})
+    _bad(call("-p", "a", "--prompt-cache-file", saved), str(saved))
+    from mlx_lm.models.cache import make_prompt_cache, save_prompt_cache
+
+    save_prompt_cache(str(saved), make_prompt_cache(small_model("llama")[0]))
+    _bad(call("-p", "a", "--prompt-cache-file", saved), str(saved))
+
+
+def test_mismatched_prompt_caches(call, saved, tmp_path):
+    _bad(call("-p", "a", "--prompt-cache-file", saved, "-ctv", "turbo3"), "q8_0/turbo3")
+    _, weights = small_model("qwen2")
+    other = str(write_gguf(tmp_path / "other.gguf", "qwen2", weights))
+    _bad(call("-p", "a", "--prompt-cache-file", saved, model=other), "belongs to the model")
+
+
+def test_prompt_cache_file_that_cannot_be_written(call, tmp_path):
+    _bad(call("--prompt-cache-file", tmp_path / "no" / "c.safetensors"), "cannot be written")
+    _bad(call("--prompt-cache-file", tmp_path / "c.bin"), ".safetensors")
+
+
+def test_context_above_the_limit_is_a_warning(call, small, tmp_path):
+    _, weights = small_model("llama")
+    path = write_gguf(tmp_path / "short.gguf", "llama", weights, context=4)
+    status, _, err = call("-p", "the", "-m", 8, model=str(path))
+    assert status == 0
+    assert re.search(r"Warning: .* beyond the 4 positions", err)
+
+
+def test_max_kv_size_bounds_the_cache_and_not_the_text(call, tmp_path):
+    _, out, _ = call("-p", "the", "-m", 400, "--max-kv-size", 64)
+    pattern = r"KV cache: (\d+) tokens, ([\d,]+) bytes resident, ([\d,]+) bytes in f16"
+    tokens, resident, f16 = (int(x.replace(",", "")) for x in re.search(pattern, out).groups())
+    assert tokens > 300
+    a_token = 2 * 2 * 32 * 2  # bytes in f16: 2 layers, 2 heads, 32 values of K and V
+    assert f16 == 64 * a_token and resident < 200 * a_token
+    file = tmp_path / "c.safetensors"
+    options = ("-m", 3, "--prompt-cache-file", file)
+    assert call("-p", "the", "--max-kv-size", 64, *options)[0] == 0
+    assert call("-p", "cat", "--max-kv-size", 64, *options)[0] == 0
+    _bad(call("-p", "cat", *options), "a window of 64 tokens", "--max-kv-size")
+
+
+def test_a_draft_model_is_refused_beyond_a_window(call, small):
+    draft = ("--draft-model", small, "--max-kv-size", 16)
+    _bad(call("-p", "the", "-m", 30, *draft), "beyond a window of 16 tokens")
+    plain = _answer(call("-p", "the", "-m", 5)[1])
+    assert _answer(call("-p", "the", "-m", 5, *draft)[1]) == plain
+
+
+@pytest.mark.parametrize(
+    ("args", "word"),
+    [
+        (("-ctk", "q3"), "q3"),
+        (("--policy", "la-v99"), "la-v99"),
+        (("--boundary", "5,5"), "5"),
+        (("--max-tokens", 0), "--max-tokens 0"),
+        (("--top-p", 2), "2"),
+        (("--bogus",), "--bogus"),
+        (("--extra-eos-token", "<|none|>"), "<|none|>"),
+        (("--chat-template-config", "[1"), "[1"),
+        (("--chat-template-config", "[1]"), "[1]"),
+        (("--prompt", ""), "prompt is empty"),
+        (("--adapter-path", "/absent"), "/absent"),
+        (("--draft-model", "/absent.gguf", "-p", "a"), "/absent.gguf"),
+        (("--backend", "abacus"), "abacus"),
+    ],
+)
+def test_bad_options(call, args, word):
+    _bad(call(*args), word)
+
+
+def test_missing_and_nan_models(call, tmp_path):
+    _bad(call(model="/absent.gguf"), "/absent.gguf")
+    _, weights = small_model("llama")
+    weights["model.norm.weight"][0] = np.nan
+    path = write_gguf(tmp_path / "nan.gguf", "llama", weights)
+    _bad(call(model=str(path)), "NaN", "model.norm.weight")
+
+
+def _ending(error) -> int:
+    @click.command()
+    def failing() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run(failing, [])
+    return ended.value.code
+
+
+def test_statuses_of_other_endings(capsys):
+    assert _ending(InputError("No.")) == 2
+    assert _ending(KeyboardInterrupt()) == 130
+    assert _ending(FileNotFoundError(2, "No such file", "x.txt")) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "Error: x.txt cannot be used (No such file)."
+    with pytest.raises(ZeroDivisionError):  # a defect of ours keeps its traceback
+        _ending(ZeroDivisionError())
+
+
+def test_the_group_lists_its_commands_without_loading_mlx():
+    code = (
+        "import sys; from mlx_turbokv.cli import group; "
+        "print('generate' in group.list_commands(None), 'mlx.core' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.split() == ["True", "False"]
+    assert group.get_command(None, "entry") is None

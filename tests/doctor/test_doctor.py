@@ -1,0 +1,343 @@
+"""doctor: what it finds on a sound machine, and what it says of kernels that are not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import stat
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from click.testing import CliRunner
+from metal_host import HostMetal
+
+from mlx_turbokv import doctor
+from mlx_turbokv.cli.doctor import command
+from mlx_turbokv.cli.entry import run
+from mlx_turbokv.doctor import isolate, sources
+from mlx_turbokv.doctor.checks import JOBS, run_variant
+from mlx_turbokv.doctor.report import as_markdown
+from mlx_turbokv.doctor.variants import FORMATS, HEAD_DIMS, Variant, variant_set
+from mlx_turbokv.kernels import assemble, backend, chips, reference
+from mlx_turbokv.kernels.decode import MAX_QUERIES
+
+METAL = Path(__file__).resolve().parents[2] / "metal"
+SMALL = Variant("turbo4", "turbo3", 64, 64, "float16", 2, 2, "causal")
+KERNELS_OF = {
+    "pack.metal": {"pack"},
+    "decode.metal": {"decode_partial"},
+    "merge.metal": {"decode_merge"},
+    "dequantize.metal": {"dequantize"},
+    "anchor.h": {"pack", "decode_partial", "dequantize"},
+    "attention.h": {"decode_partial", "decode_merge"},
+    "hadamard.h": {"pack", "decode_partial", "decode_merge", "dequantize"},
+    "common.h": {"pack", "decode_partial", "decode_merge", "dequantize"},
+    "compat/cuda.h": {"pack", "decode_partial", "decode_merge", "dequantize"},
+}
+
+
+def say_nothing(line: str) -> None:
+    """Where progress goes in these tests."""
+
+
+@pytest.fixture
+def metal_copy(tmp_path) -> Path:
+    """A copy of metal/ with a manifest that is current."""
+    copy = tmp_path / "metal"
+    shutil.copytree(METAL, copy)
+    (copy / sources.MANIFEST).write_text(sources.manifest_text(copy))
+    return copy
+
+
+def test_the_manifest_is_current() -> None:
+    shipped = (METAL / sources.MANIFEST).read_text()
+    assert shipped == sources.manifest_text(METAL), "run python scripts/metal_manifest.py"
+
+
+def test_whole_sources_have_no_problem(metal_copy) -> None:
+    n_files, problems = sources.check_sources(metal_copy)
+    assert problems == []
+    assert n_files == sum(p.suffix in (".metal", ".h") for p in METAL.rglob("*"))
+
+
+def corrupt(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    elif how == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "garbage":
+        path.write_bytes(b"\xfe\x01garbage{" * 50)
+    else:  # one character of a comment
+        path.write_bytes(content[:10] + bytes([content[10] ^ 1]) + content[11:])
+
+
+@pytest.mark.parametrize("how", ["missing", "cut", "garbage", "one bit"])
+@pytest.mark.parametrize("file", KERNELS_OF)
+def test_a_corrupted_source_names_its_kernels(metal_copy, file, how) -> None:
+    corrupt(metal_copy / file, how)
+    (problem,) = sources.check_sources(metal_copy)[1]
+    assert problem.file == file
+    assert set(problem.kernels) == KERNELS_OF[file]
+
+
+@pytest.mark.parametrize("how", ["missing", "cut", "garbage"])
+@pytest.mark.parametrize("file", ["pack.metal", "decode.metal", "merge.metal", "dequantize.metal"])
+def test_a_source_that_is_not_whole_is_found_under_a_new_manifest(metal_copy, file, how) -> None:
+    corrupt(metal_copy / file, how)
+    (metal_copy / sources.MANIFEST).write_text(sources.manifest_text(metal_copy))
+    (problem,) = sources.check_sources(metal_copy)[1]
+    assert set(problem.kernels) == KERNELS_OF[file]
+
+
+def test_a_missing_manifest_and_an_unlisted_file_are_problems(metal_copy) -> None:
+    (metal_copy / "more.metal").write_text("")
+    assert [p.file for p in sources.check_sources(metal_copy)[1]] == ["more.metal"]
+    (metal_copy / sources.MANIFEST).unlink()
+    assert [p.file for p in sources.check_sources(metal_copy)[1]] == [sources.MANIFEST]
+
+
+def test_doctor_passes_on_the_reference_back_end(tmp_path) -> None:
+    file = tmp_path / "record.json"
+    args = ["--quick", "--backend", "reference", "--json", str(file)]
+    result = CliRunner().invoke(command, args, standalone_mode=False)
+    assert result.return_value == 0
+    assert result.stdout.startswith("### mlx_turbokv doctor: PASS")
+    assert "checked here: **reference**" in result.stdout
+    assert "turbo4/turbo3 centred head_dim 64 float16: decode" in result.stderr
+    says = next(x for x in result.output.splitlines() if x.startswith("| centred keys"))
+    assert "turbo keys of 2 of 4 variants, centred by the constant part of the rows checked" in says
+    record = json.loads(file.read_text())
+    assert record["passed"] and len(record["variants"]) == len(variant_set("quick"))
+    for variant in record["variants"]:
+        assert set(variant["jobs"]) == set(JOBS)
+        assert variant["times"]["decode_us"] > 0 and variant["times"]["fp16_us"] > 0
+
+
+def test_doctor_fails_and_names_the_kernel_of_a_corrupted_file(metal_copy, monkeypatch) -> None:
+    corrupt(metal_copy / "dequantize.metal", "garbage")
+    monkeypatch.setattr(sources, "folder", lambda: metal_copy)
+    args = ["--quick", "--backend", "reference", "--no-times"]
+    result = CliRunner().invoke(command, args, standalone_mode=False)
+    assert result.return_value == 1
+    assert result.stdout.startswith("### mlx_turbokv doctor: FAIL")
+    assert "- metal/dequantize.metal (**dequantize**): byte 0 is not ASCII" in result.stdout
+
+
+def test_a_missing_back_end_is_bad_input(capsys) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        run(command, ["--quick", "--backend", "cuda"])
+    assert exit_.value.code == 2
+    assert "'cuda' is not available" in capsys.readouterr().err
+
+
+def test_every_default_variant_of_the_reference_agrees_with_float64() -> None:
+    record = doctor.examine("default", "reference", times=False)
+    assert record["failures"] == []
+
+
+def off_by_a_percent(x):
+    return x * mx.array(1.01, x.dtype)
+
+
+def attention_off(few: bool):
+    """The reference's attention, off by a percent for few queries, or for many."""
+
+    def attention(queries, *rest):
+        output = reference.attention(queries, *rest)
+        return off_by_a_percent(output) if (queries.shape[2] <= MAX_QUERIES) == few else output
+
+    return attention
+
+
+# (job that must fail, what a back-end gives instead)
+BROKEN = {
+    "pack": ("pack", {"pack": lambda k, v, *rest: reference.pack(off_by_a_percent(k), v, *rest)}),
+    "decode": ("decode", {"attention": attention_off(few=True)}),
+    "prefill": ("dequantize", {"attention": attention_off(few=False)}),
+    "dequantize": (
+        "dequantize",
+        {"dequantize": lambda *args: [off_by_a_percent(x) for x in reference.dequantize(*args)]},
+    ),
+}
+
+
+@pytest.mark.parametrize("which", BROKEN)
+def test_numbers_that_are_off_by_a_percent_fail(which) -> None:
+    job, operations = BROKEN[which]
+    broken = backend.REFERENCE._replace(**operations)
+    outcomes = [outcome for _, outcome in run_variant(SMALL, broken) if outcome]
+    assert [o.job for o in outcomes if o.message] == [job]
+
+
+def kernel_failures(chosen: list[Variant]) -> list[dict]:
+    return doctor.examine(backend="metal", times=False, isolated=False, chosen=chosen, metal=METAL)[
+        "failures"
+    ]
+
+
+def test_kernels_pass_on_the_cpu_executor(metal_host, monkeypatch) -> None:
+    monkeypatch.setattr(assemble, "factory", metal_host.metal_kernel)
+    starts = Variant("f16", "q8_0", 72, 72, "bfloat16", 1, 1, "starts")
+    assert [f for f in kernel_failures([SMALL, starts]) if f["file"] is None] == []
+
+
+@pytest.fixture
+def planted(metal_copy, monkeypatch):
+    """`planted(file, old, new)`: kernels run on the CPU from a metal/ with that change."""
+    host = HostMetal()
+    monkeypatch.setattr(assemble, "factory", host.metal_kernel)
+    monkeypatch.setattr(assemble, "metal_folder", lambda: metal_copy)
+    assemble.header_text.cache_clear()
+
+    def plant(file: str, old: str, new: str) -> None:
+        text = (metal_copy / file).read_text()
+        assert old in text
+        (metal_copy / file).write_text(text.replace(old, new, 1))
+
+    yield plant
+    host.close()
+    assemble.header_text.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("file", "kernel"),
+    [
+        ("pack.metal", "pack"),
+        ("decode.metal", "decode_partial"),
+        ("merge.metal", "decode_merge"),
+        ("dequantize.metal", "dequantize"),
+    ],
+)
+def test_a_kernel_that_does_not_compile_is_named_alone(planted, file, kernel) -> None:
+    planted(file, "TKV_FN void", "TKV_FN garbage_type")
+    failures = [f for f in kernel_failures([SMALL]) if f["file"] is None]
+    assert [f["kernels"] for f in failures] == [[kernel]]
+    assert "garbage_type" in failures[0]["message"]
+
+
+def test_a_kernel_with_wrong_numbers_is_named(planted) -> None:
+    planted("merge.metal", "x[j] += factor", "x[j] += 1.01f * factor")
+    failures = [f for f in kernel_failures([SMALL]) if f["file"] is None]
+    assert len(failures) == 1
+    assert "decode_merge" in failures[0]["kernels"]
+    assert "relative error 1.0e-02" in failures[0]["message"]
+
+
+def test_a_process_of_its_own_gives_the_same_record() -> None:
+    apart, here = (
+        isolate.results([SMALL], "reference", say_nothing, times=False, isolated=isolated)
+        for isolated in (True, False)
+    )
+    for record in (*apart, *here):
+        for job in record["jobs"].values():
+            job.pop("seconds")
+    assert apart == here
+
+
+def test_a_kernel_that_takes_the_process_with_it_fails_alone(tmp_path, monkeypatch) -> None:
+    dying = tmp_path / "python"
+    event = json.dumps({"event": "job", "job": "decode"})
+    dying.write_text(f"#!/bin/sh\ncat > /dev/null\necho '{event}'\necho lost >&2\nkill -9 $$\n")
+    dying.chmod(dying.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(isolate.sys, "executable", str(dying))
+    records = isolate.results([SMALL, SMALL], "reference", say_nothing, times=False, isolated=True)
+    for record in records:
+        assert record["jobs"]["decode"]["message"] == "the process ended with -9\nlost"
+
+
+def test_a_kernel_that_never_ends_is_stopped(tmp_path, monkeypatch) -> None:
+    stuck = tmp_path / "python"
+    stuck.write_text("#!/bin/sh\nexec sleep 60\n")
+    stuck.chmod(stuck.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(isolate.sys, "executable", str(stuck))
+    monkeypatch.setattr(isolate, "SECONDS_A_JOB", 0.2)
+    (record,) = isolate.results([SMALL], "reference", say_nothing, times=False, isolated=True)
+    assert record["jobs"]["pack"]["message"].startswith("no end after 0.2 s")
+
+
+def test_a_job_that_keeps_failing_is_not_run_to_the_end(monkeypatch) -> None:
+    broken = backend.REFERENCE._replace(**BROKEN["pack"][1])
+    monkeypatch.setattr(isolate, "select_backend", lambda name: broken)
+    records = isolate.results([SMALL] * 5, "reference", say_nothing, times=False, isolated=False)
+    assert ["pack" in r["jobs"] for r in records] == [True] * 3 + [False] * 2
+    assert all("decode" in r["jobs"] for r in records)
+
+
+def test_the_sets_cover_what_they_say() -> None:
+    default, full = variant_set("default"), variant_set("full")
+    for some in (default, full):
+        assert {v.k_format for v in some} == {v.v_format for v in some} == set(FORMATS)
+        assert {v.k_head_dim for v in some} == set(HEAD_DIMS)
+        assert {v.edge for v in some} == {"plain", "causal", "sinks", "starts"}
+        assert {v.dtype for v in some} == {"float16", "bfloat16", "float32"}
+        assert any(v.k_head_dim != v.v_head_dim for v in some)
+    assert {(v.k_format, v.v_format) for v in full} == {(k, v) for k in FORMATS for v in FORMATS}
+    each = {(f, dim) for f in FORMATS for dim in HEAD_DIMS}
+    assert {(v.k_format, v.k_head_dim) for v in full} == each
+    assert {(v.v_format, v.v_head_dim) for v in full} == each
+    assert set(variant_set("quick")) <= set(default)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "macos", "usable"),
+    [
+        ("applegpu_g17s", "26.2", True),
+        ("applegpu_g17g", "26.1.1", False),
+        ("applegpu_g16d", "26.4", False),
+        ("applegpu_g18p", "27.0", True),
+    ],
+)
+def test_neural_accelerators(architecture, macos, usable) -> None:
+    assert doctor.neural_accelerators(architecture, macos)[0] is usable
+
+
+def test_no_apple_gpu_has_no_neural_accelerators() -> None:
+    assert doctor.neural_accelerators("x86_64", "") is None
+
+
+def test_apple_facts_and_compiler_errors_are_reported() -> None:
+    record = doctor.examine(backend="reference", times=False, chosen=[SMALL])
+    record["device_info"] = {
+        "architecture": "applegpu_g17s",
+        "memory_size": 36 * 2**30,
+        "max_recommended_working_set_size": 27 * 2**30,
+    }
+    record["neural_accelerators"] = (True, "generation 17, macOS 26.2")
+    message = "\n".join(["RuntimeError: no", *(f"error {i}" for i in range(40))])
+    failure = {"kernels": ["pack"], "file": None, "variant": str(SMALL), "message": message}
+    record |= {"failures": [failure], "passed": False}
+    report = as_markdown(record)
+    assert "applegpu_g17s" in report and "36.0 GiB" in report and "27.0 GiB" in report
+    assert "usable (generation 17, macOS 26.2)" in report
+    assert "**pack**, turbo4/turbo3 head_dim 64 float16" in report
+    assert "error 10" in report and "error 11" not in report
+
+
+def test_times_stand_beside_what_published_bandwidth_allows() -> None:
+    record = doctor.examine(backend="reference", times=False, chosen=[SMALL])
+    record["device"] = "Apple M4 Max"
+    jobs = ("pack", "decode", "dequantize", "fp16")
+    times = {f"{job}_{unit}": 100.0 for job in jobs for unit in ("us", "gb_s")}
+    record["variants"][0]["times"] = {
+        **times, "shape": [8192, 8, 32], "packed_bytes": 11_141_120, "decode_speedup": 2.0,
+    }  # fmt: skip
+    report = as_markdown(record)
+    assert "| published memory bandwidth | 410 or 546 GB/s |" in report
+    assert "| decode | at 410 or 546 GB/s | × fp16 |" in report
+    # 11.14 MB at 410 and at 546 GB/s
+    assert "| 100 µs, 100 GB/s | 27 or 20 µs | 2.00 |" in report
+    record["device"] = "some card"
+    assert "published" not in as_markdown(record)
+
+
+def test_published_bandwidths_grow_from_chip_to_chip() -> None:
+    for generation in range(1, 6):
+        names = [f"Apple M{generation}{size}" for size in ("", " Pro", " Max", " Ultra")]
+        found = [chips.published(name) for name in names if name in chips.CHIPS]
+        assert len(found) >= 3
+        widths = [bandwidth for chip in found for bandwidth in chip.bandwidths]
+        assert widths == sorted(widths) and 60 < widths[0] < widths[-1] < 1000
+        assert [chip.cores for chip in found] == sorted(chip.cores for chip in found)
+    assert chips.published("Apple M1 Mega") is None

@@ -1,0 +1,61 @@
+"""One rank of test_distributed.py: generates with a split tiny model and writes what it saw.
+
+mlx.launch -n 2 --backend ring tests/distributed_run.py ARCHITECTURE HOW FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import make_prompt_cache
+from varied_models import varied_model
+
+import mlx_turbokv  # noqa: F401, I001: before mlx.core, so that OpenBLAS is used
+
+POLICY = "boundary:1,1"
+PROMPT = [(7 * i * i + 3 * i + 1) % 89 for i in range(300)]
+N_TOKENS = 30
+
+
+def run(architecture: str, how: str) -> dict:
+    """Tokens of the split model and the formats of this rank's layers.
+
+    Args:
+        how: tensor, pipeline, or alone; "late" after it attaches before the model is split, and
+            "sliding" packs sliding windows too.
+    """
+    mx.set_default_device(mx.cpu)
+    model = varied_model(architecture, num_hidden_layers=6)
+    options = {"k": "q8_0", "v": "turbo6", "policy": POLICY}
+    options["compress_sliding"] = "sliding" in how
+    if how.endswith("-late"):
+        mlx_turbokv.attach(model, **options)
+    if how.startswith("tensor"):
+        model.shard(mx.distributed.init())
+    elif how.startswith("pipeline"):
+        model.model.pipeline(mx.distributed.init())
+    if not how.endswith("-late"):
+        mlx_turbokv.attach(model, **options)
+    caches = make_prompt_cache(model)
+    steps = generate_step(
+        mx.array(PROMPT), model, max_tokens=N_TOKENS, prompt_cache=caches, prefill_step_size=64
+    )
+    tokens = [int(token) for token, _ in steps]
+    # generation runs one step ahead: a rank that leaves before it would break the other's
+    mx.eval(mx.distributed.all_sum(mx.ones(1)))
+    formats = [
+        f"{cache.k_format}/{cache.v_format}" if hasattr(cache, "k_format") else "none"
+        for cache in caches
+    ]
+    heads = [cache.keys.shape[1] for cache in caches if hasattr(cache, "k_format")]
+    return {"tokens": tokens, "formats": formats, "heads": heads}
+
+
+if __name__ == "__main__":
+    found = run(sys.argv[1], sys.argv[2])
+    rank = mx.distributed.init().rank()
+    (Path(sys.argv[3]) / f"{rank}.json").write_text(json.dumps(found))

@@ -1,0 +1,441 @@
+"""Cases for every kernel, and the float64 oracle that they are held against.
+
+Used by test_kernels.py on the CPU and by scripts/gpu_check.py on a GPU.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from dataclasses import asdict, dataclass
+from itertools import combinations, product
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_turbokv.centring.centre import Centre, Turning
+from mlx_turbokv.kernels import decode, dequantize, pack, reference
+from mlx_turbokv.kernels.packed import PackedKV
+from mlx_turbokv.quant.codebook import boundaries
+from mlx_turbokv.quant.formats import KVFormat
+from mlx_turbokv.quant.layout import KVLayout
+from mlx_turbokv.quant.rotation import rotation_matrix, rotation_width
+from mlx_turbokv.quant.tiles import tiles_to_rows
+
+# how near a value must lie to a boundary for another code to be right, in units of its scale
+BOUNDARY = 1e-5
+# relative error of the kernel over that of an attention in plain ops at the case's precision: the
+# geometric mean over draws of the queries, since one draw is luck where a loud key outweighs all
+# others and both errors are that of its score; and the most of any draw
+ERROR_RATIO, MOST_ERROR_RATIO = 2.0, 8.0
+DRAWS = {"float16": 3, "bfloat16": 3, "float32": 1}
+# what rounding the output alone may cost
+ROUNDING = {"float16": 2**-11, "bfloat16": 2**-8, "float32": 1e-6}
+# rows read back: float32 products of exact codes and scales
+ROWS_ATOL = 1e-6
+SCALE_ULPS = 1
+
+
+# what the kernels are held against never runs on a GPU, whose matrix products may be rounded
+ON_CPU = mx.stream(mx.cpu)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One combination: formats, shapes, dtype and edges."""
+
+    k_format: str
+    v_format: str
+    dims: tuple[int, int]
+    dtype: str = "float16"
+    heads: tuple[int, int, int] = (1, 2, 4)  # sequences, KV heads, GQA factor
+    n_queries: int = 1
+    tokens: tuple[int, int] = (64, 7)  # in the body, in the tail
+    edge: str = "plain"
+    centred: str = ""  # how the pairs of dims of centred keys lie: apart, traditional or partial
+    splits: int = 1  # parts that decode cuts the tokens into
+
+    @property
+    def data(self) -> str:
+        """All that its rows and queries depend on."""
+        return " ".join(str(value) for value in list(asdict(self).values())[:-1] if value != "")
+
+    def __str__(self) -> str:
+        return self.data + (f" in {self.splits}" if self.splits > 1 else "")
+
+
+FORMATS = ("f16", "q8_0", "turbo2", "turbo3", "turbo4", "turbo5", "turbo6")
+FORMATS += ("turbo2:32", "turbo3:32", "turbo5:32")
+DIMS = ((128, 128), (64, 64), (72, 72), (80, 80), (96, 96), (112, 112), (160, 160), (192, 128))
+DIMS += ((256, 256), (512, 512), (16, 48), (32, 64))
+DTYPES = ("float16", "bfloat16", "float32")
+HEADS = ((1, 1, 1), (1, 2, 4), (2, 1, 7), (1, 1, 16), (1, 3, 3), (3, 2, 2), (1, 1, 5))
+QUERIES = (1, 2, 8)
+TOKENS = ((0, 1), (0, 33), (32, 31), (96, 0), (64, 70), (544, 5))
+SPLITS = (1, 3)
+# causal: lower right; starts: left-padded; sinks; stale: loud rows behind the last one
+EDGES = ("plain", "causal", "starts", "sinks", "stale")
+
+
+def all_pairs(values: dict[str, tuple], seed: int = 0) -> list[dict]:
+    """Rows that hold every pair of values of every two parameters, found greedily."""
+    rng = random.Random(seed)
+    names = list(values)
+    missing = {
+        (a, x, b, y)
+        for a, b in combinations(names, 2)
+        for x, y in product(range(len(values[a])), range(len(values[b])))
+    }
+    rows = []
+    while missing:
+        best, best_found = None, set()
+        fixed = min(missing)
+        for _ in range(30):
+            row = {name: rng.randrange(len(values[name])) for name in names}
+            row[fixed[0]], row[fixed[2]] = fixed[1], fixed[3]
+            found = {(a, row[a], b, row[b]) for a, b in combinations(names, 2)} & missing
+            if len(found) > len(best_found):
+                best, best_found = row, found
+        missing -= best_found
+        rows.append({name: values[name][best[name]] for name in names})
+    return rows
+
+
+PAIRS = [
+    Case(**row)
+    for row in all_pairs(
+        {
+            "k_format": FORMATS,
+            "v_format": FORMATS,
+            "dims": DIMS,
+            "dtype": DTYPES,
+            "heads": HEADS,
+            "n_queries": QUERIES,
+            "tokens": TOKENS,
+            "edge": EDGES,
+            "splits": SPLITS,
+        }
+    )
+]
+SANITIZE_CASES = [
+    Case("q8_0", "turbo2", (128, 128)),
+    Case("turbo4", "turbo3", (64, 64), "float16", (1, 1, 3), 2, (32, 33), "causal", splits=2),
+    Case("f16", "turbo5:32", (72, 80), "bfloat16", (2, 1, 1), 1, (0, 33), "starts"),
+    Case("turbo6", "f16", (160, 96), "float32", (1, 1, 5), 1, (64, 1), "sinks", splits=3),
+]
+CENTRED = [
+    Case(**row)
+    for row in all_pairs(
+        {
+            "k_format": ("turbo2", "turbo3", "turbo4", "turbo5", "turbo6"),
+            "v_format": ("turbo2", "turbo3", "f16"),
+            "dims": ((128, 128), (64, 64), (72, 80), (256, 256), (512, 512), (16, 48)),
+            "dtype": DTYPES,
+            "heads": HEADS[:5],
+            "n_queries": QUERIES,
+            "tokens": TOKENS[:5],
+            "edge": EDGES,
+            "splits": SPLITS,
+            "centred": ("apart", "traditional", "partial"),
+        }
+    )
+]
+SANITIZE_CASES += [
+    Case("turbo4", "turbo3", (128, 128), heads=(1, 1, 4), centred="apart"),
+    Case("turbo3", "turbo3", (64, 64), "float16", (2, 1, 3), 2, (32, 33), "starts", "partial"),
+]
+# heads with one scale a row
+NARROW = [Case("q8_0", "q8_0", (32, 32)), Case("turbo4", "q8_0", (32, 16), "float32")]
+# more splits than a merge has under way at once
+MANY = [Case("turbo4", "turbo2", (64, 64), tokens=(544, 5), splits=50)]
+# more tiles than a SIMD group works out anchors for at once: of sequences that start with a tile,
+# and of one that does not
+LONG = [
+    Case("turbo4", "turbo3", (64, 64), heads=(1, 1, 2), tokens=(2112, 5), centred="apart"),
+    Case(
+        "turbo4",
+        "turbo3",
+        (64, 64),
+        heads=(2, 1, 4),
+        tokens=(1120, 5),
+        edge="starts",
+        centred="apart",
+    ),
+    Case(
+        "turbo3", "turbo2", (128, 128), "bfloat16", (1, 1, 5), 2, (1120, 5), "plain", "traditional"
+    ),
+]
+ALL_CASES = SANITIZE_CASES + PAIRS + CENTRED + NARROW + MANY + LONG
+
+
+def run_case(case: Case, backend: str) -> dict:
+    """Pack, read back and attend as ``case`` says, on ``backend``; what disagrees is listed."""
+    rng = np.random.default_rng(zlib.crc32(case.data.encode()))
+    k_format, v_format = KVFormat.parse(case.k_format), KVFormat.parse(case.v_format)
+    layout = KVLayout(k_format, v_format, *case.dims, case.dtype)
+    failures: list[str] = []
+    centre = _centre(case, rng)
+    packed = _packed(case, layout, rng, backend, failures, centre)
+    result = {"case": str(case), **_decode(case, packed, rng, backend, failures)}
+    _rows(packed, backend, failures)
+    result["failures"] = failures
+    return result
+
+
+def _rows_of(case: Case, dim: int, n: int, rng) -> mx.array:
+    """Rows of quite different magnitudes, some of them zero."""
+    batch, n_heads, _ = case.heads
+    rows = rng.standard_normal((batch, n_heads, n, dim))
+    rows *= np.exp(rng.standard_normal((batch, n_heads, n, 1)))
+    rows *= rng.random((batch, n_heads, n, 1)) > 0.05
+    return mx.array(rows.astype(np.float32)).astype(getattr(mx, case.dtype))
+
+
+def _centre(case: Case, rng) -> Centre | None:
+    """A mean some times as large as what varies; the slower pairs turn by a block or two."""
+    if not case.centred:
+        return None
+    dim = case.dims[0]
+    mu = 4 * rng.standard_normal((case.heads[1], dim)).astype(np.float32)
+    dims = dim // 4 // 2 * 2 if case.centred == "partial" else dim
+    turning = Turning.of_rope(dim, dims, case.centred == "traditional", 1e4)
+    return Centre(mx.array(mu), turning, "case", bare_first=case.centred != "partial")
+
+
+def _starts(case: Case, n: int) -> np.ndarray | None:
+    """The first valid row of each sequence; the last sequence has no valid key at all."""
+    if case.edge != "starts":
+        return None
+    return np.linspace(n // 2, n, case.heads[0]).astype(np.int32)
+
+
+def _packed(
+    case: Case, layout: KVLayout, rng, backend: str, failures: list[str], centre: Centre | None
+) -> PackedKV:
+    """A body and a tail, packed by the kernel in three steps and checked against the reference."""
+    n_body, n_tail = case.tokens
+    n_loud = 9 if case.edge == "stale" else 0
+    keys = _rows_of(case, case.dims[0], n_body + n_tail, rng)
+    values = _rows_of(case, case.dims[1], n_body + n_tail, rng)
+    body = tail = padding = None
+    if centre is not None:
+        starts = _starts(case, n_body + n_tail)
+        padding = None if starts is None else tuple(starts.tolist())
+        keys = (keys + centre.rows(0, keys.shape[2], padding)).astype(keys.dtype)
+
+    def at(first: int) -> dict:
+        return {} if centre is None else {"centre": centre, "first": first, "padding": padding}
+
+    if n_body:
+        k, v = keys[:, :, :n_body], values[:, :, :n_body]
+        body = pack.pack(k, v, layout, backend=backend, **at(0))
+        _check_pack(body, k, v, layout, failures, at(0))
+        if n_loud:
+            body = mx.concatenate([body, mx.full((*body.shape[:2], 2, body.shape[3]), 0xFFFFFFFF, mx.uint32)], 2)  # fmt: skip
+    if n_tail:
+        k, v = keys[:, :, n_body:], values[:, :, n_body:]
+        first = max(1, n_tail // 2)
+        tail = pack.pack(k[:, :, :first], v[:, :, :first], layout, backend=backend, **at(n_body))
+        if n_loud:
+            loud = mx.full((*k.shape[:2], n_loud, 1), mx.nan, k.dtype)
+            loud_k, loud_v = (mx.broadcast_to(loud, (*loud.shape[:3], dim)) for dim in case.dims)
+            stale = pack.pack(loud_k, loud_v, layout, tail, first, backend=backend)
+            tail = stale
+        if first < n_tail:
+            rest = k[:, :, first:], v[:, :, first:], layout, tail, first
+            tail = pack.pack(*rest, backend=backend, **at(n_body + first))
+        exact_size = first < n_tail or not n_loud
+        _check_pack(tail, k, v, layout, failures, at(n_body), exact_size)
+        if n_loud:
+            tail = pack.pack(loud_k, loud_v, layout, tail, n_tail, backend=backend)
+    return PackedKV(layout, body, n_body, tail, n_tail, centre, padding)
+
+
+def _check_pack(tiles, keys, values, layout, failures, at: dict, exact_size=True) -> None:
+    """Codes equal the reference's, boundary cases aside; scales to an ulp; free rows are zero."""
+    with ON_CPU:
+        expected = reference.pack(keys, values, layout, **at)
+        if at:
+            rows = at["centre"].rows(at["first"], keys.shape[2], at["padding"])
+            keys = keys.astype(mx.float32) - rows
+            rounding = _anchor_rounding(at["centre"])
+    if not at:
+        rounding = np.zeros((keys.shape[1], keys.shape[3]))
+    if not exact_size:  # stale rows follow
+        tiles = tiles[:, :, : expected.shape[2]]
+    n = keys.shape[2]
+    with ON_CPU:
+        got, want = tiles_to_rows(tiles, layout), tiles_to_rows(expected, layout)
+    for name, fmt, x in (("k", layout.k_format, keys), ("v", layout.v_format, values)):
+        units, wanted = np.array(getattr(got, name)), np.array(getattr(want, name))
+        if exact_size and units[:, :, n:].any():
+            failures.append(f"pack: {name} rows behind the last are not zero")
+        different = np.argwhere(units[:, :, :n] != wanted[:, :, :n])
+        unsure = rounding if name == "k" else np.zeros((x.shape[1], x.shape[3]))
+        if len(different) and not _near_boundaries(different, units, x, fmt, unsure):
+            failures.append(f"pack: {len(different)} {name} units differ")
+        scales = np.array(getattr(got, f"{name}_scales")[:, :, :n].view(mx.uint16)).astype(int)
+        wanted = np.array(getattr(want, f"{name}_scales")[:, :, :n].view(mx.uint16)).astype(int)
+        if np.abs(scales - wanted).max(initial=0) > SCALE_ULPS and not len(different):
+            failures.append(f"pack: {name} scales differ by {np.abs(scales - wanted).max()} ulps")
+        if np.any(_sizes(scales) > _loudest(wanted, unsure)):
+            failures.append(f"pack: {name} rows of nothing have scales of more than rounding")
+
+
+def _sizes(bits: np.ndarray) -> np.ndarray:
+    return bits.astype(np.uint16).view(np.float16).astype(np.float64)
+
+
+def _loudest(wanted: np.ndarray, unsure: np.ndarray) -> np.ndarray:
+    """What a scale may be where the reference's is zero: what a row's dims may be off by together."""
+    off = np.linalg.norm(unsure, axis=-1)[:, None, None]
+    return np.where(wanted == 0, off, np.inf)
+
+
+def _anchor_rounding(centre: Centre) -> np.ndarray:
+    """By how much float32 may leave each dim of an anchor unsure: [H, head_dim].
+
+    An anchor is a product of mu and a cosine plus one of its pair's dim and a sine. Compilers fuse
+    one product and the sum, or do not: what is rounded, and so the result, differs by an ulp of
+    the product and of the sum. A key that is nothing but its anchor keeps no more than the
+    rounding of half precision, or of float32, and there such an ulp makes a code.
+    """
+    mu = np.abs(np.array(centre.mu, np.float64))
+    first, second = centre.turning.pairs()
+    other = np.empty_like(mu)
+    other[:, first], other[:, second] = mu[:, second], mu[:, first]
+    return 2.0**-23 * (mu + other)
+
+
+def _near_boundaries(different, units, x, fmt, unsure) -> bool:
+    """Whether every unit that differs holds a value next to a decision boundary.
+
+    Args:
+        unsure: how far a dim of a row may be off before the rotation, [H, head_dim]. No rotated
+            value is off by more than their norm.
+    """
+    if not fmt.is_turbo:
+        return False
+    dim, width = x.shape[-1], fmt.group_width(x.shape[-1])
+    rotation = rotation_matrix(rotation_width(dim)).astype(np.float64)
+    rows = np.array(x.astype(mx.float32)).astype(np.float64)
+    y = (rows.reshape(*rows.shape[:-1], -1, len(rotation)) @ rotation.T).reshape(rows.shape)
+    per_unit = dim // units.shape[-1]
+    thresholds = boundaries(fmt.bits, width).astype(np.float64)
+    for *row, unit in different:
+        first = unit * per_unit // width * width
+        group = y[(*row, slice(first, first + width))]
+        raw = np.sqrt((group**2).mean())
+        off = np.linalg.norm(
+            unsure[row[1]][first // len(rotation) * len(rotation) :][: len(rotation)]
+        )
+        if raw <= off:  # nothing but what is unsure
+            if off == 0:
+                return False
+            continue
+        near = y[(*row, slice(unit * per_unit, (unit + 1) * per_unit))] / raw
+        if np.abs(near[:, None] - thresholds).min() > BOUNDARY + off / raw:
+            return False
+    return True
+
+
+def _decode(case: Case, packed: PackedKV, rng, backend: str, failures: list[str]) -> dict:
+    """Attention of the case's queries against float64 over the dequantised rows, for DRAWS queries."""
+    batch, n_kv_heads, gqa = case.heads
+    n_heads, dtype = n_kv_heads * gqa, getattr(mx, case.dtype)
+    causal = case.edge == "causal" and case.n_queries <= packed.n_tokens
+    sinks = starts = None
+    if case.edge == "starts":
+        starts = mx.array(_starts(case, packed.n_tokens))
+    scale = case.dims[0] ** -0.5
+    seen = _seen(case.n_queries, packed.n_tokens, causal, starts, batch)
+    with ON_CPU:
+        rows = reference.dequantize(packed, mx.float32)
+        keys, values = (mx.repeat(x, gqa, axis=1) for x in rows)
+    plain = mx.float16 if case.dtype == "float32" else dtype
+    errors, ratios = [], []
+    for _ in range(DRAWS[case.dtype]):
+        queries = _noise(rng, (batch, n_heads, case.n_queries, case.dims[0]), dtype)
+        if case.edge == "sinks":
+            sinks = _noise(rng, (n_heads,), dtype)
+        output = decode.decode(
+            queries, packed, scale, causal, sinks, starts, backend=backend, splits=case.splits
+        )
+        truth = _attention64(queries, keys, values, scale, seen, sinks)
+        with ON_CPU:
+            low = _attention(queries, keys, values, scale, seen, sinks, plain)
+        errors.append(_relative_error(output, truth))
+        ratios.append(
+            errors[-1] / max(_relative_error(low, truth), ROUNDING[case.dtype] / ERROR_RATIO)
+        )
+    ratio = float(np.exp(np.log(np.maximum(ratios, 1e-9)).mean()))
+    if not (ratio <= ERROR_RATIO and max(ratios) <= MOST_ERROR_RATIO):
+        failures.append(
+            f"decode: relative errors {', '.join(f'{error:.2e}' for error in errors)} are "
+            f"{', '.join(f'{r:.2f}' for r in ratios)} times what is common"
+        )
+    return {"decode_error": max(errors), "decode_ratio": ratio}
+
+
+def _noise(rng, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    return mx.array(rng.standard_normal(shape).astype(np.float32)).astype(dtype)
+
+
+def _seen(n_queries: int, n: int, causal: bool, starts, batch: int) -> np.ndarray:
+    """Which token each query of each sequence sees: [B, 1, L, n]."""
+    seen = np.ones((batch, 1, n_queries, n), bool)
+    if causal:
+        seen &= np.arange(n) <= np.arange(n - n_queries, n)[:, None]
+    if starts is not None:
+        seen &= np.arange(n) >= np.array(starts)[:, None, None, None]
+    return seen
+
+
+def _attention64(queries, keys, values, scale, seen, sinks) -> np.ndarray:
+    """The oracle; a query that sees nothing gets zeros."""
+    q, k, v = (np.array(x.astype(mx.float32)).astype(np.float64) for x in (queries, keys, values))
+    scores = np.where(seen, q @ k.swapaxes(-1, -2) * scale, -np.inf)
+    top = np.maximum(scores.max(axis=-1, keepdims=True), -1e30)
+    if sinks is not None:
+        sink = np.array(sinks.astype(mx.float32)).astype(np.float64)[:, None, None]
+        top = np.maximum(top, sink)
+    weights = np.exp(scores - top)
+    total = weights.sum(axis=-1, keepdims=True)
+    if sinks is not None:
+        total = total + np.exp(sink - top)
+    return weights @ v / np.where(total == 0, 1, total)
+
+
+def _attention(queries, keys, values, scale, seen, sinks, dtype) -> mx.array:
+    """Attention in plain ops at a low precision."""
+    q, k, v = (x.astype(dtype) for x in (queries, keys, values))
+    scores = mx.where(mx.array(seen), (q * scale) @ mx.swapaxes(k, -1, -2), mx.array(-1e4, dtype))
+    if sinks is not None:
+        sink = mx.broadcast_to(sinks.astype(dtype)[:, None, None], (*scores.shape[:3], 1))
+        scores = mx.concatenate([scores, sink], axis=-1)
+    weights = mx.softmax(scores, axis=-1)[..., : k.shape[2]]
+    return mx.where(mx.array(seen.any(axis=-1, keepdims=True)), weights, 0) @ v
+
+
+def _relative_error(output: mx.array, truth: np.ndarray) -> float:
+    got = np.array(output.astype(mx.float32)).astype(np.float64)
+    norm = np.linalg.norm(truth)
+    return float(np.linalg.norm(got - truth) / (norm or 1.0))
+
+
+def _rows(packed: PackedKV, backend: str, failures: list[str]) -> None:
+    """Rows that the dequantize kernel gives, against the reference's."""
+    n_heads = (packed.body if packed.n_body else packed.tail).shape[1]
+    with ON_CPU:
+        expected = reference._rotated(packed.tiles, packed)
+    allowed = {"keys": ROWS_ATOL, "values": ROWS_ATOL}
+    if packed.centre is not None:  # sums of products in another order
+        allowed["keys"] += (
+            1e-6 * mx.abs(packed.centre.mu).max().item() * packed.layout.k_head_dim**0.5
+        )
+    first = n_heads // 2
+    got = dequantize.rotated_rows(packed, mx.float32, first, n_heads - first, backend)
+    for name, rows, want in zip(("keys", "values"), got, expected):
+        error = np.abs(np.array(rows) - np.array(want)[:, first:]).max()
+        if not error <= allowed[name]:
+            failures.append(f"dequantize: {name} differ by {error:.2e}")

@@ -1,0 +1,265 @@
+"""The kernels on the CPU: every case against float64, then the edges one by one."""
+
+from __future__ import annotations
+
+import kernel_cases
+import mlx.core as mx
+import numpy as np
+import pytest
+from kernel_cases import ALL_CASES, DIMS, FORMATS, Case, all_pairs, run_case
+from tiny_models import tiny_model
+
+from mlx_turbokv import make_prompt_cache
+from mlx_turbokv.attention import dispatch
+from mlx_turbokv.centring.centre import Centre, Turning
+from mlx_turbokv.errors import InputError
+from mlx_turbokv.kernels import assemble, backend, decode, dequantize, pack, reference
+from mlx_turbokv.kernels.packed import PackedKV
+from mlx_turbokv.quant import quantize
+from mlx_turbokv.quant.formats import KVFormat
+from mlx_turbokv.quant.layout import KVLayout
+from mlx_turbokv.quant.tiles import tiles_to_rows
+
+# half rows on the way through MLX's attention
+THROUGH_ROWS = 3e-3
+# logits of a sequence alone and in a batch, float32
+BATCH_LOGITS = 1e-4
+CASES_OF_TURBO2 = (
+    Case("q8_0", "turbo2", (128, 128)),
+    Case("turbo2", "turbo3", (64, 64), tokens=(32, 33), splits=2),
+)
+
+
+@pytest.fixture
+def host(metal_host, monkeypatch):
+    """The launchers' Metal kernels run on the CPU."""
+    monkeypatch.setattr(assemble, "factory", metal_host.metal_kernel)
+    return metal_host
+
+
+@pytest.mark.parametrize("case", ALL_CASES, ids=str)
+def test_case_agrees_with_float64(host, case: Case) -> None:
+    assert run_case(case, "metal")["failures"] == []
+
+
+@pytest.mark.parametrize("case", CASES_OF_TURBO2, ids=str)
+def test_tables_as_large_as_on_nvidia_agree_too(host, monkeypatch, case: Case) -> None:
+    """Apple's kernels have no table whose entries are four codes."""
+    text = assemble.header_text
+
+    def header(file: str, backend: str) -> str:
+        return text(file, backend).replace("keys ? 1024 : 512;", "keys ? 4096 : 2048;")
+
+    assert header("decode.metal", "metal") != text("decode.metal", "metal")
+    monkeypatch.setattr(assemble, "header_text", header)
+    caches = assemble._build, decode._launch, decode._call
+    for cached in caches:
+        cached.cache_clear()
+    try:
+        assert run_case(case, "metal")["failures"] == []
+    finally:
+        for cached in caches:
+            cached.cache_clear()
+
+
+def test_cases_hold_every_pair_of_formats_and_dims() -> None:
+    pairs = {(case.k_format, case.v_format) for case in kernel_cases.PAIRS}
+    assert pairs == {(k, v) for k in FORMATS for v in FORMATS}
+    assert {case.dims for case in kernel_cases.PAIRS} == set(DIMS)
+
+
+def test_all_pairs_covers_every_pair() -> None:
+    values = {"a": (0, 1, 2), "b": (0, 1), "c": (0, 1, 2, 3)}
+    rows = all_pairs(values)
+    for x, y in (("a", "b"), ("a", "c"), ("b", "c")):
+        found = {(row[x], row[y]) for row in rows}
+        assert found == {(p, q) for p in values[x] for q in values[y]}
+
+
+def test_rows_of_nothing_but_an_anchor_may_hold_its_rounding_and_no_more() -> None:
+    layout = _layout("turbo4", "turbo3", dtype="float32")
+    mu = 4 * np.random.default_rng(5).standard_normal((2, 64)).astype(np.float32)
+    centre = Centre(mx.array(mu), Turning.of_rope(64, 64, False, 1e4), "test")
+    at = {"centre": centre, "first": 0, "padding": None}
+    keys = centre.rows(0, 40, None)
+    values = _rows((1, 2, 40, 64), dtype=mx.float32)
+    noise = _rows((1, 2, 40, 64), 6, mx.float32)
+
+    def failures(size: float) -> list[str]:
+        found: list[str] = []
+        tiles = reference.pack(keys + size * noise, values, layout, **at)
+        kernel_cases._check_pack(tiles, keys, values, layout, found, at)
+        return found
+
+    assert failures(1e-7) == []
+    assert any("units differ" in text or "of nothing" in text for text in failures(1e-3))
+
+
+def _layout(k: str, v: str, dim: int = 64, dtype: str = "float16") -> KVLayout:
+    return KVLayout(KVFormat.parse(k), KVFormat.parse(v), dim, dim, dtype)
+
+
+def _rows(shape: tuple[int, ...], seed: int = 0, dtype: mx.Dtype = mx.float16) -> mx.array:
+    rng = np.random.default_rng(seed)
+    return mx.array(rng.standard_normal(shape).astype(np.float32)).astype(dtype)
+
+
+@pytest.mark.parametrize("pair", [("q8_0", "turbo3"), ("turbo2", "q8_0")])
+def test_broken_values_stay_in_their_row(host, pair) -> None:
+    layout = _layout(*pair)
+    keys, values = np.array(_rows((1, 1, 5, 64))), np.array(_rows((1, 1, 5, 64), 1))
+    clean = pack.pack(mx.array(keys), mx.array(values), layout)
+    keys[0, 0, 1, 3], values[0, 0, 3, 40] = np.nan, np.inf
+    k, v = reference.dequantize(
+        PackedKV(layout, None, 0, pack.pack(mx.array(keys), mx.array(values), layout), 5),
+        mx.float32,
+    )
+    clean_k, clean_v = reference.dequantize(PackedKV(layout, None, 0, clean, 5), mx.float32)
+    for rows, clean_rows, broken in ((k, clean_k, 1), (v, clean_v, 3)):
+        assert not np.isfinite(np.array(rows)[0, 0, broken]).all()
+        others = [i for i in range(5) if i != broken]
+        np.testing.assert_array_equal(
+            np.array(rows)[0, 0, others], np.array(clean_rows)[0, 0, others]
+        )
+
+
+def test_scales_saturate_and_zeros_stay_zero(host) -> None:
+    layout = _layout("q8_0", "turbo2", dtype="float32")
+    rows = mx.stack([mx.full((64,), 1e9), mx.zeros((64,))])[None, None]
+    got = tiles_to_rows(pack.pack(rows, rows, layout), layout)
+    for scales in (got.k_scales, got.v_scales):
+        assert (np.array(scales)[0, 0, 0] == 65504).all()
+        assert (np.array(scales)[0, 0, 1] == 0).all()
+
+
+@pytest.mark.parametrize("rule", quantize.SCALE_RULES)
+def test_scale_rules_equal_the_reference(host, monkeypatch, rule) -> None:
+    monkeypatch.setattr(quantize, "K_SCALE_RULE", rule)
+    monkeypatch.setattr(quantize, "V_SCALE_RULE", rule)
+    layout = _layout("turbo3", "turbo2:32")
+    keys, values = _rows((1, 1, 7, 64)), _rows((1, 1, 7, 64), 1)
+    got = tiles_to_rows(pack.pack(keys, values, layout), layout)
+    expected = tiles_to_rows(reference.pack(keys, values, layout), layout)
+    for scales, wanted in ((got.k_scales, expected.k_scales), (got.v_scales, expected.v_scales)):
+        np.testing.assert_allclose(np.array(scales), np.array(wanted), rtol=2**-10)
+
+
+@pytest.mark.parametrize("mask", [None, "causal", "bool", "additive"])
+def test_many_queries_go_through_rows(host, mask) -> None:
+    layout = _layout("turbo4", "turbo3")
+    keys, values = _rows((1, 2, 40, 64)), _rows((1, 2, 40, 64), 1)
+    queries = _rows((1, 4, 12, 64), 2)
+    packed = PackedKV(layout, None, 0, pack.pack(keys, values, layout), 40)
+    if mask == "bool":
+        mask = mx.array(np.random.default_rng(3).random((1, 1, 12, 40)) > 0.3)
+    elif mask == "additive":
+        mask = _rows((1, 4, 12, 40), 4)
+    got = dispatch.attention(queries, packed, 0.125, mask, backend=backend.select_backend("metal"))
+    expected = reference.attention(queries.astype(mx.float32), packed, 0.125, mask)
+    error = mx.linalg.norm(got.astype(mx.float32) - expected) / mx.linalg.norm(expected)
+    assert error.item() <= THROUGH_ROWS
+
+
+def test_few_queries_with_a_mask_and_starts(host) -> None:
+    layout = _layout("q8_0", "turbo2")
+    packed = PackedKV(
+        layout, None, 0, pack.pack(_rows((2, 1, 20, 64)), _rows((2, 1, 20, 64), 1), layout), 20
+    )
+    queries, starts = _rows((2, 2, 10, 64), 2), mx.array([0, 7], mx.int32)
+    got = dispatch.attention(
+        queries, packed, 0.125, "causal", starts=starts, backend=backend.select_backend("metal")
+    )
+    seen = np.arange(20) <= np.arange(10, 20)[:, None]
+    seen = seen & (np.arange(20) >= np.array([0, 7])[:, None, None, None])
+    expected = reference.attention(queries.astype(mx.float32), packed, 0.125, mx.array(seen))
+    assert mx.abs(got.astype(mx.float32) - expected).max().item() <= THROUGH_ROWS
+
+
+def test_kv_heads_go_in_slices(host, monkeypatch) -> None:
+    layout = _layout("turbo4", "q8_0")
+    packed = PackedKV(
+        layout, None, 0, pack.pack(_rows((1, 3, 33, 64)), _rows((1, 3, 33, 64), 1), layout), 33
+    )
+    queries = _rows((1, 6, 9, 64), 2)
+    whole = dispatch.attention(
+        queries, packed, 0.125, "causal", backend=backend.select_backend("metal")
+    )
+    host.launches.clear()
+    monkeypatch.setattr(dispatch, "TRANSIENT_BYTES", 33 * 128 * 2)  # one head
+    sliced = dispatch.attention(
+        queries, packed, 0.125, "causal", backend=backend.select_backend("metal")
+    )
+    assert len(host.launches) == 3
+    assert mx.abs(whole - sliced).max().item() <= THROUGH_ROWS
+
+
+@pytest.mark.parametrize(("splits", "launches"), [(None, 2), (2, 3)])
+def test_a_decode_step_is_two_launches_or_three(host, splits: int | None, launches: int) -> None:
+    layout = _layout("q8_0", "turbo2")
+    host.launches.clear()
+    tail = pack.pack(_rows((1, 1, 3, 64)), _rows((1, 1, 3, 64), 1), layout)
+    packed = PackedKV(layout, None, 0, tail, 3)
+    decode.decode(_rows((1, 4, 1, 64), 2), packed, 0.125, splits=splits)
+    # mlx-lm's f16 cache: two slice updates and attention
+    assert len(host.launches) == launches
+
+
+def test_many_tokens_are_split_and_few_are_not() -> None:
+    assert decode.n_splits(decode.MOST_WHOLE_TILES, 8) == 1
+    for n_tiles in (decode.MOST_WHOLE_TILES + 1, 1000, 4096):
+        for n_groups in range(1, 300):
+            splits = decode.n_splits(n_tiles, n_groups)
+            assert 1 <= splits and (splits == 1 or splits * n_groups <= decode.FULL_WAVE)
+            assert splits == 1 or n_tiles >= (splits - 1) * decode.MIN_SPLIT_TILES
+
+
+def test_a_padded_batch_decodes_from_packed_rows(host) -> None:
+    model = tiny_model("llama", num_hidden_layers=2)
+    prompts, new = ([1, 2, 3, 4, 5], list(range(20))), mx.array([[7, 8], [9, 10]])
+    singles = [make_prompt_cache(model, "q8_0", "turbo3", backend="metal") for _ in prompts]
+    for prompt, caches in zip(prompts, singles):
+        model(mx.array([prompt]), cache=caches)
+    batch = [type(pair[0]).merge(list(pair)) for pair in zip(*singles)]
+    host.launches.clear()
+    got = model(new, cache=batch)
+    mx.eval(got)
+    names = [launch.name for launch in host.launches]
+    assert sum("decode_partial" in name for name in names) == 2
+    # K and V that nobody reads are never launched on a GPU; here every launch runs at once
+    assert len(host.launches) - sum("dequantize" in name for name in names) == 2 * 2
+    for row, caches in enumerate(singles):
+        alone = model(new[row : row + 1], cache=caches)
+        assert mx.abs(got[row] - alone[0]).max().item() <= BATCH_LOGITS
+
+
+def test_dequantize_gives_the_original_basis(host) -> None:
+    layout = _layout("turbo6", "turbo5")
+    packed = PackedKV(
+        layout, None, 0, pack.pack(_rows((1, 1, 9, 64)), _rows((1, 1, 9, 64), 1), layout), 9
+    )
+    for got, expected in zip(
+        dequantize.dequantize(packed, mx.float32), reference.dequantize(packed, mx.float32)
+    ):
+        assert mx.abs(got - expected).max().item() <= 1e-5
+
+
+def test_forced_backend_that_is_missing_is_an_error(monkeypatch) -> None:
+    monkeypatch.setattr(assemble, "factory", None)
+    missing = next(b for b in ("metal", "cuda") if b not in backend.available_backends())
+    with pytest.raises(InputError, match=missing):
+        backend.select_backend(missing)
+    monkeypatch.setenv(backend.ENVIRONMENT, missing)
+    with pytest.raises(InputError, match=missing):
+        backend.select_backend()
+    with pytest.raises(InputError, match="accepted are auto, metal, cuda, reference"):
+        backend.select_backend("opencl")
+
+
+def test_uncovered_dims_are_an_error_when_forced_and_said_once_otherwise(host) -> None:
+    layout = _layout("f16", "f16", 640)
+    rows = _rows((1, 1, 2, 640))
+    with pytest.raises(InputError, match="k_head_dim 640"):
+        backend.select_backend("metal").pack(rows, rows, layout)
+    with pytest.warns(UserWarning, match="k_head_dim 640"):
+        tiles = backend.select_backend("auto").pack(rows, rows, layout)
+    np.testing.assert_array_equal(np.array(tiles), np.array(reference.pack(rows, rows, layout)))

@@ -1,0 +1,267 @@
+"""GGUF files against the gguf package's values and against mlx-lm models of the same weights."""
+
+from __future__ import annotations
+
+import struct
+
+import gguf
+import mlx.core as mx
+import numpy as np
+import pytest
+from gguf_files import (
+    HEAD_DIM,
+    LAYERS,
+    gguf_name,
+    load,
+    logits,
+    small_model,
+    write_gguf,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_turbokv.errors import InputError
+from mlx_turbokv.loading.gguf.model import model_from_gguf
+from mlx_turbokv.loading.gguf.reader import config_from_gguf, open_gguf
+from mlx_turbokv.loading.gguf.repack import BITS, repack
+
+Kind = gguf.GGMLQuantizationType
+LOGITS_TOLERANCE = 2e-5  # float32 sums in another order
+ARCHITECTURES = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "phi3": {},
+}
+
+
+def _same_logits(path, weights, architecture, **overrides):
+    model, _ = model_from_gguf(open_gguf(path), packed=False, dtype=mx.float32)
+    expected, _ = small_model(architecture, **overrides)
+    load(expected, weights)
+    want = logits(expected)
+    np.testing.assert_allclose(logits(model), want, atol=LOGITS_TOLERANCE * np.abs(want).max())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_logits_equal_the_model_built_from_the_same_weights(tmp_path, architecture, tied):
+    _, weights = small_model(architecture, tie_word_embeddings=tied)
+    path = write_gguf(tmp_path / "m.gguf", architecture, weights)
+    _same_logits(path, weights, architecture, tie_word_embeddings=tied)
+
+
+def test_llama_biases_of_q_k_v_alone(tmp_path):
+    _, weights = small_model("llama", attention_bias=True)
+    weights = {k: np.zeros_like(v) if k.endswith("o_proj.bias") else v for k, v in weights.items()}
+    stored = {k: v for k, v in weights.items() if not k.endswith("o_proj.bias")}
+    path = write_gguf(tmp_path / "m.gguf", "llama", stored)
+    _same_logits(path, weights, "llama", attention_bias=True)
+
+
+def test_linear_rope_scaling(tmp_path):
+    _, weights = small_model("llama")
+    fields = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
+    path = write_gguf(tmp_path / "m.gguf", "llama", weights, fields=fields)
+    _same_logits(path, weights, "llama", rope_scaling={"type": "linear", "factor": 4.0})
+
+
+def test_yarn_rope_scaling(tmp_path):
+    _, weights = small_model("qwen2")
+    fields = {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": 4.0,
+        "rope.scaling.original_context_length": 128,
+    }
+    path = write_gguf(tmp_path / "m.gguf", "qwen2", weights, fields=fields)
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+    _same_logits(path, weights, "qwen2", rope_scaling=yarn)
+
+
+def test_llama3_factors_are_the_ones_of_mlx_lm(tmp_path):
+    scaling = {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }  # fmt: skip
+    model, weights = small_model("llama", rope_scaling=scaling)
+    plain = 5000.0 ** (np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+    factors = (np.array(model.layers[0].self_attn.rope._freqs) / plain).astype(np.float32)
+    assert factors.max() > 7  # the long wavelengths are stretched, or this tests nothing
+    extra = {"rope_freqs.weight": factors}
+    path = write_gguf(tmp_path / "m.gguf", "llama", weights, extra_tensors=extra)
+    _same_logits(path, weights, "llama", rope_scaling=scaling)
+
+
+def test_longrope_factors_of_phi3(tmp_path):
+    long = np.linspace(1, 9, HEAD_DIM // 2, dtype=np.float32)
+    short = np.linspace(1, 2, HEAD_DIM // 2, dtype=np.float32)
+    scaling = {"type": "longrope", "long_factor": long.tolist(), "short_factor": short.tolist()}
+    overrides = {"rope_scaling": scaling, "original_max_position_embeddings": 128}
+    _, weights = small_model("phi3", **overrides)
+    path = write_gguf(
+        tmp_path / "m.gguf",
+        "phi3",
+        weights,
+        fields={"rope.scaling.original_context_length": 128},
+        extra_tensors={"rope_factors_long.weight": long, "rope_factors_short.weight": short},
+    )
+    _same_logits(path, weights, "phi3", **overrides)
+
+
+@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1, Kind.Q8_0, Kind.Q5_0, Kind.F16, Kind.BF16])
+def test_packed_model_computes_with_the_values_of_the_gguf_package(tmp_path, kind):
+    _, weights = small_model("llama")
+    matrices = [n for n, v in weights.items() if v.ndim == 2]
+    path = write_gguf(tmp_path / "m.gguf", "llama", weights, {n: kind for n in matrices})
+    packed, config = model_from_gguf(open_gguf(path), packed=True, dtype=mx.float32)
+    assert ("quantization" in config) == (kind.name in BITS)
+    decoded = {
+        n: gguf.quants.dequantize(gguf.quants.quantize(v, kind), kind) if n in matrices else v
+        for n, v in weights.items()
+    }
+    expected, _ = small_model("llama")
+    load(expected, decoded)
+    want = logits(expected)
+    np.testing.assert_allclose(logits(packed), want, atol=1e-4 * np.abs(want).max())
+
+
+def _affine(words, scales, biases, bits):
+    per_word = 32 // bits
+    shifts = np.arange(per_word, dtype=np.uint64) * bits
+    codes = (words.astype(np.uint64)[..., None] >> shifts) & ((1 << bits) - 1)
+    codes = codes.reshape(words.shape[0], -1, 32).astype(np.float64)
+    values = codes * scales.astype(np.float64)[..., None] + biases.astype(np.float64)[..., None]
+    return values.reshape(words.shape[0], -1)
+
+
+@pytest.mark.parametrize("kind", sorted(BITS))
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 3), blocks=st.integers(1, 3))
+def test_repacked_codes_are_the_gguf_package_s_values(kind, seed, rows, blocks):
+    block, block_bytes = gguf.GGML_QUANT_SIZES[Kind[kind]]
+    rng = np.random.default_rng(seed)
+    raw = rng.integers(0, 256, (rows, blocks, block_bytes), dtype=np.uint8)
+    n_scales = 1 if kind in ("Q4_0", "Q8_0") else 2
+    halves = rng.normal(0, 0.1, (rows, blocks, n_scales)).astype(np.float16)
+    raw[..., : 2 * n_scales] = halves.view(np.uint8)
+    raw = raw.reshape(rows, -1)
+    want = gguf.quants.dequantize(raw, Kind[kind]).astype(np.float64)
+    got = _affine(*repack(raw, kind, np.float32), BITS[kind])
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6 * np.abs(want).max())
+
+
+def test_repacked_words_are_read_so_by_mlx():
+    rng = np.random.default_rng(3)
+    raw = gguf.quants.quantize(rng.normal(size=(4, 64)).astype(np.float32), Kind.Q4_1)
+    words, scales, biases = (mx.array(x) for x in repack(raw, "Q4_1", np.float32))
+    got = np.array(mx.dequantize(words, scales, biases, group_size=32, bits=4))
+    np.testing.assert_allclose(got, gguf.quants.dequantize(raw, Kind.Q4_1), atol=1e-6)
+
+
+def test_config_carries_the_hyperparameters(tmp_path):
+    _, weights = small_model("qwen3")
+    config = config_from_gguf(open_gguf(write_gguf(tmp_path / "m.gguf", "qwen3", weights)))
+    assert config["num_hidden_layers"] == LAYERS
+    assert config["rope_theta"] == 5000.0
+    assert config["tie_word_embeddings"] is False
+    assert config["max_position_embeddings"] == 512
+
+
+def test_unknown_architecture(tmp_path):
+    _, weights = small_model("llama")
+    path = write_gguf(tmp_path / "m.gguf", "gptneox", weights)
+    with pytest.raises(InputError, match="'gptneox'; accepted are llama, qwen2, qwen3, phi3"):
+        open_gguf(path)
+
+
+def test_a_missing_tensor_is_named(tmp_path):
+    _, weights = small_model("llama")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    path = write_gguf(tmp_path / "m.gguf", "llama", weights)
+    with pytest.raises(InputError, match="lacks model.layers.1.mlp.up_proj.weight"):
+        model_from_gguf(open_gguf(path))
+
+
+def test_a_tensor_too_many_is_named(tmp_path):
+    _, weights = small_model("llama")
+    extra = {"blk.0.ffn_gate_inp.weight": np.ones((4, 4), np.float32)}
+    path = write_gguf(tmp_path / "m.gguf", "llama", weights, extra_tensors=extra)
+    with pytest.raises(InputError, match="ffn_gate_inp"):
+        model_from_gguf(open_gguf(path))
+
+
+def test_a_tensor_of_another_shape_is_named(tmp_path):
+    _, weights = small_model("llama")
+    weights["model.layers.0.mlp.up_proj.weight"] = np.ones((8, 64), np.float32)
+    path = write_gguf(tmp_path / "m.gguf", "llama", weights)
+    with pytest.raises(InputError, match="up_proj"):
+        model_from_gguf(open_gguf(path))
+
+
+def test_an_unsupported_tensor_type_is_named(tmp_path):
+    _, weights = small_model("llama")
+    del weights["model.norm.weight"]
+    extra = {"output_norm.weight": np.ones(64, np.int32)}
+    path = write_gguf(tmp_path / "m.gguf", "llama", weights, extra_tensors=extra)
+    with pytest.raises(InputError, match="output_norm.weight .* has the type I32"):
+        model_from_gguf(open_gguf(path))
+
+
+def test_a_type_that_the_gguf_package_does_not_know(tmp_path):
+    _, weights = small_model("llama")
+    path = write_gguf(tmp_path / "m.gguf", "llama", weights)
+    data = bytearray(path.read_bytes())
+    name = gguf_name("model.norm.weight").encode()
+    kind_at = data.index(struct.pack("<Q", len(name)) + name) + 8 + len(name) + 4 + 8
+    data[kind_at : kind_at + 4] = struct.pack("<I", 999)
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="unknown type 999"):
+        open_gguf(path)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(InputError, match="no GGUF file at"):
+        open_gguf(tmp_path / "absent.gguf")
+
+
+def test_not_a_gguf_file(tmp_path):
+    path = tmp_path / "m.gguf"
+    for content in (b"", b"GG", b"PK\x03\x04" + bytes(100)):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="not a GGUF file"):
+            open_gguf(path)
+
+
+@settings(deadline=None, max_examples=40)
+@given(share=st.floats(0.0, 1.0, exclude_max=True))
+def test_every_truncation_is_one_clear_error(tmp_path_factory, share):
+    path = _intact(tmp_path_factory)
+    data = path.read_bytes()
+    cut = path.with_name("cut.gguf")
+    cut.write_bytes(data[: int(share * len(data))])
+    with pytest.raises(InputError):
+        open_gguf(cut)
+
+
+@settings(deadline=None, max_examples=60)
+@given(at=st.floats(0, 1), value=st.integers(0, 255))
+def test_a_changed_header_byte_opens_or_is_a_clear_error(tmp_path_factory, at, value):
+    path = _intact(tmp_path_factory)
+    data = bytearray(path.read_bytes())
+    data[int(at * 1500)] = value
+    damaged = path.with_name("damaged.gguf")
+    damaged.write_bytes(data)
+    try:
+        open_gguf(damaged)
+    except InputError:
+        return
+
+
+_files = {}
+
+
+def _intact(factory):
+    if "path" not in _files:
+        _, weights = small_model("llama")
+        _files["path"] = write_gguf(factory.mktemp("gguf") / "m.gguf", "llama", weights)
+    return _files["path"]

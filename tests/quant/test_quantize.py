@@ -1,0 +1,120 @@
+"""Quantised rows against NumPy in float64, published errors, and hostile values."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from mlx_turbokv import KVFormat
+from mlx_turbokv.quant import quantize
+from mlx_turbokv.quant.codebook import codebook
+from mlx_turbokv.quant.rotation import rotation_matrix, rotation_width
+
+NAMES = ("q8_0", "turbo2", "turbo3", "turbo4", "turbo5", "turbo6", "turbo3:32")
+# relative MSE of unit vectors, d = 128, after the rotation: raw, matched, least squares
+PUBLISHED_MSE = {
+    2: {"raw": 0.1160, "matched": 0.1188, "least_squares": 0.1152},
+    3: {"raw": 0.0340, "matched": 0.0338, "least_squares": 0.0335},
+    4: {"raw": 0.00932, "matched": 0.00918, "least_squares": 0.00916},
+}
+Q8_MSE = 2.9e-5
+MSE_TOLERANCE = 0.02
+BOUNDARY = 1e-5  # a value this near a decision boundary may take either code
+
+
+def round_trip(x: np.ndarray, name: str, rule: str) -> np.ndarray:
+    fmt = KVFormat.parse(name)
+    units, scales = quantize.quantize(mx.array(x), fmt, rule)
+    return np.array(quantize.values(units, scales, fmt, x.shape[-1], mx.float32))
+
+
+def rotated(x: np.ndarray) -> np.ndarray:
+    width = rotation_width(x.shape[-1])
+    groups = x.astype(np.float64).reshape(*x.shape[:-1], -1, width)
+    return (groups @ rotation_matrix(width).astype(np.float64).T).reshape(x.shape)
+
+
+@pytest.mark.parametrize("bits", PUBLISHED_MSE)
+@pytest.mark.parametrize("rule", ["raw", "matched", "least_squares"])
+def test_turbo_error_is_the_published_one(bits, rule):
+    x = np.random.default_rng(bits).standard_normal((6000, 128)).astype(np.float32)
+    error = np.square(round_trip(x, f"turbo{bits}", rule) - rotated(x)).sum() / np.square(x).sum()
+    assert abs(error / PUBLISHED_MSE[bits][rule] - 1) < MSE_TOLERANCE
+
+
+def test_q8_0_error_is_the_published_one():
+    x = np.random.default_rng(0).standard_normal((6000, 128)).astype(np.float32)
+    error = np.square(round_trip(x, "q8_0", "raw") - x).sum() / np.square(x).sum()
+    assert abs(error / Q8_MSE - 1) < MSE_TOLERANCE
+
+
+@pytest.mark.parametrize("head_dim", [64, 72, 80, 256])
+@pytest.mark.parametrize("name", ["turbo2", "turbo4", "turbo5:32"])
+@pytest.mark.parametrize("rule", quantize.SCALE_RULES)
+def test_turbo_codes_and_scales_follow_the_rule(name, head_dim, rule):
+    fmt = KVFormat.parse(name)
+    width = fmt.group_width(head_dim)
+    x = np.random.default_rng(5).standard_normal((40, head_dim)).astype(np.float32)
+    result = round_trip(x, name, rule)
+    table = codebook(fmt.bits, width).astype(np.float64)
+    y = rotated(x)
+    for start in range(0, head_dim, width):
+        group, got = y[:, start : start + width], result[:, start : start + width]
+        raw = np.sqrt(np.square(group).mean(-1, keepdims=True))
+        nearest = np.abs((group / raw)[..., None] - table).argmin(-1)
+        c = table[nearest]
+        dot, cc, yy = (group * c).sum(-1), (c * c).sum(-1), (group * group).sum(-1)
+        scale = {
+            "raw": raw[:, 0],
+            "matched": np.sqrt(yy / cc),
+            "least_squares": dot / cc,
+            "unbiased": yy / dot,
+        }[rule]
+        assert np.abs(got - scale[:, None] * c).max() < 2e-3 * np.abs(y).max()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    hnp.arrays(np.float32, (3, 64), elements=st.floats(-6e4, 6e4, width=32, allow_subnormal=False)),
+    st.sampled_from(NAMES),
+)
+def test_error_is_bounded_and_zero_stays_zero(x, name):
+    x[0] = 0
+    fmt = KVFormat.parse(name)
+    expected = rotated(x) if fmt.is_turbo else x.astype(np.float64)
+    result = round_trip(x, name, "least_squares")
+    assert np.isfinite(result).all()
+    assert not result[0].any()
+    norm = np.linalg.norm(expected, axis=-1)
+    error = np.linalg.norm(result - expected, axis=-1)
+    assert (error <= (1 if fmt.bits == 2 else 0.9) * norm + 1e-4).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_non_finite_values_stay_in_their_row(name, bad):
+    x = np.random.default_rng(2).standard_normal((4, 64)).astype(np.float32)
+    clean = round_trip(x, name, "unbiased")
+    x[1, 17] = bad
+    result = round_trip(x, name, "unbiased")
+    assert np.isnan(result[1]).any()
+    assert np.array_equal(np.delete(result, 1, 0), np.delete(clean, 1, 0))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scales_beyond_fp16_saturate(name):
+    x = np.full((1, 64), 1e9, np.float32)
+    assert np.isfinite(round_trip(x, name, "unbiased")).all()
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
+def test_f16_rows_are_the_models_own_bits(dtype):
+    x = mx.random.normal((5, 64)).astype(dtype)
+    fmt = KVFormat.parse("f16")
+    units, scales = quantize.quantize(x, fmt, "raw")
+    assert scales.size == 0
+    assert mx.array_equal(quantize.values(units, scales, fmt, 64, dtype), x.astype(mx.float32))

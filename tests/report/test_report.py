@@ -1,0 +1,242 @@
+"""The report: its page stands alone, its parts are kept, its plots show what the records hold."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from characters import loaded
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_models import tiny_config, tiny_model
+
+from mlx_turbokv.cli import report
+from mlx_turbokv.errors import InputError
+
+pytest.importorskip("matplotlib")
+from mlx_turbokv.report import figures, page  # noqa: E402
+
+TEXT = " ".join(f"Sentence {i} says that {i} follows {i - 1}." for i in range(1, 120))
+LAYERS = 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A whole report of a tiny model."""
+    out = tmp_path_factory.mktemp("report")
+    (out / "text.txt").write_text(TEXT)
+    with pytest.MonkeyPatch.context() as patch:
+        result = _run(patch, out)
+    assert result.exception is None, result.output
+    return out
+
+
+def _run(patch, out, *more):
+    model = tiny_model("llama", num_hidden_layers=LAYERS, head_dim=64)
+    config = tiny_config("llama", num_hidden_layers=LAYERS, head_dim=64)
+    patch.setattr("mlx_turbokv.loading.models.load", lambda *a, **k: loaded(model, config))
+    arguments = ["--out", str(out), "--text", str(out / "text.txt"), "--quick", "-c", "64",
+                 "--needle-context", "700", "--depths", "1", "-p", "20", "-g", "2", "-n", "1",
+                 "--config", "q8_0/turbo2", "--config", "la-v7", *more]  # fmt: skip
+    return CliRunner().invoke(report.command, arguments)
+
+
+class Reader(HTMLParser):
+    """Collects tags, ids and everything that refers to somewhere."""
+
+    VOID = {"meta", "link", "br", "img", "input", "hr"}
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.ids, self.refers, self.open, self.text = [], [], [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        for name, value in attributes:
+            if name == "id":
+                self.ids.append(value)
+            if name in ("src", "href", "xlink:href", "srcset", "action", "data"):
+                self.refers.append(value)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def _read(html: str) -> Reader:
+    reader = Reader()
+    reader.feed(html)
+    assert reader.open == []
+    return reader
+
+
+def test_the_page_needs_nothing_beside_it(folder):
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    found = _read(html)
+    assert "script" not in found.tags and "link" not in found.tags and "img" not in found.tags
+    # Heatmaps are pictures within the page; everything else refers into it.
+    assert all(r.startswith(("#", "data:image/png;base64,")) for r in found.refers)
+    assert not re.search(r"url\((?!#)|@import", html)
+    assert len(found.ids) == len(set(found.ids))
+    assert {r[1:] for r in found.refers if r.startswith("#")} <= set(found.ids)
+
+
+def test_what_scrolls_sideways_can_be_reached_by_keyboard(folder):
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    boxes = re.findall(r'<div class="(?:scroll|plot)"[^>]*>', html)
+    assert len(boxes) > 8 and all('tabindex="0"' in box for box in boxes)
+
+
+def test_every_part_is_on_the_page_and_in_a_file(folder):
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    for part in ("summary", "quality", "needle", "memory", "speed", "origins"):
+        assert f'<section id="{part}">' in html
+    assert 'id="sensitivity"' not in html
+    record = json.loads((folder / "report.json").read_text())
+    for part in ("perplexity", "needle", "plan", "bench"):
+        assert json.loads((folder / f"{part}.json").read_text()) == record[part]
+    assert "prefers-color-scheme: dark" in html and "width=device-width" in html
+
+
+def test_the_pages_numbers_are_the_records(folder):
+    text = " ".join(_read((folder / "report.html").read_text(encoding="utf-8")).text)
+    record = json.loads((folder / "report.json").read_text())
+    for row in record["perplexity"]["results"][1:]:
+        assert f"{row['kld']['mean']:.5f}" in text and f"{row['bits_per_value']:.3f}" in text
+    for row in record["bench"]["rows"]:
+        assert f"{row['generation_tps']['median']:.1f}" in text
+
+
+def test_parts_measured_before_are_kept(folder, monkeypatch):
+    from mlx_turbokv.evaluate import needle, perplexity, speed
+
+    def refuse(*_, **__):
+        raise AssertionError("measured again")
+
+    for module, name in (
+        (needle, "ask"),
+        (perplexity, "_measure_window"),
+        (speed, "measure_point"),
+    ):
+        monkeypatch.setattr(module, name, refuse)
+    before = json.loads((folder / "report.json").read_text())
+    result = _run(monkeypatch, folder)
+    assert result.exception is None, result.output
+    assert json.loads((folder / "report.json").read_text()) == before
+
+
+def test_other_settings_are_measured_anew(folder, tmp_path, monkeypatch):
+    for name in ("text.txt", "perplexity.json", "needle.json", "plan.json", "bench.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    result = _run(monkeypatch, tmp_path, "-c", "32", "--skip", "needle", "--skip", "bench")
+    assert result.exception is None and "other settings (n_ctx)" in result.output
+    record = json.loads((tmp_path / "report.json").read_text())
+    assert record["perplexity"]["n_ctx"] == 32
+    assert record["needle"] is None and 'id="needle"' not in (tmp_path / "report.html").read_text()
+
+
+def test_a_calibration_adds_its_sensitivities(folder):
+    record = json.loads((folder / "report.json").read_text())
+    record["calibrate"] = _calibration()
+    html = page.build_page(record)
+    _read(html)
+    assert '<section id="sensitivity">' in html and "turbo5" in html
+
+
+def _calibration() -> dict:
+    formats = ("turbo3", "turbo5")
+    layer = {part: {f: {"mean": 1e-3, "se": 1e-5} for f in formats} for part in "kv"}
+    about = {
+        "n_windows": 2,
+        "n_ctx": 64,
+        "base": "f16/f16",
+        "text": {"name": "<text>", "sha256": "0"},
+    }
+    return {
+        "what": "calibration",
+        "calibration": about,
+        "sensitivity": {"layers": [layer] * LAYERS},
+    }
+
+
+def test_names_are_escaped(folder):
+    record = json.loads((folder / "report.json").read_text())
+    record["model"]["name"] = "<b>&model"
+    record["calibrate"] = _calibration()
+    html = page.build_page(record)
+    _read(html)
+    assert "<b>" not in html and "&lt;b&gt;&amp;model" in html and "&lt;text&gt;" in html
+
+
+def test_without_matplotlib_the_json_is_written(folder, tmp_path, monkeypatch):
+    for name in ("text.txt", "perplexity.json", "needle.json", "plan.json", "bench.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    result = _run(monkeypatch, tmp_path)
+    assert isinstance(result.exception, InputError) and "mlx_turbokv[plot]" in str(result.exception)
+    assert (tmp_path / "report.json").is_file() and not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--calibrate", "missing.json"], ["--out", __file__], ["--config", "q7/turbo2"]],
+)
+def test_bad_input_is_refused_before_a_model_is_loaded(arguments, tmp_path):
+    if "--out" not in arguments:
+        arguments = [*arguments, "--out", str(tmp_path / "r")]
+    assert isinstance(CliRunner().invoke(report.command, arguments).exception, InputError)
+
+
+@given(st.lists(st.tuples(st.floats(1, 16), st.floats(0, 1)), min_size=1, max_size=20))
+def test_the_front_is_what_nothing_beats_in_both(points):
+    front = figures.pareto_front(points)
+
+    def beaten(i):
+        return any(
+            (p[0] <= points[i][0] and p[1] < points[i][1])
+            or (p[0] < points[i][0] and p[1] <= points[i][1])
+            for p in points
+        )
+
+    kept = {points[i] for i in range(len(points)) if not beaten(i)}
+    assert {points[i] for i in front} == kept
+    assert front and list(np.diff([points[i][0] for i in front]) >= 0) == [True] * (len(front) - 1)
+
+
+@pytest.mark.parametrize("n", [1, 2, 30])
+def test_names_in_the_plot_do_not_cover_points(n):
+    rng = np.random.default_rng(n)
+    rows = [
+        {
+            "config": f"turbo{i}/turbo{i}", "bits_per_value": float(x),
+            "kld": {"mean": float(10 ** -x), "se": None},
+        }
+        for i, x in enumerate(rng.uniform(2, 9, n))
+    ]  # fmt: skip
+    drawn = figures.divergence_figure(rows).axes[0]
+    assert sorted(t.get_text() for t in drawn.texts) == sorted(r["config"] for r in rows)
+
+
+def test_parts_with_other_centring_are_measured_anew(folder, tmp_path, monkeypatch):
+    for name in ("text.txt", "perplexity.json", "plan.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    record = json.loads((tmp_path / "perplexity.json").read_text())
+    record["results"][1]["centred"] = "keys centred by something else"
+    (tmp_path / "perplexity.json").write_text(json.dumps(record))
+    result = _run(monkeypatch, tmp_path, "--skip", "needle", "--skip", "bench", "--no-centre")
+    assert result.exception is None, result.output
+    again = json.loads((tmp_path / "perplexity.json").read_text())
+    assert again["results"][1]["centred"] == "keys not centred"
