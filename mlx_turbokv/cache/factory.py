@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import os
 from typing import Any
 
@@ -14,6 +13,7 @@ from ..centring.choose import Choice
 from ..centring.references import References
 from ..errors import InputError
 from ..kernels.backend import select_backend
+from ..log import warn_once
 from ..model.kv_layers import KVLayer, KVLayers, kv_layers
 from ..model.shapes import hands_over, own_caches, put_cache
 from ..policy import Pair, Policy, Uniform, load_policy
@@ -23,9 +23,7 @@ from .rotating import TurboRotatingKVCache
 from .single import TurboKVCache
 from .summary import leaves
 
-logger = logging.getLogger("mlx_turbokv")
 KEPT_TOKENS = 4  # first tokens that stay when max_kv_size is reached; mlx-lm keeps as many
-_said: set[tuple[str, str]] = set()
 
 
 def make_prompt_cache(
@@ -168,10 +166,11 @@ class CacheFactory:
             sliding = KVLayers(sliding, [], self.layers.n_total)
             notes += Choice(model, sliding, False, policy).of(self.formats).notes
         for note in notes:
-            _say_once(model, note)
+            warn_once(note, type(model).__module__)
         self._hands_over = hands_over(model, _with_handles(self()))
         if max_kv_size is not None and all(x.window for x in self.layers.layers):
-            _say_once(model, "max_kv_size has no effect: no layer keeps all tokens in a KV cache.")
+            note = "max_kv_size has no effect: no layer keeps all tokens in a KV cache."
+            warn_once(note, type(model).__module__)
 
     def with_policy(self, policy: Policy) -> CacheFactory:
         """A factory for the same model under another policy, without looking at the model again.
@@ -258,10 +257,3 @@ def _as_policy(
         is_file = os.fspath(policy).lower().endswith(".json")
         return load_policy(policy) if is_file else load_policy(policy, k, v)
     raise InputError(f"Policy {policy!r} is not accepted: give a policy object or a name.")
-
-
-def _say_once(model: nn.Module, note: str) -> None:
-    key = (type(model).__module__, note)
-    if key not in _said:
-        _said.add(key)
-        logger.warning(note)

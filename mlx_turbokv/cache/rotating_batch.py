@@ -6,7 +6,6 @@ those that hold fewer; rows move as they are packed. As in mlx-lm, no first toke
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 import mlx.core as mx
@@ -16,6 +15,7 @@ from mlx_lm.models.base import create_causal_mask
 from ..errors import InputError
 from ..kernels.packed import PaddedCausal
 from ..kernels.tables import at_least_eight
+from ..log import warn_once
 from ..quant.formats import KVFormat
 from ..quant.layout import KVLayout
 from .base import PackedCache
@@ -23,8 +23,6 @@ from .padding import PaddedBatch, as_list, common_layout
 from .rotating import RotatingRows, TurboRotatingKVCache
 
 STATE_EXTRA = 5
-logger = logging.getLogger("mlx_turbokv")
-_said: set[str] = set()
 
 
 class BatchTurboRotatingKVCache(PaddedBatch, RotatingRows):
@@ -181,7 +179,7 @@ class BatchTurboRotatingKVCache(PaddedBatch, RotatingRows):
         """
         first, layout = caches[0], _layout_of(caches)
         if any(cache.keep for cache in caches):
-            _say_once("A batch keeps no first tokens: as in mlx-lm, they leave with the window.")
+            warn_once("A batch keeps no first tokens: as in mlx-lm, they leave with the window.")
         # what lies between kept tokens and the window is gone, so the kept ones go as well
         skipped = [c.keep + c._lost() if c.n_gone else 0 for c in caches]
         held = [c.n_rows - skip for c, skip in zip(caches, skipped)]
@@ -225,12 +223,6 @@ def _layout_of(caches: Sequence[RotatingRows]) -> KVLayout | None:
             f"{', '.join(map(str, windows))} tokens."
         )
     return common_layout(caches)
-
-
-def _say_once(note: str) -> None:
-    if note not in _said:
-        _said.add(note)
-        logger.warning(note)
 
 
 mlx_lm_cache.BatchTurboRotatingKVCache = BatchTurboRotatingKVCache  # load_prompt_cache looks there

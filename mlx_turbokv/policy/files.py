@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import InputError
+from ..files import write_text
 from ..quant.formats import KVFormat, as_format
 from .policies import LayerList
 
@@ -79,19 +79,9 @@ def write_layer_list(
         "layers": [{"k": str(as_format(k)), "v": str(as_format(v))} for k, v in pairs],
     }
     text = json.dumps(document, indent=1) + "\n"
-    temporary = None
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=path.name, delete=False
-        ) as file:
-            temporary = file.name
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_text(path, text)
     except OSError as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
         raise InputError(
             f"Policy file {str(path)!r} cannot be written: {error.strerror}."
         ) from None

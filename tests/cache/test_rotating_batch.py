@@ -27,7 +27,7 @@ from test_rotating_cache import (
     tokens,
 )
 
-from mlx_turbokv import InputError, TurboRotatingKVCache
+from mlx_turbokv import InputError, TurboRotatingKVCache, log
 from mlx_turbokv.cache.rotating import SLACK_TOKENS
 from mlx_turbokv.cache.rotating_batch import BatchTurboRotatingKVCache
 from mlx_turbokv.kernels import assemble
@@ -230,9 +230,8 @@ def test_masks_hide_what_mlx_lms_hide(lengths: tuple[int, int], n_tokens: int) -
 
 
 def test_a_batch_keeps_no_first_tokens_and_says_so(caplog) -> None:
-    from mlx_turbokv.cache import rotating_batch
 
-    rotating_batch._said.clear()
+    log._given.clear()
     with caplog.at_level(logging.WARNING, "mlx_turbokv"):
         batch = TurboRotatingKVCache.merge([filled(300, keep=4), filled(9, keep=4)])
         TurboRotatingKVCache.merge([filled(9, keep=4)])

@@ -38,6 +38,7 @@ from mlx_turbokv import (
     TurboKVCache,
     TurboRotatingKVCache,
     attach,
+    log,
     make_prompt_cache,
 )
 from mlx_turbokv.cache.rotating_batch import BatchTurboRotatingKVCache
@@ -328,8 +329,7 @@ def test_max_kv_size_leaves_own_windows_and_f16_layers_in_bounds() -> None:
 
 
 def test_max_kv_size_that_can_do_nothing_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    from mlx_turbokv.cache import factory as api
 
-    api._said.clear()
+    log._given.clear()
     make_prompt_cache(shared_model("deepseek_v3"), max_kv_size=40)
     assert "max_kv_size has no effect: no layer keeps all tokens in a KV cache." in caplog.messages

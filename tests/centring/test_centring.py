@@ -266,7 +266,7 @@ def test_references_of_other_heads_are_left_out():
 
 
 def test_large_biases_that_stay_are_named(caplog):
-    api._said.clear()
+    log._given.clear()
     with caplog.at_level(logging.WARNING, "mlx_turbokv"):
         caches(centre=False)
     norm = max(
@@ -274,7 +274,7 @@ def test_large_biases_that_stay_are_named(caplog):
         for x in model().layers
     )
     assert f"large bias (norm up to {norm:,.0f}, layers 0-2)" in caplog.text
-    api._said.clear()
+    log._given.clear()
     caplog.clear()
     with caplog.at_level(logging.WARNING, "mlx_turbokv"):
         caches(), caches(False, "q8_0")

@@ -1,0 +1,43 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: str | os.PathLike, prefix: str | None = None) -> Iterator[Path]:
+    """A temporary file in the folder of ``path`` that replaces it when the block succeeds.
+
+    Args:
+        path: the file to write. It stays as it is if the block raises.
+        prefix: of the temporary file's name; None takes the name of ``path``.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    path = Path(path)
+    handle, name = tempfile.mkstemp(path.suffix, prefix or f".{path.name}-", path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write ``text`` in UTF-8; the old file stays whole until the new one is complete.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
