@@ -15,7 +15,6 @@ from mlx_lm.models.cache import make_prompt_cache as mlx_lm_make_prompt_cache
 from tiny_models import tiny_model
 
 from mlx_turbokv import TurboKVCache, attach, detach, log, make_prompt_cache
-from mlx_turbokv.cache import factory as api_module
 from mlx_turbokv.errors import InputError
 from mlx_turbokv.model.kv_layers import kv_layers
 from mlx_turbokv.model.shapes import KVShape, probe_shapes
@@ -34,7 +33,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
     monkeypatch.setattr(log, "_given", set())
-    monkeypatch.setattr(api_module.logger, "handlers", [handler])
+    monkeypatch.setattr(log.logger, "handlers", [handler])
     return lines
 
 
