@@ -15,7 +15,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_turbokv.attention import dispatch
-from mlx_turbokv.centring.centre import Centre, Turning
+from mlx_turbokv.centring.centre import Centre
+from mlx_turbokv.centring.rope import RopeFrequencies
 from mlx_turbokv.kernels import dequantize, reference
 from mlx_turbokv.kernels.backend import Backend
 from mlx_turbokv.kernels.packed import PackedKV
@@ -95,8 +96,8 @@ def packed_attention(pair: str, x: Inputs, backend: Backend, how: str = "") -> V
     _, n_kv_heads, n, dim = x.keys.shape
     layout, centre, keys = layout_of(pair, dim), None, x.keys
     if how == "centred":
-        turning = Turning.of_rope(dim, dim, False, THETA)
-        centre = Centre(mx.random.normal((n_kv_heads, dim)), turning, "random")
+        rope = RopeFrequencies.from_arguments(dim, dim, False, THETA)
+        centre = Centre(mx.random.normal((n_kv_heads, dim)), rope, "random")
         keys = (keys + centre.rows(0, n)).astype(
             keys.dtype
         )  # as large without their centre as others

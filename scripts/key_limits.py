@@ -59,7 +59,7 @@ class Limits:
 
     def dims(self, layer: int) -> np.ndarray:
         """The two dims of each pair, [pairs, 2]."""
-        return np.stack(self.study.centres()[layer].turning.pairs(), axis=-1)
+        return np.stack(self.study.centres()[layer].rope.pairs(), axis=-1)
 
     def spread(self, layer: int, by_pair: np.ndarray) -> np.ndarray:
         """A value a pair, at both its dims: [H, pairs] to [H, head_dim]."""
@@ -183,10 +183,10 @@ class Limits:
         for size in BLOCKS:
             shares = []
             for layer, centre in self.study.centres().items():
-                first, second = centre.turning.pairs()
+                first, second = centre.rope.pairs()
                 mu = np.square(np.array(centre.mu, np.float64))
                 energy = (mu[:, first] + mu[:, second]).sum(axis=0)
-                left = np.stack(_left(np.array(centre.turning.angles), size))
+                left = np.stack(_left(np.array(centre.rope.angles), size))
                 shares.append(left @ energy / self.energies[True][layer].sum())
             mean, slope = np.mean(shares, axis=0)
             found.append({"block": size, "mean": float(mean), "mean_and_slope": float(slope)})

@@ -129,7 +129,7 @@ class Study:
         centres = self.centres()
         n = len(centres)
         if not bare:
-            centres = {i: Centre(c.mu, c.turning, c.source, c.n_sharing) for i, c in centres.items()}  # fmt: skip
+            centres = {i: Centre(c.mu, c.rope, c.source, c.n_sharing) for i, c in centres.items()}  # fmt: skip
         if not centred:
             centres = {}
 
@@ -208,7 +208,7 @@ def keys_of(study: Study, window: np.ndarray) -> list[mx.array]:
 
 def _pair_energy(x: mx.array, centre: Centre) -> np.ndarray:
     """Mean over tokens, the first left out: they are attention sinks. [heads, pairs]."""
-    first, second = centre.turning.pairs()
+    first, second = centre.rope.pairs()
     squares = np.array(mx.square(x[0, :, SINK_TOKENS:].astype(mx.float32)).mean(axis=1), np.float64)
     return squares[:, first] + squares[:, second]
 

@@ -61,7 +61,8 @@ def roles_of(record: dict) -> dict[str, dict]:
 
 def raw_index_policies(model, folder: Path, group: str) -> list[str]:
     """Files of the boundary policies as raw layer indices give them; none for pure attention."""
-    from mlx_turbokv.model.kv_layers import kv_layers, own_caches
+    from mlx_turbokv.model.caches import own_caches
+    from mlx_turbokv.model.kv_layers import kv_layers
     from mlx_turbokv.policy import load_policy
     from mlx_turbokv.policy.files import write_layer_list
 

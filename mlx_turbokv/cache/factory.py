@@ -14,8 +14,9 @@ from ..centring.references import References
 from ..errors import InputError
 from ..kernels.backend import select_backend
 from ..log import warn_once
+from ..model.caches import own_caches, put_cache
 from ..model.kv_layers import KVLayer, KVLayers, kv_layers
-from ..model.shapes import hands_over, own_caches, put_cache
+from ..model.probing import only_forwards_kv
 from ..policy import Pair, Policy, Uniform, load_policy
 from ..quant.formats import KVFormat, as_format, check_head_dim
 from .base import PackedCache
@@ -158,7 +159,7 @@ class CacheFactory:
         # a window's rows have no positions of their own to turn a reference by
         centre = centre if max_kv_size is None else False
         self._choice = Choice(model, growing, centre, policy)
-        self._hands_over = False
+        self._only_forwards_kv = False
         self._take_formats()
         notes = [*policy.notes(self.layers.n_total), *self.layers.notes(), *self.centring.notes]
         if compress_sliding:
@@ -167,7 +168,7 @@ class CacheFactory:
             notes += Choice(model, sliding, False, policy).of(self.formats).notes
         for note in notes:
             warn_once(note, type(model).__module__)
-        self._hands_over = hands_over(model, _with_handles(self()))
+        self._only_forwards_kv = only_forwards_kv(model, _with_handles(self()))
         if max_kv_size is not None and all(x.window for x in self.layers.layers):
             note = "max_kv_size has no effect: no layer keeps all tokens in a KV cache."
             warn_once(note, type(model).__module__)
@@ -205,7 +206,7 @@ class CacheFactory:
             own = caches[layer.index]
             own = own if layer.sub is None else own.caches[layer.sub]
             put_cache(caches, layer.index, layer.sub, self._cache(layer, own))
-        return _with_handles(caches) if self._hands_over else caches
+        return _with_handles(caches) if self._only_forwards_kv else caches
 
     def _cache(self, layer: KVLayer, own: Any) -> Any:
         """The cache of a KV layer in place of the model's own."""

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..model.caches import own_caches
 from ..model.kv_layers import KVLayer
-from ..model.shapes import own_caches
-from .probe import NotingCache
+from ..model.probing import RecordingCache
 
 # names of the modules that keys come out of, alone or beside queries and values
 PROJECTIONS = ("k_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv", "wqkv", "wk")
@@ -70,14 +70,14 @@ def _is_constant_part(module: nn.Module, zero: mx.array, width: int) -> bool:
 
 def _keys_at(module: nn.Module, x: mx.array) -> mx.array | None:
     """The keys that an attention module makes of ``x`` at position 0; [H, head_dim] float32."""
-    noting = NotingCache(offset=0)
+    cache = RecordingCache()
     try:
-        module(x, mask=None, cache=noting)
+        module(x, mask=None, cache=cache)
     except Exception:  # no attention after all, or one that needs more than these
         return None
-    if noting.handed is None or noting.handed.shape[2] != 1:
+    if cache.keys is None or cache.keys.shape[2] != 1:
         return None
-    return noting.handed[0, :, 0].astype(mx.float32)
+    return cache.keys[0, :, 0].astype(mx.float32)
 
 
 def _attention_modules(block: nn.Module) -> Iterator[nn.Module]:

@@ -1,6 +1,6 @@
-"""References from a text: the mean key of each KV layer, RoPE undone.
+"""References from a text: the mean key of each KV layer before RoPE.
 
-Over all constant vectors, the mean of keys turned back leaves the least energy behind. The first
+Of all constant vectors, the mean of the keys before RoPE leaves the least energy behind. The first
 tokens of a window are left out: they are attention sinks, and their keys are unlike all others.
 """
 
@@ -14,11 +14,11 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import InputError
+from ..model.caches import own_caches
 from ..model.kv_layers import KVLayer, kv_layers
-from ..model.shapes import own_caches, put_cache
-from .centre import Turning
-from .probe import NotingCache, find_turnings
+from ..model.probing import record_one_token
 from .references import References, fingerprint
+from .rope import RopeFrequencies, find_rope_frequencies
 
 SINK_TOKENS = 4
 
@@ -30,7 +30,7 @@ def calibrate_keys(
     skip: int = SINK_TOKENS,
     progress: Callable[[int, int], None] | None = None,
 ) -> References:
-    """Mean keys of every KV layer whose positions are understood.
+    """Mean keys of every KV layer whose RoPE frequencies are known.
 
     Args:
         model: a model of mlx-lm.
@@ -53,26 +53,26 @@ def calibrate_keys(
             f"than {skip} tokens is needed."
         )
     layers = kv_layers(model).layers
-    turnings = find_turnings(model, layers)
-    still = _unturned(model, [x for x in layers if x.ordinal not in turnings])
-    all_turnings = {**turnings, **still}
-    if not all_turnings:
+    with_rope = find_rope_frequencies(model, layers)
+    without = _without_rope(model, [x for x in layers if x.ordinal not in with_rope])
+    ropes = {**with_rope, **without}
+    if not ropes:
         raise InputError("No KV layer of this model has keys that can be centred.")
     sums: dict[int, np.ndarray] = {}
     for done, window in enumerate(windows):
         caches = own_caches(model)
         model(mx.array(window.astype(np.int32))[None], cache=caches)
         for layer in layers:
-            if layer.ordinal in all_turnings:
+            if layer.ordinal in ropes:
                 keys = _held_keys(caches, layer, len(window))[..., skip:, :]
-                total = _turned_back(keys, all_turnings[layer.ordinal], skip)
+                total = _sum_before_rope(keys, ropes[layer.ordinal], skip)
                 sums[layer.ordinal] = sums.get(layer.ordinal, 0) + np.array(total, np.float64)
         if progress:
             progress(done + 1, len(windows))
     n = len(windows) * (windows.shape[1] - skip)
     return References(
         {i: mx.array((total / n).astype(np.float32)) for i, total in sums.items()},
-        frozenset(still),
+        frozenset(without),
         fingerprint(model),
         {"text_sha256": text_sha256, "tokens": n, "skipped_first_tokens": skip},
     )
@@ -84,40 +84,31 @@ def _held_keys(caches: list[Any], layer: KVLayer, n: int) -> mx.array:
     return cache.keys[0, :, :n].astype(mx.float32)
 
 
-def _turned_back(keys: mx.array, turning: Turning, first: int) -> mx.array:
-    """The sum over tokens of keys with the turning of their position undone.
+def _sum_before_rope(keys: mx.array, rope: RopeFrequencies, first: int) -> mx.array:
+    """The sum over tokens of the keys before RoPE.
 
     Shapes:
         keys: [H, n, head_dim], of positions first, first + 1, ...; returns: [H, head_dim].
     """
     positions = np.arange(first, first + keys.shape[1])[:, None]
-    angles = positions * np.array(turning.angles, np.float64)
-    cosine, sine = mx.array(np.cos(angles).astype(np.float32)), mx.array(np.sin(angles).astype(np.float32))  # fmt: skip
-    dims = turning.pairs()
+    angles = positions * np.array(rope.angles, np.float64)
+    cosine = mx.array(np.cos(angles).astype(np.float32))
+    sine = mx.array(np.sin(angles).astype(np.float32))
+    dims = rope.pairs()
     x, y = keys[..., mx.array(dims[0])], keys[..., mx.array(dims[1])]
-    back = [(x * cosine + y * sine).sum(axis=1), (y * cosine - x * sine).sum(axis=1)]
+    sums = [(x * cosine + y * sine).sum(axis=1), (y * cosine - x * sine).sum(axis=1)]
     place = np.argsort(np.concatenate(dims))
-    return mx.concatenate(back, axis=-1)[:, mx.array(place)]
+    return mx.concatenate(sums, axis=-1)[:, mx.array(place)]
 
 
-def _unturned(model: nn.Module, layers: list[KVLayer]) -> dict[int, Turning]:
+def _without_rope(model: nn.Module, layers: list[KVLayer]) -> dict[int, RopeFrequencies]:
     """Layers whose keys are the same at any position, as one token at two offsets shows."""
     if not layers:
         return {}
-    handed = []
-    for offset in (0, 1009):
-        noting = {layer.ordinal: NotingCache(offset) for layer in layers}
-        caches = own_caches(model)
-        for layer in layers:
-            put_cache(caches, layer.index, layer.sub, noting[layer.ordinal])
-        try:
-            model(mx.zeros((1, 1), mx.int32), cache=caches)
-        except Exception:  # what a model needs beyond tokens is known to its own loader alone
-            return {}
-        handed.append({i: cache.handed for i, cache in noting.items()})
-    found = {}
-    for ordinal, keys in handed[0].items():
-        others = handed[1][ordinal]
-        if keys is not None and others is not None and mx.array_equal(keys, others).item():
-            found[ordinal] = Turning.none(keys.shape[-1])
-    return found
+    ordinals = {(layer.index, layer.sub): layer.ordinal for layer in layers}
+    first, second = (record_one_token(model, ordinals, offset) for offset in (0, 1009))
+    return {
+        ordinals[position]: RopeFrequencies.none(cache.keys.shape[-1])
+        for position, cache in first.items()
+        if position in second and mx.array_equal(cache.keys, second[position].keys).item()
+    }

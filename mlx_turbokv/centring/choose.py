@@ -16,9 +16,9 @@ import mlx.nn as nn
 from ..model.kv_layers import KVLayer, KVLayers, kv_layers, model_skeleton, ranges
 from ..policy import Pair
 from .bias import key_biases
-from .centre import Centre, Turning
-from .probe import find_turnings
+from .centre import Centre
 from .references import ATTRIBUTE, References, load_references, paths_for
+from .rope import RopeFrequencies, find_rope_frequencies
 
 BY_BIAS = "key bias"
 BY_MEAN = "calibrated mean"
@@ -117,23 +117,21 @@ class Choice:
         means = references.means if references else {}
         if self.centre is False or not (means or self._biases):
             return {}
-        turnings = find_turnings(*_whole(self.model, self.found))
-        chosen: dict[int, tuple[mx.array, Turning, str]] = {}
+        ropes = find_rope_frequencies(*_whole(self.model, self.found))
+        chosen: dict[int, tuple[mx.array, RopeFrequencies, str]] = {}
         for layer in self.found.layers:
             i = layer.ordinal
-            mean, turning = means.get(i), turnings.get(i)
-            if mean is not None and i in references.unturned:
-                turning = Turning.none(mean.shape[-1])
-            if mean is not None and turning is not None and i not in self._misfits:
-                chosen[i] = mean, turning, BY_MEAN
-            elif i in self._biases and turning is not None:
-                chosen[i] = self._biases[i], turning, BY_BIAS
-        sharing = Counter(turning for _, turning, _ in chosen.values())
+            mean, rope = means.get(i), ropes.get(i)
+            if mean is not None and i in references.without_rope:
+                rope = RopeFrequencies.none(mean.shape[-1])
+            if mean is not None and rope is not None and i not in self._misfits:
+                chosen[i] = mean, rope, BY_MEAN
+            elif i in self._biases and rope is not None:
+                chosen[i] = self._biases[i], rope, BY_BIAS
+        sharing = Counter(rope for _, rope, _ in chosen.values())
         return {
-            i: Centre(
-                mu, turning, source, sharing[turning], not _in_all_keys(mu, self._biases.get(i))
-            )
-            for i, (mu, turning, source) in chosen.items()
+            i: Centre(mu, rope, source, sharing[rope], not _in_all_keys(mu, self._biases.get(i)))
+            for i, (mu, rope, source) in chosen.items()
         }
 
 
@@ -150,10 +148,6 @@ def _in_all_keys(mu: mx.array, bias: mx.array | None) -> bool:
     if bias is None:
         return False
     return (2 * mx.square(bias).sum() > mx.square(mu).sum()).item()
-
-
-def _still(mean: mx.array) -> Turning:
-    return Turning.none(mean.shape[-1])
 
 
 def _large(

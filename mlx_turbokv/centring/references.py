@@ -31,13 +31,13 @@ class References:
 
     Args:
         means: by ordinal of the KV layer, [H, head_dim] float32.
-        unturned: ordinals of the layers whose keys do not depend on the position.
+        without_rope: ordinals of the layers whose keys do not depend on the position.
         model: the fingerprint of the model that they belong to.
         record: where they come from: sha256 of the text, tokens, first tokens left out.
     """
 
     means: dict[int, mx.array]
-    unturned: frozenset[int]
+    without_rope: frozenset[int]
     model: str
     record: dict[str, Any] = field(default_factory=dict)
 
@@ -88,7 +88,7 @@ def save_references(path: str | os.PathLike, references: References) -> None:
         "version": VERSION,
         "model": references.model,
         "layers": sorted(references.means),
-        "unturned": sorted(references.unturned),
+        "unturned": sorted(references.without_rope),
         "record": references.record,
     }
     try:
@@ -118,8 +118,8 @@ def load_references(path: str | os.PathLike, model: nn.Module) -> References:
         arrays = mx.load(str(arrays_file))
         means = {int(i): arrays[f"layer.{i}"].astype(mx.float32) for i in record["layers"]}
         mx.eval(means)
-        unturned = frozenset(int(i) for i in record["unturned"])
-        references = References(means, unturned, record["model"], record["record"])
+        without_rope = frozenset(int(i) for i in record["unturned"])
+        references = References(means, without_rope, record["model"], record["record"])
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise InputError(
             f"{json_file} holds no key references that can be read ({error})."

@@ -17,7 +17,8 @@ import mlx.core as mx
 import numpy as np
 
 from ..attention import dispatch
-from ..centring.centre import Centre, Turning
+from ..centring.centre import Centre
+from ..centring.rope import RopeFrequencies
 from ..kernels import decode, dequantize, reference
 from ..kernels.backend import Backend
 from ..kernels.packed import PackedKV
@@ -109,7 +110,9 @@ class _Case:
         """Keys get a constant part some times as large as what varies."""
         dim = self.variant.k_head_dim
         mu = 4 * self.rng.standard_normal((N_KV_HEADS, dim)).astype(np.float32)
-        self.centre = Centre(mx.array(mu), Turning.of_rope(dim, dim, False, 1e4), "doctor", 1, True)
+        self.centre = Centre(
+            mx.array(mu), RopeFrequencies.from_arguments(dim, dim, False, 1e4), "doctor", 1, True
+        )
         with mx.stream(mx.cpu):
             anchors = self.centre.rows(0, n)
             self.keys = (self.keys + anchors).astype(self.dtype)

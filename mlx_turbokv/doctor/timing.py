@@ -8,7 +8,8 @@ from itertools import cycle
 import mlx.core as mx
 
 from ..attention.dispatch import attention
-from ..centring.centre import Centre, Turning
+from ..centring.centre import Centre
+from ..centring.rope import RopeFrequencies
 from ..kernels.backend import Backend
 from ..kernels.packed import PackedKV
 from .checks import timed
@@ -41,9 +42,9 @@ def time_variant(variant: Variant, backend: Backend) -> dict:
     queries = _noise((1, n_heads, 1, dims[0]), dtype)
     options = {}
     if variant.centred:
-        turning = Turning.of_rope(dims[0], dims[0], False, 1e4)
+        rope = RopeFrequencies.from_arguments(dims[0], dims[0], False, 1e4)
         mu = _noise((n_kv_heads, dims[0]), mx.float32)
-        options = {"centre": Centre(mu, turning, "noise")}
+        options = {"centre": Centre(mu, rope, "noise")}
     tiles = backend.pack(keys, values, layout, **options)
     mx.eval(tiles)
     packed = PackedKV(layout, tiles, n, None, 0, options.get("centre"))

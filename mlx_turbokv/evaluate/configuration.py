@@ -18,7 +18,8 @@ from ..cache.factory import CacheFactory
 from ..errors import InputError
 from ..kernels.backend import select_backend
 from ..model.kv_layers import kv_layers
-from ..model.shapes import KVShape, probe_shapes
+from ..model.probing import probe_shapes
+from ..model.shapes import KVShape
 from ..policy import LayerList, Policy, Uniform, load_policy
 from ..quant.formats import as_format
 from . import peer

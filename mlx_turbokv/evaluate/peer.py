@@ -13,8 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import QuantizedKVCache, _BaseCache
 
+from ..model.caches import own_caches, put_cache
 from ..model.kv_layers import kv_layers
-from ..model.shapes import own_caches, put_cache
 
 OWN, DEQUANTIZED = "mlx-lm", "mlx-lm, rows dequantised"
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..cache.factory import CacheFactory
 from ..errors import InputError
-from ..model.shapes import own_caches
+from ..model.caches import own_caches
 from ..policy import LayerList
 from .divergence import Reference
 from .journal import Journal

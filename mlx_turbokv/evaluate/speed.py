@@ -19,8 +19,8 @@ import mlx.nn as nn
 from mlx_lm.generate import generate_step
 
 from ..errors import InputError
+from ..model.caches import own_caches
 from ..model.kv_layers import KVLayers, kv_layers
-from ..model.shapes import own_caches
 from .configuration import Prepared
 
 FILL_STEP = 8192  # rows written at a time into a cache that is filled without the model

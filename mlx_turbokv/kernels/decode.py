@@ -206,7 +206,7 @@ def decode(
         (n_body, body.shape[2] if n_body else 0, n_tail, tail.shape[2] if n_tail else 0),
         scale,
         (causal, sinks is not None, starts is not None),
-        None if centre is None else (centre.turning.half, centre.bare_first),
+        None if centre is None else (centre.rope.split_pairs, centre.first_key_uncentred),
         splits,
     )
     return launch.call(

@@ -69,7 +69,7 @@ def _launch(
     first, count = heads
     n_body, body_stride, n_tail, tail_stride = counts
     n = n_body + n_tail
-    half, bare_first, has_starts = anchors or (0, 0, 0)
+    half, first_key_uncentred, has_starts = anchors or (0, 0, 0)
     params = tables.int_array(
         n_heads,
         first,
@@ -80,7 +80,7 @@ def _launch(
         n,
         int(has_starts),
         half,
-        int(bare_first),
+        int(first_key_uncentred),
     )
     kernel = assemble.build(
         "dequantize", "dequantize.metal", INPUTS, ("keys", "values"), SOURCE, backend
@@ -112,7 +112,7 @@ def _shapes(packed: PackedKV) -> tuple:
         tail_stride = 0
     anchors = None
     if centre is not None:
-        anchors = (centre.turning.half, centre.bare_first, padding is not None)
+        anchors = (centre.rope.split_pairs, centre.first_key_uncentred, padding is not None)
     return (batch, n_heads), (n_body, body_stride, n_tail, tail_stride), anchors
 
 

@@ -119,7 +119,13 @@ def pack(
     anchors = (0, 0, 0, 0, 0)
     if centre is not None:
         has_starts = int(padding is not None)
-        anchors = (first, centre.turning.half, n_heads, has_starts, int(centre.bare_first))
+        anchors = (
+            first,
+            centre.rope.split_pairs,
+            n_heads,
+            has_starts,
+            int(centre.first_key_uncentred),
+        )
     return launch.call(
         keys,
         values,

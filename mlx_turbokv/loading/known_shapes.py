@@ -13,7 +13,8 @@ from mlx_lm.models.cache import ArraysCache, ChunkedKVCache, RotatingKVCache
 from ..cache.summary import leaves
 from ..centring.bias import has_key_bias
 from ..errors import InputError
-from ..model.kv_layers import KVLayer, KVLayers, kv_layers, own_caches
+from ..model.caches import own_caches
+from ..model.kv_layers import KVLayer, KVLayers, kv_layers
 from ..model.shapes import KVShape
 
 _PHI_4 = {

@@ -23,7 +23,9 @@ from mlx_lm.models.cache import (
     RotatingKVCache,
 )
 
-from .shapes import KVShape, Position, own_caches, probe_shapes
+from .caches import Position, own_caches
+from .probing import probe_shapes
+from .shapes import KVShape
 
 RECURRENT = "recurrent state"
 LATENT = "MLA latent"

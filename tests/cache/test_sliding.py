@@ -44,7 +44,8 @@ from mlx_turbokv import (
 from mlx_turbokv.cache.rotating_batch import BatchTurboRotatingKVCache
 from mlx_turbokv.evaluate.configuration import prepare
 from mlx_turbokv.evaluate.perplexity import evaluate_windows
-from mlx_turbokv.model.kv_layers import kv_layers, own_caches
+from mlx_turbokv.model.caches import own_caches
+from mlx_turbokv.model.kv_layers import kv_layers
 
 SLIDING = sorted(name for name, (_, reasons) in EXPECTED.items() if WINDOW in reasons)
 RUNNABLE = [name for name in SLIDING if name not in NEEDS_A_GPU]

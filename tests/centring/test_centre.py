@@ -12,8 +12,8 @@ from mlx_lm.models.rope_utils import initialize_rope
 from mlx_turbokv.cache import TurboKVCache
 from mlx_turbokv.cache.batch import BatchTurboKVCache
 from mlx_turbokv.centring import centre as centre_module
-from mlx_turbokv.centring.centre import BLOCK, Centre, Turning, block_means
-from mlx_turbokv.centring.probe import noted_rope
+from mlx_turbokv.centring.centre import BLOCK, Centre, RopeFrequencies, block_means
+from mlx_turbokv.centring.rope import recorded_rope
 from mlx_turbokv.errors import InputError
 from mlx_turbokv.quant.layout import KVLayout
 
@@ -67,8 +67,8 @@ def coarse_table(monkeypatch):
     """Cosines and sines on a grid: then anchors, and keys less their anchors, are exact, and so
     are the sums of their rotation on any machine (`exact_rows`)."""
 
-    def coarse(turning, n_blocks):
-        return (np.round(block_means(turning, n_blocks) * STEPS) / STEPS).astype(np.float16)
+    def coarse(rope, n_blocks):
+        return (np.round(block_means(rope, n_blocks) * STEPS) / STEPS).astype(np.float16)
 
     centre_module._table.cache_clear()
     monkeypatch.setattr(centre_module, "block_means", coarse)
@@ -78,8 +78,10 @@ def coarse_table(monkeypatch):
 
 def a_centre(seed=0, n_heads=2, norm=30.0, **rope) -> Centre:
     mu = np.random.default_rng(seed).standard_normal((n_heads, HEAD_DIM)) * norm / 8
-    turning = Turning.of_rope(HEAD_DIM, rope.pop("dims", 64), rope.pop("traditional", False), 1e4)
-    return Centre(mx.array((np.round(mu * 4) / 4).astype(np.float32)), turning, "test")
+    rope = RopeFrequencies.from_arguments(
+        HEAD_DIM, rope.pop("dims", 64), rope.pop("traditional", False), 1e4
+    )
+    return Centre(mx.array((np.round(mu * 4) / 4).astype(np.float32)), rope, "test")
 
 
 def tokens(n, seed=0, batch=1, centre=None, padding=(0,)):
@@ -105,12 +107,12 @@ def test_anchors_are_block_means_of_the_models_own_rope(name):
     rope = initialize_rope(**VARIANTS[name])
     mu = mx.array(np.random.default_rng(1).standard_normal((2, HEAD_DIM)).astype(np.float32))
     x = mx.broadcast_to(mu[None, :, None], (1, 2, 4 * BLOCK, HEAD_DIM))
-    with noted_rope() as calls:
+    with recorded_rope() as calls:
         keys = rope(x, offset=96)
-        turning = calls.turning_of(keys, 96)
-    assert turning is not None and calls.turning_of(keys, 97) is None
+        frequencies = calls.frequencies_of(keys, 96)
+    assert frequencies is not None and calls.frequencies_of(keys, 97) is None
     at_zero = rope(mu[None, :, None], offset=0)[0, :, 0]  # with RoPE's own factor, if it has one
-    centre = Centre(at_zero, turning, "test")
+    centre = Centre(at_zero, frequencies, "test")
     expected = keys.reshape(2, 4, BLOCK, HEAD_DIM).mean(axis=2)
     got = centre.anchors(96 // BLOCK, 4)
     worst = mx.abs(mx.swapaxes(got, 0, 1) - expected).max().item()
@@ -118,8 +120,8 @@ def test_anchors_are_block_means_of_the_models_own_rope(name):
 
 
 def test_a_slow_pair_is_taken_out_whole_and_a_fast_one_not_at_all():
-    turning = Turning(2, (1e-6, 2 * np.pi / BLOCK, 0.0, 0.0))
-    means = block_means(turning, 3)
+    rope = RopeFrequencies(2, (1e-6, 2 * np.pi / BLOCK, 0.0, 0.0))
+    means = block_means(rope, 3)
     cosines, sines = means[..., 0], means[..., 1]
     assert np.allclose(cosines[:, 0], 1.0, atol=TABLE_ATOL)
     assert np.allclose(means[:, 1], 0.0, atol=1e-6)
@@ -127,8 +129,8 @@ def test_a_slow_pair_is_taken_out_whole_and_a_fast_one_not_at_all():
 
 
 def test_the_table_does_not_depend_on_its_length():
-    turning = Turning.of_rope(64, 64, False, 1e4)
-    assert np.array_equal(block_means(turning, 7), block_means(turning, 700)[:7])
+    rope = RopeFrequencies.from_arguments(64, 64, False, 1e4)
+    assert np.array_equal(block_means(rope, 7), block_means(rope, 700)[:7])
 
 
 @pytest.mark.parametrize("cuts", [[], [1], [31, 32, 33], [100, 101, 102, 256], list(range(1, 300))])
@@ -270,11 +272,13 @@ def test_only_turbo_keys_are_centred():
     with pytest.raises(InputError, match="q8_0 cannot be centred"):
         TurboKVCache("q8_0", "turbo2", "reference", a_centre())
     with pytest.raises(ValueError, match="does not fit a head of 64"):
-        Centre(mx.zeros((2, 32)), Turning.none(64), "test")
+        Centre(mx.zeros((2, 32)), RopeFrequencies.none(64), "test")
 
 
 def test_bytes_of_anchors_are_counted_and_few():
-    centre = Centre(mx.zeros((8, 128)), Turning.of_rope(128, 128, False, 1e4), "test", 32)
+    centre = Centre(
+        mx.zeros((8, 128)), RopeFrequencies.from_arguments(128, 128, False, 1e4), "test", 32
+    )
     k = mx.zeros((1, 8, 8192, 128), mx.float16)
     cache = TurboKVCache("turbo4", "turbo3", "reference", centre)
     cache.update_and_fetch(k, k)

@@ -15,17 +15,18 @@ from mlx_turbokv.cache import TurboKVCache, attach, detach, make_prompt_cache
 from mlx_turbokv.centring.bias import key_biases
 from mlx_turbokv.centring.calibration import calibrate_keys
 from mlx_turbokv.centring.centre import Centre
-from mlx_turbokv.centring.probe import NotingCache, find_turnings
 from mlx_turbokv.centring.references import (
     References,
     load_references,
     save_references,
     set_references,
 )
+from mlx_turbokv.centring.rope import find_rope_frequencies
 from mlx_turbokv.errors import InputError
 from mlx_turbokv.evaluate.divergence import compare_logits
+from mlx_turbokv.model.caches import own_caches, put_cache
 from mlx_turbokv.model.kv_layers import kv_layers
-from mlx_turbokv.model.shapes import own_caches, put_cache
+from mlx_turbokv.model.probing import RecordingCache
 
 COLLAPSED, KEPT = 1.0, 0.02  # KLD in nats
 # float32 sums in another order
@@ -135,23 +136,23 @@ def test_attached_to_all_of_mlx_lm():
 
 
 @pytest.mark.parametrize("name", architectures())
-def test_turnings_are_those_of_the_model(name):
-    """Keys of one token at two positions: what turns one into the other."""
+def test_rope_frequencies_are_those_of_the_model(name):
+    """Keys of one token at two positions: the angles between them."""
     tiny = tiny_model(name)
     layers = kv_layers(tiny).layers
-    turnings = find_turnings(tiny, layers)
-    layers = [layer for layer in layers if layer.ordinal in turnings]
+    ropes = find_rope_frequencies(tiny, layers)
+    layers = [layer for layer in layers if layer.ordinal in ropes]
     at = {}
     for offset in (0, 5) if layers else ():
-        held, noting = own_caches(tiny), [NotingCache(offset) for _ in layers]
-        for layer, cache in zip(layers, noting):
-            put_cache(held, layer.index, layer.sub, cache)
+        held, recording = own_caches(tiny), [RecordingCache(offset) for _ in layers]
+        for layer, recorded in zip(layers, recording):
+            put_cache(held, layer.index, layer.sub, recorded)
         tiny(mx.zeros((1, 1), mx.int32), cache=held)
-        at[offset] = [np.array(cache.handed[0, :, 0], np.float64) for cache in noting]
+        at[offset] = [np.array(cache.keys[0, :, 0], np.float64) for cache in recording]
     for i, layer in enumerate(layers):
-        turning = turnings[layer.ordinal]
-        first, second = turning.pairs()
-        angles = 5 * np.array(turning.angles)
+        rope = ropes[layer.ordinal]
+        first, second = rope.pairs()
+        angles = 5 * np.array(rope.angles)
         x, y = at[0][i][:, first], at[0][i][:, second]
         expected = np.empty_like(at[0][i])
         expected[:, first] = x * np.cos(angles) - y * np.sin(angles)
@@ -187,23 +188,23 @@ def windows(n=3, length=120):
     return np.array(TOKENS[:length] * n, np.int32).reshape(n, length)
 
 
-def test_calibrated_means_are_means_of_keys_turned_back():
+def test_calibrated_means_are_means_of_keys_before_rope():
     found = calibrate_keys(model(), windows(1), skip=4)
     attention = model().layers[0].self_attn
     x = model().model.embed_tokens(mx.array(TOKENS[4:120]))
     keys = attention.k_proj(model().layers[0].input_layernorm(x)).reshape(116, 2, -1)
     expected = np.array(keys.mean(axis=0))
     assert np.allclose(np.array(found.means[0]), expected, rtol=1e-4, atol=2e-2)
-    assert found.unturned == frozenset() and found.record["tokens"] == 116
+    assert found.without_rope == frozenset() and found.record["tokens"] == 116
 
 
 def test_layers_without_rope_are_centred_by_a_plain_mean():
     tiny = tiny_model("smollm3", no_rope_layer_interval=2, no_rope_layers=[1, 0, 1])
     found = calibrate_keys(tiny, windows())
-    assert found.unturned == frozenset({1})
+    assert found.without_rope == frozenset({1})
     held = make_prompt_cache(tiny, "turbo4", "f16", backend="reference", centre=found)
     assert [c.centre.source for c in held] == ["calibrated mean"] * 3
-    assert not any(held[1].centre.turning.angles)
+    assert not any(held[1].centre.rope.angles)
 
 
 def test_calibrated_means_centre_models_without_biases(tmp_path):

@@ -13,7 +13,8 @@ from itertools import combinations, product
 import mlx.core as mx
 import numpy as np
 
-from mlx_turbokv.centring.centre import Centre, Turning
+from mlx_turbokv.centring.centre import Centre
+from mlx_turbokv.centring.rope import RopeFrequencies
 from mlx_turbokv.kernels import decode, dequantize, pack, reference
 from mlx_turbokv.kernels.packed import PackedKV
 from mlx_turbokv.quant.codebook import boundaries
@@ -198,8 +199,8 @@ def _centre(case: Case, rng) -> Centre | None:
     dim = case.dims[0]
     mu = 4 * rng.standard_normal((case.heads[1], dim)).astype(np.float32)
     dims = dim // 4 // 2 * 2 if case.centred == "partial" else dim
-    turning = Turning.of_rope(dim, dims, case.centred == "traditional", 1e4)
-    return Centre(mx.array(mu), turning, "case", bare_first=case.centred != "partial")
+    rope = RopeFrequencies.from_arguments(dim, dims, case.centred == "traditional", 1e4)
+    return Centre(mx.array(mu), rope, "case", first_key_uncentred=case.centred != "partial")
 
 
 def _starts(case: Case, n: int) -> np.ndarray | None:
@@ -301,7 +302,7 @@ def _anchor_rounding(centre: Centre) -> np.ndarray:
     rounding of half precision, or of float32, and there such an ulp makes a code.
     """
     mu = np.abs(np.array(centre.mu, np.float64))
-    first, second = centre.turning.pairs()
+    first, second = centre.rope.pairs()
     other = np.empty_like(mu)
     other[:, first], other[:, second] = mu[:, second], mu[:, first]
     return 2.0**-23 * (mu + other)

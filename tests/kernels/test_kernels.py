@@ -11,7 +11,8 @@ from tiny_models import tiny_model
 
 from mlx_turbokv import make_prompt_cache
 from mlx_turbokv.attention import dispatch
-from mlx_turbokv.centring.centre import Centre, Turning
+from mlx_turbokv.centring.centre import Centre
+from mlx_turbokv.centring.rope import RopeFrequencies
 from mlx_turbokv.errors import InputError
 from mlx_turbokv.kernels import assemble, backend, decode, dequantize, pack, reference
 from mlx_turbokv.kernels.packed import PackedKV
@@ -79,7 +80,7 @@ def test_all_pairs_covers_every_pair() -> None:
 def test_rows_of_nothing_but_an_anchor_may_hold_its_rounding_and_no_more() -> None:
     layout = _layout("turbo4", "turbo3", dtype="float32")
     mu = 4 * np.random.default_rng(5).standard_normal((2, 64)).astype(np.float32)
-    centre = Centre(mx.array(mu), Turning.of_rope(64, 64, False, 1e4), "test")
+    centre = Centre(mx.array(mu), RopeFrequencies.from_arguments(64, 64, False, 1e4), "test")
     at = {"centre": centre, "first": 0, "padding": None}
     keys = centre.rows(0, 40, None)
     values = _rows((1, 2, 40, 64), dtype=mx.float32)

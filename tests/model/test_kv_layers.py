@@ -17,7 +17,8 @@ from tiny_models import tiny_model
 from mlx_turbokv import TurboKVCache, attach, detach, log, make_prompt_cache
 from mlx_turbokv.errors import InputError
 from mlx_turbokv.model.kv_layers import kv_layers
-from mlx_turbokv.model.shapes import KVShape, probe_shapes
+from mlx_turbokv.model.probing import probe_shapes
+from mlx_turbokv.model.shapes import KVShape
 from mlx_turbokv.policy import LayerList
 from mlx_turbokv.policy.files import write_layer_list
 

@@ -16,7 +16,7 @@ from mlx_turbokv.cli.entry import run
 from mlx_turbokv.cli.plan import command
 from mlx_turbokv.errors import InputError
 from mlx_turbokv.loading.known_shapes import KNOWN, hypothetical_shape, shape_from_config
-from mlx_turbokv.model.kv_layers import own_caches
+from mlx_turbokv.model.caches import own_caches
 from mlx_turbokv.policy import LayerList, Uniform, load_policy
 from mlx_turbokv.report.plan import make_plan, raw_index_v_bits, runs
 

@@ -1,0 +1,31 @@
+"""The caches that a model makes by itself, and how one of them is replaced."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.nn as nn
+from mlx_lm.models.cache import CacheList, KVCache
+
+Position = tuple[int, "int | None"]  # index in the list of caches, index in a CacheList or None
+
+
+def own_caches(model: nn.Module, *args: Any, **kwargs: Any) -> list[Any]:
+    """Caches from the model's own factory, whatever is attached to the instance."""
+    attached = vars(model).get("make_cache")
+    while hasattr(attached, "turbokv_previous"):
+        attached = attached.turbokv_previous
+    if attached is not None:
+        return attached(*args, **kwargs)
+    if hasattr(type(model), "make_cache"):
+        return type(model).make_cache(model, *args, **kwargs)
+    return [KVCache() for _ in model.layers]
+
+
+def put_cache(caches: list[Any], index: int, sub: int | None, cache: Any) -> None:
+    """Put a cache in a list of caches, or in the CacheList at ``index``."""
+    if sub is None:
+        caches[index] = cache
+        return
+    holder: CacheList = caches[index]
+    holder.caches = tuple(cache if i == sub else c for i, c in enumerate(holder.caches))

@@ -1,0 +1,76 @@
+"""Calls a model with one token to see what its layers store.
+
+MLX is lazy: nothing is computed, so a model whose weights were never evaluated will do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import KVCache
+
+from .caches import Position, own_caches, put_cache
+from .shapes import KVShape
+
+
+class RecordingCache(KVCache):
+    """Keeps the newest K and V it is given, as ``keys`` and ``values``.
+
+    Args:
+        offset: how many tokens it claims to hold.
+    """
+
+    def __init__(self, offset: int = 0) -> None:
+        super().__init__()
+        self.offset = offset
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        self.keys, self.values = keys, values
+        self.offset += keys.shape[2]
+        return keys, values
+
+
+def record_one_token(
+    model: nn.Module, positions: Iterable[Position], offset: int = 0
+) -> dict[Position, RecordingCache]:
+    """Caches at these positions after one token; those that were given no K and V are left out.
+
+    Empty for a model that cannot be called with tokens alone.
+    """
+    recording = {position: RecordingCache(offset) for position in positions}
+    try:
+        caches = own_caches(model)
+        for (index, sub), cache in recording.items():
+            put_cache(caches, index, sub, cache)
+        model(mx.zeros((1, 1), mx.int32), cache=caches)
+    except Exception:  # what a model needs beyond tokens is known to its own loader alone
+        return {}
+    return {position: cache for position, cache in recording.items() if cache.keys is not None}
+
+
+def probe_shapes(model: nn.Module, positions: Iterable[Position]) -> dict[Position, KVShape]:
+    """Shapes of what the layers at these positions store.
+
+    A layer that stores nothing of its own is missing from the answer. A model that cannot be
+    called with tokens alone gives an empty one.
+    """
+    return {
+        position: KVShape(cache.keys.shape[1], cache.keys.shape[-1], cache.values.shape[-1])
+        for position, cache in record_one_token(model, positions).items()
+    }
+
+
+def only_forwards_kv(model: nn.Module, caches: list[Any]) -> bool:
+    """Whether a model passes the K and V of one token on to attention and does no more with them.
+
+    Args:
+        caches: new ones that return ``Handle``s; they are used up.
+    """
+    try:
+        model(mx.zeros((1, 1), mx.int32), cache=caches)
+    except Exception:  # whatever a model or MLX raises where a handle is no array
+        return False
+    return True
