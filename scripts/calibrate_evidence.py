@@ -34,9 +34,9 @@ from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 from mlx_turbokv.cli.output import Progress, note, write_json  # noqa: E402
 from mlx_turbokv.cli.perplexity import measure  # noqa: E402
 from mlx_turbokv.evaluate.calibrate import FORMATS  # noqa: E402
-from mlx_turbokv.evaluate.calibration_record import as_text, file_name, notes  # noqa: E402
+from mlx_turbokv.evaluate.calibration_record import file_name  # noqa: E402
 from mlx_turbokv.evaluate.calibration_run import Calibration  # noqa: E402
-from mlx_turbokv.evaluate.table import as_text as table_text  # noqa: E402
+from mlx_turbokv.evaluate.tables import calibration_table, perplexity_table  # noqa: E402
 from mlx_turbokv.evaluate.text import TextSource, load_text  # noqa: E402
 from mlx_turbokv.loading.models import load  # noqa: E402
 
@@ -71,7 +71,7 @@ class Steps:
         }  # fmt: skip
         record = Calibration(self.loaded, folder, options, note, Progress).run(source, None)
         write_json(f"{name}/calibration.json", record)
-        print("\n".join([as_text(record), *notes(record)]), flush=True)
+        print(calibration_table(record).render("text"), flush=True)
 
     def sample(self) -> None:
         self.calibrate("sample", load_text("sample"), None, budgets=self.budgets)
@@ -103,7 +103,7 @@ class Steps:
             self.loaded, self.held_out, configs, n_ctx, n_windows, self.backend,
             f"{name}.json", None,
         )  # fmt: skip
-        print(table_text(record["results"]), flush=True)
+        print(perplexity_table(record).text(), flush=True)
 
     def own_text(self) -> TextSource:
         """Text that the model writes, each sequence from a few tokens of the sample."""

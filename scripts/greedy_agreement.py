@@ -6,6 +6,7 @@ python scripts/greedy_agreement.py -ctk q8_0 -ctv q8_0
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import click
@@ -13,7 +14,9 @@ from record import record
 
 import mlx_turbokv
 from mlx_turbokv.cli.entry import run
-from mlx_turbokv.evaluate.greedy import compare
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
+from greedy import compare  # noqa: E402
 
 PROMPTS = (
     "Why is the sky blue?",

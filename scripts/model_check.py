@@ -10,6 +10,7 @@ settled text agrees, it is such near-ties that part them.
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
@@ -19,9 +20,11 @@ from witnessed import WitnessedCache
 
 from mlx_turbokv.cache import make_prompt_cache
 from mlx_turbokv.evaluate.divergence import Reference
-from mlx_turbokv.evaluate.greedy import compare
 from mlx_turbokv.evaluate.windows import cut_windows, scored_logits, targets_of
 from mlx_turbokv.loading.models import load
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
+from greedy import compare  # noqa: E402
 
 PAIRS = (("q8_0", "turbo2"), ("turbo4", "turbo3"))
 PROMPTS = (

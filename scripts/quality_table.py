@@ -28,7 +28,7 @@ from mlx_turbokv.cli.entry import run  # noqa: E402
 from mlx_turbokv.cli.options import BACKENDS, dtype_option, load_dtype, model_options  # noqa: E402
 from mlx_turbokv.cli.output import Progress, note, write_json  # noqa: E402
 from mlx_turbokv.errors import InputError  # noqa: E402
-from mlx_turbokv.evaluate.checkpoint import Checkpoint, checkpoint_path  # noqa: E402
+from mlx_turbokv.evaluate.checkpoint import Checkpoint, journal_path  # noqa: E402
 
 POLICIES = "benchmarks/policies"
 BUDGETS = ("la-v7", "5.25", "4.75", "4.25", "3.75", "3.5", "3.25", "3", "2.75")
@@ -77,7 +77,7 @@ def join(ready: perplexity.Run, json_path: str, shares: int) -> int:
     for share in range(shares):
         for i, results in journal(ready, json_path, share, shares).windows.items():
             found[share + i * shares] = results
-    whole = Checkpoint(checkpoint_path(ready.settings, json_path), ready.settings, False)
+    whole = Checkpoint(journal_path("perplexity", ready.settings, json_path), ready.settings, False)
     for index in sorted(found):
         whole.add({"window": index, "results": found[index]})
     return len(found)
@@ -116,7 +116,7 @@ def command(
     processes, share, json_path,
 ) -> None:  # fmt: skip
     """Measure the table and write its record."""
-    from mlx_turbokv.evaluate.table import as_text
+    from mlx_turbokv.evaluate.tables import perplexity_table
     from mlx_turbokv.evaluate.text import load_text
     from mlx_turbokv.loading.models import load
 
@@ -139,7 +139,7 @@ def command(
     write_json(json_path, record)
     for i in range(processes):
         share_path(json_path, i).unlink(missing_ok=True)
-    print(as_text(record["results"]))
+    print(perplexity_table(record).text())
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def _measured(options: dict[str, Any]) -> dict:
 
     blas.require_mlx()
     from ..evaluate import configuration
-    from ..evaluate.speed import Point, Settings
+    from ..evaluate.benchmark import Point, Settings
 
     started = time.perf_counter()
     centre = centre_from(options["keys"], options["no_centre"])
@@ -139,8 +139,8 @@ def measure(
     Args:
         about: what the record says of the model: ``model``, ``weights`` and ``weight_bytes``.
     """
+    from ..evaluate.benchmark import measure_point
     from ..evaluate.configuration import prepare
-    from ..evaluate.speed import measure_point
 
     configs = [prepare(model, name, backend, centre=centre, timed=True) for name in names]
     record = _record(about, names, configs, settings, seed)
@@ -255,9 +255,9 @@ def _keep(path: str | None, record: dict, points: list) -> None:
 
 
 def render(record: dict, output: str) -> str:
-    from ..evaluate import speed_table
+    from ..evaluate.tables import speed_table
 
-    return rendered(record, record["rows"], speed_table, output)
+    return rendered(record, speed_table, output)
 
 
 def main() -> None:

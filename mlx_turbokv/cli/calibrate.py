@@ -10,7 +10,7 @@ import click
 from ..errors import InputError
 from .entry import run
 from .options import backend_option, dtype_option, load_dtype, model_options
-from .output import Progress, note, write_json
+from .output import Progress, note, rendered, write_json
 
 DEFAULT_CTX = 512
 NO_TEXT = "none"
@@ -101,9 +101,8 @@ def command(
     folder: an interrupted run goes on where it stopped, and another budget costs only its check.
     """
     # MLX is imported by models, after the CPU's BLAS was looked for.
-    from ..evaluate import table
-    from ..evaluate.calibration_record import as_text, notes
     from ..evaluate.calibration_run import Calibration
+    from ..evaluate.tables import calibration_table
     from ..evaluate.text import load_text
     from ..loading.models import load
 
@@ -124,10 +123,8 @@ def command(
     )
     record = Calibration(loaded, target, options, note, Progress).run(source, other)
     write_json(str(target / RECORD), record)
-    if output == "json":
-        print(table.as_json(record))
-    else:
-        print("\n\n".join([as_text(record), "\n".join(notes(record))]))
+    print(rendered(record, calibration_table, output))
+    if output == "text":
         print("\n" + "\n".join(str(target / at["policy"]) for at in record["policies"]))
 
 

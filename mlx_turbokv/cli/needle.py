@@ -155,9 +155,9 @@ def measure(
     centre: bool | str = True,
 ) -> dict:
     """Run the cases with progress and a journal; write and return the record."""
+    from ..evaluate.checkpoint import Journal, journal_path
     from ..evaluate.configuration import backend_of, prepare
     from ..evaluate.haystack import Haystack
-    from ..evaluate.journal import Journal, journal_path
     from ..evaluate.needle import run_cases, summarise
     from ..evaluate.record import checkout_commit, command_line, environment, model_record
 
@@ -203,9 +203,9 @@ def measure(
 
 
 def render(record: dict, output: str) -> str:
-    from ..evaluate import needle_table
+    from ..evaluate.tables import needle_table
 
-    return rendered(record, record["summary"], needle_table, output)
+    return rendered(record, needle_table, output)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,7 @@ def write_json(path: str, record: Any) -> None:
     """Write beside and rename: an interruption never leaves half a file."""
     target = Path(path)
     part = target.with_name(target.name + ".new")
-    text = json.dumps(record, indent=1, ensure_ascii=False)
-    part.write_text(text + "\n", encoding="utf-8")
+    part.write_text(as_json(record) + "\n", encoding="utf-8")
     part.replace(target)
 
 
@@ -52,17 +52,17 @@ def read_json(path: str, what: str) -> dict:
     return record
 
 
-def rendered(record: dict, rows: list[dict], table: Any, output: str) -> str:
-    """A record as ``output`` says: "json", or its rows as "markdown" or "text".
+def as_json(record: dict) -> str:
+    """The whole record."""
+    return json.dumps(record, indent=1, ensure_ascii=False)
 
-    ``table`` is the module of the rows' tables: heading, as_markdown, as_text and footnotes.
+
+def rendered(record: dict, table: Callable[[dict], Any], output: str) -> str:
+    """A record as ``output`` says: "json", "markdown" or "text".
+
+    ``table`` makes the record's table: one of ``evaluate.tables``.
     """
-    from ..evaluate.table import as_json
-
-    if output == "json":
-        return as_json(record)
-    form = table.as_markdown if output == "markdown" else table.as_text
-    return "\n\n".join([table.heading(record), form(rows), table.footnotes(record)])
+    return as_json(record) if output == "json" else table(record).render(output)
 
 
 class Progress:

@@ -159,13 +159,13 @@ def measure(
     compress_sliding: bool = False,
 ) -> dict:
     """Run the evaluation with progress and checkpoints; write and return its record."""
-    from ..evaluate.checkpoint import Checkpoint, checkpoint_path
+    from ..evaluate.checkpoint import Checkpoint, journal_path
     from ..evaluate.configuration import backend_of
     from ..evaluate.perplexity import evaluate_windows
     from ..evaluate.record import command_line
 
     run = make_run(loaded, source, names, ctx_size, chunks, backend, centre, compress_sliding)
-    path = checkpoint_path(run.settings, json_path)
+    path = journal_path("perplexity", run.settings, json_path)
     checkpoint = Checkpoint(path, run.settings, resume)
     if kept := sum(i < len(run.windows) for i in checkpoint.windows):
         note(f"{kept} of {len(run.windows)} windows were finished before ({path}).")
@@ -198,9 +198,9 @@ def _with_reference(names: tuple[str, ...], reference: str) -> list[str]:
 
 
 def _render(record: dict, output: str) -> str:
-    from ..evaluate import table
+    from ..evaluate.tables import perplexity_table
 
-    return rendered(record, record["results"], table, output)
+    return rendered(record, perplexity_table, output)
 
 
 def _check_sizes(ctx_size: int, chunks: int | None) -> None:

@@ -238,7 +238,7 @@ class _Report:
         return plan
 
     def _bench(self) -> dict:
-        from ..evaluate.speed import Point, Settings
+        from ..evaluate.benchmark import Point, Settings
         from ..loading.random_model import weight_bytes
         from . import bench
 

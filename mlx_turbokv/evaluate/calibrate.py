@@ -19,8 +19,8 @@ from ..model.shapes import KVShape
 from ..quant.formats import as_format
 from . import statistics
 from .assignment import assign, monotone
+from .checkpoint import Journal
 from .configuration import check_name, kv_shapes, prepare
-from .journal import Journal
 from .sensitivity import PARTS, Change, Pairs, Progress, Sensitivity, all_changes, measure
 
 FORMATS = ("q8_0", "turbo6", "turbo5", "turbo4", "turbo3", "turbo2")

@@ -1,4 +1,4 @@
-"""What a calibration leaves behind: policy files with their evidence, a record, and a table."""
+"""What a calibration leaves behind: policy files with their evidence, and a record."""
 
 from __future__ import annotations
 
@@ -14,9 +14,6 @@ from . import statistics
 from .calibrate import Assigned, row_sizes
 from .perplexity import Evaluation
 from .sensitivity import PARTS, Change, Sensitivity
-
-COLUMNS = ("policy", "bits/value", "K bits", "V bits", "predicted", "measured", "held-out KLD")
-NO_COMPARISON = "–"
 
 
 def file_name(budget: str) -> str:
@@ -98,73 +95,3 @@ def write_policies(folder: Path, pairs: dict[str, list], record: dict) -> None:
             held_out |= {k: found[k] for k in names}
         evidence = {**at, "held_out": held_out, **{k: record[k] for k in shared}}
         write_layer_list(folder / name, pairs[name], **evidence)
-
-
-def as_text(record: dict) -> str:
-    """The table of the policies, and of what they are compared with."""
-    held = {r["config"]: r for r in (record["held_out"] or {"results": []})["results"]}
-    compared = list(next(iter(held.values()))["kld_ratio_to"]) if held else []
-    rows = [[*COLUMNS, *(f"/ {name}" for name in compared)]]
-    for at in record["policies"]:
-        rows.append(
-            [at["policy"], *_bits(at), _kld(at["predicted_kld"]), _kld(at["measured_kld"])]
-            + _held(held.get(at["policy"]))
-        )
-    names = {at["policy"] for at in record["policies"]}
-    rows += [[n, *_bits(r), "", "", *_held(r)] for n, r in list(held.items())[1:] if n not in names]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))])
-        for row in rows
-    )
-
-
-def notes(record: dict) -> list[str]:
-    """Sentences that belong under the table."""
-    c = record["calibration"]
-    lines = [
-        f"Predicted and measured KLD are over {c['n_windows']} windows of {c['n_ctx']} of "
-        f"{c['text']['name']}, predicted as the sum of what each slot adds alone; ± is one "
-        "standard error over windows."
-    ]
-    if repaired := max((at["costs_repaired"] for at in record["policies"]), default=0):
-        lines.append(
-            f"{repaired} measured costs did not fall with the bits and were evened out before "
-            "assigning (isotonic regression)."
-        )
-    if c["keys"].startswith("centred by their means"):
-        lines.append(f"Keys are {c['keys']}; the means lie beside the policy files.")
-    if record["held_out"]:
-        h = record["held_out"]
-        lines.append(
-            f"Held out: {h['n_windows']} windows of {h['n_ctx']} of {h['text']['name']}; ratios of "
-            "KLD with 95 % intervals, paired over windows."
-        )
-    else:
-        lines.append("Not checked on held-out windows.")
-    return lines
-
-
-def _bits(record: dict) -> list[str]:
-    names = ("bits_per_value", "k_bits_per_value", "v_bits_per_value")
-    return [f"{record[name]:.3f}" for name in names]
-
-
-def _kld(summary: dict) -> str:
-    se = summary["se"]
-    return f"{summary['mean']:.5f}" + ("" if se is None else f" ± {se:.5f}")
-
-
-def _held(record: dict | None) -> list[str]:
-    if record is None:
-        return [NO_COMPARISON]
-    return [_kld(record["kld"]), *(_ratio(found) for found in record["kld_ratio_to"].values())]
-
-
-def _ratio(found: dict) -> str:
-    if found["mean"] is None:
-        return NO_COMPARISON
-    if found["interval"] is None:
-        return f"{found['mean']:.3f}"
-    low, high = found["interval"]
-    return f"{found['mean']:.3f} ({low:.3f} to {high:.3f})"

@@ -17,9 +17,8 @@ from ..model.shapes import KVShape
 from . import calibrate
 from . import calibration_record as records
 from .calibrate import Assigned
-from .checkpoint import Checkpoint, checkpoint_path
+from .checkpoint import Checkpoint, Journal, journal_path
 from .configuration import REFERENCE, Prepared, prepare, prepare_layers
-from .journal import Journal
 from .perplexity import Evaluation, evaluate_windows, settings_of
 from .record import command_line, environment, model_record, weights_digest
 from .sensitivity import all_changes, default_batch, measure
@@ -196,7 +195,7 @@ class Calibration:
         settings = self._settings(source, windows, configs)
         settings |= {"windows": digest(windows), "keys": self.keys}
         resume = False if self.options["resume"] is False else None
-        checkpoint = Checkpoint(checkpoint_path(settings, None), settings, resume)
+        checkpoint = Checkpoint(journal_path("perplexity", settings, None), settings, resume)
         with self.progress() as progress:
             evaluation = evaluate_windows(model, windows, configs, checkpoint, progress)
         checkpoint.done()

@@ -1,16 +1,89 @@
-"""Finished windows of a perplexity run, kept in a journal as they finish."""
+"""Finished parts of a long run, kept on disk as they finish.
+
+One JSON line for the settings, then one a part. A line that was cut off by an interruption is
+dropped; everything before it counts.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
+from ..errors import InputError
+from ..files import write_text
+from ..loading.default_model import cache_dir
 from .divergence import PositionStats
-from .journal import Journal, journal_path
 
 
-def checkpoint_path(settings: dict, json_path: str | Path | None) -> Path:
-    """Where a run keeps its finished windows: beside its JSON file, or in the cache folder."""
-    return journal_path("perplexity", settings, json_path)
+def journal_path(what: str, settings: dict, json_path: str | Path | None) -> Path:
+    """Where a run keeps its finished parts: beside its JSON file, or in the cache folder."""
+    if json_path is not None:
+        return Path(f"{json_path}.partial")
+    name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    return cache_dir() / f"{what}-{name}.partial"
+
+
+class Journal:
+    """Finished parts at `path`, for a run with these settings.
+
+    Args:
+        path: the file; made at the first finished part.
+        settings: what makes two runs comparable.
+        resume: True demands an unfinished run, False forgets it, None takes it if there is one.
+
+    Raises:
+        InputError: the file belongs to a run with other settings, or there is nothing to resume.
+    """
+
+    def __init__(self, path: str | Path, settings: dict, resume: bool | None = None):
+        self.path = Path(path)
+        # As they read back from the file: tuples become lists.
+        self.settings = json.loads(json.dumps(settings))
+        self.parts: list[dict] = []
+        exists = self.path.is_file()
+        if resume and not exists:
+            raise InputError(f"There is no unfinished run to resume at {self.path}.")
+        if exists and resume is False:
+            self.path.unlink()
+        elif exists:
+            self._read()
+
+    def _read(self) -> None:
+        text = self.path.read_text(encoding="utf-8")
+        lines, records = text.splitlines(), []
+        for line in lines:
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+        if not records:
+            self.path.unlink()
+            return
+        found = records[0].get("settings") or {}
+        names = [k for k in {**found, **self.settings} if found.get(k) != self.settings.get(k)]
+        if names:
+            raise InputError(
+                f"{self.path} holds an unfinished run with other settings "
+                f"({', '.join(sorted(names))}); --no-resume starts anew."
+            )
+        self.parts = records[1:]
+        if len(records) < len(lines) or not text.endswith("\n"):
+            write_text(self.path, "".join(json.dumps(r) + "\n" for r in records))
+
+    def add(self, part: dict) -> None:
+        """Write a finished part down."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        new = not self.path.exists()
+        with self.path.open("a", encoding="utf-8") as file:
+            if new:
+                file.write(json.dumps({"settings": self.settings}) + "\n")
+            file.write(json.dumps(part) + "\n")
+        self.parts.append(part)
+
+    def done(self) -> None:
+        """The run has ended and its results are kept elsewhere."""
+        self.path.unlink(missing_ok=True)
 
 
 class Checkpoint(Journal):

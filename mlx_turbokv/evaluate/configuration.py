@@ -22,7 +22,7 @@ from ..model.probing import probe_shapes
 from ..model.shapes import KVShape
 from ..policy import LayerList, Policy, Uniform, load_policy
 from ..quant.formats import as_format
-from . import peer
+from .mlx_lm_quantized import DEQUANTIZED, MLX_LM, make_quantized_caches, needs_dequantizing
 
 REFERENCE = "f16/f16"
 DEFAULT_CONFIGS = (
@@ -39,8 +39,8 @@ DEFAULT_CONFIGS = (
     "turbo3/turbo3",
 )
 ACCEPTED = "K/V such as q8_0/turbo3, a policy, K/V@POLICY, POLICY:K or mlx-kvN:GROUP"
-_PEER = re.compile(r"mlx-kv([2348])(?::(32|64|128))?")
-_PEER_GROUP = 64
+_MLX_LM_NAME = re.compile(r"mlx-kv([2348])(?::(32|64|128))?")
+DEFAULT_GROUP = 64
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Prepared:
     v_bits: float | None = None
     bits: float | None = None
     layer_bits: list[tuple[float, float]] | None = None
-    backend: str = peer.OWN
+    backend: str = MLX_LM
     centred: str = "keys not centred"
 
 
@@ -107,7 +107,7 @@ def check_name(name: str) -> None:
     Raises:
         InputError: as `parse_policy`.
     """
-    if not _PEER.fullmatch(name.strip().lower()):
+    if not _MLX_LM_NAME.fullmatch(name.strip().lower()):
         parse_policy(name)
 
 
@@ -149,9 +149,9 @@ def prepare(
     Raises:
         InputError: an unknown name, or one that does not fit the model.
     """
-    if isinstance(config, str) and (found := _PEER.fullmatch(config.strip().lower())):
-        bits, group = int(found[1]), int(found[2] or _PEER_GROUP)
-        return _prepare_peer(model, name or config, bits, group, timed)
+    if isinstance(config, str) and (found := _MLX_LM_NAME.fullmatch(config.strip().lower())):
+        bits, group = int(found[1]), int(found[2] or DEFAULT_GROUP)
+        return _prepare_mlx_lm(model, name or config, bits, group, timed)
     policy = parse_policy(config) if isinstance(config, str) else config
     factory = CacheFactory(
         model,
@@ -168,14 +168,17 @@ def prepare(
         make_caches=factory,
         layers=[(str(k), str(v)) for k, v in pairs],
         **_bits([(k.bits_per_value, v.bits_per_value) for k, v in pairs], shapes),
-        backend=select_backend(factory.backend).name if packed else peer.OWN,
+        backend=select_backend(factory.backend).name if packed else MLX_LM,
         centred=factory.centring.summary(),
     )
 
 
 def backend_of(configs: Sequence[Prepared]) -> str:
     """The back-end of a run: that of its packed caches, or mlx-lm where there are none."""
-    return next((c.backend for c in configs if not c.backend.startswith(peer.OWN)), peer.OWN)
+    return next(
+        (c.backend for c in configs if not c.backend.startswith(MLX_LM)),
+        MLX_LM,
+    )
 
 
 def prepare_layers(
@@ -189,7 +192,7 @@ def prepare_layers(
     return prepare(model, LayerList(tuple(pairs), name), backend, name, centre)
 
 
-def _prepare_peer(model: nn.Module, name: str, bits: int, group: int, timed: bool) -> Prepared:
+def _prepare_mlx_lm(model: nn.Module, name: str, bits: int, group: int, timed: bool) -> Prepared:
     found = kv_layers(model)
     shapes = kv_shapes(model)
     for shape in shapes or []:
@@ -204,12 +207,12 @@ def _prepare_peer(model: nn.Module, name: str, bits: int, group: int, timed: boo
     def cost(_head_dim: int, itemsize: int = 2) -> float:
         return bits + 2 * 8 * itemsize / group  # a scale and a bias a group
 
-    dequantized = peer.needs_dequantizing() and not timed
+    dequantized = needs_dequantizing() and not timed
     return Prepared(
         name=name,
-        make_caches=partial(peer.peer_caches, model, bits, group, dequantized),
+        make_caches=partial(make_quantized_caches, model, bits, group, dequantized),
         layers=[(label, label)] * len(found.layers),
-        backend=peer.DEQUANTIZED if dequantized else peer.OWN,
+        backend=DEQUANTIZED if dequantized else MLX_LM,
         **_bits([(cost, cost)] * len(found.layers), shapes),
     )
 

@@ -20,9 +20,9 @@ from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
 from ..errors import InputError
 from . import statistics
+from .checkpoint import Journal
 from .configuration import Prepared
 from .haystack import Case, Haystack, Prompt, is_found
-from .journal import Journal
 
 SPARE_TOKENS = 2  # generated beyond the answer's own, for a quote or a space
 Progress = Callable[[int, int, str], None]

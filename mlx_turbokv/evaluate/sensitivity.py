@@ -19,8 +19,8 @@ from ..cache.factory import CacheFactory
 from ..errors import InputError
 from ..model.caches import own_caches
 from ..policy import LayerList
+from .checkpoint import Journal
 from .divergence import Reference
-from .journal import Journal
 from .windows import batch_logits, targets_of
 
 PARTS = ("k", "v")

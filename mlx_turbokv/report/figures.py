@@ -14,7 +14,7 @@ from ..evaluate.plots import (
     new_figure,
     token_axis,
 )
-from .pareto import pareto_front
+from .summary import pareto_front
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

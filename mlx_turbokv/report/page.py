@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from html import escape
 from importlib.resources import files
 
-from ..evaluate import needle_table, plots, speed_table, table
+from ..evaluate import plots, tables
+from ..evaluate.tables import Table
 from . import figures, summary
 from .plan_table import table_of_json
 
@@ -41,7 +42,8 @@ def build_page(record: dict) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{name}: KV cache report</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{name}: KV cache report</title>\n<style>\n{style}</style>\n</head>\n"
+        "<body>\n<main>\n"
         f"<h1>{name}: KV cache report</h1>\n{_about(record)}\n<nav>{links}</nav>\n"
         f"{body}\n</main>\n</body>\n</html>\n"
     )
@@ -58,18 +60,14 @@ def _about(record: dict) -> str:
 
 def _summary(record: dict) -> Section:
     """Each configuration in one line, over all parts."""
-    header, rows, front = summary.table_of(record)
-    html = _table(header, rows, front) + "".join(_notes(n) for n in summary.notes(record))
-    return "summary", "Summary", html
+    table, front = summary.table_of(record)
+    return "summary", "Summary", _table(table, front) + _notes(table)
 
 
 def _quality(record: dict) -> Section:
-    part = record["perplexity"]
-    others = part["results"][1:]
-    rows = table.rows(part["results"])
-    html = f"<p>{escape(table.heading(part).splitlines()[0])}.</p>"
-    html += _table(list(table.COLUMNS), rows, summary.front_of(others))
-    html += _notes(table.footnotes(part))
+    others = record["perplexity"]["results"][1:]
+    table = tables.perplexity_table(record["perplexity"])
+    html = _heading(table) + _table(table, summary.front_of(others)) + _notes(table)
     html += _figure(
         figures.divergence_figure(others),
         "KLD against bits per value",
@@ -87,11 +85,10 @@ def _quality(record: dict) -> Section:
 
 def _needle(record: dict) -> Section:
     part = record["needle"]
-    header, rows = needle_table.cells(part["summary"])
-    html = f"<p>{escape(needle_table.heading(part).splitlines()[0])}.</p>"
-    html += _table(header, rows) + _notes(needle_table.footnotes(part))
+    table = tables.needle_table(part)
     if part["not_measured"]:
-        html += _notes(f"{part['not_measured']} cases were not measured.")
+        table.notes.append(f"{part['not_measured']} cases were not measured.")
+    html = _heading(table) + _table(table) + _notes(table)
     html += _figure(
         plots.needle_figure(part),
         "Needles found by context and depth",
@@ -119,8 +116,8 @@ def _sensitivity(record: dict) -> Section:
 
 
 def _memory(record: dict) -> Section:
-    header, rows, notes = table_of_json(record["plan"])
-    html = _table(header, rows) + "".join(_notes(n) for n in notes)
+    table = table_of_json(record["plan"])
+    html = _table(table) + _notes(table)
     html += _figure(
         figures.memory_figure(record["plan"], record.get("bench")),
         "Memory against context",
@@ -131,46 +128,52 @@ def _memory(record: dict) -> Section:
 
 def _speed(record: dict) -> Section:
     part = record["bench"]
-    html = f"<p>{escape(speed_table.heading(part).splitlines()[0])}.</p>"
-    rows = [[row[1], row[0], *row[2:]] for row in speed_table.cells(part["rows"])]
-    header = [speed_table.HEADER[1], speed_table.HEADER[0], *speed_table.HEADER[2:]]
-    html += _table(header, rows) + _notes(speed_table.footnotes(part))
+    table = tables.speed_table(part)
+    header, *rows = ([row[1], row[0], *row[2:]] for row in [table.header, *table.rows])
+    html = _heading(table) + _table(Table(header, rows)) + _notes(table)
     if any("error" not in row for row in part["rows"]):
         html += _figure(
-            plots.speed_figure(part), "Speed and memory against context",
+            plots.speed_figure(part),
+            "Speed and memory against context",
             "Medians, with the slowest and the fastest trial.",
-        )  # fmt: skip
+        )
     return "speed", "Speed", html
 
 
 def _origins(record: dict) -> Section:
     html = ""
     for name in ("perplexity", "needle", "calibrate", "plan", "bench"):
-        part = record.get(name)
-        if not part:
-            continue
-        entries = {"command": part.get("command"), "commit": part.get("commit")}
-        if "text" in part:
-            entries["text"] = f"{part['text']['name']}, sha256 {part['text']['sha256']}"
-        entries["seconds"] = part.get("seconds")
-        items = "".join(
-            f"<dt>{key}</dt><dd>{escape(str(value))}</dd>"
-            for key, value in entries.items()
-            if value
-        )
-        html += f"<h3>{name}</h3><dl>{items}</dl>" if items else ""
-    environment = "".join(
-        f"<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in record["environment"].items()
-    )
-    html += f"<h3>environment</h3><dl>{environment}</dl>"
+        part = record.get(name) or {}
+        text = part.get("text")
+        entries = {
+            "command": part.get("command"),
+            "commit": part.get("commit"),
+            "text": text and f"{text['name']}, sha256 {text['sha256']}",
+            "seconds": part.get("seconds"),
+        }
+        entries = {key: value for key, value in entries.items() if value}
+        html += _definitions(name, entries) if entries else ""
+    html += _definitions("environment", record["environment"])
     return "origins", "Where the figures come from", html
 
 
-def _table(header: list[str], rows: list[list[str]], marked: set[str] = frozenset()) -> str:
-    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
+def _definitions(title: str, entries: dict) -> str:
+    items = "".join(
+        f"<dt>{escape(key)}</dt><dd>{escape(str(value))}</dd>" for key, value in entries.items()
+    )
+    return f"<h3>{title}</h3><dl>{items}</dl>"
+
+
+def _heading(table: Table) -> str:
+    return f"<p>{escape(table.heading.splitlines()[0])}.</p>"
+
+
+def _table(table: Table, marked: Set[str] = frozenset()) -> str:
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.header)
     lines = []
-    for row in rows:
-        cells = "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
+    for row in table.rows:
+        rest = [*row[1:], *[""] * (len(table.header) - len(row))]
+        cells = "".join(f"<td>{escape(cell)}</td>" for cell in rest)
         kind = ' class="front"' if row[0] in marked else ""
         lines.append(f'<tr{kind}><th scope="row">{escape(row[0])}</th>{cells}</tr>')
     return (
@@ -179,8 +182,8 @@ def _table(header: list[str], rows: list[list[str]], marked: set[str] = frozense
     )
 
 
-def _notes(text: str) -> str:
-    return "".join(f'<p class="note">{escape(line)}</p>' for line in text.splitlines() if line)
+def _notes(table: Table) -> str:
+    return "".join(f'<p class="note">{escape(note)}</p>' for note in table.notes)
 
 
 def _figure(figure, title: str, caption: str) -> str:

@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+from ..evaluate.tables import Table
 from ..model.shapes import KVShape
 from .plan import GIB, Plan, Row, raw_index_v_bits, runs
 
 MIB = 1 << 20
 
 
+def plan_table(plan: Plan) -> Table:
+    """The plan's rows, with the formats of every layer and the notes below."""
+    free = plan.free_bytes()
+    header = _header(plan.contexts)
+    if plan.memory_bytes is not None:
+        header.append("tokens that fit")
+    rows = []
+    for row in plan.rows:
+        sizes = [row.bytes_at[n] for n in plan.contexts]
+        cells = _cells(row.name, row.k_bits, row.v_bits, row.bits, sizes, free)
+        if plan.memory_bytes is not None:
+            cells.append("" if row.max_tokens is None else f"{row.max_tokens:,}")
+        rows.append(cells)
+    return Table(header, rows, _headline(plan), _notes(plan))
+
+
 def as_text(plan: Plan) -> str:
-    """A table for a terminal, with the formats of every layer and the notes below."""
-    header, *rows = _table(plan)
-    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
-    lines = [_headline(plan), ""]
-    for line in [header, *rows]:
-        cells = [line[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:])]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join([*lines, *_below(plan)])
+    """A table for a terminal."""
+    return plan_table(plan).render("text")
 
 
 def as_markdown(plan: Plan) -> str:
-    """The same as Markdown."""
-    header, *rows = _table(plan)
-    lines = [_headline(plan), "", "| " + " | ".join(header) + " |"]
-    lines.append("|---" + "|---:" * (len(header) - 1) + "|")
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    below = [f"- {line}" if line else line for line in _below(plan)]
-    return "\n".join([*lines, *below])
+    """The same as Markdown, the notes as a list."""
+    table = plan_table(plan)
+    return replace(table, notes=[f"- {note}" for note in table.notes]).render("markdown")
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -55,24 +62,31 @@ def as_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def table_of_json(record: dict[str, Any]) -> tuple[list[str], list[list[str]], list[str]]:
-    """A plan that ``as_json`` gave, as (header, rows, sentences below)."""
+def table_of_json(record: dict[str, Any]) -> Table:
+    """The table of a plan that ``as_json`` gave."""
     contexts = [int(n) for n in record["f16_bytes"]]
-    header = ["cache", "K bits", "V bits", "bits", "of f16", *(f"{n:,} tokens" for n in contexts)]
-    rows, notes = [], list(record["left_alone"])
+    rows, names_by_note = [], {}
     for row in record["rows"]:
-        held = {int(n): size for n, size in row["bytes"].items()}
-        cells = [row["name"], f"{row['k_bits']:.2f}", f"{row['v_bits']:.2f}", f"{row['bits']:.2f}"]
-        rows.append([*cells, f"{row['bits'] / 16:.1%}", *(_size(held[n]) for n in contexts)])
-    by_text: dict[str, list[str]] = {}
-    for row in record["rows"]:
-        for line in row["notes"]:
-            name = row["name"]
-            text = line.removeprefix(f"{name}: ") if line.startswith(f"{name}: ") else line
-            by_text.setdefault(text, []).extend([name] if text != line else [])
-    # What several rows have in common is said once.
-    notes += [f"{', '.join(names)}: {text}" if names else text for text, names in by_text.items()]
-    return header, rows, notes
+        name, held = row["name"], {int(n): size for n, size in row["bytes"].items()}
+        sizes = [held[n] for n in contexts]
+        rows.append(_cells(name, row["k_bits"], row["v_bits"], row["bits"], sizes))
+        for note in row["notes"]:
+            text = note.removeprefix(f"{name}: ")
+            names_by_note.setdefault(text, []).extend([name] if text != note else [])
+    # A note that several rows have in common is given once.
+    notes = [f"{', '.join(names)}: {x}" if names else x for x, names in names_by_note.items()]
+    return Table(_header(contexts), rows, notes=[*record["left_alone"], *notes])
+
+
+def _header(contexts: list[int]) -> list[str]:
+    return ["cache", "K bits", "V bits", "bits", "of f16", *(f"{n:,} tokens" for n in contexts)]
+
+
+def _cells(
+    name: str, k_bits: float, v_bits: float, bits: float, sizes: list[int], free: int | None = None
+) -> list[str]:
+    held = [_size(size) + ("" if free is None or size <= free else " (too much)") for size in sizes]
+    return [name, f"{k_bits:.2f}", f"{v_bits:.2f}", f"{bits:.2f}", f"{bits / 16:.1%}", *held]
 
 
 def _json_row(plan: Plan, row: Row) -> dict[str, Any]:
@@ -110,35 +124,14 @@ def _shape_text(shape: KVShape) -> str:
     return f"{shape.n_kv_heads} KV heads, head_dim {dims}"
 
 
-def _table(plan: Plan) -> list[list[str]]:
-    header = ["cache", "K bits", "V bits", "bits", "of f16"]
-    header += [f"{n:,} tokens" for n in plan.contexts]
-    if plan.memory_bytes is not None:
-        header.append("tokens that fit")
-    lines = [header]
-    for row in plan.rows:
-        cells = [row.name, f"{row.k_bits:.2f}", f"{row.v_bits:.2f}", f"{row.bits:.2f}"]
-        cells.append(f"{row.bits / 16:.1%}")
-        cells += [_size(row.bytes_at[n]) + _fits(plan, row.bytes_at[n]) for n in plan.contexts]
-        if row.max_tokens is not None:
-            cells.append(f"{row.max_tokens:,}")
-        lines.append(cells)
-    return lines
-
-
-def _fits(plan: Plan, n_bytes: int) -> str:
-    free = plan.free_bytes()
-    return "" if free is None or n_bytes <= free else " (too much)"
-
-
 def _size(n_bytes: int) -> str:
     if n_bytes >= GIB:
         return f"{n_bytes / GIB:.2f} GiB"
     return f"{n_bytes / MIB:.1f} MiB"
 
 
-def _below(plan: Plan) -> list[str]:
-    lines = [""]
+def _notes(plan: Plan) -> list[str]:
+    lines = []
     for row in plan.rows:
         pieces = runs(row.formats)
         if len(pieces) > 1:
@@ -163,7 +156,7 @@ def _below(plan: Plan) -> list[str]:
         )
     if plan.model.max_context and any(n > plan.model.max_context for n in plan.contexts):
         lines.append(f"The model was made for {plan.model.max_context:,} tokens.")
-    return lines if len(lines) > 1 else []
+    return lines
 
 
 def _beside(plan: Plan) -> list[str]:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from ..evaluate import table
-from .pareto import pareto_front
+import math
+
+from ..evaluate import tables
+from ..evaluate.tables import Table
 
 
-def table_of(record: dict) -> tuple[list[str], list[list[str]], set[str]]:
-    """(header, rows, configurations that nothing beats in bits and KLD together)."""
+def table_of(record: dict) -> tuple[Table, set[str]]:
+    """The table, and the configurations that nothing beats in bits and KLD together."""
     quality = _quality(record)
     found = {r["config"]: r for r in (record.get("needle") or {"summary": []})["summary"]}
     speed = _longest(record.get("bench"))
-    names = list(dict.fromkeys([*quality, *found, *speed]))
     header = ["K/V"]
     header += ["bits/value", "KLD", "Δnll", "same top"] if quality else []
     header += ["needles, of f16’s"] if found else []
     header += ["generation, of f16", "KV bytes"] if speed else []
     rows = []
-    for name in names:
+    for name in dict.fromkeys([*quality, *found, *speed]):
         cells = [name]
         if quality:
             cells += _quality_cells(quality.get(name), name == next(iter(quality)))
@@ -26,20 +27,24 @@ def table_of(record: dict) -> tuple[list[str], list[list[str]], set[str]]:
         if speed:
             cells += _speed_cells(speed.get(name))
         rows.append(cells)
-    return header, rows, front_of(list(quality.values())[1:])
-
-
-def notes(record: dict) -> list[str]:
-    """Sentences that belong under the table."""
-    quality, speed = _quality(record), _longest(record.get("bench"))
-    lines = []
-    if front := front_of(list(quality.values())[1:]):
+    front, notes = front_of(list(quality.values())[1:]), []
+    if front:
         names = ", ".join(n for n in quality if n in front)
-        lines.append(f"● Nothing measured here has both fewer bits and a smaller KLD: {names}.")
+        notes.append(f"● Nothing measured here has both fewer bits and a smaller KLD: {names}.")
     if speed:
         tokens = next(iter(speed.values()))["tokens"]
-        lines.append(f"Speed and bytes are those at {tokens:,} tokens.")
-    return lines
+        notes.append(f"Speed and bytes are those at {tokens:,} tokens.")
+    return Table(header, rows, notes=notes), front
+
+
+def pareto_front(points: list[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other undercuts in both coordinates, from left to right."""
+    front, best = [], math.inf
+    for i in sorted(range(len(points)), key=points.__getitem__):
+        if points[i][1] < best:
+            front.append(i)
+            best = points[i][1]
+    return front
 
 
 def front_of(results: list[dict]) -> set[str]:
@@ -56,20 +61,19 @@ def _quality(record: dict) -> dict[str, dict]:
 
 def _quality_cells(row: dict | None, is_reference: bool) -> list[str]:
     if row is None:
-        return ["–"] * 4
-    cells = table.rows([row, row])[0 if is_reference else 1]
+        return [tables.NONE] * 4
+    cells = tables.perplexity_rows([row, row])[0 if is_reference else 1]
     return [cells[1], cells[5], cells[4], cells[8]]
 
 
 def _found_cell(row: dict | None) -> str:
-    return "–" if row is None else f"{row['found_of_reference']}/{row['reference_found']}"
+    return tables.NONE if row is None else f"{row['found_of_reference']}/{row['reference_found']}"
 
 
 def _speed_cells(row: dict | None) -> list[str]:
     if row is None:
-        return ["–", "–"]
-    ratio = row["generation_of_first"]
-    return ["?" if ratio is None else f"{ratio:.2f}×", table.bytes_text(row["kv_bytes"])]
+        return [tables.NONE] * 2
+    return [tables.times_text(row["generation_of_first"]), tables.bytes_text(row["kv_bytes"])]
 
 
 def _longest(bench: dict | None) -> dict[str, dict]:

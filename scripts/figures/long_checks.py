@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlx_turbokv.evaluate.table import bytes_text
+from mlx_turbokv.evaluate.tables import bytes_text
 
 from . import figure, read
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from paper_tables import difference_cell
 
-from mlx_turbokv.evaluate import needle_table
 from mlx_turbokv.evaluate.statistics import ratio
-from mlx_turbokv.evaluate.table import as_markdown, footnotes, heading
+from mlx_turbokv.evaluate.tables import needle_table, perplexity_table
 from mlx_turbokv.report import summary
 
 from . import figure, read, table
@@ -33,8 +32,9 @@ def perplexity() -> str:
     """Perplexity and divergence of a few configurations, with the command that made them."""
     record = read(SHORT)
     found = _by_config(record)
-    parts = [_heading(record), as_markdown([found[name] for name in SHOWN])]
-    return "\n\n".join([*parts, footnotes(record), f"`{record['command']}`"])
+    shown = perplexity_table(record | {"results": [found[name] for name in SHOWN]})
+    notes = "\n".join(perplexity_table(record).notes)
+    return "\n\n".join([_heading(record), shown.markdown(), notes, f"`{record['command']}`"])
 
 
 @figure
@@ -189,7 +189,7 @@ def _ratio(found: dict[str, dict], name: str) -> dict:
 
 
 def _heading(record: dict) -> str:
-    return heading(record).replace("\n", "; ") + "."
+    return perplexity_table(record).heading.replace("\n", "; ") + "."
 
 
 def _policy_name(config: str) -> str:
@@ -214,8 +214,8 @@ def _with_interval(found: dict, spec: str) -> str:
 def needle() -> str:
     """What is still found, f16 beside every configuration."""
     record = read("needle")
-    parts = [needle_table.heading(record).replace("\n", "; ") + "."]
-    parts += [needle_table.as_markdown(record["summary"]), needle_table.footnotes(record)]
+    table = needle_table(record)
+    parts = [table.heading.replace("\n", "; ") + ".", table.markdown(), "\n".join(table.notes)]
     if record["not_measured"]:
         n, left = len(record["cases"]), record["not_measured"]
         parts.append(f"{left} of {n + left} cases were left when the time was over.")

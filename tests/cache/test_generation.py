@@ -11,9 +11,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from exact_rows import on_a_grid
+from greedy import compare, greedy_tokens
 
 from mlx_turbokv import TurboKVCache, attach, detach, make_prompt_cache
-from mlx_turbokv.evaluate.greedy import compare, greedy_tokens
 from mlx_turbokv.loading.models import load
 
 NEAR_TIE = 0.2  # nats between the reference's two candidates: a factor of 1.22

@@ -15,8 +15,9 @@ from tiny_models import tiny_config, tiny_model
 
 from mlx_turbokv.cli import bench
 from mlx_turbokv.errors import InputError
-from mlx_turbokv.evaluate import configuration, speed, speed_table
-from mlx_turbokv.evaluate.speed import Point, Settings
+from mlx_turbokv.evaluate import benchmark, configuration
+from mlx_turbokv.evaluate.benchmark import Point, Settings
+from mlx_turbokv.evaluate.tables import SPEED_HEADER, Table, speed_rows
 from mlx_turbokv.loading.random_model import random_model, shape_config, weight_bytes
 from mlx_turbokv.model.kv_layers import kv_layers
 
@@ -98,7 +99,7 @@ def test_bad_options_are_named(arguments, message, shape_file):
 def test_a_filled_cache_holds_what_a_prompt_would(model, name, tokens):
     config = configuration.prepare(model, name)
     filled, prompted = config.make_caches(), config.make_caches()
-    speed.fill(filled, kv_layers(model), tokens, mx.float32)
+    benchmark.fill(filled, kv_layers(model), tokens, mx.float32)
     mx.eval(model(mx.zeros((1, tokens), mx.int32), cache=prompted))
     assert [c.offset for c in filled] == [tokens] * 2
     assert [c.nbytes for c in filled] == [c.nbytes for c in prompted]
@@ -107,9 +108,9 @@ def test_a_filled_cache_holds_what_a_prompt_would(model, name, tokens):
 def test_filling_in_pieces_gives_the_same_size(model, monkeypatch):
     config, sizes = configuration.prepare(model, "turbo4/turbo3"), []
     for step in (37, 8192):
-        monkeypatch.setattr(speed, "FILL_STEP", step)
+        monkeypatch.setattr(benchmark, "FILL_STEP", step)
         caches = config.make_caches()
-        speed.fill(caches, kv_layers(model), 290, mx.float32)
+        benchmark.fill(caches, kv_layers(model), 290, mx.float32)
         sizes.append([c.offset for c in caches])
     assert sizes[0] == sizes[1] == [290, 290]
 
@@ -120,7 +121,7 @@ def test_every_configuration_gets_every_trial_in_turn(kind, name):
     model = tiny_model(name)
     configs = [configuration.prepare(model, n) for n in ("f16/f16", "q8_0/turbo2")]
     ticks = []
-    rows = speed.measure_point(
+    rows = benchmark.measure_point(
         model, Point(kind, 40), configs, QUICK, tick=lambda *a: ticks.append(a[2])
     )
     assert ticks == ["f16/f16", "q8_0/turbo2"] * 3
@@ -136,9 +137,9 @@ def test_every_configuration_gets_every_trial_in_turn(kind, name):
 
 def test_ratios_are_taken_trial_by_trial():
     config = configuration.Prepared("a", list)
-    first = speed.Trials(config, generation_s=[1.0, 4.0, 2.0], build_s=[0.1])
-    other = speed.Trials(config, generation_s=[2.0, 2.0, 2.0], build_s=[0.1])
-    row = speed._row(Point("context", 8), other, first)
+    first = benchmark.Trials(config, generation_s=[1.0, 4.0, 2.0], build_s=[0.1])
+    other = benchmark.Trials(config, generation_s=[2.0, 2.0, 2.0], build_s=[0.1])
+    row = benchmark._row(Point("context", 8), other, first)
     assert row["generation_of_first"] == 1.0  # of 0.5, 2 and 1
     assert row["generation_tps"]["median"] == 0.5
 
@@ -150,18 +151,18 @@ class Broken(KVCache):
 
 def test_a_configuration_that_fails_does_not_stop_the_others(model):
     broken = configuration.Prepared("broken", lambda: [Broken() for _ in model.layers])
-    rows = speed.measure_point(
+    rows = benchmark.measure_point(
         model, Point("prompt", 20), [configuration.prepare(model, "f16/f16"), broken], QUICK
     )
     assert "error" not in rows[0] and rows[1]["error"] == "no such kernel here"
-    text = speed_table.as_text(rows).splitlines()
+    text = Table(SPEED_HEADER, speed_rows(rows), left=(1,)).text().splitlines()
     assert text[2].endswith("failed: no such kernel here")
     assert len(text[1]) < 150  # the message makes no column wide
 
 
 def test_a_passed_deadline_leaves_one_trial(model):
     configs = [configuration.prepare(model, "f16/f16")]
-    rows = speed.measure_point(model, Point("prompt", 20), configs, QUICK, deadline=0)
+    rows = benchmark.measure_point(model, Point("prompt", 20), configs, QUICK, deadline=0)
     assert len(rows[0]["generation_tps"]["trials"]) == 1
 
 
@@ -176,9 +177,9 @@ def test_the_command_keeps_points_that_were_measured(shape_file, tmp_path, monke
     assert _run(shape_file, out, "--context", "40").exception is None
     first = json.loads(out.read_text())
     measured = []
-    real = speed.measure_point
+    real = benchmark.measure_point
     monkeypatch.setattr(
-        speed, "measure_point", lambda m, p, *a: measured.append(p) or real(m, p, *a)
+        benchmark, "measure_point", lambda m, p, *a: measured.append(p) or real(m, p, *a)
     )
     assert _run(shape_file, out, "--context", "40", "-p", "20").exception is None
     assert measured == [Point("prompt", 20)]
@@ -223,7 +224,7 @@ def test_plots_and_tables_come_from_the_record_alone(shape_file, tmp_path):
 def test_a_model_without_a_kv_cache_cannot_be_filled():
     model = tiny_model("mamba")
     with pytest.raises(InputError, match="no KV layer"):
-        speed._Contexts(model, 10, QUICK)
+        benchmark._Contexts(model, 10, QUICK)
 
 
 def test_the_settings_of_packed_caches_reach_the_run(model):
@@ -232,7 +233,7 @@ def test_the_settings_of_packed_caches_reach_the_run(model):
     config = configuration.prepare(model, "q8_0/turbo2", "reference")
     make = config.make_caches
     counted = configuration.Prepared("q8_0/turbo2", partial(_counting, make, used))
-    speed.measure_point(model, Point("prompt", 20), [counted], QUICK)
+    benchmark.measure_point(model, Point("prompt", 20), [counted], QUICK)
     assert used and set(used) == {"TurboKVCache"}
 
 

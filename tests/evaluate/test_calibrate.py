@@ -14,8 +14,8 @@ from mlx_turbokv.cli.entry import run
 from mlx_turbokv.errors import InputError
 from mlx_turbokv.evaluate import calibrate as module
 from mlx_turbokv.evaluate.calibrate import calibrate, row_sizes, shapes_of
+from mlx_turbokv.evaluate.checkpoint import Journal
 from mlx_turbokv.evaluate.configuration import prepare, prepare_layers
-from mlx_turbokv.evaluate.journal import Journal
 from mlx_turbokv.evaluate.perplexity import evaluate_windows
 from mlx_turbokv.evaluate.record import weights_digest
 from mlx_turbokv.evaluate.sensitivity import Change, all_changes, measure
@@ -111,15 +111,12 @@ def test_measurements_are_taken_from_records(model, windows, tmp_path):
     path, changes = tmp_path / "m.jsonl", all_changes([F16] * 3, FORMATS)
     whole = measure(model, windows, [F16] * 3, changes, batch=2)
 
-    class Interrupted(Exception):
-        pass
-
     def stop(done, total, name):
         assert total == 2 * len(changes)
         if done == len(changes) + 4:
-            raise Interrupted
+            raise KeyboardInterrupt
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(KeyboardInterrupt):
         records = Journal(path, {})
         measure(model, windows, [F16] * 3, changes, batch=2, records=records, progress=stop)
     steps = []

@@ -18,9 +18,10 @@ from tiny_models import tiny_model
 
 from mlx_turbokv.cli import needle as cli
 from mlx_turbokv.errors import InputError
-from mlx_turbokv.evaluate import configuration, haystack, needle, needle_table
+from mlx_turbokv.evaluate import configuration, haystack, needle
+from mlx_turbokv.evaluate.checkpoint import Journal
 from mlx_turbokv.evaluate.haystack import Case, Haystack, Prompt, is_found, make_cases
-from mlx_turbokv.evaluate.journal import Journal
+from mlx_turbokv.evaluate.tables import Table, needle_cells
 
 TEXT = " ".join(f"Sentence {i} says that {i} follows {i - 1}." for i in range(1, 60))
 LOGP_TOLERANCE = 1e-3  # nats over an answer: float32 through a cache against float64 of one pass
@@ -188,7 +189,8 @@ def _records() -> list[dict]:
     logp = {"f16/f16": (-1.0, -2.0, -6.0), "q8_0/turbo2": (-1.5, -4.0, -5.0)}
     return [
         {
-            "case": f"number/{c}/0.5/{i}", "kind": "number", "context": c, "depth": 0.5, "repeat": i,
+            "case": f"number/{c}/0.5/{i}", "kind": "number", "context": c, "depth": 0.5,
+            "repeat": i,
             "results": {n: {"found": found[n][i], "logp": logp[n][i]} for n in found},
         }
         for i, c in enumerate((512, 512, 1024))
@@ -208,7 +210,7 @@ def test_rates_are_counted_against_what_f16_finds():
         (512, 1, 2),
         (1024, 1, 1),
     ]
-    text = needle_table.as_text([reference, other]).splitlines()
+    text = Table(*needle_cells([reference, other])).text().splitlines()
     assert text[2].split()[:4] == ["q8_0/turbo2", "?", "2/3", "1/2"]
 
 

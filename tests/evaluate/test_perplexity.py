@@ -13,11 +13,12 @@ from tiny_models import tiny_model
 
 from mlx_turbokv.cli.perplexity import command
 from mlx_turbokv.errors import InputError
-from mlx_turbokv.evaluate import configuration, peer, table, text
-from mlx_turbokv.evaluate.checkpoint import Checkpoint
+from mlx_turbokv.evaluate import configuration, text
+from mlx_turbokv.evaluate.checkpoint import Checkpoint, Journal
 from mlx_turbokv.evaluate.divergence import PositionStats, Reference, compare_logits
-from mlx_turbokv.evaluate.journal import Journal
+from mlx_turbokv.evaluate.mlx_lm_quantized import DequantizedCache, make_quantized_caches
 from mlx_turbokv.evaluate.perplexity import evaluate_windows, perplexity
+from mlx_turbokv.evaluate.tables import PERPLEXITY_HEADER, Table, perplexity_rows
 from mlx_turbokv.evaluate.windows import batch_logits, cut_windows, scored_logits
 
 KLD_TOLERANCE = 1e-6  # nats a position: float32 sums against float64
@@ -150,23 +151,23 @@ def test_configuration_names(name, layers):
 
 
 @pytest.mark.parametrize("name", ["mlx-kv2:32", "mlx-kv4:64", "mlx-kv8:32"])
-def test_peers_with_dequantised_rows_lose_what_mlx_lms_own_attention_loses(name, windows):
+def test_dequantised_rows_lose_what_mlx_lms_quantised_attention_loses(name, windows):
     """Against quantised matmuls, over grouped heads; the rows hold the same bytes."""
     wide = tiny_model("llama", num_hidden_layers=2, head_dim=64)
     bits, group = (int(n) for n in name.removeprefix("mlx-kv").split(":"))
     for window in windows:
-        own, other = (peer.peer_caches(wide, bits, group, d) for d in (False, True))
+        own, other = (make_quantized_caches(wide, bits, group, d) for d in (False, True))
         np.testing.assert_allclose(
             scored_logits(wide, window, other), scored_logits(wide, window, own), atol=1e-5
         )
-        assert isinstance(own[0], QuantizedKVCache) and isinstance(other[0], peer.DequantizedCache)
+        assert isinstance(own[0], QuantizedKVCache) and isinstance(other[0], DequantizedCache)
         assert [c.nbytes for c in other] == [c.nbytes for c in own]
 
 
-def test_peers_are_dequantised_only_where_nothing_is_timed(model, monkeypatch):
-    monkeypatch.setattr(peer, "needs_dequantizing", lambda: True)
+def test_mlx_lms_rows_are_dequantised_only_where_nothing_is_timed(model, monkeypatch):
+    monkeypatch.setattr(configuration, "needs_dequantizing", lambda: True)
     shown, timed = (configuration.prepare(model, "mlx-kv4:32", timed=t) for t in (False, True))
-    assert isinstance(shown.make_caches()[0], peer.DequantizedCache)
+    assert isinstance(shown.make_caches()[0], DequantizedCache)
     assert isinstance(timed.make_caches()[0], QuantizedKVCache)
     assert "dequantised" in shown.backend and timed.backend == "mlx-lm"
     assert configuration.backend_of([timed, shown]) == "mlx-lm"
@@ -174,7 +175,7 @@ def test_peers_are_dequantised_only_where_nothing_is_timed(model, monkeypatch):
     assert configuration.backend_of([timed, shown, turbo]) == "reference"
 
 
-def test_bits_per_value_of_peers_count_scale_and_bias():
+def test_bits_per_value_of_mlx_lms_cache_count_scale_and_bias():
     model = tiny_model("llama", num_hidden_layers=2, head_dim=64)
     assert configuration.prepare(model, "mlx-kv4:32").bits == 5.0
     assert configuration.prepare(model, "mlx-kv8:64").bits == 8.5
@@ -209,10 +210,6 @@ def test_bad_texts_and_sizes(model, source, n_ctx, chunks):
         perplexity(model, Words(), source, n_ctx=n_ctx, chunks=chunks)
 
 
-class Interrupted(Exception):
-    pass
-
-
 def test_an_interrupted_run_goes_on_where_it_stopped(model, windows, tmp_path):
     configs = [configuration.prepare(model, n) for n in ("f16/f16", "q8_0/turbo2")]
     whole = evaluate_windows(model, windows, configs).summary()
@@ -220,9 +217,9 @@ def test_an_interrupted_run_goes_on_where_it_stopped(model, windows, tmp_path):
 
     def stop(done, total, name):
         if done == 5:  # the third window has begun
-            raise Interrupted
+            raise KeyboardInterrupt
 
-    with pytest.raises(Interrupted):
+    with pytest.raises(KeyboardInterrupt):
         evaluate_windows(model, windows, configs, Checkpoint(path, settings), stop)
     with path.open("a") as file:
         file.write('{"window": 2, "resu')  # the power went while a line was written
@@ -249,8 +246,9 @@ def test_a_run_with_other_settings_is_refused(tmp_path):
 def test_tables_have_one_row_a_configuration(model, windows):
     configs = [configuration.prepare(model, n) for n in ("f16/f16", "q8_0/turbo2")]
     summary = evaluate_windows(model, windows, configs).summary()
-    assert len(table.as_text(summary).splitlines()) == 3
-    markdown = table.as_markdown(summary).splitlines()
+    table = Table(PERPLEXITY_HEADER, perplexity_rows(summary))
+    assert len(table.text().splitlines()) == 3
+    markdown = table.markdown().splitlines()
     assert len(markdown) == 4 and len({line.count("|") for line in markdown}) == 1
 
 

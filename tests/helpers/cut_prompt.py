@@ -11,9 +11,9 @@ import sys
 
 import mlx.core as mx
 import numpy as np
+from greedy import greedy_tokens
 
 import mlx_turbokv  # noqa: I001: before mlx.core, which it keeps from OpenBLAS here
-from mlx_turbokv.evaluate.greedy import greedy_tokens
 from mlx_turbokv.loading.models import load
 
 TEXT = "The lighthouse stood at the edge of the world, and every evening its keeper climbed up."

@@ -121,7 +121,7 @@ def test_the_pages_numbers_are_the_records(folder):
 
 
 def test_parts_measured_before_are_kept(folder, monkeypatch):
-    from mlx_turbokv.evaluate import needle, perplexity, speed
+    from mlx_turbokv.evaluate import benchmark, needle, perplexity
 
     def refuse(*_, **__):
         raise AssertionError("measured again")
@@ -129,7 +129,7 @@ def test_parts_measured_before_are_kept(folder, monkeypatch):
     for module, name in (
         (needle, "ask"),
         (perplexity, "_measure_window"),
-        (speed, "measure_point"),
+        (benchmark, "measure_point"),
     ):
         monkeypatch.setattr(module, name, refuse)
     before = json.loads((folder / "report.json").read_text())

@@ -16,7 +16,7 @@ from mlx_lm.models.cache import QuantizedKVCache, _BaseCache
 from ..model.caches import own_caches, put_cache
 from ..model.kv_layers import kv_layers
 
-OWN, DEQUANTIZED = "mlx-lm", "mlx-lm, rows dequantised"
+MLX_LM, DEQUANTIZED = "mlx-lm", "mlx-lm, rows dequantised"
 
 
 class DequantizedCache(_BaseCache):
@@ -63,7 +63,9 @@ def needs_dequantizing() -> bool:
     return gpu and not mx.metal.is_available()
 
 
-def peer_caches(model: nn.Module, bits: int, group: int, dequantized: bool = False) -> list[Any]:
+def make_quantized_caches(
+    model: nn.Module, bits: int, group: int, dequantized: bool = False
+) -> list[Any]:
     """The model's caches with mlx-lm's quantised cache in every KV layer.
 
     Args:
