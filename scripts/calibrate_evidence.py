@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import mlx.core as mx  # noqa: E402
 from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 
-from mlx_turbokv.cli.output import Progress, note, write_json  # noqa: E402
+from mlx_turbokv.cli.output import Progress, print_status, write_json  # noqa: E402
 from mlx_turbokv.cli.perplexity import measure  # noqa: E402
 from mlx_turbokv.evaluate.calibrate import FORMATS  # noqa: E402
 from mlx_turbokv.evaluate.calibration_record import file_name  # noqa: E402
@@ -69,7 +69,7 @@ class Steps:
             "batch_size": self.batch, "backend": self.backend,
             "keys": False, "no_centre": False, "resume": None, **changes,
         }  # fmt: skip
-        record = Calibration(self.loaded, folder, options, note, Progress).run(source, None)
+        record = Calibration(self.loaded, folder, options, print_status, Progress).run(source, None)
         write_json(f"{name}/calibration.json", record)
         print(calibration_table(record).render("text"), flush=True)
 

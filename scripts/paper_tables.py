@@ -22,10 +22,10 @@ import click  # noqa: E402
 import paper_claims as claims  # noqa: E402
 import paper_data as paper  # noqa: E402
 
+from mlx_turbokv.cli import options as cli_options  # noqa: E402
 from mlx_turbokv.cli import perplexity  # noqa: E402
 from mlx_turbokv.cli.entry import run  # noqa: E402
-from mlx_turbokv.cli.options import model_options  # noqa: E402
-from mlx_turbokv.cli.output import note, read_json, write_json  # noqa: E402
+from mlx_turbokv.cli.output import print_status, read_json, write_json  # noqa: E402
 from mlx_turbokv.errors import InputError  # noqa: E402
 
 LONG_CTX = 2048
@@ -84,14 +84,14 @@ def measure(loaded, text, folder: Path, n_ctx: int, chunks: int, group: str, bac
 
     names, reasons = fitting(loaded.model, ["f16/f16", *config_names(group).values()], backend)
     for reason in reasons:
-        note(reason)
+        print_status(reason)
     names += raw_index_policies(loaded.model, folder, group)
     path = folder / f"{'short' if n_ctx < LONG_CTX else 'long'}.json"
     if path.is_file():
         found = read_json(str(path), perplexity.WHAT)
         same = found["n_ctx"] == n_ctx and found["text"]["sha256"] == text.sha256
         if same and [r["config"] for r in found["results"]] == names:
-            note(f"Kept: {path}")
+            print_status(f"Kept: {path}")
             return found
     return perplexity.measure(loaded, text, names, n_ctx, chunks, backend, str(path), None)
 
@@ -275,7 +275,7 @@ def report(
 
 
 @click.command()
-@model_options
+@cli_options.model
 @click.option("--text", "-f", help="A file, sample, or wikitext-2 (default).")
 @click.option("--chunks", default=64, show_default=True, help="Windows of 512.")
 @click.option("--long-chunks", default=8, show_default=True, help="Windows of --long-ctx; 0: none.")

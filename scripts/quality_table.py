@@ -23,10 +23,11 @@ sys.path.insert(0, str(ROOT))
 
 import click  # noqa: E402
 
+from mlx_turbokv.cli import options as cli_options  # noqa: E402
 from mlx_turbokv.cli import perplexity  # noqa: E402
+from mlx_turbokv.cli import runs as cli_runs  # noqa: E402
 from mlx_turbokv.cli.entry import run  # noqa: E402
-from mlx_turbokv.cli.options import BACKENDS, dtype_option, load_dtype, model_options  # noqa: E402
-from mlx_turbokv.cli.output import Progress, note, write_json  # noqa: E402
+from mlx_turbokv.cli.output import Progress, print_status, write_json  # noqa: E402
 from mlx_turbokv.errors import InputError  # noqa: E402
 from mlx_turbokv.evaluate.checkpoint import Checkpoint, journal_path  # noqa: E402
 
@@ -101,13 +102,13 @@ def run_shares(shares: int) -> bool:
 
 
 @click.command()
-@model_options
-@dtype_option
+@cli_options.model
+@cli_options.dtype
 @click.option("--text", "-f", metavar="FILE|sample|wikitext-2")
 @click.option("-c", "--ctx-size", default=512, show_default=True)
 @click.option("--chunks", default=64, show_default=True)
 @click.option("--config", "configs", multiple=True, help="Instead of the table's.")
-@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True)
+@cli_options.backend
 @click.option("--processes", default=1, show_default=True, type=click.IntRange(1))
 @click.option("--share", type=int, hidden=True)
 @click.option("--json", "json_path", required=True, metavar="FILE")
@@ -126,13 +127,13 @@ def command(
     if share is None and processes > 1 and not run_shares(processes):
         raise InputError("A process failed; what is finished is kept: run the command again.")
     loaded = load(
-        model, adapter_path=adapter_path, trust_remote_code=trust_remote_code, **load_dtype(dtype)
+        model, adapter_path=adapter_path, trust_remote_code=trust_remote_code, **cli_runs.load_dtype(dtype)
     )
     if processes > 1:
         ready = perplexity.make_run(loaded, source, names, ctx_size, chunks, backend)
         if share is not None:
             return measure_share(loaded, ready, json_path, share, processes)
-        note(f"{join(ready, json_path, processes)} windows were measured by {processes} processes.")
+        print_status(f"{join(ready, json_path, processes)} windows were measured by {processes} processes.")
     record = perplexity.measure(loaded, source, names, ctx_size, chunks, backend, json_path, None)
     record |= {"seconds": round(time.perf_counter() - started, 1), "processes": processes}
     del record["windows_kept_from_before"]

@@ -6,6 +6,9 @@ import os
 import shutil
 from collections.abc import Iterator
 
+import mlx_turbokv  # noqa: F401 - before mlx.core, so that OpenBLAS is used
+
+# isort: split
 import pytest
 from hypothesis import settings
 from metal_host import HostMetal

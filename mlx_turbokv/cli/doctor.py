@@ -1,4 +1,4 @@
-"""``mlx_turbokv doctor``: does every kernel work on this machine, and how fast."""
+"""``mlx_turbokv doctor``: check every kernel on this machine and time it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 
 import click
 
+from . import options
 from .entry import run
-from .options import BACKENDS
+from .output import print_status
 
 FAILED_STATUS = 1
 
@@ -17,7 +18,7 @@ FAILED_STATUS = 1
 @click.option("--quick", is_flag=True, help="Two pairs of formats at head_dim 64 and 128.")
 @click.option("--full", is_flag=True, help="Every pair of formats, every format at every head_dim.")
 @click.option(
-    "--backend", type=click.Choice(BACKENDS), default="auto", show_default=True,
+    "--backend", type=click.Choice(options.BACKENDS), default="auto", show_default=True,
     help="Which kernels to check; a named one that is missing is an error.",
 )  # fmt: skip
 @click.option("--no-times", is_flag=True, help="Check the kernels, do not time them.")
@@ -37,13 +38,9 @@ def command(quick: bool, full: bool, backend: str, no_times: bool, json_file: st
     if quick and full:
         raise click.UsageError("--quick and --full cannot be given together")
     if json_file is not None:
-        Path(json_file).touch()  # better refused now than after minutes
-    record = examine(
-        "quick" if quick else "full" if full else "default",
-        backend,
-        times=not no_times,
-        progress=lambda line: click.echo(line, err=True),
-    )
+        Path(json_file).touch()  # an error now, not after minutes
+    size = "quick" if quick else "full" if full else "default"
+    record = examine(size, backend, times=not no_times, progress=print_status)
     click.echo(as_markdown(record))
     if json_file is not None:
         Path(json_file).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

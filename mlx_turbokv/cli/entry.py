@@ -1,4 +1,4 @@
-"""How every command ends: one sentence on stderr for bad input, and an exit status."""
+"""Entry point of every command: errors as one sentence on stderr, and exit statuses."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import NoReturn
 import click
 
 from ..errors import InputError
+from ..log import logger
 
 USAGE_STATUS = 2
 INTERRUPT_STATUS = 130
@@ -22,9 +23,9 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> NoReturn:
 
     Bad input (InputError, what click refuses, a missing file) prints ``Error: <one sentence>`` on
     stderr and exits with 2; Ctrl-C exits with 130, a reader that closed the pipe with 141. The
-    notes of the package go to stderr as they are.
+    package's log messages go to stderr as they are.
     """
-    _notes_to_stderr()
+    _log_to_stderr()
     try:
         status = command.main(args=None if args is None else list(args), standalone_mode=False)
     except InputError as error:
@@ -59,15 +60,14 @@ def _one_sentence(error: click.ClickException) -> str:
     return message
 
 
-def _notes_to_stderr() -> None:
-    logger = logging.getLogger("mlx_turbokv")
+def _log_to_stderr() -> None:
     if not logger.handlers:
         logger.addHandler(_Stderr())
         logger.propagate = False
 
 
 class _Stderr(logging.Handler):
-    """Writes to what sys.stderr is at the time."""
+    """Writes to the present sys.stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(record.getMessage(), file=sys.stderr)

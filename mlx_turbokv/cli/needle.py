@@ -1,4 +1,4 @@
-"""``mlx_turbokv needle``: a needle in a haystack, through packed caches and through f16."""
+"""``mlx_turbokv needle``: needle in a haystack by cache configuration, compared with f16."""
 
 from __future__ import annotations
 
@@ -8,132 +8,91 @@ from typing import Any
 import click
 
 from ..errors import InputError
+from . import options
 from .entry import run
-from .options import (
-    BACKENDS,
-    centre_from,
-    centre_options,
-    dtype_option,
-    load_dtype,
-    model_options,
-)
-from .output import Progress, check_writable, note, read_json, rendered, write_json
+from .output import Progress, format_record, print_status, write_json
+from .runs import (
+    config_names,
+    deadline_of,
+    fitting_names,
+    get_record,
+    load_model,
+    warn_about_context,
+)  # fmt: skip
 
 WHAT = "needle in a haystack by cache configuration"
 DEFAULT_CONTEXTS = (512, 1024, 2048, 4096)
 DEFAULT_CONFIGS = ("q8_0/q8_0", "q8_0/turbo3", "q8_0/turbo2", "la-v7", "turbo4/turbo3")
-_OPEN = {"show_default": True}
 
 
 @click.command("needle")
-@model_options
-@dtype_option
+@options.combined(options.model, options.dtype)
 @click.option(
-    "--text", "-f", default="sample", metavar="FILE|sample|wikitext-2",
-    help="The haystack: any UTF-8 text; one too short for a context is repeated.", **_OPEN,
+    "--text", "-f", default="sample", metavar="FILE|sample|wikitext-2", show_default=True,
+    help="The haystack: any UTF-8 text; one too short for a context is repeated.",
 )  # fmt: skip
 @click.option(
-    "-c", "--context", "contexts", multiple=True, type=click.IntRange(1),
+    "-c", "--context", "contexts", multiple=True, type=options.COUNT,
     help="Tokens of the prompt and its answer; repeatable.  [default: 512, 1024, 2048, 4096]",
 )  # fmt: skip
 @click.option(
-    "--depths", default=5, type=click.IntRange(1), help="How many, spread evenly.", **_OPEN
+    "--depths", default=5, type=options.COUNT, show_default=True, help="How many, evenly spaced."
 )
 @click.option(
     "--depth", "depth_list", multiple=True, type=float, help="A depth from 0 to 1 instead."
 )
 @click.option(
     "--needle", "kinds", multiple=True, metavar="KIND",
-    help="password (turbo-rainbow-42), number, or distractors (a number beside four others); "
+    help="password (turbo-rainbow-42), number, or distractors (a number among four others); "
     "repeatable.  [default: all three]",
 )  # fmt: skip
 @click.option(
-    "-n", "--repeats", default=1, type=click.IntRange(1), help="With other text.", **_OPEN
+    "-n",
+    "--repeats",
+    default=1,
+    type=options.COUNT,
+    show_default=True,
+    help="Runs with other text.",
 )
-@click.option(
-    "--config", "configs", multiple=True, metavar="CONFIG",
-    help="As in perplexity; repeatable; f16/f16 is put first.  "
-    f"[default: {', '.join(DEFAULT_CONFIGS)}]",
-)  # fmt: skip
-@centre_options
-@click.option("--prefill-step-size", default=2048, type=click.IntRange(1), **_OPEN)
-@click.option("--backend", type=click.Choice(BACKENDS), default="auto", **_OPEN)
-@click.option(
-    "--time-limit", type=click.FloatRange(0), metavar="SECONDS", help="Start no case after this."
+@options.configs(
+    f"As in perplexity; repeatable; f16/f16 is put first.  [default: {', '.join(DEFAULT_CONFIGS)}]"
 )
-@click.option(
-    "--output", type=click.Choice(["text", "markdown", "json"]), default="text",
-    help="How the results are printed.", **_OPEN,
-)  # fmt: skip
-@click.option("--json", "json_path", metavar="FILE", help="Write the whole record there.")
+@options.combined(options.centre, options.prefill_step_size, options.backend)
+@options.combined(options.time_limit, options.output, options.json)
 @click.option("--plot", metavar="PNG", help="Draw a heatmap of contexts and depths there.")
-@click.option(
-    "--resume/--no-resume", default=None,
-    help="Demand, or forget, the finished cases of an interrupted run; by default they are taken "
-    "where the settings are the same.",
-)  # fmt: skip
-@click.option("--from", "from_path", metavar="FILE", help="Show this record; measure nothing.")
-def command(**options: Any) -> None:
+@options.combined(options.resume, options.from_record)
+def command(**args: Any) -> None:
     """Hide a fact in a long text and ask for it, through several caches.
 
-    The f16 cache always runs beside, so that a miss of the model is not a miss of the cache.
+    The f16 cache is always measured too, to tell misses of the model from misses of the cache.
     """
-    check_writable(options["json_path"])
-    check_writable(options["plot"])
-    if options["from_path"] is not None:
-        record = read_json(options["from_path"], WHAT)
-    else:
-        if options["plot"] and not options["json_path"]:
-            from ..evaluate.plots import require_matplotlib
-
-            require_matplotlib()  # refused now, since nothing would be kept of the run
-        record = _measured(options)
-    print(render(record, options["output"]))
+    record = get_record(args, WHAT, _measure)
+    print(render(record, args["output"]))
     if record["not_measured"]:
-        note(f"Not measured within the time limit: {record['not_measured']} cases.")
-    if options["plot"]:
+        print_status(f"Not measured within the time limit: {record['not_measured']} cases.")
+    if args["plot"]:
         from ..evaluate.plots import plot_needle
 
-        plot_needle(record, options["plot"])
+        plot_needle(record, args["plot"])
 
 
-def _measured(options: dict[str, Any]) -> dict:
-    started = time.perf_counter()
-    centre = centre_from(options["keys"], options["no_centre"])
-    # MLX is imported by models, after the CPU's BLAS was looked for.
-    from ..evaluate import configuration
+def _measure(args: dict[str, Any]) -> dict:
     from ..evaluate.haystack import KINDS, make_cases
     from ..evaluate.text import load_text
-    from ..loading.models import load
 
-    names = list(dict.fromkeys([configuration.REFERENCE, *(options["configs"] or DEFAULT_CONFIGS)]))
-    for name in names:
-        configuration.check_name(name)
-    depths = list(options["depth_list"]) or even_depths(options["depths"])
-    contexts = list(dict.fromkeys(options["contexts"] or DEFAULT_CONTEXTS))
-    kinds = list(options["kinds"] or KINDS)
-    cases = make_cases(contexts, depths, kinds, options["repeats"])
-    source = load_text(options["text"])
-    loaded = load(
-        options["model"],
-        adapter_path=options["adapter_path"],
-        trust_remote_code=options["trust_remote_code"],
-        **load_dtype(options["dtype"]),
-    )
-    if loaded.max_context and max(contexts) > loaded.max_context:
-        note(
-            f"Warning: a context of {max(contexts)} is above the {loaded.max_context} tokens that "
-            f"{loaded.name} was made for."
-        )
-    if not options["configs"]:
-        names, reasons = configuration.fitting(loaded.model, names, options["backend"])
-        for reason in reasons:
-            note(reason)
-    limit = options["time_limit"]
+    deadline = deadline_of(args)
+    centre = options.centre_from(args["keys"], args["no_centre"])
+    names = config_names(args["configs"] or DEFAULT_CONFIGS)
+    depths = list(args["depth_list"]) or even_depths(args["depths"])
+    contexts = list(dict.fromkeys(args["contexts"] or DEFAULT_CONTEXTS))
+    cases = make_cases(contexts, depths, list(args["kinds"] or KINDS), args["repeats"])
+    source = load_text(args["text"])
+    loaded = load_model(args)
+    warn_about_context(loaded, max(contexts))
+    names = fitting_names(loaded.model, names, args)
     return measure(
-        loaded, source, names, cases, options["backend"], options["json_path"], options["resume"],
-        None if limit is None else started + limit, options["prefill_step_size"],
-        centre,
+        loaded, source, names, cases, args["backend"], args["json_path"], args["resume"],
+        deadline, args["prefill_step_size"], centre,
     )  # fmt: skip
 
 
@@ -143,17 +102,10 @@ def even_depths(n: int) -> list[float]:
 
 
 def measure(
-    loaded: Any,
-    source: Any,
-    names: list[str],
-    cases: list,
-    backend: str,
-    json_path: str | None,
-    resume: bool | None,
-    deadline: float | None = None,
-    prefill_step_size: int = 2048,
+    loaded: Any, source: Any, names: list[str], cases: list, backend: str, json_path: str | None,
+    resume: bool | None, deadline: float | None = None, prefill_step_size: int = 2048,
     centre: bool | str = True,
-) -> dict:
+) -> dict:  # fmt: skip
     """Run the cases with progress and a journal; write and return the record."""
     from ..evaluate.checkpoint import Journal, journal_path
     from ..evaluate.configuration import backend_of, prepare
@@ -203,9 +155,10 @@ def measure(
 
 
 def render(record: dict, output: str) -> str:
+    """The record as text, Markdown or JSON."""
     from ..evaluate.tables import needle_table
 
-    return rendered(record, needle_table, output)
+    return format_record(record, needle_table, output)
 
 
 def main() -> None:

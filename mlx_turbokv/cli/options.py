@@ -1,4 +1,4 @@
-"""Options that several commands share, and what they mean together."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ F = TypeVar("F", bound=Callable[..., Any])
 DEFAULT_POLICY = "la-v7"
 DTYPES = ("float32", "float16", "bfloat16")
 BACKENDS = ("auto", "metal", "cuda", "reference")
+COUNT = click.IntRange(1)
+CACHE_ARGUMENTS = ("cache_type_k", "cache_type_v", "policy", "boundary", "layer_adaptive")
 CACHE_HELP = (
     "Without cache options: K q8_0 and V by Boundary V (la-v7: q8_0 in the first and last two KV "
-    "layers, turbo2 between). -ctv alone gives V that format in every layer; beside a policy, "
+    "layers, turbo2 between). -ctv alone gives V that format in every layer; with a policy, "
     "-ctk and -ctv are the formats of the layers that it leaves open. At most one of --policy, "
-    "--boundary and --layer-adaptive is accepted, and each wins over TURBO_LAYER_ADAPTIVE. A "
-    "policy is never engaged because of the format that was asked for."
+    "--boundary and --layer-adaptive is accepted, and each overrides TURBO_LAYER_ADAPTIVE. The "
+    "chosen formats alone never select a policy."
 )
+_FORMATS = f"{', '.join(FORMAT_NAMES)} or turboN:32"
 
 
 class FormatType(click.ParamType):
@@ -36,125 +39,113 @@ class FormatType(click.ParamType):
         return value if isinstance(value, KVFormat) else KVFormat.parse(value)
 
 
-def model_options(function: F) -> F:
-    """Adds --model, --adapter-path and --trust-remote-code."""
-    for option in (
-        click.option(
-            "--trust-remote-code",
-            is_flag=True,
-            help="Let the tokenizer run code that comes with the model.",
-        ),
-        click.option("--adapter-path", metavar="FOLDER", help="LoRA adapters to load."),
-        click.option(
-            "--model",
-            metavar="ID|FOLDER|GGUF",
-            help="A hub id, a folder or a .gguf file; SmolLM2-135M-Instruct where not given.",
-        ),
-    ):
-        function = option(function)
-    return function
+def combined(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """One decorator for several options, listed by --help in this order."""
+
+    def decorate(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
 
 
-sliding_option = click.option(
-    "--compress-sliding",
-    is_flag=True,
-    help="Pack layers with a sliding window too; policies then count them as KV layers.",
-)
-
-
-def dtype_option(function: F) -> F:
-    """Adds --dtype; ``load_dtype`` reads it."""
-    return click.option(
-        "--dtype",
-        type=click.Choice(DTYPES),
-        help="Run the model in this type, its weights dequantised.  [default: as the model is; "
-        "float32 on a CPU under Linux]",
-    )(function)
-
-
-def load_dtype(name: str | None) -> dict[str, Any]:
-    """What ``models.load`` takes for --dtype."""
-    import mlx.core as mx
-
-    return {} if name is None else {"dtype": getattr(mx, name), "packed": False}
-
-
-backend_option = click.option(
-    "--backend",
-    type=click.Choice(BACKENDS),
-    default="auto",
-    show_default=True,
+model = combined(
+    click.option(
+        "--model", metavar="ID|FOLDER|GGUF",
+        help="A hub id, a folder or a .gguf file; SmolLM2-135M-Instruct where not given.",
+    ),
+    click.option("--adapter-path", metavar="FOLDER", help="LoRA adapters to load."),
+    click.option(
+        "--trust-remote-code", is_flag=True,
+        help="Let the tokenizer run code that comes with the model.",
+    ),
+)  # fmt: skip
+dtype = click.option(
+    "--dtype", type=click.Choice(DTYPES),
+    help="Run the model in this type, its weights dequantised.  [default: as the model is; "
+    "float32 on a CPU under Linux]",
+)  # fmt: skip
+backend = click.option(
+    "--backend", type=click.Choice(BACKENDS), default="auto", show_default=True,
     help="Which kernels to run; a named one that is missing is an error.",
+)  # fmt: skip
+prefill_step_size = click.option(
+    "--prefill-step-size", default=2048, type=COUNT, show_default=True,
+    help="Prompt tokens at a time.",
+)  # fmt: skip
+compress_sliding = click.option(
+    "--compress-sliding", is_flag=True,
+    help="Pack layers with a sliding window too; policies then count them as KV layers.",
+)  # fmt: skip
+centre = combined(
+    click.option(
+        "--keys", metavar="FILE",
+        help="Mean keys that calibrate --keys wrote.  [default: the file next to the policy's "
+        "file, or the key projection's bias]",
+    ),
+    click.option(
+        "--no-centre", is_flag=True,
+        help="Do not subtract the constant part of turbo keys before they are quantised.",
+    ),
+)  # fmt: skip
+policy = combined(
+    click.option(
+        "-ctk", "--cache-type-k", type=FormatType(),
+        help=f"K's format where no policy sets it: {_FORMATS}.  [default: q8_0]",
+    ),
+    click.option(
+        "-ctv", "--cache-type-v", type=FormatType(),
+        help=f"V's format where no policy sets it: {_FORMATS}.  [default: turbo2]",
+    ),
+    click.option(
+        "--policy", metavar="NAME|FILE",
+        help="A policy: uniform, la-v5, la-v6, la-v7, mode-N, boundary:A,B, last:N or a JSON file.",
+    ),
+    click.option(
+        "--boundary", metavar="A,B[:FORMAT]",
+        help="V (or K/V) in this format, q8_0 if none, in the first A and last B KV layers.",
+    ),
+    click.option(
+        "--layer-adaptive", metavar="N",
+        help="A policy by its TURBO_LAYER_ADAPTIVE mode: 0, 1, 2, 5, 6, 7 or 10.",
+    ),
+    compress_sliding,
+    centre,
+)  # fmt: skip
+cache = combined(policy, backend)
+output = click.option(
+    "--output", type=click.Choice(["text", "markdown", "json"]), default="text",
+    show_default=True, help="How the results are printed.",
+)  # fmt: skip
+markdown = click.option("--markdown", is_flag=True, help="The same as --output markdown.")
+json = click.option(
+    "--json", "json_path", metavar="FILE", help="Write the whole record to this file."
 )
+from_record = click.option(
+    "--from", "from_path", metavar="FILE", help="Show this record; measure nothing."
+)
+time_limit = click.option(
+    "--time-limit", type=click.FloatRange(0), metavar="SECONDS",
+    help="Start nothing after this time; what was not measured is listed.",
+)  # fmt: skip
+resume = click.option(
+    "--resume/--no-resume", default=None,
+    help="Require, or ignore, the finished parts of an interrupted run; by default they are used "
+    "where the settings are the same.",
+)  # fmt: skip
 
 
-def cache_options(function: F) -> F:
-    """Adds the options of the packed cache; ``policy_from`` reads those of the policy."""
-    return policy_options(backend_option(function))
-
-
-def policy_options(function: F) -> F:
-    """Adds the options that say what is stored, and in which formats."""
-    formats = ", ".join(FORMAT_NAMES)
-    for option in (
-        sliding_option,
-        click.option(
-            "--layer-adaptive",
-            metavar="N",
-            help="A policy by its TURBO_LAYER_ADAPTIVE mode: 0, 1, 2, 5, 6, 7 or 10.",
-        ),
-        click.option(
-            "--boundary",
-            metavar="A,B[:FORMAT]",
-            help="V (or K/V) in this format, q8_0 if none, in the first A and last B KV layers.",
-        ),
-        click.option(
-            "--policy",
-            metavar="NAME|FILE",
-            help="A policy: uniform, la-v5, la-v6, la-v7, mode-N, boundary:A,B, last:N or a JSON "
-            "file.",
-        ),
-        click.option(
-            "-ctv",
-            "--cache-type-v",
-            type=FormatType(),
-            help=f"V's format where no policy sets it: {formats} or turboN:32.  [default: turbo2]",
-        ),
-        click.option(
-            "-ctk",
-            "--cache-type-k",
-            type=FormatType(),
-            help=f"K's format where no policy sets it: {formats} or turboN:32.  [default: q8_0]",
-        ),
-    ):
-        function = option(function)
-    return function
-
-
-def centre_options(function: F) -> F:
-    """Adds --keys and --no-centre; ``centre_from`` reads them."""
-    for option in (
-        click.option(
-            "--no-centre",
-            is_flag=True,
-            help="Leave turbo keys as they are; else what is constant in them is taken out first.",
-        ),
-        click.option(
-            "--keys",
-            metavar="FILE",
-            help="Mean keys that calibrate --keys wrote. Without it: those beside the policy's "
-            "file, or the key projection's bias.",
-        ),
-    ):
-        function = option(function)
-    return function
+def configs(help: str) -> Callable[[F], F]:
+    """--config, which is repeatable."""
+    return click.option("--config", "configs", multiple=True, metavar="CONFIG", help=help)
 
 
 def centre_from(keys: str | None = None, no_centre: bool = False) -> bool | str:
     """What ``make_prompt_cache`` takes as ``centre``.
 
     Raises:
-        InputError: --keys beside --no-centre.
+        InputError: --keys with --no-centre.
     """
     if keys is not None and no_centre:
         raise InputError("--keys and --no-centre cannot be given together.")
@@ -175,7 +166,7 @@ def policy_from(
     variable TURBO_LAYER_ADAPTIVE; then ``-ctv``, the same in every layer; then la-v7.
 
     Args:
-        environ: stands in for the process's environment.
+        environ: used in place of the process's environment.
 
     Raises:
         InputError: options that exclude each other, or a value that is not accepted.
@@ -196,6 +187,6 @@ def policy_from(
     from_env = policies.from_environment(k, v, environ)
     if from_env is not None:
         return from_env
-    if v is not None:
-        return policies.Uniform(k or "q8_0", v)
-    return policies.load_policy(DEFAULT_POLICY, k)
+    return (
+        policies.load_policy(DEFAULT_POLICY, k) if v is None else policies.Uniform(k or "q8_0", v)
+    )

@@ -1,4 +1,4 @@
-"""What the longer commands share: notes and progress on stderr, and JSON files."""
+"""Output of the commands: status lines and progress on stderr, records as JSON, tables."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..files import write_text
 
 
-def note(text: str) -> None:
-    """Say something beside the results."""
+def print_status(text: str) -> None:
+    """Print a line on stderr, so that stdout has the results alone."""
     print(text, file=sys.stderr)
 
 
 def check_writable(path: str | None) -> None:
-    """Refuse a bad path before the run, not after it.
+    """Check the path of a result before the run.
 
-    Raises: InputError.
+    Raises: InputError for a folder, or a file in a folder that does not exist.
     """
     if path is None:
         return
@@ -28,15 +29,12 @@ def check_writable(path: str | None) -> None:
         raise InputError(f"{path} cannot be written: give a file in a folder that exists.")
 
 
-def write_json(path: str, record: Any) -> None:
-    """Write beside and rename: an interruption never leaves half a file."""
-    target = Path(path)
-    part = target.with_name(target.name + ".new")
-    part.write_text(as_json(record) + "\n", encoding="utf-8")
-    part.replace(target)
+def write_json(path: str | Path, record: Any) -> None:
+    """Write a record; an interruption leaves the old file."""
+    write_text(path, as_json(record) + "\n")
 
 
-def read_json(path: str, what: str) -> dict:
+def read_json(path: str | Path, what: str) -> dict:
     """A record that ``write_json`` wrote, whose ``what`` begins with this.
 
     Raises: InputError for another or an unreadable file.
@@ -52,12 +50,12 @@ def read_json(path: str, what: str) -> dict:
     return record
 
 
-def as_json(record: dict) -> str:
+def as_json(record: Any) -> str:
     """The whole record."""
     return json.dumps(record, indent=1, ensure_ascii=False)
 
 
-def rendered(record: dict, table: Callable[[dict], Any], output: str) -> str:
+def format_record(record: dict, table: Callable[[dict], Any], output: str) -> str:
     """A record as ``output`` says: "json", "markdown" or "text".
 
     ``table`` makes the record's table: one of ``evaluate.tables``.

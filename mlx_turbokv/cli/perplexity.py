@@ -1,4 +1,4 @@
-"""The `perplexity` command: what a packed cache costs in prediction quality."""
+"""``mlx_turbokv perplexity``: prediction quality by cache configuration."""
 
 from __future__ import annotations
 
@@ -7,114 +7,62 @@ from typing import Any
 
 import click
 
+from . import options
 from .entry import run
-from .options import (
-    backend_option,
-    centre_from,
-    centre_options,
-    dtype_option,
-    load_dtype,
-    model_options,
-    sliding_option,
-)
-from .output import Progress, check_writable, note, rendered, write_json
+from .output import Progress, check_writable, format_record, print_status, write_json
+from .runs import config_names, load_model, warn_about_context
 
 WHAT = "perplexity and divergence by cache configuration"
 DEFAULT_CTX = 512
 
 
 @click.command("perplexity")
-@model_options
-@dtype_option
+@options.combined(options.model, options.dtype)
 @click.option(
-    "--text",
-    "-f",
-    metavar="FILE|sample|wikitext-2",
+    "--text", "-f", metavar="FILE|sample|wikitext-2",
     help="A UTF-8 text file, the package's own sample, or wikitext-2-raw's test split (default).",
-)
+)  # fmt: skip
 @click.option("-c", "--ctx-size", default=DEFAULT_CTX, show_default=True, help="Tokens a window.")
 @click.option("--chunks", type=int, help="Windows to score.  [default: all of the text]")
-@click.option(
-    "--config",
-    "configs",
-    multiple=True,
-    metavar="CONFIG",
-    help="K/V (q8_0/turbo3), a policy (la-v7 or a JSON file), K/V@POLICY, POLICY:K, or "
-    "mlx-kvN:GROUP for mlx-lm's own quantised cache; repeatable. f16/f16 is put first, as the "
-    "reference. Without it: a table of eleven.",
+@options.configs(
+    "K/V (q8_0/turbo3), a policy (la-v7 or a JSON file), K/V@POLICY, POLICY:K, or mlx-kvN:GROUP "
+    "for mlx-lm's own quantised cache; repeatable. f16/f16 is put first, as the reference. "
+    "Without it: a table of eleven."
 )
-@centre_options
-@backend_option
-@sliding_option
-@click.option(
-    "--output",
-    type=click.Choice(["text", "markdown", "json"]),
-    default="text",
-    show_default=True,
-    help="How the results are printed.",
-)
-@click.option("--markdown", is_flag=True, help="The same as --output markdown.")
-@click.option("--json", "json_path", metavar="FILE", help="Write the whole record to this file.")
-@click.option(
-    "--resume/--no-resume",
-    default=None,
-    help="Demand, or forget, the finished windows of an interrupted run; by default they are "
-    "taken where the settings are the same.",
-)
-def command(
-    model: str | None,
-    adapter_path: str | None,
-    trust_remote_code: bool,
-    dtype: str | None,
-    text: str | None,
-    ctx_size: int,
-    chunks: int | None,
-    configs: tuple[str, ...],
-    keys: str | None,
-    no_centre: bool,
-    backend: str,
-    compress_sliding: bool,
-    output: str,
-    markdown: bool,
-    json_path: str | None,
-    resume: bool | None,
-) -> None:
+@options.combined(options.centre, options.backend, options.compress_sliding)
+@options.combined(options.output, options.markdown, options.json, options.resume)
+def command(**args: Any) -> None:
     """Perplexity and divergence of cache configurations over the same windows of a text.
 
     Follows llama-perplexity: windows that do not overlap, the second half of each scored, K and V
     quantised on write.
     """
-    # MLX is imported by models, after the CPU's BLAS was looked for.
-    from ..evaluate import configuration
+    from ..evaluate.configuration import DEFAULT_CONFIGS
+    from ..evaluate.tables import perplexity_table
     from ..evaluate.text import load_text
-    from ..loading.models import load
+    from ..evaluate.windows import check_sizes
 
-    names = _with_reference(configs or configuration.DEFAULT_CONFIGS, configuration.REFERENCE)
-    for name in names:
-        configuration.check_name(name)
-    centre = centre_from(keys, no_centre)
-    _check_sizes(ctx_size, chunks)
+    names = config_names(args["configs"] or DEFAULT_CONFIGS)
+    centre = options.centre_from(args["keys"], args["no_centre"])
+    ctx_size, chunks, json_path = args["ctx_size"], args["chunks"], args["json_path"]
+    check_sizes(ctx_size, chunks)
     check_writable(json_path)
-    source = load_text(text)
-    loaded = load(
-        model,
-        adapter_path=adapter_path,
-        trust_remote_code=trust_remote_code,
-        **load_dtype(dtype),
-    )
-    _warn_about_context(loaded, ctx_size)
+    source = load_text(args["text"])
+    loaded = load_model(args)
+    warn_about_context(loaded, ctx_size)
     record = measure(
-        loaded, source, names, ctx_size, chunks, backend, json_path, resume, centre,
-        compress_sliding,
+        loaded, source, names, ctx_size, chunks, args["backend"], json_path, args["resume"],
+        centre, args["compress_sliding"],
     )  # fmt: skip
-    print(_render(record, "markdown" if markdown else output))
+    output = "markdown" if args["markdown"] else args["output"]
+    print(format_record(record, perplexity_table, output))
 
 
 @dataclass(frozen=True)
 class Run:
-    """Windows and configurations made ready, and what the record says of them.
+    """Windows and prepared configurations of one run.
 
-    settings: what two runs must share for their windows to belong together.
+    settings: what two runs must share for their windows to be joined.
     """
 
     windows: Any
@@ -128,7 +76,7 @@ def make_run(
     loaded: Any, source: Any, names: list[str], ctx_size: int, chunks: int | None, backend: str,
     centre: bool | str = True, compress_sliding: bool = False,
 ) -> Run:  # fmt: skip
-    """Cut the windows of a text and make the configurations ready."""
+    """Cut the windows of a text and prepare the configurations."""
     from ..evaluate.configuration import prepare
     from ..evaluate.perplexity import settings_of
     from ..evaluate.record import environment, model_record
@@ -136,7 +84,7 @@ def make_run(
 
     windows = cut_windows(loaded.tokenizer, source.text, ctx_size, chunks)
     if chunks is not None and len(windows) < chunks:
-        note(f"The text has {len(windows)} windows of {ctx_size}; all of them are scored.")
+        print_status(f"The text has {len(windows)} windows of {ctx_size}; all of them are scored.")
     configs = [
         prepare(loaded.model, name, backend, centre=centre, compress_sliding=compress_sliding)
         for name in names
@@ -147,17 +95,10 @@ def make_run(
 
 
 def measure(
-    loaded: Any,
-    source: Any,
-    names: list[str],
-    ctx_size: int,
-    chunks: int | None,
-    backend: str,
-    json_path: str | None,
-    resume: bool | None,
-    centre: bool | str = True,
+    loaded: Any, source: Any, names: list[str], ctx_size: int, chunks: int | None, backend: str,
+    json_path: str | None, resume: bool | None, centre: bool | str = True,
     compress_sliding: bool = False,
-) -> dict:
+) -> dict:  # fmt: skip
     """Run the evaluation with progress and checkpoints; write and return its record."""
     from ..evaluate.checkpoint import Checkpoint, journal_path
     from ..evaluate.configuration import backend_of
@@ -168,7 +109,7 @@ def measure(
     path = journal_path("perplexity", run.settings, json_path)
     checkpoint = Checkpoint(path, run.settings, resume)
     if kept := sum(i < len(run.windows) for i in checkpoint.windows):
-        note(f"{kept} of {len(run.windows)} windows were finished before ({path}).")
+        print_status(f"{kept} of {len(run.windows)} windows were finished before ({path}).")
     with Progress(len(run.windows) * len(names)) as progress:
         evaluation = evaluate_windows(loaded.model, run.windows, run.configs, checkpoint, progress)
     record = {
@@ -190,31 +131,6 @@ def measure(
         write_json(json_path, record)
     checkpoint.done()
     return record
-
-
-def _with_reference(names: tuple[str, ...], reference: str) -> list[str]:
-    """The names without repeats, f16/f16 in front: the figures are distances from it."""
-    return list(dict.fromkeys([reference, *names]))
-
-
-def _render(record: dict, output: str) -> str:
-    from ..evaluate.tables import perplexity_table
-
-    return rendered(record, perplexity_table, output)
-
-
-def _check_sizes(ctx_size: int, chunks: int | None) -> None:
-    from ..evaluate.windows import check_sizes
-
-    check_sizes(ctx_size, chunks)
-
-
-def _warn_about_context(loaded: Any, ctx_size: int) -> None:
-    if loaded.max_context and ctx_size > loaded.max_context:
-        note(
-            f"Warning: a context of {ctx_size} is above the {loaded.max_context} tokens that "
-            f"{loaded.name} was made for."
-        )
 
 
 def main() -> None:

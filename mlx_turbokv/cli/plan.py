@@ -1,4 +1,4 @@
-"""``mlx_turbokv plan``: what a cache would take, before anything is downloaded."""
+"""``mlx_turbokv plan``: size of a model's cache by format, from its configuration alone."""
 
 from __future__ import annotations
 
@@ -9,124 +9,90 @@ from typing import Any
 import click
 
 from ..errors import InputError
+from . import options
 from .entry import run
-from .options import CACHE_HELP, centre_from, centre_options, policy_from, policy_options
 
 DEFAULT_CONTEXTS = (4096, 32768, 131072)
-# Rows beside what was asked for: the uniform steps, Boundary V, and its wider form.
+# Rows shown by default: the uniform steps, Boundary V, and its wider form.
 COMPARED = ("f16/f16", "q8_0/q8_0", "q8_0/turbo3", "q8_0/turbo2", "la-v7", "mode-10")
-_CACHE_OPTIONS = ("cache_type_k", "cache_type_v", "policy", "boundary", "layer_adaptive")
 
 
-@click.command("plan", epilog=CACHE_HELP)
+@click.command("plan", epilog=options.CACHE_HELP)
 @click.option(
-    "--model",
-    metavar="ID|FOLDER|FILE|NAME",
+    "--model", metavar="ID|FOLDER|FILE|NAME",
     help="A hub id (its config alone is fetched), a folder, a config.json or .gguf file, or one "
     "of the built-in shapes phi-4, Qwen2.5-7B, Llama-3.1-8B and Qwen3.5-27B; "
     "SmolLM2-135M-Instruct where not given.",
-)
+)  # fmt: skip
 @click.option(
     "-c", "--context", "contexts", multiple=True, type=int, metavar="N",
     help="Context length in tokens; repeatable.  [default: 4096, 32768, 131072]",
 )  # fmt: skip
-@click.option(
-    "--config", "configs", multiple=True, metavar="CONFIG",
-    help="A row: K/V, a policy, or K/V@POLICY; repeatable. Without it and without cache options, "
-    "six rows are shown.",
-)  # fmt: skip
+@options.configs(
+    "A row: K/V, a policy, or K/V@POLICY; repeatable. Without it and without cache options, "
+    "six rows are shown."
+)
 @click.option("--kv-layers", type=int, metavar="N", help="In place of a model: its KV layers.")
-@click.option("--kv-heads", type=int, default=8, show_default=True, help="With --kv-layers.")
-@click.option("--head-dim", type=int, default=128, show_default=True, help="With --kv-layers.")
+@click.option("--kv-heads", default=8, show_default=True, help="With --kv-layers.")
+@click.option("--head-dim", default=128, show_default=True, help="With --kv-layers.")
 @click.option("--v-head-dim", type=int, help="With --kv-layers, where V's differs from K's.")
-@click.option("--memory", type=float, metavar="GB", help="Say what fits in this many GiB.")
+@click.option("--memory", type=float, metavar="GB", help="Show what fits in this many GiB.")
 @click.option(
-    "--weight-bits", type=float, default=None, metavar="N",
+    "--weight-bits", type=float, metavar="N",
     help="Bits per weight, for --memory; by default as the config says, else 16.",
 )  # fmt: skip
-@click.option(
-    "--output", type=click.Choice(["text", "markdown", "json"]), default="text",
-    show_default=True, help="How the result is printed.",
-)  # fmt: skip
-@click.option("--markdown", is_flag=True, help="The same as --output markdown.")
-@centre_options
-@policy_options
-def command(
-    model: str | None,
-    contexts: tuple[int, ...],
-    configs: tuple[str, ...],
-    kv_layers: int | None,
-    kv_heads: int,
-    head_dim: int,
-    v_head_dim: int | None,
-    memory: float | None,
-    weight_bits: float | None,
-    output: str,
-    markdown: bool,
-    compress_sliding: bool,
-    keys: str | None,
-    no_centre: bool,
-    **cache: Any,
-) -> None:
+@options.combined(options.output, options.markdown, options.policy)
+def command(**args: Any) -> None:
     """Compare cache formats on a model by its shape alone: no weights are loaded."""
     from ..loading import blas
 
     blas.require_mlx()
     from ..evaluate.configuration import parse_policy
-    from ..loading.known_shapes import hypothetical_shape
     from ..report.plan import GIB, make_plan
     from ..report.plan_table import as_json, as_markdown, as_text
 
+    memory = args["memory"]
     if memory is not None and memory <= 0:
         raise InputError(f"Memory {memory} is not accepted: it must be more than 0.")
-    centre = centre_from(keys, no_centre)
-    rows = [(name, parse_policy(name)) for name in configs]
-    asked = {name: cache[name] for name in _CACHE_OPTIONS}
+    centre = options.centre_from(args["keys"], args["no_centre"])
+    rows = [(name, parse_policy(name)) for name in args["configs"]]
+    asked = {name: args[name] for name in options.CACHE_ARGUMENTS}
     if any(value is not None for value in asked.values()):
-        policy = policy_from(**asked)
+        policy = options.policy_from(**asked)
         rows.insert(0, (_label(policy, asked), policy))
-    if kv_layers is not None:
-        if model is not None:
-            raise InputError("--model and --kv-layers cannot be given together.")
-        shape = hypothetical_shape(kv_layers, kv_heads, head_dim, v_head_dim)
-        weight_bytes = None
-    else:
-        shape, weight_bytes = _shape_of(model, weight_bits, compress_sliding)
-    rows = rows or [(name, parse_policy(name)) for name in COMPARED]
+    shape, weight_bytes = _shape(args)
     plan = make_plan(
         shape,
-        rows,
-        contexts or DEFAULT_CONTEXTS,
+        rows or [(name, parse_policy(name)) for name in COMPARED],
+        args["contexts"] or DEFAULT_CONTEXTS,
         None if memory is None else int(memory * GIB),
         weight_bytes,
         centre,
     )
-    if output == "json":
+    if args["output"] == "json":
         click.echo(json.dumps(as_json(plan), indent=1))
-    elif output == "markdown" or markdown:
+    elif args["output"] == "markdown" or args["markdown"]:
         click.echo(as_markdown(plan))
     else:
         click.echo(as_text(plan))
 
 
-def main() -> None:
-    """Console script ``mlx_turbokv.plan``."""
-    run(command)
-
-
-def _shape_of(
-    model: str | None, weight_bits: float | None, compress_sliding: bool
-) -> tuple[Any, int | None]:
+def _shape(args: dict[str, Any]) -> tuple[Any, int | None]:
     """(the model's shape, bytes of its weights)."""
-    from ..loading.known_shapes import known_config, shape_from_config
+    from ..loading.known_shapes import hypothetical_shape, known_config, shape_from_config
     from ..loading.models import load_config
 
+    model, weight_bits = args["model"], args["weight_bits"]
+    if args["kv_layers"] is not None:
+        if model is not None:
+            raise InputError("--model and --kv-layers cannot be given together.")
+        sizes = (args[name] for name in ("kv_layers", "kv_heads", "head_dim", "v_head_dim"))
+        return hypothetical_shape(*sizes), None
     config = known_config(model) if model and not os.path.exists(model) else None
-    if config is not None:
-        shape, source = shape_from_config(config, model, compress_sliding), ""
-    else:
+    name, source = model, ""
+    if config is None:
         config, name, source = load_config(model)
-        shape = shape_from_config(config, name, compress_sliding)
+    shape = shape_from_config(config, name, args["compress_sliding"])
     if source.endswith(".gguf") and weight_bits is None:
         return shape, os.path.getsize(source)
     return shape, _weight_bytes(shape.n_parameters, config, weight_bits)
@@ -142,7 +108,7 @@ def _label(policy: Any, asked: dict[str, Any]) -> str:
 def _weight_bytes(
     n_parameters: int | None, config: dict[str, Any], weight_bits: float | None
 ) -> int | None:
-    """What the weights take; quantised ones have a scale and a bias of 16 bits a group."""
+    """Bytes of the weights; quantised ones have a scale and a bias of 16 bits a group."""
     if n_parameters is None:
         return None
     if weight_bits is None:
@@ -150,3 +116,8 @@ def _weight_bytes(
         bits, group = quantization.get("bits"), quantization.get("group_size", 64)
         weight_bits = bits + 32 / group if bits else 16
     return int(n_parameters * weight_bits / 8)
+
+
+def main() -> None:
+    """Console script ``mlx_turbokv.plan``."""
+    run(command)

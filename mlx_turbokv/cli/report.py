@@ -1,4 +1,4 @@
-"""``mlx_turbokv report``: everything about a model's cache on one page."""
+"""``mlx_turbokv report``: quality, memory and speed of a model's cache on one HTML page."""
 
 from __future__ import annotations
 
@@ -9,16 +9,11 @@ from typing import Any
 import click
 
 from ..errors import InputError
+from ..files import write_text
+from . import options
 from .entry import run
-from .options import (
-    backend_option,
-    centre_from,
-    centre_options,
-    dtype_option,
-    load_dtype,
-    model_options,
-)
-from .output import check_writable, note, read_json, write_json
+from .output import check_writable, print_status, read_json, write_json
+from .runs import config_names, fitting_names, load_model
 
 PARTS = ("perplexity", "needle", "plan", "bench")
 CALIBRATION = "calibration"
@@ -28,7 +23,7 @@ QUALITY_CONFIGS = (
 )  # fmt: skip
 FEW_CONFIGS = ("q8_0/q8_0", "q8_0/turbo2", "la-v7", "turbo4/turbo3")
 PLAN_CONTEXTS = (512, 4096, 32768, 131072)
-# What a part is measured at: (full, quick).
+# Sizes of the parts: (full, quick).
 SIZES = {
     "ctx_size": (512, 512),
     "chunks": (16, 2),
@@ -38,12 +33,10 @@ SIZES = {
     "generation_tokens": (64, 8),
     "num_trials": (5, 2),
 }
-_COUNT = click.IntRange(1)
 
 
 @click.command("report")
-@model_options
-@dtype_option
+@options.combined(options.model, options.dtype)
 @click.option(
     "--out", "folder", default="turbokv-report", show_default=True, metavar="FOLDER",
     help="Takes report.html, report.json and a JSON file a part; parts that are there already, "
@@ -51,102 +44,78 @@ _COUNT = click.IntRange(1)
 )  # fmt: skip
 @click.option("--quick", is_flag=True, help="Small sizes: minutes, and wide intervals.")
 @click.option("--text", "-f", default="sample", show_default=True, metavar="FILE|sample|wikitext-2")
-@click.option(
-    "--config", "configs", multiple=True, metavar="CONFIG",
-    help="Compared with f16/f16 in every part; repeatable.",
-)  # fmt: skip
+@options.configs("Compared with f16/f16 in every part; repeatable.")
 @click.option("--skip", multiple=True, type=click.Choice(PARTS), help="Leave a part out.")
 @click.option("--calibrate", metavar="FILE", help="A record of calibrate: adds its sensitivities.")
-@click.option("-c", "--ctx-size", type=_COUNT, help="perplexity: tokens a window.  [512]")
-@click.option("--chunks", type=_COUNT, help="perplexity: windows.  [16; quick: 2]")
+@click.option("-c", "--ctx-size", type=options.COUNT, help="perplexity: tokens a window.  [512]")
+@click.option("--chunks", type=options.COUNT, help="perplexity: windows.  [16; quick: 2]")
 @click.option(
-    "--needle-context", "needle_contexts", multiple=True, type=_COUNT,
+    "--needle-context", "needle_contexts", multiple=True, type=options.COUNT,
     help="needle: repeatable.  [512, 1024, 2048, 4096; quick: 512]",
 )  # fmt: skip
-@click.option("--depths", type=_COUNT, help="needle: how many.  [5; quick: 3]")
+@click.option("--depths", type=options.COUNT, help="needle: how many.  [5; quick: 3]")
 @click.option(
-    "-p", "--prompt-tokens", multiple=True, type=_COUNT,
+    "-p", "--prompt-tokens", multiple=True, type=options.COUNT,
     help="bench: repeatable.  [512, 4096; quick: 256]",
 )  # fmt: skip
-@click.option("-g", "--generation-tokens", type=_COUNT, help="bench.  [64; quick: 8]")
-@click.option("-n", "--num-trials", type=_COUNT, help="bench.  [5; quick: 2]")
-@centre_options
-@backend_option
+@click.option("-g", "--generation-tokens", type=options.COUNT, help="bench.  [64; quick: 8]")
+@click.option("-n", "--num-trials", type=options.COUNT, help="bench.  [5; quick: 2]")
+@options.combined(options.centre, options.backend)
 @click.option("--no-resume", is_flag=True, help="Measure everything anew.")
-def command(**options: Any) -> None:
+def command(**args: Any) -> None:
     """Measure quality, needles, memory and speed of a model's cache, and write one HTML page."""
-    quick = options["quick"]
-    for name, (full, small) in SIZES.items():
-        options[name] = options[name] or (small if quick else full)
-    folder = Path(options["folder"])
+    for name, (full, quick) in SIZES.items():
+        args[name] = args[name] or (quick if args["quick"] else full)
+    folder = Path(args["folder"])
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file: --out takes a folder.")
-    calibration = None
-    if options["calibrate"]:
-        calibration = read_json(options["calibrate"], CALIBRATION)
+    calibration = args["calibrate"] and read_json(args["calibrate"], CALIBRATION)
     folder.mkdir(parents=True, exist_ok=True)
-    check_writable(str(folder / "report.html"))
-    record = _Report(options, folder).measured()
+    page_path = folder / "report.html"
+    check_writable(str(page_path))
+    record = _Report(args, folder).measure()
     record["calibrate"] = calibration
-    write_json(str(folder / "report.json"), record)
+    write_json(folder / "report.json", record)
     from ..report.page import build_page
 
     page = build_page(record)
-    target = folder / "report.html"
-    part = target.with_name("report.html.new")
-    part.write_text(page, encoding="utf-8")
-    part.replace(target)
-    print(f"{target}: {len(page.encode()):,} bytes")
+    write_text(page_path, page)
+    print(f"{page_path}: {len(page.encode()):,} bytes")
 
 
 class _Report:
     """The parts of one report."""
 
-    def __init__(self, options: dict[str, Any], folder: Path) -> None:
-        # MLX is imported by models, after the CPU's BLAS was looked for.
-        from ..evaluate import configuration
+    def __init__(self, args: dict[str, Any], folder: Path) -> None:
+        from ..evaluate.configuration import prepare
         from ..evaluate.record import environment, model_record
         from ..evaluate.text import load_text
-        from ..loading.models import load
 
-        self.options, self.folder = options, folder
-        self.centre = centre_from(options["keys"], options["no_centre"])
-        given = options["configs"]
-        self.names = self._names(given or QUALITY_CONFIGS)
-        self.few = self._names(given or FEW_CONFIGS)
-        for name in [*self.names, *self.few]:
-            configuration.check_name(name)
-        self.source = load_text(options["text"])
-        self.loaded = load(
-            options["model"],
-            adapter_path=options["adapter_path"],
-            trust_remote_code=options["trust_remote_code"],
-            **load_dtype(options["dtype"]),
-        )
+        self.args, self.folder = args, folder
+        self.centre = options.centre_from(args["keys"], args["no_centre"])
+        self.names = config_names(args["configs"] or QUALITY_CONFIGS)
+        self.few = config_names(args["configs"] or FEW_CONFIGS)
+        self.source = load_text(args["text"])
+        self.loaded = load_model(args)
         self.model, self.environment = model_record(self.loaded), environment()
-        if not given:
-            backend = options["backend"]
-            self.names, reasons = configuration.fitting(self.loaded.model, self.names, backend)
-            self.few = [name for name in self.few if name in self.names]
-            for reason in reasons:
-                note(reason)
-        self.centred = {name: self._prepared(name).centred for name in [*self.names, *self.few]}
+        self.names = fitting_names(self.loaded.model, self.names, args)
+        self.few = [name for name in self.few if name in self.names]
+        self.resume = False if args["no_resume"] else None
+        self.about = {
+            "model": self.model,
+            "text": {"name": self.source.name, "sha256": self.source.sha256},
+        }
+        self.centred = {
+            name: prepare(
+                self.loaded.model, name, args["backend"], centre=self.centre
+            ).centred
+            for name in self.names
+        }  # fmt: skip
 
-    def _prepared(self, name: str) -> Any:
-        from ..evaluate.configuration import prepare
-
-        return prepare(self.loaded.model, name, self.options["backend"], centre=self.centre)
-
-    @staticmethod
-    def _names(configs: tuple[str, ...]) -> list[str]:
-        from ..evaluate.configuration import REFERENCE
-
-        return list(dict.fromkeys([REFERENCE, *configs]))
-
-    def measured(self) -> dict:
-        """The whole record; each part is also a file of its own."""
+    def measure(self) -> dict:
+        """The whole record; each part is also written to its own file."""
         parts = {
-            name: getattr(self, f"_{name}")() if name not in self.options["skip"] else None
+            name: None if name in self.args["skip"] else getattr(self, f"_{name}")()
             for name in PARTS
         }
         backends = [p["backend"] for p in parts.values() if p and "backend" in p]
@@ -158,66 +127,63 @@ class _Report:
             **parts,
         }
 
-    def _kept(self, name: str, what: str, expected: dict) -> dict | None:
-        """A part measured before with the same settings."""
-        path = self.folder / f"{name}.json"
-        if self.options["no_resume"] or not path.is_file():
+    def _path(self, name: str) -> str:
+        return str(self.folder / f"{name}.json")
+
+    def _finished(
+        self, name: str, what: str, settings: dict, rows: str = "", names: list[str] | None = None
+    ) -> dict | None:
+        """A part that was measured before with these settings.
+
+        Args:
+            rows: the record's key of one row a configuration, which must be ``names``, centred as
+                they are now.
+        """
+        path = Path(self._path(name))
+        if self.args["no_resume"] or not path.is_file():
             return None
-        found = read_json(str(path), what)
-        expected = json.loads(json.dumps(expected | {"environment": self.environment}))
-        differ = [key for key, value in expected.items() if found.get(key) != value]
+        found = read_json(path, what)
+        settings = json.loads(json.dumps(settings | {"environment": self.environment}))
+        differ = [key for key, value in settings.items() if found.get(key) != value]
         if differ:
-            note(f"{path} was measured with other settings ({', '.join(differ)}): measured anew.")
+            print_status(
+                f"{path} was measured with other settings ({', '.join(differ)}): measured anew."
+            )
             return None
-        note(f"{name}: kept from {path}")
-        return found
-
-    def _same(self, rows: list[dict], names: list[str]) -> bool:
-        """Whether these are the configurations, with keys centred as they are now."""
-        return [(r["config"], r.get("centred")) for r in rows] == [
-            (name, self.centred[name]) for name in names
-        ]
-
-    def _text(self) -> dict:
-        return {"name": self.source.name, "sha256": self.source.sha256}
-
-    def _resume(self) -> bool | None:
-        return False if self.options["no_resume"] else None
+        print_status(f"{name}: kept from {path}")
+        wanted = [(config, self.centred[config]) for config in names or []]
+        same = [(row["config"], row.get("centred")) for row in found.get(rows, [])] == wanted
+        return found if same else None
 
     def _perplexity(self) -> dict:
         from ..evaluate.windows import cut_windows
         from . import perplexity
 
-        n_ctx, chunks = self.options["ctx_size"], self.options["chunks"]
+        n_ctx, chunks = self.args["ctx_size"], self.args["chunks"]
         windows = cut_windows(self.loaded.tokenizer, self.source.text, n_ctx, chunks)
-        expected = {
-            "model": self.model, "text": self._text(), "n_ctx": n_ctx, "n_windows": len(windows),
-        }  # fmt: skip
-        kept = self._kept("perplexity", perplexity.WHAT, expected)
-        if kept is not None and self._same(kept["results"], self.names):
-            return kept
-        return perplexity.measure(
-            self.loaded, self.source, self.names, n_ctx, chunks, self.options["backend"],
-            str(self.folder / "perplexity.json"), self._resume(), self.centre,
+        settings = self.about | {"n_ctx": n_ctx, "n_windows": len(windows)}
+        return self._finished(
+            "perplexity", perplexity.WHAT, settings, "results", self.names
+        ) or perplexity.measure(
+            self.loaded, self.source, self.names, n_ctx, chunks, self.args["backend"],
+            self._path("perplexity"), self.resume, self.centre,
         )  # fmt: skip
 
     def _needle(self) -> dict:
         from ..evaluate.haystack import KINDS, make_cases
         from . import needle
 
-        depths = needle.even_depths(self.options["depths"])
-        contexts = list(self.options["needle_contexts"])
-        cases = make_cases(contexts, depths, KINDS)
-        expected = {
-            "model": self.model, "text": self._text(), "contexts": sorted(set(contexts)),
-            "depths": depths, "kinds": sorted(KINDS), "repeats": 1, "not_measured": 0,
+        depths = needle.even_depths(self.args["depths"])
+        contexts = list(self.args["needle_contexts"])
+        settings = self.about | {
+            "contexts": sorted(set(contexts)), "depths": depths, "kinds": sorted(KINDS),
+            "repeats": 1, "not_measured": 0,
         }  # fmt: skip
-        kept = self._kept("needle", needle.WHAT, expected)
-        if kept is not None and self._same(kept["summary"], self.few):
-            return kept
-        return needle.measure(
-            self.loaded, self.source, self.few, cases, self.options["backend"],
-            str(self.folder / "needle.json"), self._resume(), centre=self.centre,
+        return self._finished(
+            "needle", needle.WHAT, settings, "summary", self.few
+        ) or needle.measure(
+            self.loaded, self.source, self.few, make_cases(contexts, depths, KINDS),
+            self.args["backend"], self._path("needle"), self.resume, centre=self.centre,
         )  # fmt: skip
 
     def _plan(self) -> dict:
@@ -228,13 +194,10 @@ class _Report:
 
         shape = shape_from_config(self.loaded.config, self.loaded.name)
         rows = [(name, parse_policy(name)) for name in self.names if not name.startswith("mlx-kv")]
-        contexts = PLAN_CONTEXTS
-        if self.loaded.max_context:
-            contexts = [n for n in PLAN_CONTEXTS if n <= self.loaded.max_context] or PLAN_CONTEXTS[
-                :1
-            ]
+        most = self.loaded.max_context or PLAN_CONTEXTS[-1]
+        contexts = [n for n in PLAN_CONTEXTS if n <= most] or PLAN_CONTEXTS[:1]
         plan = json.loads(json.dumps(as_json(make_plan(shape, rows, contexts))))
-        write_json(str(self.folder / "plan.json"), plan)
+        write_json(self._path("plan"), plan)
         return plan
 
     def _bench(self) -> dict:
@@ -242,27 +205,22 @@ class _Report:
         from ..loading.random_model import weight_bytes
         from . import bench
 
-        options = self.options
-        text = self.loaded.config.get("text_config") or self.loaded.config
-        settings = Settings(
-            options["generation_tokens"], options["num_trials"],
-            vocab_size=int(text.get("vocab_size") or 256),
-        )  # fmt: skip
-        points = [Point("prompt", n) for n in options["prompt_tokens"]]
+        args, model = self.args, self.loaded.model
+        n_generated, n_trials = args["generation_tokens"], args["num_trials"]
+        vocab_size = bench.vocabulary_size(self.loaded.config)
+        settings = Settings(n_generated, n_trials, vocab_size=vocab_size)
         about = {
-            "model": self.model, "weights": "its own weights",
-            "weight_bytes": weight_bytes(self.loaded.model),
+            "model": self.model, "weights": "its own weights", "weight_bytes": weight_bytes(model),
         }  # fmt: skip
-        path = self.folder / "bench.json"
-        expected = {
-            "model": self.model, "configs": self.few, "num_trials": settings.num_trials,
+        same = {
+            "model": self.model, "configs": self.few, "num_trials": n_trials,
             "centred": {name: self.centred[name] for name in self.few},
-            "generation_tokens": settings.generation_tokens,
+            "generation_tokens": n_generated,
         }  # fmt: skip
-        resume = self._kept("bench", bench.WHAT, expected) is not None
         return bench.measure(
-            self.loaded.model, about, self.few, points, settings, options["backend"], str(path),
-            resume, centre=self.centre,
+            model, about, self.few, [Point("prompt", n) for n in args["prompt_tokens"]],
+            settings, args["backend"], self._path("bench"),
+            self._finished("bench", bench.WHAT, same) is not None, centre=self.centre,
         )  # fmt: skip
 
 

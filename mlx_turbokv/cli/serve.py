@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
+from . import options
 from .entry import run
-from .options import CACHE_HELP, cache_options, centre_from, centre_options, policy_from
 
 
 class _Command(click.Command):
@@ -27,25 +27,18 @@ class _Command(click.Command):
 
 
 @click.command(
-    "serve",
-    cls=_Command,
-    epilog=CACHE_HELP,
+    "serve", cls=_Command, epilog=options.CACHE_HELP,
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
-)
-@centre_options
-@cache_options
+)  # fmt: skip
+@options.cache
 @click.pass_context
 def command(
-    ctx: click.Context,
-    backend: str,
-    compress_sliding: bool,
-    keys: str | None,
-    no_centre: bool,
+    ctx: click.Context, backend: str, compress_sliding: bool, keys: str | None, no_centre: bool,
     **cache: Any,
-) -> None:
+) -> None:  # fmt: skip
     """Serve a model over HTTP, as mlx_lm.server does, through packed KV caches.
 
-    Every option of mlx_lm.server is accepted; only --kv-bits is not, which asks for another cache.
+    Every option of mlx_lm.server is accepted, except --kv-bits, which asks for another cache.
     Its limits on prompt caches count packed bytes.
     """
     from ..loading import blas
@@ -53,8 +46,11 @@ def command(
     blas.require_mlx()
     from ..serve.server import parse, serve
 
-    policy = policy_from(**cache)
-    serve(parse(ctx.args), policy, backend, centre_from(keys, no_centre), compress_sliding)
+    policy = options.policy_from(**cache)
+    centre = options.centre_from(keys, no_centre)
+    serve(
+        parse(ctx.args), policy, backend=backend, centre=centre, compress_sliding=compress_sliding
+    )
 
 
 def main() -> None:

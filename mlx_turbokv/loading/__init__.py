@@ -1,0 +1,1 @@
+"""Models: from mlx-lm, GGUF files, the package index, or a shape alone."""

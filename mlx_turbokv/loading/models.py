@@ -1,8 +1,7 @@
-"""Models for every command: mlx-lm ids and folders, GGUF files, and the default small model."""
+"""Loading of models: mlx-lm ids and folders, GGUF files, and the default model."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from dataclasses import dataclass
@@ -14,9 +13,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..errors import InputError
+from ..log import warn_once
 from . import blas, default_model
-
-_said: set[str] = set()
+from .config import first_line, max_context, read_config
 
 
 @dataclass
@@ -94,14 +93,7 @@ def load_config(model: str | os.PathLike[str] | None = None) -> tuple[dict[str, 
         path = path / "config.json"
     elif not path.is_file():
         path = _hub_config(source)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"The folder {source} has no config.json.") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not a readable config.json ({_first_line(error)}).") from error
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise InputError(f"{path} is not a model's config.json: it names no model_type.")
+    config = read_config(path, source)
     return config, _source_name(source), source
 
 
@@ -139,25 +131,19 @@ def cpu_form(n_weights: int | None = None) -> Form:
     faster than dequantised ones, and are kept; so they are where float32 would not fit in memory.
     """
     if not blas.openblas_in_use():
-        _say_once(
+        warn_once(
             "OpenBLAS is not in use, so the weights stay quantised; with it "
             f"({blas.how_to_get_openblas()}) prompts are read more than ten times as fast."
         )
         return Form(mx.float32, packed=True)
     needed, memory = 4 * (n_weights or 0), _physical_bytes()
     if memory and needed > 0.6 * memory:
-        _say_once(
+        warn_once(
             f"The weights stay quantised: in float32 they would take {needed / 1e9:.1f} GB of "
             f"{memory / 1e9:.1f} GB."
         )
         return Form(mx.float32, packed=True)
     return Form(mx.float32, packed=False)
-
-
-def _say_once(note: str) -> None:
-    if note not in _said:
-        _said.add(note)
-        print(note, file=sys.stderr)
 
 
 def _locate(model: str | os.PathLike[str] | None) -> tuple[str, str | None]:
@@ -222,16 +208,8 @@ def _load_mlx_lm(
     return Loaded(model, tokenizer, name, config, max_context(config), source)
 
 
-def max_context(config: dict[str, Any]) -> int | None:
-    """The positions that a config.json says the model was made for."""
-    for level in (config, config.get("text_config") or {}):
-        if value := level.get("max_position_embeddings"):
-            return int(value)
-    return None
-
-
 def _load_error(source: str, adapter_path: str | None, error: Exception) -> Exception:
-    """What went wrong in ``mlx_lm.load`` as one sentence, or the error itself where unknown."""
+    """The InputError for an error of ``mlx_lm.load``; an unknown error itself."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     accepted = "give a hub id, a folder or a .gguf file"
@@ -242,10 +220,10 @@ def _load_error(source: str, adapter_path: str | None, error: Exception) -> Exce
             f"The model {source} is no folder here and the hub cannot be reached; {accepted}."
         )
     if isinstance(error, HfHubHTTPError):
-        return InputError(f"The hub does not give the model {source} ({_first_line(error)}).")
+        return InputError(f"The hub does not give the model {source} ({first_line(error)}).")
     if isinstance(error, (OSError, ValueError, KeyError, TypeError, RuntimeError)):
         with_adapters = f" with adapters {adapter_path}" if adapter_path else ""
-        what = f"{error!r}" if isinstance(error, KeyError) else _first_line(error)
+        what = f"{error!r}" if isinstance(error, KeyError) else first_line(error)
         return InputError(f"The model {source}{with_adapters} cannot be loaded ({what}).")
     return error
 
@@ -278,11 +256,6 @@ def _source_name(source: str) -> str:
     if path.name == "config.json":
         path = path.parent
     return path.resolve().name if path.exists() else path.name
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__).rstrip(".")
 
 
 def _runs_on_linux_cpu() -> bool:

@@ -1,8 +1,7 @@
-"""Models of a given shape with random weights, made packed: for timing, where no model is at hand."""
+"""Models of a given shape with random quantised weights, for timing without a download."""
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from ..errors import InputError
+from .config import build_model, read_config
 from .known_shapes import KNOWN, known_config
 
 WEIGHT_BITS = (2, 3, 4, 5, 6, 8, 16)
@@ -34,13 +34,14 @@ def shape_config(name: str) -> tuple[dict[str, Any], str]:
         raise InputError(
             f"Unknown shape {name!r}: accepted are {', '.join(KNOWN)} or a config.json file."
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise InputError(f"{name} is not a readable config.json.") from None
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise InputError(f"{name} is not a model's config.json: it names no model_type.")
+    config = read_config(path, name)
     return config, str(config.get("_name_or_path") or path.parent.name or path.name)
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises: InputError for a type that models do not run in."""
+    if dtype not in DTYPES:
+        raise InputError(f"Type {dtype!r} is not accepted: give one of {', '.join(DTYPES)}.")
 
 
 def random_model(
@@ -53,8 +54,7 @@ def random_model(
     """A model of mlx-lm with random weights of ``bits`` bits, evaluated.
 
     Packed words are drawn directly, with constant scales that give each matrix the variance of an
-    untrained one. mlx-lm's own initial weights stay lazy and are never made, so no 16-bit copy of
-    a quantised weight exists at any time.
+    untrained one. mlx-lm's own weights stay lazy, so quantised weights never have a 16-bit copy.
 
     Args:
         bits: 2 to 8 for quantised linear and embedding layers, 16 for weights in ``dtype``.
@@ -63,23 +63,13 @@ def random_model(
     Raises:
         InputError: mlx-lm cannot build the model, or a value that is not accepted.
     """
-    from mlx_lm.utils import _get_classes
-
     if bits not in WEIGHT_BITS:
         raise InputError(
             f"Weight bits {bits} are not accepted: give one of {', '.join(map(str, WEIGHT_BITS))}."
         )
-    if dtype not in DTYPES:
-        raise InputError(f"Type {dtype!r} is not accepted: give one of {', '.join(DTYPES)}.")
+    check_dtype(dtype)
     mx.random.seed(seed)
-    try:
-        model_class, args_class = _get_classes(config)
-        model = model_class(args_class.from_dict(config))
-    except Exception as error:  # whatever the model's own code raises
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"mlx-lm cannot build model type {config.get('model_type')!r}: {first}"
-        ) from None
+    model = build_model(config)
     model.set_dtype(getattr(mx, dtype))
     if bits < 16:
         nn.quantize(

@@ -103,7 +103,7 @@ def make_plan(
         f16_bytes_at={n: _bytes_at(f16, model, n) for n in contexts},
         weight_bytes=weight_bytes,
         memory_bytes=memory_bytes,
-        beside_bytes_at={n: sum(x.bytes_at(n) for x in model.beside) for n in contexts},
+        beside_bytes_at={n: sum(x.bytes_at(n) for x in model.uncompressed) for n in contexts},
     )
     plan.rows.extend(_row(plan, name, policy, centre) for name, policy in policies)
     return plan
@@ -218,7 +218,7 @@ def _bits(formats: list[Pair], shapes: list[KVShape]) -> tuple[float, float, flo
 
 def _bytes_at(formats: list[Pair], model: ModelShape, n: int) -> int:
     """Bytes of all caches after ``n`` tokens."""
-    total = sum(x.bytes_at(n) for x in model.beside)
+    total = sum(x.bytes_at(n) for x in model.uncompressed)
     for layer in model.layers.layers:
         k, v = formats[layer.ordinal]
         shape, rows = layer.shape, n

@@ -161,7 +161,7 @@ def _notes(plan: Plan) -> list[str]:
 
 def _beside(plan: Plan) -> list[str]:
     """What every row's bytes count beside packed layers."""
-    kinds = [x.kind for x in plan.model.beside]
+    kinds = [x.kind for x in plan.model.uncompressed]
     names = {"window": "windows", "recurrent": "recurrent states"}
     parts = [f"{kinds.count(kind)} {names[kind]}" for kind in names if kind in kinds]
     if not parts:

@@ -1,0 +1,1 @@
+"""mlx_lm.server with packed caches."""

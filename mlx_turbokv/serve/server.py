@@ -1,4 +1,4 @@
-"""mlx_lm.server with packed caches: its models are loaded here and get packed caches attached."""
+"""mlx_lm.server with packed caches: they are attached to every model that it loads."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 
 import mlx.core as mx
 from mlx_lm import server
-from mlx_lm.generate import maybe_set_recommended_wired_limit
 from mlx_lm.models.cache import LRUPromptCache
+from mlx_lm.utils import maybe_set_recommended_wired_limit, sharded_load
 
 from ..cache.factory import attach
 from ..errors import InputError
@@ -27,28 +27,38 @@ NO_LIMIT = 1 << 63
 logger = logging.getLogger(__name__)
 
 
-class _Parser(Exception):
-    """Carries mlx_lm.server's parser out of its main function."""
+@contextlib.contextmanager
+def _patched(target: Any, **values: Any) -> Iterator[None]:
+    """Set attributes for the duration of the block."""
+    old = {name: getattr(target, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(target, name, value)
+        yield
+    finally:
+        for name, value in old.items():
+            setattr(target, name, value)
+
+
+class _ParserReadyError(Exception):
+    """Ends mlx_lm.server's main function when its parser is complete."""
 
 
 def server_parser() -> argparse.ArgumentParser:
     """The parser of mlx_lm.server's own options; its errors are InputErrors."""
+    found: list[Any] = []
 
-    def stop(parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        raise _Parser(parser)
-
-    parse_args = argparse.ArgumentParser.parse_args
-    argparse.ArgumentParser.parse_args = stop
-    try:
-        server.main()
-    except _Parser as found:
-        parser = found.args[0]
-    finally:
-        argparse.ArgumentParser.parse_args = parse_args
+    def parse_args(parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        found.append(parser)
+        raise _ParserReadyError
 
     def error(message: str) -> NoReturn:
         raise InputError(f"{message[:1].upper()}{message[1:]}; see mlx_turbokv serve --help.")
 
+    with _patched(argparse.ArgumentParser, parse_args=parse_args):
+        with contextlib.suppress(_ParserReadyError):
+            server.main()
+    parser = found[0]
     parser.error = error
     return parser
 
@@ -75,25 +85,12 @@ class TurboModelProvider(server.ModelProvider):
 
     Args:
         options: mlx_lm.server's.
-        policy: which KV layer gets which formats.
-        backend: ``metal``, ``cuda`` or ``reference``; None chooses.
-        centre: as ``attach`` takes it.
-        compress_sliding: whether sliding windows are packed too.
+        cache_options: as ``attach`` takes them.
     """
 
-    def __init__(
-        self,
-        options: argparse.Namespace,
-        policy: Policy,
-        backend: str | None,
-        centre: bool | str = True,
-        compress_sliding: bool = False,
-    ) -> None:
+    def __init__(self, options: argparse.Namespace, **cache_options: Any) -> None:
         super().__init__(options)
-        self.policy = policy
-        self.backend = backend
-        self.centre = centre
-        self.compress_sliding = compress_sliding
+        self.cache_options = cache_options
         self.failure: Exception | None = None
 
     def load_default(self) -> None:
@@ -105,12 +102,14 @@ class TurboModelProvider(server.ModelProvider):
             _thread.interrupt_main()
             raise SystemExit from error  # ends this thread, which has nothing to generate with
 
-    def _load(self, *paths: str | None) -> None:
-        with _loading_through(self._load_plain, self._load_sharded):
-            super()._load(*paths)
+    def _load(
+        self, model_path: Any, adapter_path: Any = None, draft_model_path: Any = None
+    ) -> None:
+        with _patched(server, load=self._load_one, sharded_load=self._load_sharded):
+            super()._load(model_path, adapter_path, draft_model_path)
 
-    def _load_plain(self, path: str | None, **options: Any) -> tuple[Any, ...]:
-        """What mlx_lm.load does; a draft model keeps its own cache."""
+    def _load_one(self, path: str | None, **options: Any) -> tuple[Any, ...]:
+        """As mlx_lm.load; a draft model, which is asked for without its config, is left as is."""
         is_draft = not options.pop("return_config", False)
         loaded = models.load(path, **options)
         if is_draft:
@@ -120,45 +119,24 @@ class TurboModelProvider(server.ModelProvider):
 
     def _load_sharded(self, path: str, **options: Any) -> tuple[Any, ...]:
         distributed.check_source(path)
-        model, tokenizer, config = _sharded_load(path, **options)
-        self._attach(model, path)
-        return model, tokenizer, config
+        loaded = sharded_load(path, **options)
+        self._attach(loaded[0], path)
+        return loaded
 
     def _attach(self, model: Any, name: str) -> None:
-        attach(
-            model,
-            policy=self.policy,
-            backend=self.backend,
-            centre=self.centre,
-            compress_sliding=self.compress_sliding,
-        )
-        if not distributed.is_first():
+        attach(model, **self.cache_options)
+        if distributed.rank() != 0:
             return
         factory = model.make_cache
         turbo_keys = any(k.is_turbo for k, _ in factory.formats)
         centred = f"{factory.centring.summary()}, " if turbo_keys else ""
-        backend = select_backend(self.backend).name
-        print(
-            f"Serving {name}: KV cache {self.policy.name}, {centred}{backend} back-end",
-            file=sys.stderr,
-        )
-
-
-_sharded_load = server.sharded_load
-
-
-@contextlib.contextmanager
-def _loading_through(load: Any, sharded_load: Any) -> Iterator[None]:
-    held = server.load, server.sharded_load
-    server.load, server.sharded_load = load, sharded_load
-    try:
-        yield
-    finally:
-        server.load, server.sharded_load = held
+        policy = self.cache_options["policy"].name
+        backend = select_backend(self.cache_options.get("backend")).name
+        print(f"Serving {name}: KV cache {policy}, {centred}{backend} back-end", file=sys.stderr)
 
 
 class _Generator(server.ResponseGenerator):
-    """Gives its thread's streams back: MLX aborts a process that ends while they are there."""
+    """Clears its thread's streams: MLX aborts a process that ends while they exist."""
 
     def _run_generate(self) -> None:
         try:
@@ -168,7 +146,7 @@ class _Generator(server.ResponseGenerator):
 
 
 class _Server(ThreadingHTTPServer):
-    """Says nothing of clients that went away; ends without waiting for those that stay."""
+    """Logs clients that disconnect without a traceback; does not wait for others when it ends."""
 
     daemon_threads = True
     request_queue_size = 64
@@ -180,20 +158,13 @@ class _Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-def serve(
-    options: argparse.Namespace,
-    policy: Policy,
-    backend: str | None = None,
-    centre: bool | str = True,
-    compress_sliding: bool = False,
-) -> None:
+def serve(options: argparse.Namespace, policy: Policy, **cache_options: Any) -> None:
     """Run the server until it is interrupted or terminated.
 
     Args:
         options: what ``parse`` read.
         policy: which KV layer gets which formats.
-        backend: ``metal``, ``cuda`` or ``reference``; None chooses.
-        compress_sliding: whether sliding windows are packed too.
+        cache_options: the other arguments of ``attach``: backend, centre, compress_sliding.
 
     Raises:
         InputError: the model cannot be loaded, the policy does not fit it, or the address cannot
@@ -203,15 +174,14 @@ def serve(
     logging.basicConfig(
         level=options.log_level.upper(), format="%(asctime)s - %(levelname)s - %(message)s"
     )
-    provider = TurboModelProvider(options, policy, backend, centre, compress_sliding)
+    provider = TurboModelProvider(options, policy=policy, **cache_options)
     max_bytes = NO_LIMIT if options.prompt_cache_bytes is None else options.prompt_cache_bytes
-    prompt_cache = LRUPromptCache(options.prompt_cache_size, max_bytes)
-    generator = _Generator(provider, prompt_cache)
+    generator = _Generator(provider, LRUPromptCache(options.prompt_cache_size, max_bytes))
     # A shell's background job inherits an ignored SIGINT, and the main thread is woken by one.
     for stop in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop, signal.default_int_handler)
     try:
-        if mx.distributed.init().rank() == 0:
+        if distributed.rank() == 0:
             server._run_http_server(options.host, options.port, generator, server_class=_Server)
         else:
             generator.join()

@@ -1,0 +1,67 @@
+"""config.json files, and mlx-lm models built from them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+
+from ..errors import InputError
+
+
+def read_config(path: Path, source: str) -> dict[str, Any]:
+    """Read a config.json.
+
+    Args:
+        source: what the user gave, for messages.
+
+    Raises:
+        InputError: missing, unreadable, or not a model's.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"The folder {source} has no config.json.") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is not a readable config.json ({first_line(error)}).") from error
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise InputError(f"{path} is not a model's config.json: it names no model_type.")
+    return config
+
+
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a configuration that describes the language model."""
+    return config.get("text_config") or config
+
+
+def max_context(config: dict[str, Any]) -> int | None:
+    """The positions that a config.json says the model was made for."""
+    for level in (config, text_config(config)):
+        if value := level.get("max_position_embeddings"):
+            return int(value)
+    return None
+
+
+def build_model(config: dict[str, Any], name: str | None = None) -> nn.Module:
+    """The mlx-lm model of a configuration, with lazy weights.
+
+    Raises:
+        InputError: mlx-lm has no such model, or the configuration does not fit it.
+    """
+    from mlx_lm.utils import _get_classes
+
+    try:
+        model_class, args_class = _get_classes(config)
+        return model_class(args_class.from_dict(config))
+    except Exception as error:  # a model's own code may raise anything
+        kind = f"model type {config.get('model_type')!r}"
+        what = f"{name} ({kind})" if name else kind
+        raise InputError(f"mlx-lm cannot build {what}: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its class."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__).rstrip(".")
