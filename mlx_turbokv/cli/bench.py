@@ -51,9 +51,7 @@ _COUNT = options.COUNT
     help="Time generation alone after so many tokens; repeatable. The cache is filled with random "
     "K and V, packed by the cache itself, without running the model.",
 )  # fmt: skip
-@click.option(
-    "-g", "--generation-tokens", default=128, type=_COUNT, help="Generated.", **_DEFAULT
-)
+@click.option("-g", "--generation-tokens", default=128, type=_COUNT, help="Generated.", **_DEFAULT)
 @click.option("-n", "--num-trials", default=5, type=_COUNT, help="Timed trials.", **_DEFAULT)
 @options.prefill_step_size
 @options.configs(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from gguf_files import TOKENS, logits, small_model, write_gguf
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
+from mlx_turbokv import log
 from mlx_turbokv.errors import InputError
 from mlx_turbokv.loading import blas, default_model, models
 
@@ -233,21 +235,36 @@ def test_openblas_can_be_left_out():
     assert _python(code, TURBOKV_OPENBLAS="0", LD_PRELOAD="") == "False"
 
 
-def test_without_openblas_weights_stay_packed_and_a_line_says_so(monkeypatch, capsys):
+@pytest.fixture
+def warnings(monkeypatch):
+    """The package's warnings, each of which is given once."""
+    found = []
+    handler = logging.Handler()
+    handler.emit = lambda record: found.append(record.getMessage())
+    monkeypatch.setattr(log, "_given", set())
+    monkeypatch.setattr(log.logger, "handlers", [handler])
+    return found
+
+
+def test_without_openblas_weights_stay_packed_and_a_line_says_so(monkeypatch, warnings):
     monkeypatch.setattr(blas, "_in_use", False)
-    monkeypatch.setattr(models, "_said", set())
     form = models.cpu_form()
-    assert models.cpu_form() == form
-    assert form == models.Form(mx.float32, packed=True)
-    assert capsys.readouterr().err.count("\n") == 1
+    assert models.cpu_form() == form == models.Form(mx.float32, packed=True)
+    assert len(warnings) == 1
 
 
-def test_weights_too_large_for_float32_stay_packed(monkeypatch, capsys):
+def test_weights_too_large_for_float32_stay_packed(monkeypatch, warnings):
     monkeypatch.setattr(blas, "_in_use", True)
-    monkeypatch.setattr(models, "_said", set())
     assert models.cpu_form(1_000) == models.Form(mx.float32, packed=False)
     assert models.cpu_form(10**15) == models.Form(mx.float32, packed=True)
-    assert capsys.readouterr().err.count("\n") == 1
+    assert len(warnings) == 1
+
+
+def test_warnings_reach_stderr_from_python():
+    code = "from mlx_turbokv.loading.models import cpu_form; cpu_form(10**15)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stderr.startswith(("The weights stay", "OpenBLAS is not in use"))
+    assert result.stderr.count("\n") == 1
 
 
 def test_no_back_end_is_one_sentence(monkeypatch):
