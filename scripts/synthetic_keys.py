@@ -23,7 +23,7 @@ from record import record  # noqa: E402
 
 from mlx_turbokv.cache import make_prompt_cache  # noqa: E402
 from mlx_turbokv.evaluate import statistics  # noqa: E402
-from mlx_turbokv.evaluate.divergence import compare_logits  # noqa: E402
+from mlx_turbokv.evaluate.divergence import Reference  # noqa: E402
 
 FORMATS = ("turbo3", "turbo4", "turbo5", "turbo6")
 N_MODELS, N_TOKENS = 8, 150
@@ -37,7 +37,7 @@ def divergence(model, k: str, centre: bool, tokens: mx.array) -> float:
         return model(tokens, cache=caches)[0]
 
     exact, read = logits("f16", "f16"), logits(k, "f16", centre=centre)
-    return float(np.mean(compare_logits(exact, read, mx.zeros((len(exact),), mx.int32)).kld))
+    return float(np.mean(Reference(exact, mx.zeros((len(exact),), mx.int32)).compare(read).kld))
 
 
 @click.command()

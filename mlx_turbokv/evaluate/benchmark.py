@@ -1,4 +1,4 @@
-"""Speed and memory of whole models through several caches, taking turns within one run.
+"""Speed and memory of whole models through several caches, one trial of each in turn.
 
 Two kinds of points. A *prompt* point is mlx_lm.benchmark's: a random prompt through an empty
 cache, then generation. A *context* point times generation alone: the cache is filled with random
@@ -83,21 +83,20 @@ def measure_point(
             configuration has one.
     """
     trials = [Trials(c) for c in configs]
-    runner = _Contexts if point.kind == "context" else _Prompts
-    runs = runner(model, point.tokens, settings)
+    runner = (_Contexts if point.kind == "context" else _Prompts)(model, point.tokens, settings)
+    total = (settings.num_trials + 1) * len(trials)
     for i in range(settings.num_trials + 1):
         if i > 1 and deadline is not None and time.perf_counter() > deadline:
             break
-        for j, trial in enumerate(trials):
+        for j, trial in enumerate(trials, 1):
             if trial.error is None:
                 try:
-                    runs.run(trial, timed=i > 0)
+                    (runner.run if i > 0 else runner.warm_up)(trial)
                 except (RuntimeError, NotImplementedError, InputError) as error:
                     trial.error = (str(error).splitlines() or [type(error).__name__])[0]
             if tick:
-                done = i * len(trials) + j + 1
-                tick(done, (settings.num_trials + 1) * len(trials), trial.config.name)
-    runs.close()
+                tick(i * len(trials) + j, total, trial.config.name)
+    runner.close()
     return [_row(point, trial, trials[0]) for trial in trials]
 
 
@@ -109,21 +108,21 @@ class _Prompts:
         self.prompt = mx.random.randint(0, settings.vocab_size, (tokens,))
         mx.eval(self.prompt)
 
-    def run(self, trial: Trials, timed: bool) -> None:
-        mx.synchronize()
-        mx.clear_cache()
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
+    def warm_up(self, trial: Trials) -> None:
+        trial.build_s = _build_times(self.model, self._generate(trial)[0])
+
+    def run(self, trial: Trials) -> None:
+        _, prompt_s, generation_s = self._generate(trial)
+        trial.prompt_s.append(prompt_s)
+        trial.generation_s.append(generation_s)
+
+    def _generate(self, trial: Trials) -> tuple[list, float, float]:
+        before = _start_of_peak()
         caches = trial.config.make_caches()
-        prompt_s, generation_s = _generate(self.model, self.prompt, caches, self.settings)
-        peak = mx.get_peak_memory() - before
-        if timed:
-            trial.prompt_s.append(prompt_s)
-            trial.generation_s.append(generation_s)
-        else:
-            trial.build_s = _build_times(self.model, caches)
-        trial.peak_bytes = max(trial.peak_bytes, peak)
+        seconds = _generate(self.model, self.prompt, caches, self.settings)
+        trial.peak_bytes = max(trial.peak_bytes, mx.get_peak_memory() - before)
         trial.kv_bytes = sum(c.nbytes for c in caches)
+        return caches, *seconds
 
     def close(self) -> None:
         mx.clear_cache()
@@ -137,34 +136,43 @@ class _Contexts:
         self.found = kv_layers(model)
         if not self.found.layers:
             raise InputError("This model has no KV layer, so there is no context to fill.")
-        self.held: dict[str, list] = {}
+        self.caches: dict[str, list] = {}
 
-    def run(self, trial: Trials, timed: bool) -> None:
-        name = trial.config.name
+    def warm_up(self, trial: Trials) -> None:
+        before = _start_of_peak()
+        caches = self.caches[trial.config.name] = trial.config.make_caches()
+        fill(caches, self.found, self.tokens, _dtype(self.model, self.found))
+        _start_of_peak()
+        self._generate(caches)
+        trial.peak_bytes = mx.get_peak_memory() - before
+        trial.kv_bytes = sum(c.nbytes for c in caches)
+        trial.build_s = _build_times(self.model, caches)
+        self._trim(caches)
+
+    def run(self, trial: Trials) -> None:
         mx.synchronize()
-        if not timed:
-            mx.clear_cache()
-            before = mx.get_active_memory()
-            self.held[name] = trial.config.make_caches()
-            fill(self.held[name], self.found, self.tokens, _dtype(self.model, self.found))
-            mx.synchronize()
-            mx.clear_cache()
-            mx.reset_peak_memory()
-        caches = self.held[name]
-        first = mx.zeros((1,), mx.int32)
-        _, generation_s = _generate(self.model, first, caches, self.settings)
-        if timed:
-            trial.generation_s.append(generation_s)
-        else:
-            trial.peak_bytes = mx.get_peak_memory() - before
-            trial.kv_bytes = sum(c.nbytes for c in caches)
-            trial.build_s = _build_times(self.model, caches)
-        for cache in _leaves(caches, self.found):
+        caches = self.caches[trial.config.name]
+        trial.generation_s.append(self._generate(caches))
+        self._trim(caches)
+
+    def _generate(self, caches: list) -> float:
+        return _generate(self.model, mx.zeros((1,), mx.int32), caches, self.settings)[1]
+
+    def _trim(self, caches: list) -> None:
+        for cache in _kv_caches(caches, self.found):
             cache.trim(cache.offset - self.tokens)
 
     def close(self) -> None:
-        self.held.clear()
+        self.caches.clear()
         mx.clear_cache()
+
+
+def _start_of_peak() -> int:
+    """Free what is unused and begin a new peak; returns the bytes in use."""
+    mx.synchronize()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    return mx.get_active_memory()
 
 
 def fill(caches: list, found: KVLayers, tokens: int, dtype: mx.Dtype) -> None:
@@ -172,7 +180,7 @@ def fill(caches: list, found: KVLayers, tokens: int, dtype: mx.Dtype) -> None:
 
     Raises: InputError if the model's shapes cannot be learnt.
     """
-    for layer, cache in zip(found.layers, _leaves(caches, found)):
+    for layer, cache in zip(found.layers, _kv_caches(caches, found)):
         if layer.shape is None:
             raise InputError(
                 "The heads of this model's K and V cannot be learnt, so its cache cannot be "
@@ -189,7 +197,7 @@ def fill(caches: list, found: KVLayers, tokens: int, dtype: mx.Dtype) -> None:
         mx.clear_cache()
 
 
-def _leaves(caches: list, found: KVLayers) -> list:
+def _kv_caches(caches: list, found: KVLayers) -> list:
     """The caches of the KV layers, in order."""
     return [
         caches[x.index] if x.sub is None else caches[x.index].caches[x.sub] for x in found.layers
@@ -200,7 +208,7 @@ def _dtype(model: nn.Module, found: KVLayers) -> mx.Dtype:
     """The type of a model's K and V; the call that shows it is never computed."""
     caches = own_caches(model)
     model(mx.zeros((1, 1), mx.int32), cache=caches)
-    return _leaves(caches, found)[0].keys.dtype
+    return _kv_caches(caches, found)[0].keys.dtype
 
 
 def _generate(
@@ -260,9 +268,7 @@ def _row(point: Point, trial: Trials, first: Trials) -> dict:
 
 
 def _spread(values: list[float]) -> dict:
-    return {
-        "median": median(values), "min": min(values), "max": max(values), "trials": values
-    }  # fmt: skip
+    return {"median": median(values), "min": min(values), "max": max(values), "trials": values}
 
 
 def _ratio(first: list[float], these: list[float]) -> float | None:

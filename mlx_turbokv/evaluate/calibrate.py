@@ -17,11 +17,9 @@ import numpy as np
 from ..errors import InputError
 from ..model.shapes import KVShape
 from ..quant.formats import as_format
-from . import statistics
 from .assignment import assign, monotone
-from .checkpoint import Journal
 from .configuration import check_name, kv_shapes, prepare
-from .sensitivity import PARTS, Change, Pairs, Progress, Sensitivity, all_changes, measure
+from .sensitivity import PARTS, Change, Pairs, Sensitivity, all_changes, measure
 
 FORMATS = ("q8_0", "turbo6", "turbo5", "turbo4", "turbo3", "turbo2")
 BUDGETS = ("la-v7", "4.5", "3.6")
@@ -55,11 +53,6 @@ class Assigned:
     n_bytes: int
     predicted: np.ndarray
     repaired: int
-
-    def prediction(self) -> dict:
-        """Mean of the prediction, with errors over windows."""
-        mean = statistics.mean_and_error(self.predicted)
-        return mean | {"interval": statistics.bootstrap_interval(self.predicted)}
 
 
 def shapes_of(model: nn.Module) -> list[KVShape]:
@@ -107,9 +100,7 @@ def as_budget(model: nn.Module, shapes: Sequence[KVShape], text: str) -> Budget:
     Raises: InputError as `check_budget`, or for a configuration that does not fit the model.
     """
     check_budget(text)
-    bits = _number(text)
-    if bits is None:
-        bits = prepare(model, text).bits
+    bits = _number(text) or prepare(model, text).bits or 0.0
     n_values = sum(shape.n_values for shape in shapes)
     return Budget(text, int(bits * n_values / 8 + ROUNDING))
 
@@ -127,16 +118,13 @@ def row_sizes(shapes: Sequence[KVShape], formats: Sequence[str]) -> np.ndarray:
     Shapes: returns [n_layers, 2, n_formats] int64.
     """
     kinds = [as_format(name) for name in formats]
-    return np.array(
-        [
-            [
-                [s.n_kv_heads * f.row_bytes(dim) for f in kinds]
-                for dim in (s.k_head_dim, s.v_head_dim)
-            ]
-            for s in shapes
-        ],
-        np.int64,
-    )
+    sizes = [
+        s.n_kv_heads * kind.row_bytes(head_dim)
+        for s in shapes
+        for head_dim in (s.k_head_dim, s.v_head_dim)
+        for kind in kinds
+    ]
+    return np.array(sizes, np.int64).reshape(len(shapes), len(PARTS), len(kinds))
 
 
 def solve(
@@ -152,13 +140,10 @@ def solve(
 
     Raises: InputError for a budget below what the smallest formats take.
     """
+    sizes = row_sizes(shapes, formats).reshape(-1, len(formats))
     # The base's own formats cost nothing more, and are choices of their slot where they are open.
-    sizes = row_sizes(shapes, formats)
-    measured = sensitivity.table(formats)
-    shape = (-1, len(formats))
-    costs = monotone(measured.reshape(shape), sizes.reshape(shape))
-    repaired = int(np.sum(costs != measured.reshape(shape)))
-    found = []
+    measured = sensitivity.table(formats).reshape(sizes.shape)
+    costs = monotone(measured, sizes)
     n_values = sum(s.n_values for s in shapes)
     smallest = int(np.where(measured < np.inf, sizes, sizes.max()).min(axis=-1).sum())
     for budget in budgets:
@@ -167,13 +152,13 @@ def solve(
                 f"Budget {budget.name} is too small: the smallest formats that are open take "
                 f"{8 * smallest / n_values:.3f} bits per value."
             )
-    answers = assign(costs, sizes.reshape(shape), [b.n_bytes for b in budgets])
-    for budget, choices in zip(budgets, answers):
-        names = [formats[i] for i in choices]
+    found = []
+    for budget, choices in zip(budgets, assign(costs, sizes, [b.n_bytes for b in budgets])):
+        names: list[str] = [formats[int(i)] for i in choices]
         pairs = list(zip(names[::2], names[1::2]))
-        taken = np.take_along_axis(sizes.reshape(shape), choices[:, None], axis=1)
-        predicted = sensitivity.predicted(pairs)
-        found.append(Assigned(budget, pairs, int(taken.sum()), predicted, repaired))
+        n_bytes = int(np.take_along_axis(sizes, choices[:, None], axis=1).sum())
+        repaired = int(np.sum(costs != measured))
+        found.append(Assigned(budget, pairs, n_bytes, sensitivity.predicted(pairs), repaired))
     return found
 
 
@@ -182,11 +167,11 @@ def neighbours(pairs: Pairs, shapes: Sequence[KVShape], formats: Sequence[str]) 
     sizes = row_sizes(shapes, formats)
     changes = []
     for layer, pair in enumerate(pairs):
-        for part in range(len(PARTS)):
-            order = [formats[i] for i in np.argsort(sizes[layer, part], kind="stable")]
-            at = order.index(pair[part])
+        for part, name in enumerate(pair):
+            order = [formats[int(i)] for i in np.argsort(sizes[layer, part], kind="stable")]
+            at = order.index(name)
             near = order[max(0, at - 1) : at] + order[at + 1 : at + 2]
-            changes += [Change(layer, part, name) for name in near]
+            changes += [Change(layer, part, other) for other in near]
     return changes
 
 
@@ -196,22 +181,17 @@ def refine(
     assigned: Assigned,
     shapes: Sequence[KVShape],
     formats: Sequence[str],
-    *,
-    backend: str | None = None,
-    centre: Any = True,
-    batch: int | None = None,
-    records: Journal | None = None,
-    progress: Progress | None = None,
+    **options: Any,
 ) -> Assigned:
     """The best assignment within one step of another, by costs measured around that one.
+
+    Args:
+        options: those of `sensitivity.measure`.
 
     Shapes: windows [n_windows, n_ctx].
     """
     changes = neighbours(assigned.pairs, shapes, formats)
-    around = measure(
-        model, windows, assigned.pairs, changes,
-        backend=backend, centre=centre, batch=batch, records=records, progress=progress,
-    )  # fmt: skip
+    around = measure(model, windows, assigned.pairs, changes, **options)
     return solve(around, shapes, formats, [assigned.budget])[0]
 
 
@@ -221,12 +201,7 @@ def calibrate(
     budgets: Sequence[str | float] = BUDGETS,
     formats: Sequence[str] = FORMATS,
     base: str = "f16/f16",
-    *,
-    backend: str | None = None,
-    centre: Any = True,
-    batch: int | None = None,
-    records: Journal | None = None,
-    progress: Progress | None = None,
+    **options: Any,
 ) -> tuple[Sensitivity, list[Assigned]]:
     """Measure a model's sensitivities and assign formats within each budget.
 
@@ -234,8 +209,7 @@ def calibrate(
         budgets: bits per value of K and V together, or configurations whose bits are meant.
         formats: what is open to K and V of every layer alike.
         base: the configuration of the layers that are not changed while one is.
-        backend, centre: as `make_prompt_cache` takes them.
-        batch, records, progress: as `sensitivity.measure` takes them.
+        options: those of `sensitivity.measure`: backend, centre, batch, records and progress.
 
     Shapes: windows [n_windows, n_ctx], as `cut_windows` makes them.
     Raises: InputError for bad budgets or formats, and as `sensitivity.measure`.
@@ -243,9 +217,6 @@ def calibrate(
     shapes = shapes_of(model)
     formats = check_formats(formats)
     limits = [as_budget(model, shapes, str(budget)) for budget in budgets]
-    around = prepare(model, base, backend).layers
-    found = measure(
-        model, windows, around, all_changes(around, formats),
-        backend=backend, centre=centre, batch=batch, records=records, progress=progress,
-    )  # fmt: skip
+    pairs = prepare(model, base, options.get("backend")).layers
+    found = measure(model, windows, pairs, all_changes(pairs, formats), **options)
     return found, solve(found, shapes, formats, limits)

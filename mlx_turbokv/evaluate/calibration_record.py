@@ -27,25 +27,26 @@ def sensitivity_record(
 ) -> dict:
     """What each format adds to the KLD in each slot, with errors over windows, and its bytes."""
     sizes = row_sizes(shapes, formats)
-    layers = []
-    for layer in range(len(found.base)):
-        parts = {}
-        for part, name in enumerate(PARTS):
-            parts[name] = {
-                fmt: statistics.mean_and_error(found.added(Change(layer, part, fmt)))
-                | {"bytes_a_token": int(sizes[layer, part, i])}
-                for i, fmt in enumerate(formats)
-            }
-        layers.append(parts)
+
+    def slot(layer: int, part: int) -> dict:
+        return {
+            fmt: statistics.mean_and_error(found.added(Change(layer, part, fmt)))
+            | {"bytes_a_token": int(sizes[layer, part, i])}
+            for i, fmt in enumerate(formats)
+        }
+
     return {
         "base": found.base,
         "base_kld": statistics.mean_and_error(found.base_kld),
-        "layers": layers,
+        "layers": [
+            {name: slot(layer, part) for part, name in enumerate(PARTS)}
+            for layer in range(len(found.base))
+        ],
     }
 
 
 def assigned_record(assigned: Assigned, evaluation: Evaluation, name: str) -> dict:
-    """A policy's prediction beside what its whole assignment measures on the same windows."""
+    """A policy's predicted KLD, and what its whole assignment measures on the same windows."""
     result = evaluation.result(name)
     measured = result.window_means("kld")
     return {
@@ -57,9 +58,8 @@ def assigned_record(assigned: Assigned, evaluation: Evaluation, name: str) -> di
         "k_bits_per_value": result.config.k_bits,
         "v_bits_per_value": result.config.v_bits,
         "costs_repaired": assigned.repaired,
-        "predicted_kld": assigned.prediction(),
-        "measured_kld": statistics.mean_and_error(measured)
-        | {"interval": statistics.bootstrap_interval(measured)},
+        "predicted_kld": statistics.mean_with_interval(assigned.predicted),
+        "measured_kld": statistics.mean_with_interval(measured),
         "measured_over_predicted": statistics.ratio(measured, assigned.predicted),
     }
 

@@ -21,7 +21,7 @@ from .checkpoint import Checkpoint, Journal, journal_path
 from .configuration import REFERENCE, Prepared, prepare, prepare_layers
 from .perplexity import Evaluation, evaluate_windows, settings_of
 from .record import command_line, environment, model_record, weights_digest
-from .sensitivity import all_changes, default_batch, measure
+from .sensitivity import default_batch
 from .text import TextSource
 from .windows import cut_windows, digest
 
@@ -36,7 +36,7 @@ class Calibration:
         folder: an existing folder.
         options: those of the command, checked: ctx_size, chunks, held_out_chunks, budgets,
             formats, base, refine, compare, batch_size, backend, keys, no_centre and resume.
-        note: says something beside the results.
+        note: prints a line apart from the results.
         progress: makes what is called with (runs done, all runs, what ran); a context manager.
     """
 
@@ -60,20 +60,19 @@ class Calibration:
         """Calibrate on one text, check on another; write the policy files, return the record."""
         options, model = self.options, self.loaded.model
         shapes = calibrate.shapes_of(model)
-        budgets = [calibrate.as_budget(model, shapes, name) for name in options["budgets"]]
+        for name in options["budgets"]:
+            calibrate.as_budget(model, shapes, name)  # refused before anything is measured
         windows = self._windows(source, options["chunks"], options["ctx_size"] // 2)
         if options["keys"]:
             self.centre = calibrate_keys(model, windows, source.sha256)
             self.keys = f"centred by their means over {len(windows)} windows of the text"
-        base = prepare(model, options["base"], options["backend"]).layers
         kept = self._measurements(source, windows)
-        changes = all_changes(base, options["formats"])
         with self.progress() as progress:
-            found = measure(
-                model, windows, base, changes, progress=progress, records=kept, **self._how()
-            )
-        assigned = calibrate.solve(found, shapes, options["formats"], budgets)
-        names = [records.file_name(budget.name) for budget in budgets]
+            found, assigned = calibrate.calibrate(
+                model, windows, options["budgets"], options["formats"], options["base"],
+                progress=progress, records=kept, **self._how(),
+            )  # fmt: skip
+        names = [records.file_name(budget) for budget in options["budgets"]]
         assigned, checked = self._refined(assigned, names, windows, shapes, kept, source)
         held = None if other is None else self._check(other, assigned, names)
         record = {

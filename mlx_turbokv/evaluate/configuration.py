@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.nn as nn
 
@@ -18,29 +18,19 @@ from ..cache.factory import CacheFactory
 from ..errors import InputError
 from ..kernels.backend import select_backend
 from ..model.kv_layers import kv_layers
-from ..model.probing import probe_shapes
 from ..model.shapes import KVShape
-from ..policy import LayerList, Policy, Uniform, load_policy
+from ..policy import LayerList, Pair, Policy, Uniform, bits_per_value, load_policy
 from ..quant.formats import as_format
 from .mlx_lm_quantized import DEQUANTIZED, MLX_LM, make_quantized_caches, needs_dequantizing
 
 REFERENCE = "f16/f16"
 DEFAULT_CONFIGS = (
-    REFERENCE,
-    "q8_0/q8_0",
-    "q8_0/turbo4",
-    "q8_0/turbo3",
-    "q8_0/turbo2",
-    "la-v5",
-    "la-v6",
-    "la-v7",
-    "mode-10",
-    "turbo4/turbo4",
-    "turbo3/turbo3",
-)
+    REFERENCE, "q8_0/q8_0", "q8_0/turbo4", "q8_0/turbo3", "q8_0/turbo2", "la-v5", "la-v6", "la-v7",
+    "mode-10", "turbo4/turbo4", "turbo3/turbo3",
+)  # fmt: skip
 ACCEPTED = "K/V such as q8_0/turbo3, a policy, K/V@POLICY, POLICY:K or mlx-kvN:GROUP"
 _MLX_LM_NAME = re.compile(r"mlx-kv([2348])(?::(32|64|128))?")
-DEFAULT_GROUP = 64
+_DEFAULT_GROUP = 64
 
 
 @dataclass(frozen=True)
@@ -69,23 +59,38 @@ class Prepared:
     centred: str = "keys not centred"
 
 
+class AffineFormat(NamedTuple):
+    """A format of mlx-lm's quantised cache: a scale and a bias of 16 bits for each group."""
+
+    bits: int
+    group: int
+
+    def bits_per_value(self, head_dim: int) -> float:
+        """Bits that one value takes, its share of the scales included."""
+        return self.bits + 2 * 16 / self.group
+
+    def __str__(self) -> str:
+        return f"affine{self.bits}:{self.group}"
+
+
 def parse_policy(name: str) -> Policy:
-    """The policy that a configuration's name stands for.
+    """The policy that a configuration names.
 
     Raises:
         InputError: an unknown format or policy.
     """
     text = name.strip()
+    parametrised = re.match(r"(?i)(boundary|last):", text)
     # A file's name may hold anything, so files come before the forms with signs in them.
     if text.lower().endswith(".json"):
         return load_policy(text)
     pair, at, policy = text.partition("@")
     if at:
         return load_policy(policy, *_pair(pair, name))
-    if "/" in text and not re.match(r"(?i)(boundary|last):", text):
+    if "/" in text and not parametrised:
         return Uniform(*_pair(text, name))
     # boundary:2,2:f16 has colons of its own, and takes K by K/V@boundary:...
-    if ":" in text and not re.match(r"(?i)(boundary|last):", text):
+    if ":" in text and not parametrised:
         policy, _, k = text.partition(":")
         return load_policy(policy, as_format(k))
     try:
@@ -94,7 +99,7 @@ def parse_policy(name: str) -> Policy:
         raise InputError(f"Unknown configuration {name!r}: accepted are {ACCEPTED}.") from None
 
 
-def _pair(text: str, name: str) -> tuple:
+def _pair(text: str, name: str) -> Pair:
     parts = text.split("/")
     if len(parts) != 2:
         raise InputError(f"Unknown configuration {name!r}: accepted are {ACCEPTED}.")
@@ -142,16 +147,16 @@ def prepare(
         name: what to call it; default: as given.
         centre: as `make_prompt_cache` takes it.
         compress_sliding: as `make_prompt_cache` takes it; mlx-lm's own quantised cache has no
-            window, and is not concerned.
-        timed: its speed is asked for: mlx-lm's quantised cache has mlx-lm's attention, even on a
-            device that lacks it.
+            window, and ignores it.
+        timed: whether its speed is measured: mlx-lm's quantised cache then has mlx-lm's attention,
+            even on a device that lacks it.
 
     Raises:
         InputError: an unknown name, or one that does not fit the model.
     """
     if isinstance(config, str) and (found := _MLX_LM_NAME.fullmatch(config.strip().lower())):
-        bits, group = int(found[1]), int(found[2] or DEFAULT_GROUP)
-        return _prepare_mlx_lm(model, name or config, bits, group, timed)
+        fmt = AffineFormat(int(found[1]), int(found[2] or _DEFAULT_GROUP))
+        return _prepare_mlx_lm(model, name or config, fmt, timed)
     policy = parse_policy(config) if isinstance(config, str) else config
     factory = CacheFactory(
         model,
@@ -162,80 +167,81 @@ def prepare(
     )
     pairs = [factory.formats[layer.ordinal] for layer in factory.layers.layers]
     packed = not all(k.is_f16 and v.is_f16 for k, v in pairs)
-    shapes = kv_shapes(model, compress_sliding)
     return Prepared(
         name=name or (config if isinstance(config, str) else policy.name),
         make_caches=factory,
         layers=[(str(k), str(v)) for k, v in pairs],
-        **_bits([(k.bits_per_value, v.bits_per_value) for k, v in pairs], shapes),
+        **_bits(pairs, kv_shapes(model, compress_sliding)),
         backend=select_backend(factory.backend).name if packed else MLX_LM,
         centred=factory.centring.summary(),
     )
 
 
-def backend_of(configs: Sequence[Prepared]) -> str:
-    """The back-end of a run: that of its packed caches, or mlx-lm where there are none."""
-    return next(
-        (c.backend for c in configs if not c.backend.startswith(MLX_LM)),
-        MLX_LM,
-    )
-
-
 def prepare_layers(
     model: nn.Module,
-    pairs: list[tuple[str, str]],
+    pairs: Sequence[tuple[str, str]],
     name: str,
     backend: str | None = None,
     centre: Any = True,
 ) -> Prepared:
-    """A configuration from one pair of formats a KV layer."""
-    return prepare(model, LayerList(tuple(pairs), name), backend, name, centre)
+    """A configuration from one pair of formats for each KV layer."""
+    return prepare(model, layer_list(pairs, name), backend, name, centre)
 
 
-def _prepare_mlx_lm(model: nn.Module, name: str, bits: int, group: int, timed: bool) -> Prepared:
-    found = kv_layers(model)
+def layer_list(pairs: Sequence[tuple[str, str]], name: str) -> LayerList:
+    """The policy of one pair of formats, by name, for each KV layer."""
+    return LayerList(tuple((as_format(k), as_format(v)) for k, v in pairs), name)
+
+
+def _prepare_mlx_lm(model: nn.Module, name: str, fmt: AffineFormat, timed: bool) -> Prepared:
     shapes = kv_shapes(model)
-    for shape in shapes or []:
-        for head_dim in (shape.k_head_dim, shape.v_head_dim):
-            if head_dim % group:
-                raise InputError(
-                    f"Configuration {name!r} does not fit head_dim {head_dim}: its group of "
-                    f"{group} must divide it."
-                )
-    label = f"affine{bits}:{group}"
-
-    def cost(_head_dim: int, itemsize: int = 2) -> float:
-        return bits + 2 * 8 * itemsize / group  # a scale and a bias a group
-
+    for head_dim in (dim for s in shapes or [] for dim in (s.k_head_dim, s.v_head_dim)):
+        if head_dim % fmt.group:
+            raise InputError(
+                f"Configuration {name!r} does not fit head_dim {head_dim}: its group of "
+                f"{fmt.group} must divide it."
+            )
+    pairs = [(fmt, fmt)] * len(kv_layers(model).layers)
     dequantized = needs_dequantizing() and not timed
     return Prepared(
         name=name,
-        make_caches=partial(make_quantized_caches, model, bits, group, dequantized),
-        layers=[(label, label)] * len(found.layers),
+        make_caches=partial(make_quantized_caches, model, *fmt, dequantized),
+        layers=[(str(k), str(v)) for k, v in pairs],
         backend=DEQUANTIZED if dequantized else MLX_LM,
-        **_bits([(cost, cost)] * len(found.layers), shapes),
+        **_bits(pairs, shapes),
     )
+
+
+def backend_of(configs: Sequence[Prepared]) -> str:
+    """The back-end of a run: that of its packed caches, or mlx-lm where there are none."""
+    return next((c.backend for c in configs if not c.backend.startswith(MLX_LM)), MLX_LM)
 
 
 def kv_shapes(model: nn.Module, compress_sliding: bool = False) -> list[KVShape] | None:
     """Shapes of the KV layers in order, or None if the model cannot be probed."""
-    layers = kv_layers(model, None, compress_sliding)
-    found = probe_shapes(model, layers.positions)
-    wanted = [(x.index, x.sub) for x in layers.layers]
-    return [found[at] for at in wanted] if wanted and all(at in found for at in wanted) else None
+    shapes = [layer.shape for layer in kv_layers(model, None, compress_sliding).layers]
+    known = [shape for shape in shapes if shape is not None]
+    return known if known and len(known) == len(shapes) else None
 
 
-def _bits(costs: list[tuple[Callable, Callable]], shapes: list[KVShape] | None) -> dict:
+def shape_bits(
+    pairs: Sequence[tuple[Any, Any]], shapes: Sequence[KVShape]
+) -> tuple[float, float, float]:
+    """Bits per value of K, of V and of both, with one pair of formats for each KV layer."""
+    return bits_per_value(
+        list(pairs),
+        [s.k_head_dim for s in shapes],
+        [s.v_head_dim for s in shapes],
+        [s.n_kv_heads for s in shapes],
+    )
+
+
+def _bits(pairs: Sequence[tuple[Any, Any]], shapes: list[KVShape] | None) -> dict[str, Any]:
     if shapes is None:
         return {}
-    k_values = sum(s.n_kv_heads * s.k_head_dim for s in shapes)
-    v_values = sum(s.n_kv_heads * s.v_head_dim for s in shapes)
-    k_bits = sum(s.n_kv_heads * s.k_head_dim * k(s.k_head_dim) for (k, _), s in zip(costs, shapes))
-    v_bits = sum(s.n_kv_heads * s.v_head_dim * v(s.v_head_dim) for (_, v), s in zip(costs, shapes))
-    by_layer = [(k(s.k_head_dim), v(s.v_head_dim)) for (k, v), s in zip(costs, shapes)]
-    return {
-        "layer_bits": by_layer,
-        "k_bits": k_bits / k_values,
-        "v_bits": v_bits / v_values,
-        "bits": (k_bits + v_bits) / (k_values + v_values),
-    }
+    k, v, both = shape_bits(pairs, shapes)
+    by_layer = [
+        (k.bits_per_value(s.k_head_dim), v.bits_per_value(s.v_head_dim))
+        for (k, v), s in zip(pairs, shapes)
+    ]
+    return {"layer_bits": by_layer, "k_bits": k, "v_bits": v, "bits": both}

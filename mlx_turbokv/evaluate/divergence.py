@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields
 import mlx.core as mx
 import numpy as np
 
+from ..errors import InputError
+
 # Rows at a time. On a CPU the passes over a block then find it in the cache; on a GPU a block is
 # large enough to fill it.
 CPU_BLOCK, GPU_BLOCK = 16, 256
@@ -36,24 +38,32 @@ class PositionStats:
     top_right: np.ndarray
 
     def to_json(self) -> dict:
-        """Plain lists; floats as float32 prints them, which read back to the same bits."""
-        return {f.name: [_plain(x) for x in getattr(self, f.name)] for f in fields(self)}
+        """Plain lists, which read back to the same bits."""
+        return {name: values.tolist() for name, values in vars(self).items()}
 
     @classmethod
     def from_json(cls, record: dict) -> PositionStats:
-        flags = {"same_top", "top_right"}
-        return cls(
-            **{
-                f.name: np.array(record[f.name], np.bool_ if f.name in flags else np.float32)
-                for f in fields(cls)
-            }
-        )
+        """The statistics that ``to_json`` gave."""
+        dtypes = {"same_top": np.bool_, "top_right": np.bool_}
+        return cls(**{k: np.array(x, dtypes.get(k, np.float32)) for k, x in record.items()})
 
     @classmethod
     def concatenate(cls, parts: list[PositionStats]) -> PositionStats:
         """The same statistics over several windows, one after the other."""
         return cls(
             **{f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)}
+        )
+
+
+def check_finite(values: np.ndarray, config: str) -> None:
+    """Check what was computed from a run's logits.
+
+    Raises: InputError naming the configuration, or a change of one, where values are not numbers.
+    """
+    if not np.all(np.isfinite(values)):
+        raise InputError(
+            f"The model's logits are not finite with {config}: its weights or its cache hold "
+            "values that are no numbers."
         )
 
 
@@ -70,7 +80,7 @@ class Reference:
             logp, p, top = _distribution(logits[rows])
             mx.eval(logp, p, top)
             parts.append((logp, p, top))
-        self.logp, self.p, self.top = (mx.concatenate(x, axis=0) for x in zip(*parts))
+        self.logp, self.p, self.top = (mx.concatenate(list(x)) for x in zip(*parts))
         self.target_logp = _pick(self.logp, targets)
         mx.eval(self.logp, self.p, self.target_logp, self.top)
 
@@ -123,14 +133,6 @@ class Reference:
         )
 
 
-def compare_logits(reference: mx.array, logits: mx.array, targets: mx.array) -> PositionStats:
-    """Divergence of `logits` from `reference` where `targets` are the true next tokens.
-
-    Shapes: reference and logits [n, vocabulary]; targets [n].
-    """
-    return Reference(reference, targets).compare(logits)
-
-
 def _blocks(n: int) -> list[slice]:
     """Slices of n rows that are worked on one after the other."""
     step = GPU_BLOCK if mx.default_device().type == mx.DeviceType.gpu else CPU_BLOCK
@@ -162,10 +164,6 @@ def _sum_rows(x: mx.array) -> mx.array:
         return mx.sum(x, axis=-1)
     total = mx.sum(mx.sum(x[:, :whole].reshape(x.shape[0], -1, SUMS), axis=1), axis=-1)
     return total if whole == x.shape[-1] else total + mx.sum(x[:, whole:], axis=-1)
-
-
-def _plain(x: np.generic) -> int | float:
-    return int(x) if x.dtype == np.bool_ else float(str(x))
 
 
 def _pick(rows: mx.array, targets: mx.array) -> mx.array:

@@ -1,8 +1,8 @@
-"""mlx-lm's own quantised cache as a configuration: what its rows cost, on any device.
+"""mlx-lm's own quantised cache as a configuration to compare with, on any device.
 
 On an NVIDIA GPU MLX has no quantised matmul for every shape that attention meets, and compiles
-those that it has for minutes. There the rows that mlx-lm's cache stores are dequantised, by MLX, on
-the way to attention: the same numbers enter the same products, added in another order.
+those that it has for minutes. There the rows that mlx-lm's cache stores are dequantised, by MLX,
+before attention: the same numbers enter the same products, added in another order.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class DequantizedCache(_BaseCache):
     """
 
     def __init__(self, bits: int, group_size: int):
-        self._packed = QuantizedKVCache(group_size=group_size, bits=bits)
+        self._packed: Any = QuantizedKVCache(group_size=group_size, bits=bits)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Quantise new rows and return all rows, dequantised.
@@ -43,7 +43,7 @@ class DequantizedCache(_BaseCache):
         return self._packed.offset
 
     @property
-    def state(self) -> tuple:
+    def state(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self._packed.keys, self._packed.values
 
     @property
@@ -72,11 +72,7 @@ def make_quantized_caches(
         dequantized: give the model dequantised rows.
     """
     caches = own_caches(model)
+    make = DequantizedCache if dequantized else QuantizedKVCache
     for layer in kv_layers(model, caches).layers:
-        packed = (
-            DequantizedCache(bits, group)
-            if dequantized
-            else QuantizedKVCache(group_size=group, bits=bits)
-        )
-        put_cache(caches, layer.index, layer.sub, packed)
+        put_cache(caches, layer.index, layer.sub, make(bits=bits, group_size=group))
     return caches

@@ -18,10 +18,10 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
-from ..errors import InputError
 from . import statistics
 from .checkpoint import Journal
 from .configuration import Prepared
+from .divergence import check_finite
 from .haystack import Case, Haystack, Prompt, is_found
 
 SPARE_TOKENS = 2  # generated beyond the answer's own, for a quote or a space
@@ -91,11 +91,7 @@ def ask(
     answer = mx.array(prompt.answer_tokens)
     logits = model(mx.concatenate([tokens[-1:], answer[:-1]])[None], cache=caches)[0]
     logp, hits = _forced(logits, answer)
-    if not np.isfinite(logp):
-        raise InputError(
-            f"The model's logits are not finite with configuration {config.name}: its weights or "
-            "its cache hold values that are no numbers."
-        )
+    check_finite(np.array(logp), f"configuration {config.name}")
     if trimmable:
         trim_prompt_cache(caches, len(prompt.answer_tokens))
     response = _greedy(model, tokenizer, tokens[-1:], again, len(prompt.answer_tokens))
@@ -111,8 +107,8 @@ def _forced(logits: mx.array, answer: mx.array) -> tuple[float, int]:
     logits = logits.astype(mx.float32)
     logp = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     total = mx.take_along_axis(logp, answer[:, None], axis=-1).sum()
-    right = mx.argmax(logits, axis=-1) == answer
-    return total.item(), int(mx.sum(mx.cumprod(right.astype(mx.int32))).item())
+    right = np.array(mx.argmax(logits, axis=-1) == answer)
+    return float(np.array(total)), int(np.cumprod(right).sum())
 
 
 def _greedy(model: nn.Module, tokenizer: Any, token: mx.array, caches: list, n_answer: int) -> str:
@@ -120,7 +116,7 @@ def _greedy(model: nn.Module, tokenizer: Any, token: mx.array, caches: list, n_a
     out: list[int] = []
     for _ in range(n_answer + SPARE_TOKENS):
         token = mx.argmax(model(token[None], cache=caches)[:, -1], axis=-1)
-        if (value := token.item()) in ends:
+        if (value := int(np.array(token)[0])) in ends:
             break
         out.append(value)
     return tokenizer.decode(out)
@@ -177,8 +173,5 @@ def _rates(records: Sequence[dict], name: str, reference: str) -> dict:
         "found_of_reference": sum(of_reference),
         "found_beyond_reference": gained,
         "logp": statistics.mean_and_error(np.array([a["logp"] for a in mine])),
-        "delta_logp": {
-            **statistics.mean_and_error(delta),
-            "interval": statistics.bootstrap_interval(delta),
-        },
+        "delta_logp": statistics.mean_with_interval(delta),
     }

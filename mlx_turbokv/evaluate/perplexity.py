@@ -21,7 +21,7 @@ from ..policy import Policy
 from . import statistics
 from .checkpoint import Checkpoint
 from .configuration import DEFAULT_CONFIGS, Prepared, prepare
-from .divergence import PositionStats, Reference
+from .divergence import PositionStats, Reference, check_finite
 from .windows import cut_windows, digest, first_scored, scored_logits, targets_of
 
 Progress = Callable[[int, int, str], None]
@@ -95,9 +95,7 @@ class Evaluation:
             "delta_nll": statistics.block_summary(delta),
             "kld": statistics.block_summary(result.of("kld"))
             | statistics.percentiles(kld)
-            | {
-                "intervals": statistics.percentile_intervals(result.of("kld"), statistics.INTERVALS)
-            },
+            | {"intervals": statistics.percentile_intervals(result.of("kld"))},
             "delta_p": {
                 **statistics.block_summary(result.of("delta_p")),
                 "rms": float(np.sqrt(np.mean(delta_p**2))),
@@ -122,7 +120,7 @@ class Evaluation:
 def _rms_interval(windows: list[np.ndarray]) -> tuple[float, float] | None:
     squares = np.array([np.mean(w.astype(np.float64) ** 2) for w in windows])
     interval = statistics.bootstrap_interval(squares)
-    return interval and tuple(math.sqrt(x) for x in interval)
+    return interval and (math.sqrt(interval[0]), math.sqrt(interval[1]))
 
 
 def perplexity(
@@ -229,11 +227,7 @@ def _measure_window(
             stats = reference.own_stats()
         else:
             stats = reference.compare(logits)
-        if not np.all(np.isfinite(stats.nll)):
-            raise InputError(
-                f"The model's logits are not finite with configuration {config.name}: its "
-                "weights or its cache hold values that are no numbers."
-            )
+        check_finite(stats.nll, f"configuration {config.name}")
         results[config.name] = stats, sum(c.nbytes for c in caches)
         tick(j + 1, config.name)
     return results

@@ -10,6 +10,17 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from .. import __version__
+from ..loading import blas
+
+if TYPE_CHECKING:
+    from ..loading.models import Loaded
 
 
 def _version(name: str) -> str | None:
@@ -21,8 +32,6 @@ def _version(name: str) -> str | None:
 
 def device_name() -> str:
     """The device that MLX computes on, in words."""
-    import mlx.core as mx
-
     device = mx.default_device()
     if device.type == mx.DeviceType.gpu:
         info = mx.device_info(device)
@@ -70,9 +79,6 @@ def checkout_commit() -> str | None:
 
 def environment() -> dict:
     """Versions, device and processor, for the record of a run."""
-    from .. import __version__
-    from ..loading import blas
-
     return {
         "mlx_turbokv": __version__,
         "mlx": _version("mlx"),
@@ -85,17 +91,16 @@ def environment() -> dict:
     }
 
 
-def model_record(loaded) -> dict:
-    """What a record says of a `models.Loaded`: name, file or id, dtype of its K and V."""
-    import mlx.core as mx
-    from mlx.utils import tree_flatten
+def _weights(model: nn.Module) -> list[tuple[str, mx.array]]:
+    weights: Any = tree_flatten(model.parameters())
+    return weights
 
-    dtypes = [
-        x.dtype for _, x in tree_flatten(loaded.model.parameters())
-        if mx.issubdtype(x.dtype, mx.floating)
-    ]  # fmt: skip
+
+def model_record(loaded: Loaded) -> dict:
+    """What a record says of a model: name, file or id, dtype of its K and V."""
+    dtypes = [x.dtype for _, x in _weights(loaded.model) if mx.issubdtype(x.dtype, mx.floating)]
     # Activations, and so K and V, have the widest type among the weights.
-    widest = max(dtypes, key=lambda d: d.size) if dtypes else None
+    widest = max(dtypes, key=lambda d: d.size, default=None)
     source = str(loaded.source)
     return {
         "name": loaded.name,
@@ -106,19 +111,16 @@ def model_record(loaded) -> dict:
     }
 
 
-def weights_digest(model) -> str:
+def weights_digest(model: nn.Module) -> str:
     """sha256 over the names, shapes, types and first values of a model's weights.
 
     Weights are sampled (the first 64 values of each), so that large models take no longer.
     """
-    import mlx.core as mx
-    from mlx.utils import tree_flatten
-
     digest = hashlib.sha256()
-    for name, value in sorted(tree_flatten(model.parameters())):
+    for name, value in sorted(_weights(model)):
         digest.update(f"{name} {value.shape} {value.dtype}\n".encode())
         first = mx.contiguous(value.reshape(-1)[:64])
         if first.dtype != mx.bool_:
             first = first.view(mx.uint8)
-        digest.update(bytes(first.tolist()))
+        digest.update(bytes(first))
     return digest.hexdigest()

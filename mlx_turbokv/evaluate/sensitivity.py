@@ -16,11 +16,10 @@ import mlx.nn as nn
 import numpy as np
 
 from ..cache.factory import CacheFactory
-from ..errors import InputError
 from ..model.caches import own_caches
-from ..policy import LayerList
 from .checkpoint import Journal
-from .divergence import Reference
+from .configuration import layer_list
+from .divergence import Reference, check_finite
 from .windows import batch_logits, targets_of
 
 PARTS = ("k", "v")
@@ -49,9 +48,9 @@ class Change:
 
     def applied(self, base: Pairs) -> list[tuple[str, str]]:
         """The base with this change."""
-        pairs = [list(pair) for pair in base]
-        pairs[self.layer][self.part] = self.format
-        return [(k, v) for k, v in pairs]
+        pairs, (k, v) = list(base), base[self.layer]
+        pairs[self.layer] = (k, self.format) if self.part else (self.format, v)
+        return pairs
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,7 @@ def measure(
 
     Args:
         base: the pair of every KV layer that is not changed.
-        centre: what turbo keys are centred by, as `make_prompt_cache` takes it.
+        backend, centre: as `make_prompt_cache` takes them.
         batch: windows at a time; None as `default_batch`.
         records: what was measured before is taken from it, what is measured is added to it.
         progress: called with (runs done, all runs, what ran) after each.
@@ -136,37 +135,33 @@ def measure(
     Shapes: windows [n_windows, n_ctx].
     Raises: InputError where logits are not numbers, or a format does not fit the model.
     """
-    base = [tuple(pair) for pair in base]
-    changes = list(changes)
+    base, changes = list(base), list(changes)
     batch = batch or default_batch()
-    run = _Run(model, base, records)
     backend = None if backend == "auto" else backend
-    factory = CacheFactory(model, _policy(base), backend, centre=centre)
-    # Whatever a format may refuse is refused here, before anything is measured.
-    configs = [(c.key, factory.with_policy(_policy(c.applied(base)))) for c in changes]
+    factory = CacheFactory(model, layer_list(base, "base"), backend, centre=centre)
+    # A format that does not fit is refused here, before anything is measured.
+    makers: dict[str, Callable[[], list]] = {
+        c.key: factory.with_policy(layer_list(c.applied(base), c.key)) for c in changes
+    }
     if any(name != "f16" for pair in base for name in pair):
-        configs.insert(0, ("base", factory))
+        makers = {"base": factory, **makers}
+    measurer = _Measurer(model, base, records)
     starts = range(0, len(windows), batch)
-    total, done, found = len(starts) * len(configs), 0, {key: [] for key, _ in configs}
-    for start in starts:
-        run.begin(start, windows[start : start + batch])
-        for key, make_caches in configs:
-            kld, was_kept = run.kld(key, make_caches)
+    total, found = len(starts) * len(makers), {key: [] for key in makers}
+    for i, start in enumerate(starts):
+        measurer.begin(start, windows[start : start + batch])
+        for j, (key, make_caches) in enumerate(makers.items(), 1):
+            kld, was_kept = measurer.kld(key, make_caches)
             found[key].append(kld)
-            done += 1
             if progress:
-                progress(done, total, "kept" if was_kept else key)
+                progress(i * len(makers) + j, total, "kept" if was_kept else key)
     joined = {key: np.concatenate(parts) for key, parts in found.items()}
     base_kld = joined.get("base", np.zeros(len(windows)))
     return Sensitivity(base, base_kld, {c: joined[c.key] for c in changes})
 
 
-def _policy(pairs: Pairs) -> LayerList:
-    return LayerList(tuple(pairs), "one changed")
-
-
-class _Run:
-    """One batch of windows at a time, with the f16 run's distribution made when it is needed."""
+class _Measurer:
+    """Measures one batch of windows at a time; the f16 run is made when it is first needed."""
 
     def __init__(self, model: nn.Module, base: Pairs, records: Journal | None):
         self.model, self.records = model, records
@@ -178,6 +173,7 @@ class _Run:
         }
 
     def begin(self, start: int, windows: np.ndarray) -> None:
+        """Go on to the batch of windows that begins at ``start``."""
         self.start, self.windows, self.reference = start, windows, None
 
     def kld(self, key: str, make_caches: Callable[[], list]) -> tuple[np.ndarray, bool]:
@@ -190,12 +186,8 @@ class _Run:
             targets = targets_of(self.windows).reshape(-1)
             self.reference = Reference(self._logits(own_caches(self.model)), targets)
         found = self.reference.kld(self._logits(make_caches()))
-        mx.clear_cache()  # runs differ in shapes: what one frees is seldom what the next one needs
-        if not np.all(np.isfinite(found)):
-            raise InputError(
-                f"The model's logits are not finite with {key}: its weights or its cache hold "
-                "values that are no numbers."
-            )
+        mx.clear_cache()  # runs differ in shapes: what one frees the next one can seldom use
+        check_finite(found, key)
         means = found.reshape(n, -1).mean(axis=1, dtype=np.float64)
         if self.records:
             self.records.add(

@@ -1,4 +1,4 @@
-"""Means with honest errors.
+"""Means over windows, with standard errors and bootstrap intervals.
 
 Tokens of one window share a text and a cache, so they are not independent: the errors here treat
 windows as the unit (blocks of equal length), and the bootstrap resamples windows. Differences
@@ -11,11 +11,12 @@ import numpy as np
 
 BOOTSTRAP_SAMPLES = 2000
 BOOTSTRAP_SEED = 20250101
+LEVEL = 0.95  # of every interval
 MARKS = {
     "min": 0, "p01": 1, "p05": 5, "p10": 10, "median": 50,
     "p90": 90, "p95": 95, "p99": 99, "p99.9": 99.9, "max": 100,
 }  # fmt: skip
-# Those whose errors are worth telling: a bootstrap says nothing of the extremes.
+# Percentiles with intervals: a bootstrap says nothing of the extremes.
 INTERVALS = {name: MARKS[name] for name in ("median", "p90", "p95", "p99", "p99.9")}
 
 
@@ -32,8 +33,13 @@ def mean_and_error(values: np.ndarray) -> dict:
     return {"mean": float(np.mean(np.asarray(values, np.float64))), "se": standard_error(values)}
 
 
+def mean_with_interval(values: np.ndarray) -> dict:
+    """The same with the bootstrap interval."""
+    return mean_and_error(values) | {"interval": bootstrap_interval(values)}
+
+
 def bootstrap_interval(
-    window_means: np.ndarray, level: float = 0.95, samples: int = BOOTSTRAP_SAMPLES
+    window_means: np.ndarray, samples: int = BOOTSTRAP_SAMPLES
 ) -> tuple[float, float] | None:
     """Percentile bootstrap interval of the mean over windows; None when fewer than two.
 
@@ -42,8 +48,12 @@ def bootstrap_interval(
     values = np.asarray(window_means, np.float64)
     if values.size < 2:
         return None
-    drawn = _resampled(values.size, samples)
-    low, high = np.quantile(values[drawn].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
+    return _interval(values[_resampled(values.size, samples)].mean(axis=1))
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    """The middle ``LEVEL`` of bootstrap values."""
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
@@ -107,7 +117,7 @@ def by_position(windows: list[np.ndarray], first: int, n_buckets: int = 8) -> li
     ]
 
 
-def ratio(a: np.ndarray, b: np.ndarray, level: float = 0.95) -> dict:
+def ratio(a: np.ndarray, b: np.ndarray) -> dict:
     """Ratio of two means over the same windows, with a paired bootstrap interval.
 
     Each resample takes the same windows of both, so what they have in common cancels.
@@ -125,9 +135,7 @@ def ratio(a: np.ndarray, b: np.ndarray, level: float = 0.95) -> dict:
     found = {"mean": float(a.mean() / b.mean()), "interval": None}
     if a.size > 1:
         drawn = _resampled(a.size)
-        ratios = a[drawn].mean(axis=1) / b[drawn].mean(axis=1)
-        low, high = np.quantile(ratios, [(1 - level) / 2, (1 + level) / 2])
-        found["interval"] = (float(low), float(high))
+        found["interval"] = _interval(a[drawn].mean(axis=1) / b[drawn].mean(axis=1))
     return found
 
 
@@ -137,7 +145,7 @@ def _resampled(n: int, samples: int = BOOTSTRAP_SAMPLES) -> np.ndarray:
 
 
 def percentile_intervals(
-    windows: list[np.ndarray], marks: dict[str, float], level: float = 0.95
+    windows: list[np.ndarray], marks: dict[str, float] = INTERVALS
 ) -> dict[str, tuple[float, float]] | None:
     """Bootstrap intervals over windows of percentiles of all tokens; None with fewer than two.
 
@@ -156,6 +164,4 @@ def percentile_intervals(
         rank = np.cumsum(np.bincount(drawn, minlength=len(windows))[owner])
         at = np.searchsorted(rank, np.array(list(marks.values())) / 100 * rank[-1])
         found.append(values[np.minimum(at, values.size - 1)])
-    tail = 100 * (1 - level) / 2
-    low, high = np.percentile(found, [tail, 100 - tail], axis=0)
-    return {name: (float(a), float(b)) for name, a, b in zip(marks, low, high)}
+    return dict(zip(marks, map(_interval, np.transpose(found))))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import zipfile
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 from ..errors import InputError
+from ..files import replacing
 from ..loading.default_model import cache_dir
 
 WIKITEXT_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
@@ -74,10 +74,8 @@ def _wikitext() -> bytes:
         )
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        # Written beside and renamed: an interrupted write never leaves half a file.
-        part = kept.with_name(f"{kept.name}.{os.getpid()}")
-        part.write_bytes(data)
-        part.replace(kept)
+        with replacing(kept) as temporary:
+            temporary.write_bytes(data)
     except OSError:
         pass  # fetched again next time
     return data

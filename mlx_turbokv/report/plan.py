@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ..cache.rotating import SLACK_TOKENS
 from ..centring.references import paths_for
 from ..errors import InputError
+from ..evaluate.configuration import shape_bits
 from ..loading.known_shapes import ModelShape
 from ..model.shapes import KVShape
-from ..policy import LayerList, Pair, Policy, Uniform, bits_per_value
+from ..policy import LayerList, Pair, Policy, Uniform
 from ..quant.formats import KVFormat, as_format, check_head_dim
 
 GIB = 1 << 30
@@ -25,8 +27,8 @@ class Row:
     """One configuration on one model.
 
     Args:
-        name: as it was asked for.
-        policy: what it stands for.
+        name: as it was given.
+        policy: what it names.
         formats: (K, V) of every KV layer.
         k_bits, v_bits, bits: bits per value of K, of V and of both, scales included.
         bytes_at: bytes of all caches of a sequence by context length, those left alone included.
@@ -51,7 +53,7 @@ class Plan:
 
     Args:
         f16_bytes_at: bytes of the same caches in 16 bits, by context length.
-        beside_bytes_at: of these, bytes of the sliding windows and states that are left alone.
+        uncompressed_bytes_at: of these, bytes of the sliding windows and states that are left alone.
         weight_bytes: what the weights take, or None where they are not known.
         memory_bytes: what there is for weights and cache, or None.
     """
@@ -62,7 +64,7 @@ class Plan:
     f16_bytes_at: dict[int, int]
     weight_bytes: int | None = None
     memory_bytes: int | None = None
-    beside_bytes_at: dict[int, int] = field(default_factory=dict)
+    uncompressed_bytes_at: dict[int, int] = field(default_factory=dict)
 
     def free_bytes(self) -> int | None:
         """Memory that the weights leave."""
@@ -103,7 +105,7 @@ def make_plan(
         f16_bytes_at={n: _bytes_at(f16, model, n) for n in contexts},
         weight_bytes=weight_bytes,
         memory_bytes=memory_bytes,
-        beside_bytes_at={n: sum(x.bytes_at(n) for x in model.uncompressed) for n in contexts},
+        uncompressed_bytes_at={n: sum(x.bytes_at(n) for x in model.uncompressed) for n in contexts},
     )
     plan.rows.extend(_row(plan, name, policy, centre) for name, policy in policies)
     return plan
@@ -125,7 +127,7 @@ def raw_index_v_bits(policy: Policy, model: ModelShape) -> tuple[float, int, int
     right = policy.formats(len(hit))
     middle = right[len(right) // 2]
     shapes = model.shapes
-    bits = _bits(hit, shapes)[1]
+    bits = shape_bits(hit, shapes)[1]
     return bits, sum(pair != middle for pair in hit), sum(pair != middle for pair in right)
 
 
@@ -146,7 +148,7 @@ def _row(plan: Plan, name: str, policy: Policy, centre: bool | str) -> Row:
     for (k, v), shape in zip(formats, shapes):
         check_head_dim(k, shape.k_head_dim)
         check_head_dim(v, shape.v_head_dim)
-    k_bits, v_bits, bits = _bits(formats, shapes)
+    k_bits, v_bits, bits = shape_bits(formats, shapes)
     free = plan.free_bytes()
     return Row(
         name=name,
@@ -176,7 +178,7 @@ def _unprofitable(
     if not cheapest.is_turbo or cheapest.bits >= as_format(RIVAL_V).bits:
         return []
     rival = KVFormat("turbo", as_format(RIVAL_V).bits, cheapest.group)
-    uniform = _bits([(k, rival) for k, _ in formats], shapes)[1]
+    uniform = shape_bits([(k, rival) for k, _ in formats], shapes)[1]
     if v_bits < uniform:
         return []
     return [
@@ -192,14 +194,17 @@ def _centring(
     n = sum(k.is_turbo for k, _ in formats)
     if n == 0 or model.key_bias is None:
         return []
-    beside = getattr(policy, "path", None)
+    file = getattr(policy, "path", None)
+    if isinstance(centre, str):
+        file = centre
+    elif file and not paths_for(file)[1].is_file():
+        file = None
     if centre is False:
         how = "stay as they are (--no-centre)"
         if model.key_bias:
             how += ", although the key projection has a bias"
-    elif isinstance(centre, str) or (beside and paths_for(beside)[1].is_file()):
-        file = paths_for(centre if isinstance(centre, str) else beside)[1]
-        how = f"are centred by the calibrated means in {file.name}"
+    elif file:
+        how = f"are centred by the calibrated means in {paths_for(file)[1].name}"
     elif model.key_bias:
         how = "are centred by the bias of the key projection"
     else:
@@ -207,21 +212,11 @@ def _centring(
     return [f"{name}: the turbo keys of {n} layer{'s' * (n > 1)} {how}."]
 
 
-def _bits(formats: list[Pair], shapes: list[KVShape]) -> tuple[float, float, float]:
-    return bits_per_value(
-        formats,
-        [s.k_head_dim for s in shapes],
-        [s.v_head_dim for s in shapes],
-        [s.n_kv_heads for s in shapes],
-    )
-
-
 def _bytes_at(formats: list[Pair], model: ModelShape, n: int) -> int:
     """Bytes of all caches after ``n`` tokens."""
     total = sum(x.bytes_at(n) for x in model.uncompressed)
-    for layer in model.layers.layers:
-        k, v = formats[layer.ordinal]
-        shape, rows = layer.shape, n
+    for layer, shape, (k, v) in zip(model.layers.layers, model.shapes, formats):
+        rows = n
         if layer.window is not None:
             spare = 0 if k.is_f16 and v.is_f16 else SLACK_TOKENS
             rows = min(n, layer.window + spare)
@@ -232,13 +227,5 @@ def _bytes_at(formats: list[Pair], model: ModelShape, n: int) -> int:
 
 def _most_tokens(formats: list[Pair], model: ModelShape, free: int) -> int | None:
     """The longest context whose caches fit, or None where windows alone fit for ever."""
-    if _bytes_at(formats, model, MOST_TOKENS) <= free:
-        return None
-    fits, too_many = 0, MOST_TOKENS
-    while too_many - fits > 1:
-        middle = (fits + too_many) // 2
-        if _bytes_at(formats, model, middle) <= free:
-            fits = middle
-        else:
-            too_many = middle
-    return fits
+    more = bisect_right(range(1, MOST_TOKENS + 1), free, key=lambda n: _bytes_at(formats, model, n))
+    return None if more == MOST_TOKENS else more

@@ -56,7 +56,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "weight_bytes": plan.weight_bytes,
         "memory_bytes": plan.memory_bytes,
         "f16_bytes": plan.f16_bytes_at,
-        "bytes_left_alone": plan.beside_bytes_at,
+        "bytes_left_alone": plan.uncompressed_bytes_at,
         "windows": [layer.window for layer in model.layers.layers],
         "rows": [_json_row(plan, row) for row in plan.rows],
     }
@@ -148,7 +148,7 @@ def _notes(plan: Plan) -> list[str]:
                 f"and {hit} of the {right} KV layers to protect are protected."
             )
     lines += plan.model.layers.notes()
-    lines += _beside(plan)
+    lines += _uncompressed(plan)
     if plan.memory_bytes is not None and plan.weight_bytes is not None:
         lines.append(
             f"Of {_size(plan.memory_bytes)}, the weights take about {_size(plan.weight_bytes)}; "
@@ -159,16 +159,16 @@ def _notes(plan: Plan) -> list[str]:
     return lines
 
 
-def _beside(plan: Plan) -> list[str]:
-    """What every row's bytes count beside packed layers."""
+def _uncompressed(plan: Plan) -> list[str]:
+    """A sentence on the caches that are not compressed, which every row's bytes include."""
     kinds = [x.kind for x in plan.model.uncompressed]
     names = {"window": "windows", "recurrent": "recurrent states"}
     parts = [f"{kinds.count(kind)} {names[kind]}" for kind in names if kind in kinds]
     if not parts:
         return []
-    sizes = [f"{_size(size)} at {n:,}" for n, size in plan.beside_bytes_at.items()]
-    if len(set(plan.beside_bytes_at.values())) == 1:
-        sizes = [_size(next(iter(plan.beside_bytes_at.values())))]
+    sizes = [f"{_size(size)} at {n:,}" for n, size in plan.uncompressed_bytes_at.items()]
+    if len(set(plan.uncompressed_bytes_at.values())) == 1:
+        sizes = [_size(next(iter(plan.uncompressed_bytes_at.values())))]
     return [f"Every row counts {' and '.join(parts)} as mlx-lm keeps them: {', '.join(sizes)}."]
 
 

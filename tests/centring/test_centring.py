@@ -23,7 +23,7 @@ from mlx_turbokv.centring.references import (
 )
 from mlx_turbokv.centring.rope import find_rope_frequencies
 from mlx_turbokv.errors import InputError
-from mlx_turbokv.evaluate.divergence import compare_logits
+from mlx_turbokv.evaluate.divergence import Reference
 from mlx_turbokv.model.caches import own_caches, put_cache
 from mlx_turbokv.model.kv_layers import kv_layers
 from mlx_turbokv.model.probing import RecordingCache
@@ -58,7 +58,7 @@ def divergence(logits, start):
     """Mean KLD of logits of the positions from ``start`` on."""
     reference = exact()[start : start + len(logits)]
     targets = mx.zeros((len(logits),), mx.int32)
-    return float(np.mean(compare_logits(reference, logits, targets).kld))
+    return float(np.mean(Reference(reference, targets).compare(logits).kld))
 
 
 def test_keys_collapse_without_centring_and_do_not_with_it():

@@ -15,7 +15,7 @@ from mlx_turbokv.cli.perplexity import command
 from mlx_turbokv.errors import InputError
 from mlx_turbokv.evaluate import configuration, text
 from mlx_turbokv.evaluate.checkpoint import Checkpoint, Journal
-from mlx_turbokv.evaluate.divergence import PositionStats, Reference, compare_logits
+from mlx_turbokv.evaluate.divergence import PositionStats, Reference
 from mlx_turbokv.evaluate.mlx_lm_quantized import DequantizedCache, make_quantized_caches
 from mlx_turbokv.evaluate.perplexity import evaluate_windows, perplexity
 from mlx_turbokv.evaluate.tables import PERPLEXITY_HEADER, Table, perplexity_rows
@@ -82,7 +82,7 @@ def test_divergence_agrees_with_float64(n, distance):
     a = rng.normal(0, 3, (n, 500)).astype(np.float32)
     b = (a + distance * rng.normal(size=a.shape)).astype(np.float32)
     targets = rng.integers(0, 500, n)
-    found = compare_logits(mx.array(a), mx.array(b), mx.array(targets))
+    found = Reference(mx.array(a), mx.array(targets)).compare(mx.array(b))
     p, q = _log_softmax(a.astype(np.float64)), _log_softmax(b.astype(np.float64))
     rows = np.arange(n)
     kld = (np.exp(p) * (p - q)).sum(-1)
@@ -107,7 +107,7 @@ def test_long_vocabularies_lose_nothing_in_the_sum(vocabulary):
 
 def test_divergence_of_masked_tokens_is_finite():
     a = mx.array([[0.0, 1.0, -float("inf")]])
-    found = compare_logits(a, a, mx.array([1]))
+    found = Reference(a, mx.array([1])).compare(a)
     assert found.kld.tolist() == [0.0] and np.isfinite(found.nll).all()
 
 

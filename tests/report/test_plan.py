@@ -87,7 +87,7 @@ def test_plan_is_what_caches_take() -> None:
     model = shared_model("jamba")
     shape = shape_from_config(tiny_config("jamba"), "tiny")
     plan = make_plan(shape, [("x", Uniform("q8_0", "turbo2"))], [1024])
-    planned = plan.rows[0].bytes_at[1024] - plan.beside_bytes_at[1024]
+    planned = plan.rows[0].bytes_at[1024] - plan.uncompressed_bytes_at[1024]
     caches = [c for c in make_prompt_cache(model, "q8_0", "turbo2") if hasattr(c, "k_format")]
     rows = mx.random.normal((1, 2, 1024, 32))
     for cache in caches:
@@ -106,10 +106,10 @@ def test_what_is_left_alone_is_counted_as_mlx_lm_keeps_it(name: str) -> None:
     model(mx.zeros((1, 1), mx.int32), cache=caches)
     alone = sum(c.nbytes for c in leaves(caches) if type(c) is not KVCache)
     plan = make_plan(shape, [("x", Uniform("q8_0", "turbo2"))], [1, 600])
-    assert plan.beside_bytes_at[600] == alone
+    assert plan.uncompressed_bytes_at[600] == alone
     kv = sum(2 * 600 * s.n_values for s in shape.shapes)
     assert plan.f16_bytes_at[600] == alone + kv
-    assert 0 < plan.beside_bytes_at[1] <= alone
+    assert 0 < plan.uncompressed_bytes_at[1] <= alone
 
 
 def test_windows_that_are_packed_are_counted_packed_and_bounded() -> None:
@@ -118,7 +118,7 @@ def test_windows_that_are_packed_are_counted_packed_and_bounded() -> None:
         shape = shape_from_config(tiny_config("gemma3"), "tiny", compress)
         plans.append(make_plan(shape, [("x", Uniform("q8_0", "turbo2"))], [10, 5000, 6000]))
     alone, packed = plans
-    assert packed.beside_bytes_at == {10: 0, 5000: 0, 6000: 0}
+    assert packed.uncompressed_bytes_at == {10: 0, 5000: 0, 6000: 0}
     assert packed.f16_bytes_at == alone.f16_bytes_at
     caches = make_prompt_cache(shared_model("gemma3"), "q8_0", "turbo2", compress_sliding=True)
     rows = mx.random.normal((1, 2, 1, 32))
