@@ -73,23 +73,21 @@ def examine(
         isolated=name != "reference" if isolated is None else isolated,
     )
     record["variants"] = found
-    record["failures"] = [
-        {"kernels": list(p.kernels), "file": p.file, "variant": None, "message": p.message}
-        for p in problems
-    ]
+    failures = [_failure(list(p.kernels), p.message, file=p.file) for p in problems]
     for result in found:
         for job, outcome in result["jobs"].items():
-            if outcome["message"]:
-                record["failures"].append(
-                    {
-                        "kernels": kernels_named(job, outcome["message"], name),
-                        "file": None,
-                        "variant": result["variant"],
-                        "message": outcome["message"],
-                    }
-                )
-    record["passed"] = not record["failures"]
+            if message := outcome["message"]:
+                kernels = kernels_named(job, message, name)
+                failures.append(_failure(kernels, message, variant=result["variant"]))
+    record["failures"] = failures
+    record["passed"] = not failures
     return record
+
+
+def _failure(
+    kernels: list[str], message: str, file: str | None = None, variant: str | None = None
+) -> dict:
+    return {"kernels": kernels, "file": file, "variant": variant, "message": message}
 
 
 def kernels_named(job: str, message: str, backend: str) -> list[str]:

@@ -15,6 +15,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from ..kernels.backend import select_backend
 from .checks import Outcome, run_variant
@@ -35,7 +36,7 @@ def results(
     """One record a variant: its jobs' outcomes, and its times if all went well.
 
     Args:
-        progress: is told what runs.
+        progress: called with a line on what runs.
         isolated: whether the kernels run in processes of their own.
     """
     found: list[dict] = []
@@ -78,14 +79,14 @@ def _events(
                 yield {"event": "job", "job": job}
             else:
                 jobs[job] = _as_json(outcome)
-        record = {"variant": str(variant), **variant.as_json(), "jobs": jobs, "times": None}
+        measured = None
         if times and not skip and all(o["message"] is None for o in jobs.values()):
             yield {"event": "job", "job": "times"}
             try:
-                record["times"] = time_variant(variant, implementation)
+                measured = time_variant(variant, implementation)
             except Exception as error:  # larger shapes than those of the checks
                 jobs["times"] = _as_json(_failed("times", f"{type(error).__name__}: {error}"))
-        yield {"event": "variant", "record": record}
+        yield _variant_event(variant, jobs, measured)
 
 
 def _child_events(
@@ -94,13 +95,7 @@ def _child_events(
     """The events of a process of its own; if it dies, the record of the job that it was at."""
     order = {"variants": [v.as_json() for v in variants], "backend": backend}
     order |= {"skip": sorted(skip), "times": times}
-    package_root = str(Path(__file__).resolve().parents[2])
-    paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    child = subprocess.Popen(
-        [sys.executable, "-c", f"from {__name__} import child; child()"], text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-    )  # fmt: skip
+    child = _start_child()
     errors: list[str] = []
     reader = threading.Thread(target=lambda: errors.extend(child.stderr), daemon=True)
     reader.start()
@@ -126,22 +121,33 @@ def _child_events(
             yield event
         ended = True
     except BrokenPipeError:
-        ended = True  # it died before it had read its orders
+        ended = True  # it died before it had read its order
     finally:
         timer.cancel()
-        if not ended:  # whoever listens has heard enough
+        if not ended:  # the caller needs no more events
             child.kill()
         child.stdout.close()
         code = child.wait()
         reader.join()
-    if done == len(variants):
-        return
-    how = f"no end after {SECONDS_A_JOB} s" if late.is_set() else f"the process ended with {code}"
-    message = "\n".join([how, *("".join(errors).splitlines()[-LAST_LINES:])])
-    jobs = {job: _as_json(_failed(job, message))}
-    variant = variants[done]
-    record = {"variant": str(variant), **variant.as_json(), "jobs": jobs, "times": None}
-    yield {"event": "variant", "record": record}
+    if done < len(variants):
+        how = (
+            f"no end after {SECONDS_A_JOB} s" if late.is_set() else f"the process ended with {code}"
+        )
+        message = "\n".join([how, *"".join(errors).splitlines()[-LAST_LINES:]])
+        yield _variant_event(variants[done], {job: _as_json(_failed(job, message))})
+
+
+def _start_child() -> Any:
+    package_root = str(Path(__file__).resolve().parents[2])
+    paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return subprocess.Popen(
+        [sys.executable, "-c", f"from {__name__} import child; child()"],
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+    )
 
 
 def _timer(stop: Callable[[], None]) -> threading.Timer:
@@ -149,6 +155,11 @@ def _timer(stop: Callable[[], None]) -> threading.Timer:
     timer.daemon = True
     timer.start()
     return timer
+
+
+def _variant_event(variant: Variant, jobs: dict[str, dict], times: dict | None = None) -> dict:
+    record = {"variant": str(variant), **variant.as_json(), "jobs": jobs, "times": times}
+    return {"event": "variant", "record": record}
 
 
 def _failed(job: str, message: str) -> Outcome:
@@ -161,7 +172,7 @@ def _as_json(outcome: Outcome) -> dict:
 
 
 def child() -> None:
-    """What the process does: reads its orders from stdin, and prints an event a line."""
+    """The process of its own: reads its order from stdin, and prints one event a line."""
     order = json.load(sys.stdin)
     variants = [Variant(**fields) for fields in order["variants"]]
     for event in _events(variants, order["backend"], frozenset(order["skip"]), order["times"]):

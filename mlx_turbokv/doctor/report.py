@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from ..evaluate.tables import Table
 from ..kernels.chips import Chip, published
 from .checks import JOBS, TOLERANCES
 
 GIB = 2**30
-# of a failure's message; a compiler's list of errors is longer than anybody reads
+# of a failure's message; a compiler's list of errors may be long
 MESSAGE_LINES = 12
 LINE_LENGTH = 200
 MOST_SHOWN = 10
@@ -15,40 +16,39 @@ MOST_SHOWN = 10
 def as_markdown(record: dict) -> str:
     """The report of a record that ``examine`` made."""
     verdict = "PASS" if record["passed"] else "FAIL"
-    parts = [f"### mlx_turbokv doctor: {verdict}", _table(("", ""), _facts(record))]
-    if record["failures"]:
-        parts += _failures(record["failures"])
-    head = ("job", "variants", "agree", "worst", "accepted")
-    parts += ["#### Checks", _table(head, _checks(record))]
-    if times := _times(record):
-        parts += times
+    checks = ["job", "variants", "agree", "worst", "accepted"]
+    parts = [
+        f"### mlx_turbokv doctor: {verdict}",
+        _table(["", ""], _facts(record)),
+        *_failures(record["failures"]),
+        "#### Checks",
+        _table(checks, _checks(record)),
+        *_times(record),
+    ]
     return "\n\n".join(parts)
 
 
-def _facts(record: dict) -> list[tuple[str, str]]:
-    info = record["device_info"]
-    rows = [("device", record["device"])]
-    if "architecture" in info:
-        rows.append(("architecture", str(info["architecture"])))
-    if memory := info.get("memory_size") or info.get("total_memory"):
-        rows.append(("memory", f"{memory / GIB:.1f} GiB"))
-    if working_set := info.get("max_recommended_working_set_size"):
-        rows.append(("recommended working set", f"{working_set / GIB:.1f} GiB"))
-    if chip := published(record["device"]):
-        rows.append(("published memory bandwidth", f"{_bandwidths(chip)} GB/s"))
-    if record["neural_accelerators"] is not None:
-        usable, why = record["neural_accelerators"]
-        rows.append(("neural accelerators", f"{'usable' if usable else 'no'} ({why})"))
-    rows += [
-        ("system", f"{record['os']}, Python {record['python']}"),
-        ("versions", f"mlx_turbokv {record['mlx_turbokv']}, mlx {record['mlx']}, "
-         f"mlx-lm {record['mlx_lm']}"),
-        ("back-ends", f"{', '.join(record['backends'])}; checked here: **{record['backend']}**"),
-        ("kernel sources", _sources(record)),
-        ("centred keys", _centred(record["variants"])),
-        ("command", f"`{record['command']}`"),
-    ]  # fmt: skip
-    return rows
+def _facts(record: dict) -> list[list[str]]:
+    info, chip = record["device_info"], published(record["device"])
+    memory = info.get("memory_size") or info.get("total_memory")
+    working_set = info.get("max_recommended_working_set_size")
+    neural = record["neural_accelerators"]
+    rows = {
+        "device": record["device"],
+        "architecture": info.get("architecture"),
+        "memory": memory and f"{memory / GIB:.1f} GiB",
+        "recommended working set": working_set and f"{working_set / GIB:.1f} GiB",
+        "published memory bandwidth": chip and f"{_bandwidths(chip)} GB/s",
+        "neural accelerators": neural and f"{'usable' if neural[0] else 'no'} ({neural[1]})",
+        "system": f"{record['os']}, Python {record['python']}",
+        "versions": f"mlx_turbokv {record['mlx_turbokv']}, mlx {record['mlx']}, "
+        f"mlx-lm {record['mlx_lm']}",
+        "back-ends": f"{', '.join(record['backends'])}; checked here: **{record['backend']}**",
+        "kernel sources": _sources(record),
+        "centred keys": _centred(record["variants"]),
+        "command": f"`{record['command']}`",
+    }
+    return [[name, str(value)] for name, value in rows.items() if value]
 
 
 def _sources(record: dict) -> str:
@@ -65,7 +65,7 @@ def _centred(variants: list[dict]) -> str:
 
 
 def _failures(failures: list[dict]) -> list[str]:
-    parts = ["#### Failures"]
+    parts = ["#### Failures"] if failures else []
     for failure in failures[:MOST_SHOWN]:
         kernels = ", ".join(failure["kernels"])
         if failure["file"] is None:
@@ -83,13 +83,13 @@ def _failures(failures: list[dict]) -> list[str]:
     return parts
 
 
-def _checks(record: dict) -> list[tuple[str, ...]]:
-    rows = []
+def _checks(record: dict) -> list[list[str]]:
+    rows, n = [], len(record["variants"])
     for job in JOBS:
         outcomes = [v["jobs"][job] for v in record["variants"] if job in v["jobs"]]
-        n = f"{len(outcomes)} of {len(record['variants'])}"
         good = sum(o["message"] is None for o in outcomes)
-        rows.append((job, n, str(good), _worst(record["variants"], job), TOLERANCES[job]))
+        worst = _worst(record["variants"], job)
+        rows.append([job, f"{len(outcomes)} of {n}", str(good), worst, TOLERANCES[job]])
     return rows
 
 
@@ -114,35 +114,26 @@ def _times(record: dict) -> list[str]:
         "what is read and written; × is MLX's fp16 attention over decode)"
     )
     head = ["variant", "pack", "decode", "× fp16", "dequantize", "fp16 attention"]
+    rows = [_times_row(v["variant"], v["times"]) for v in timed]
     chip = published(record["device"])
-    if chip is not None:
-        head.insert(3, f"at {_bandwidths(chip)} GB/s")
-    rows = []
-    for variant in timed:
-        t = variant["times"]
+    if chip is None:
+        return [title, _table(head, rows)]
+    head.insert(3, f"at {_bandwidths(chip)} GB/s")
+    for row, variant in zip(rows, timed):
+        row.insert(3, f"{_least_us(variant['times']['packed_bytes'], chip)} µs")
+    note = (
+        "Decode cannot take less than its packed bytes take at the published bandwidth, the "
+        "column after it, unless a cache holds them. docs/kernels.md says what to expect."
+    )
+    return [title, _table(head, rows), note]
 
-        def cell(job: str) -> str:
-            return f"{t[f'{job}_us']:.0f} µs, {t[f'{job}_gb_s']:.3g} GB/s"
 
-        speedup = f"{t['decode_speedup']:.2f}"
-        cells = [
-            variant["variant"],
-            cell("pack"),
-            cell("decode"),
-            speedup,
-            cell("dequantize"),
-            cell("fp16"),
-        ]
-        if chip is not None:
-            cells.insert(3, f"{_least_us(t['packed_bytes'], chip)} µs")
-        rows.append(tuple(cells))
-    parts = [title, _table(tuple(head), rows)]
-    if chip is not None:
-        parts.append(
-            "Decode cannot take less than its packed bytes take at the published bandwidth, the "
-            "column after it, unless a cache holds them. docs/kernels.md says what to expect."
-        )
-    return parts
+def _times_row(variant: str, times: dict) -> list[str]:
+    pack, decode, dequantize, fp16 = (
+        f"{times[f'{job}_us']:.0f} µs, {times[f'{job}_gb_s']:.3g} GB/s"
+        for job in ("pack", "decode", "dequantize", "fp16")
+    )
+    return [variant, pack, decode, f"{times['decode_speedup']:.2f}", dequantize, fp16]
 
 
 def _bandwidths(chip: Chip) -> str:
@@ -154,7 +145,5 @@ def _least_us(n_bytes: int, chip: Chip) -> str:
     return " or ".join(f"{n_bytes / bandwidth / 1e3:.0f}" for bandwidth in chip.bandwidths)
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join(lines)
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    return Table(head, rows, left=tuple(range(len(head)))).markdown()

@@ -53,7 +53,7 @@ class Plan:
 
     Args:
         f16_bytes_at: bytes of the same caches in 16 bits, by context length.
-        uncompressed_bytes_at: of these, bytes of the sliding windows and states that are left alone.
+        uncompressed_bytes_at: of these, bytes of sliding windows and states that are not packed.
         weight_bytes: what the weights take, or None where they are not known.
         memory_bytes: what there is for weights and cache, or None.
     """
