@@ -47,6 +47,7 @@ def launch(pair: str, tokens: int) -> None:
     import kernel_variants as variants
     import mlx.core as mx
 
+    from mlx_turbokv.attention import dispatch
     from mlx_turbokv.kernels.backend import select_backend
     from mlx_turbokv.kernels.packed import PackedKV
 

@@ -1,11 +1,10 @@
 """A whole model on two back-ends: loss by window, and greedy text.
 
-In float32, so that the two differ by rounding alone. Windows' losses and texts are compared with
-near-ties of the quantiser settled alike (witnessed.py): the second back-end reads what the first
-reads and generates, and must choose the same tokens. How far the back-ends part when each settles
-its own is given beside it, and so is the share of codes that turned. Free texts may part early and
-widely with nothing wrong in either, so where they part is recorded and is no failure: if the
-settled text agrees, it is such near-ties that part them.
+In float32, so that the two differ by rounding alone. Losses and texts are compared with
+teacher-forced codes (teacher_forced.py): the second back-end reads the text that the first reads
+and generates, takes over its codes, and must then choose the same tokens. Without that, two
+back-ends may generate different texts with no error in either; where they first differ is recorded
+as ``free`` and is no failure.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from witnessed import WitnessedCache
+from teacher_forced import TeacherForcedCache
 
 from mlx_turbokv.cache import make_prompt_cache
 from mlx_turbokv.evaluate.divergence import Reference
@@ -36,12 +35,12 @@ N_CTX = 512
 N_TOKENS = 100
 # nats by which two back-ends may differ in the mean loss of a window
 WINDOW_NLL = 5e-3
-# share of codes that may be settled as the other back-end did
-MOST_TURNED = 1e-3
-# nats below the second back-end's choice at which the first's is a near-tie, codes settled alike
-SETTLED_TIE = 1e-3
-# nats by which any token's log-probability may then differ
-SETTLED_LOG_PROBABILITY = 1e-2
+# largest share of codes in which two back-ends may differ
+MOST_DIFFERING = 1e-3
+# nats by which the second back-end may prefer another token, with teacher-forced codes
+FORCED_TIE = 1e-3
+# nats by which the log-probability of any token may differ, with teacher-forced codes
+FORCED_LOG_PROBABILITY = 1e-2
 
 
 def window_nll(model, window: np.ndarray, caches: list) -> float:
@@ -51,22 +50,22 @@ def window_nll(model, window: np.ndarray, caches: list) -> float:
 
 
 def compare_windows(model, windows: np.ndarray, pair, backends) -> tuple[dict, list[str]]:
-    """The loss of each window on both back-ends, the second once free and once settled."""
-    nll = {"first": [], "second": [], "second_settled": []}
-    n_codes = n_turned = n_wrong = 0
+    """The loss of each window on both back-ends, the second once free and once forced."""
+    nll = {"first": [], "second": [], "second_forced": []}
+    n_codes = n_differing = n_wrong = 0
     for i, window in enumerate(windows):
         caches = make_prompt_cache(model, *pair, backend=backends[0])
         nll["first"].append(window_nll(model, window, caches))
-        settled = [WitnessedCache(cache, backends[1]) for cache in caches]
-        nll["second_settled"].append(window_nll(model, window, settled))
+        forced = [TeacherForcedCache(cache, backends[1]) for cache in caches]
+        nll["second_forced"].append(window_nll(model, window, forced))
         free = make_prompt_cache(model, *pair, backend=backends[1])
         nll["second"].append(window_nll(model, window, free))
-        n_codes += sum(cache.n_codes for cache in settled)
-        n_turned += sum(cache.n_turned for cache in settled)
-        n_wrong += sum(cache.n_wrong for cache in settled)
-        print(pair, i, *(f"{x[-1]:.5f}" for x in nll.values()), n_turned, n_wrong, flush=True)
-    first, second, settled = (np.array(x) for x in nll.values())
-    apart, free = np.abs(first - settled).max(), first - second
+        n_codes += sum(cache.n_codes for cache in forced)
+        n_differing += sum(cache.n_differing for cache in forced)
+        n_wrong += sum(cache.n_wrong for cache in forced)
+        print(pair, i, *(f"{x[-1]:.5f}" for x in nll.values()), n_differing, n_wrong, flush=True)
+    first, second, forced = (np.array(x) for x in nll.values())
+    apart, free = np.abs(first - forced).max(), first - second
     row = {
         "nll_by_window": nll,
         "largest_difference": float(apart),
@@ -74,7 +73,7 @@ def compare_windows(model, windows: np.ndarray, pair, backends) -> tuple[dict, l
         "mean_difference_free": float(free.mean()),
         "se_difference_free": float(free.std(ddof=1) / len(free) ** 0.5) if len(free) > 1 else None,
         "codes": n_codes,
-        "turned": n_turned,
+        "differing": n_differing,
         "wrong": n_wrong,
     }
     name, failures = "/".join(pair), []
@@ -84,8 +83,8 @@ def compare_windows(model, windows: np.ndarray, pair, backends) -> tuple[dict, l
     return row, failures
 
 
-def settled_text(
-    model, prompt: list[int], first: list, second: list[WitnessedCache], n: int
+def forced_text(
+    model, prompt: list[int], first: list, second: list[TeacherForcedCache], n: int
 ) -> dict:
     """Generates greedily through ``first``; ``second`` reads the same tokens in lockstep.
 
@@ -101,7 +100,7 @@ def settled_text(
         parted: the other steps, and how far the second's logit of the first's choice lies below
             that of its own, in nats; gap: the largest of these, None where there is none.
         log_probability: the largest difference of any token's log-probability at any step.
-        codes, turned, wrong: as WitnessedCache counts them.
+        codes, differing, wrong: as TeacherForcedCache counts them.
     """
     given, parted, apart = prompt, [], []
     for step in range(n):
@@ -118,13 +117,13 @@ def settled_text(
         "gap": max((step["gap"] for step in parted), default=None),
         "log_probability": float(np.max(apart)),
         "codes": sum(cache.n_codes for cache in second),
-        "turned": sum(cache.n_turned for cache in second),
+        "differing": sum(cache.n_differing for cache in second),
         "wrong": sum(cache.n_wrong for cache in second),
     }
 
 
 def _next_token(model, tokens: list[int], caches: list) -> mx.array:
-    """Log-probabilities of the token after these, evaluated, so that a witness's rows are there.
+    """Log-probabilities of the token after these, evaluated, so that the source's rows are there.
 
     Shapes:
         returns: [vocabulary] float32.
@@ -135,36 +134,36 @@ def _next_token(model, tokens: list[int], caches: list) -> mx.array:
     return logits
 
 
-def settled_failures(settled: dict) -> list[str]:
-    """What in a settled text no rounding explains."""
+def forced_failures(forced: dict) -> list[str]:
+    """What in a forced text no rounding explains."""
     failures = [
         f"the choices part at step {step['step']}, {step['gap']:.4f} nats"
-        for step in settled["parted"]
-        if not step["gap"] <= SETTLED_TIE
+        for step in forced["parted"]
+        if not step["gap"] <= FORCED_TIE
     ]
-    if not settled["log_probability"] <= SETTLED_LOG_PROBABILITY:
-        failures.append(f"a log-probability differs by {settled['log_probability']:.4f}")
-    return failures + code_failures(settled)
+    if not forced["log_probability"] <= FORCED_LOG_PROBABILITY:
+        failures.append(f"a log-probability differs by {forced['log_probability']:.4f}")
+    return failures + code_failures(forced)
 
 
 def code_failures(found: dict) -> list[str]:
-    """What is wrong with codes that were settled: their counts ``codes``, ``turned``, ``wrong``."""
+    """What is wrong with codes that were forced: their counts ``codes``, ``differing``, ``wrong``."""
     failures = []
     if found["wrong"]:
         failures.append(f"{found['wrong']} codes or scales differ, and are no near-ties")
-    if found["turned"] > MOST_TURNED * found["codes"]:
-        failures.append(f"{found['turned']} of {found['codes']} codes differ")
+    if found["differing"] > MOST_DIFFERING * found["codes"]:
+        failures.append(f"{found['differing']} of {found['codes']} codes differ")
     return failures
 
 
 def compare_texts(model, tokenizer, pair, backends) -> tuple[list[dict], list[str]]:
-    """Greedy text on both back-ends: settled, which must agree, and free, where it parts."""
+    """Greedy text on both back-ends, with teacher-forced codes (must agree) and free (recorded)."""
     texts, failures = [], []
     for prompt in PROMPTS:
         tokens = tokenizer.encode(prompt)
         first = make_prompt_cache(model, *pair, backend=backends[0])
-        second = [WitnessedCache(cache, backends[1]) for cache in first]
-        settled = settled_text(model, tokens, first, second, N_TOKENS)
+        second = [TeacherForcedCache(cache, backends[1]) for cache in first]
+        forced = forced_text(model, tokens, first, second, N_TOKENS)
         free = compare(
             model,
             tokens,
@@ -173,8 +172,8 @@ def compare_texts(model, tokenizer, pair, backends) -> tuple[list[dict], list[st
             N_TOKENS,
         )
         name = f"{'/'.join(pair)}, {prompt!r}"
-        failures += [f"{name}: {failure}" for failure in settled_failures(settled)]
-        texts.append({"prompt": prompt, "settled": settled, "free": vars(free)})
+        failures += [f"{name}: {failure}" for failure in forced_failures(forced)]
+        texts.append({"prompt": prompt, "forced": forced, "free": vars(free)})
         print(pair, texts[-1], flush=True)
     return texts, failures
 

@@ -18,7 +18,7 @@ from .tiles import UNITS, units_from_codes
 
 FP16_MAX = 65504.0
 # Rules for a group y with levels c: raw |y|, matched |y| / |c|, least_squares <y, c> / <c, c>,
-# unbiased <y, y> / <y, c>. Chosen by measured KLD on the default model: benchmarks/group_scale.json.
+# unbiased <y, y> / <y, c>. Chosen by measured KLD on the default model: docs/results/research.md.
 SCALE_RULES = ("raw", "matched", "least_squares", "unbiased")
 K_SCALE_RULE = "unbiased"
 V_SCALE_RULE = "unbiased"

@@ -1,6 +1,6 @@
 """The package's losses against the NumPy simulation, and the simulation against itself.
 
-scripts/simulation_agreement.py does the same on the default model and wikitext-2.
+docs/results/long-checks.md has the same on the default model and wikitext-2.
 """
 
 from __future__ import annotations

@@ -14,9 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 import bench_kernels as bench  # noqa: E402
-import figures  # noqa: E402
 import kernel_variants as variants  # noqa: E402
-from figures import kernels as drawn  # noqa: E402
+from pages import kernels as pages  # noqa: E402
 
 from mlx_turbokv.kernels.backend import REFERENCE  # noqa: E402
 
@@ -170,7 +169,7 @@ def test_what_is_written_in_place_is_not_copied_and_ends_each_step(monkeypatch) 
     assert peaks[0] < 2**20  # a side is 4 MiB
 
 
-def test_records_of_a_run_are_drawn(monkeypatch, tmp_path) -> None:
+def test_a_run_s_record_makes_the_pages(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(bench, "COPY_BYTES", 2**12)
     monkeypatch.setattr(bench, "HEADS", (4, 2))
     out = tmp_path / "run.json"
@@ -191,6 +190,6 @@ def test_records_of_a_run_are_drawn(monkeypatch, tmp_path) -> None:
     assert bench.main() == 0
     record = json.loads(out.read_text())
     assert record["calls_a_step"] == 2 and record["processor"]
-    monkeypatch.setattr(drawn, "read", lambda name: record)
-    assert "steps of 2 calls" in figures.text_of("bench.scheme")
-    assert "kv_bits=4" in figures.text_of("kv_bits.lengths")
+    monkeypatch.setattr(pages, "read", lambda name: record)
+    assert "steps of 2 calls" in pages.kernels()
+    assert "kv_bits=4" in pages.kv_bits()

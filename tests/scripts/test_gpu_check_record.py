@@ -95,7 +95,7 @@ def test_a_case_left_out_and_one_that_failed_are_named(folder) -> None:
 
 
 def test_what_disagrees_in_the_model_is_a_failure_and_its_figures_are_kept(folder) -> None:
-    model = {"pairs": [{"pair": "q8_0/turbo2", "greedy": [{"settled": {"n_equal": 99}}]}]}
+    model = {"pairs": [{"pair": "q8_0/turbo2", "greedy": [{"forced": {"n_equal": 99}}]}]}
     change(folder, "model", model=model, failures=["q8_0/turbo2: the choices part"])
     report, failures = script.gather(folder)
     assert failures == ["q8_0/turbo2: the choices part"]

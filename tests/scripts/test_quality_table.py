@@ -12,7 +12,6 @@ from tiny_models import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 
-import quality_plot  # noqa: E402
 import quality_table  # noqa: E402
 
 from mlx_turbokv.cli import perplexity  # noqa: E402
@@ -70,15 +69,3 @@ def test_each_process_has_its_share_and_a_copy_of_the_kernels(status, tmp_path, 
     found = [(tmp_path / f"out{i}").read_text().split() for i in range(2)]
     assert [(a, kernel) for a, _, kernel in found] == [("given", "code")] * 2
     assert len({cache for _, cache, _ in found} | {str(compiled)}) == 3
-
-
-def test_the_plot_shows_every_configuration_of_the_records(tmp_path):
-    records = [
-        json.loads((ROOT / f"benchmarks/{name}.json").read_text(encoding="utf-8"))
-        for name in quality_plot.RECORDS
-    ]
-    kinds = [quality_plot.kind_of(r["config"]) for r in records[0]["results"][1:]]
-    assert {kinds.count(kind) for kind in quality_plot.KINDS} == {17, 9, 6, 8}
-    quality_plot.draw(records, tmp_path / "plot.svg")
-    text = (tmp_path / "plot.svg").read_text(encoding="utf-8")
-    assert all(text.count(f">{name}<") == len(records) for name in quality_plot.NAMED)

@@ -1,0 +1,306 @@
+"""Pages on the kernels: times, counters, and the checks on an NVIDIA GPU."""
+
+from __future__ import annotations
+
+from math import log2
+
+from mlx_turbokv.kernels.chips import CHIPS, LANES_A_CORE, Chip
+from mlx_turbokv.quant.formats import KVFormat
+
+from . import power, read, source, span, table
+
+SIMD_LANES = 32
+M1_GHZ = 1.278  # metal-benchmarks; the slowest clock known
+LAYERS, KV_HEADS = 32, 8  # Llama-3.1-8B's
+DOCTOR_ROWS = 8192 * 8  # tokens times KV heads that doctor times
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+def _shape(rows: list[dict]) -> str:
+    (heads, dim), *_ = {(tuple(r["heads"]), r["head_dim"]) for r in rows}
+    return f"{heads[0]} query and {heads[1]} KV heads, head_dim {dim}"
+
+
+def _by_length(rows: list[dict]) -> str:
+    """µs by context and variant, and the ratio to fp16."""
+    names = list(dict.fromkeys(r["variant"] for r in rows))
+    lines = []
+    for n in sorted({r["tokens"] for r in rows}):
+        at = [r for r in rows if r["tokens"] == n]
+        cells = [f"{r['us']:.1f}" + ("" if r["variant"] == "fp16" else f" ({r['fp16_over_this']:.2f}×)")
+                 for r in at]  # fmt: skip
+        lines.append([f"{n:,}", *cells])
+    return table(["tokens", *(name.replace("kv_bits", "kv_bits=") for name in names)], lines)
+
+
+def _shares(rows: list[dict], name=lambda r: r["variant"]) -> str:
+    """Time, ratio to fp16 and share of the copy bandwidth, one line a variant."""
+    lines = [
+        [name(r), f"{r['us']:.1f} ({r['low_us']:.1f} to {r['high_us']:.1f})",
+         f"{r['fp16_over_this']:.2f}×" if "fp16_over_this" in r else "–", f"{r['gb_per_s']:,.0f}",
+         f"{r['share_of_copy']:.0%}"]
+        for r in rows
+    ]  # fmt: skip
+    return table(["", "µs (range)", "against fp16", "GB/s", "of copying"], lines)
+
+
+def _scheme(record: dict) -> str:
+    """How the calls were timed."""
+    decode = [r for r in record["rows"] if r["job"] == "decode"]
+    fp16 = [r for r in decode if r["variant"] == "fp16"]
+    own = [r for r in decode if "/" in r["variant"] and "rows" not in r["variant"]]
+    errors = [r["error"] for r in record["rows"] if "error" in r]
+    text = (
+        f"µs of a call, MLX's launches included: medians of {record['rounds']} rounds in which all "
+        f"variants take turns. Calls form a chain, submitted in steps of {record['calls_a_step']} "
+        f"calls while the last step runs. Submitting takes {span(r['handed_over_us'] for r in own)} µs "
+        f"of the CPU a call ({record['processor']}; fp16: "
+        f"{span(r['handed_over_us'] for r in fp16)}), which the GPU's work hides where it takes "
+        f"longer. Building the graph of a call takes {span(r['build_us'] for r in own)} µs more of "
+        f"the CPU (fp16: {span(r['build_us'] for r in fp16)}). A copy in the same run reads and "
+        f"writes {record['copy_gb_per_s']:,.0f} GB/s."
+    )
+    if errors:
+        text += f" Results differ from the reference's by at most {power(max(errors))} (relative)."
+    return text
+
+
+def kernels() -> str:
+    """Attention by length, pair and shape; centred keys; packing and reading back."""
+    record = read("bench_kernels")
+    parts: dict[str, list[dict]] = {}
+    for row in record["rows"]:
+        parts.setdefault(row["part"], []).append(row)
+    text = [
+        "# Kernel times",
+        "One query against packed rows, compared with MLX's fp16 attention in the same run. `rows` "
+        "dequantises first and calls that attention ([the kernels](../kernels.md)).",
+        _scheme(record), "## By context", _shape(parts["lengths"]), _by_length(parts["lengths"]),
+    ]  # fmt: skip
+    if "pairs" in parts:
+        title = f"## By pair of formats, {parts['pairs'][0]['tokens']:,} tokens"
+        text += [title, _shares(parts["pairs"])]
+    if "shapes" in parts:
+        text += ["## By shape", _shares(
+            parts["shapes"],
+            lambda r: f"({r['heads'][0]}, {r['heads'][1]}), D = {r['head_dim']}: {r['variant']}",
+        )]  # fmt: skip
+    if "centred" in parts:
+        title = f"## Centred keys, {parts['centred'][0]['tokens']:,} tokens"
+        text += [title, _shares(parts["centred"])]
+    jobs = [r for part in ("pack", "dequantize") for r in parts.get(part, [])]
+    if jobs:
+        text += [
+            "## Packing a prefill step, appending a token, reading back",
+            "`fp16` is what mlx-lm's fp16 cache does. GB/s of what is read and written.",
+            _shares(jobs, lambda r: f"{r['job']}, {r['tokens']:,} tokens: {r['variant']}"),
+        ]
+    return "\n\n".join([*text, source("bench_kernels", record)])
+
+
+def kv_bits() -> str:
+    """mlx-lm's quantised attention, this package's and fp16's in one run."""
+    record = read("bench_kv_bits")
+    return "\n\n".join([
+        "# mlx-lm's kv_bits attention", f"Groups of 64 values; {_shape(record['rows'])}.",
+        _scheme(record), _by_length(record["rows"]), source("bench_kv_bits", record),
+    ])  # fmt: skip
+
+
+def _least(pair: str, dim: int, gqa_factor: int) -> dict[str, tuple[float, float]]:
+    """Bytes and multiply-adds that each kernel cannot do without, for one token and KV head.
+
+    Packing adds and subtracts log2(dim) times a value of a turbo row, and multiplies by its scale.
+    """
+    formats = [KVFormat.parse(name) for name in pair.split("/")]
+    row, half_row = sum(fmt.row_bytes(dim) for fmt in formats), 4 * dim
+    rotations = sum(dim * log2(dim) for fmt in formats if fmt.is_turbo)
+    return {
+        "decode_partial": (row, 2 * dim * gqa_factor),
+        "pack": (row + half_row, 2 * dim + rotations),
+        "dequantize": (row + half_row, 2 * dim),
+    }
+
+
+def _needs(record: dict) -> list[dict]:
+    """Each kernel's row with its needs for a token and KV head.
+
+    ``lanes`` counts instructions of one lane, ``halves`` those of them on two halves.
+    """
+    (heads, kv_heads), dim, found = record["heads"], record["head_dim"], []
+    n = record["tokens"] * kv_heads
+    for row in record["rows"]:
+        least = _least(row["pair"], dim, heads // kv_heads).get(row["kernel"])
+        if least is not None:  # merge reads results of splits, not tokens
+            lanes = row["warp_instructions"] * SIMD_LANES / n
+            row = {**row, "bytes": least[0], "operations": least[1], "lanes": lanes,
+                   "halves": row["float16_operations"] / n}  # fmt: skip
+        found.append(row)
+    return found
+
+
+def _rate(chip: Chip) -> float:
+    """Instructions of one lane for each byte at the chip's larger bandwidth, at a clock of 1 GHz."""
+    return chip.cores * LANES_A_CORE / max(chip.bandwidths)
+
+
+def counters() -> str:
+    """What the kernels need for a token, and what GPUs give in the time that its bytes take."""
+    record, times = read("kernel_counters"), read("bench_kernels")
+    needs = _needs(record)
+    rows = [
+        [f"{n['kernel']}, {n['pair']}",
+         *(f"{n[k]:,.0f}" if k in n else "–" for k in ("bytes", "operations", "lanes", "halves")),
+         f"{n['registers']:.0f}", f"{n['shared_bytes'] / 1024:.1f} KiB", f"{n['threads']:.0f}"]
+        for n in needs
+    ]  # fmt: skip
+    header = ["", "bytes", "operations at least", "instructions", "on pairs of halves", "registers",
+              "threadgroup memory", "threads"]  # fmt: skip
+    decode = {n["pair"]: n for n in needs if n["kernel"] == "decode_partial"}
+    share = {
+        r["variant"]: r["gb_per_s"] / max(CHIPS[times["device"]].bandwidths)
+        for r in times["rows"]
+        if r["part"] == "lengths" and r["tokens"] == record["tokens"] and r["variant"] in decode
+    }
+    apple = {name: chip for name, chip in CHIPS.items() if name.startswith("Apple")}
+    large = [chip for name, chip in apple.items() if name.endswith(("Max", "Ultra"))]
+    packs = span(
+        M1_GHZ * 1e6 * CHIPS["Apple M1"].cores * LANES_A_CORE
+        / ((n["lanes"] + n["halves"]) * LAYERS * KV_HEADS)
+        for n in needs if n["kernel"] == "pack"
+    )  # fmt: skip
+    us = span(DOCTOR_ROWS * n["bytes"] / max(c.bandwidths) / 1e3
+              for c in large for n in decode.values())  # fmt: skip
+    return "\n\n".join([
+        "# Kernel counters and bandwidth of GPUs",
+        f"For one token of one KV head (head_dim {record['head_dim']}, "
+        f"{record['heads'][0] // record['heads'][1]} query heads a KV head): bytes that must move, "
+        "operations that are needed at least, and instructions executed, counted by ncu (of one "
+        "lane: a SIMD group's count as 32). Registers are those of NVIDIA's compiler. As Metal, "
+        "decode declares less threadgroup memory (its tables have fewer copies). merge's work grows "
+        "with splits, not tokens.",
+        table(header, rows), source("kernel_counters", record),
+        "## What to expect on Apple GPUs",
+        "**Computed, not measured: the kernels have not yet run on a Mac.** Published bandwidths and "
+        "core counts (`mlx_turbokv/kernels/chips.py`; two bandwidths where a chip was sold with "
+        "either), and 128 float32 lanes a core, which "
+        "[metal-benchmarks](https://github.com/philipturner/metal-benchmarks) found in M1 and M2 and "
+        "is assumed of later chips. *Instructions a byte*: of one lane at 1 GHz and the larger "
+        "bandwidth. *GHz needed*: the clock at which decode's instructions keep up with memory if "
+        "every lane issues in every cycle; on Apple, where a pair of halves is no faster than two "
+        "floats (metal-benchmarks), those on pairs of halves count twice. M1 runs at 1.278 GHz, M1 "
+        "Pro, Max and Ultra at 1.296 (metal-benchmarks); Apple publishes no clocks. `doctor`, GB/s: "
+        "from the share of its bandwidth that decode reaches on the H100 at "
+        f"{record['tokens']:,} tokens ({', '.join(f'{p} {x:.0%}' for p, x in share.items())}), of "
+        "the smaller bandwidth, less where M1's clock would not keep up, to the published bandwidth.",
+        _chips(apple, decode, share),
+        f"`doctor`'s context is shorter (8,192 tokens): Max and Ultra chips read its bytes in {us} µs, "
+        "so launches show. A figure below the range at head_dim 128 has another cause: register "
+        "spills or too few threadgroups resident (all pairs low), table lookups in threadgroup "
+        "memory (turbo3 to turbo6 low, q8_0 and turbo2 not), or launches (equal µs for all). Please "
+        f"report it. An M1 packs {packs} thousand tokens a second for {LAYERS} layers of {KV_HEADS} "
+        "KV heads.",
+    ])  # fmt: skip
+
+
+def _chips(apple: dict[str, Chip], decode: dict[str, dict], share: dict[str, float]) -> str:
+    rows = []
+    for name, chip in {**apple, H100: CHIPS[H100]}.items():
+        widths = " or ".join(f"{b:g}" for b in chip.bandwidths)
+        cells = [name, widths, f"{chip.cores * LANES_A_CORE:,}", f"{_rate(chip):.1f}"]
+        for pair, need in decode.items():
+            executed = need["lanes"] + (need["halves"] if name in apple else 0)
+            ghz = executed / need["bytes"] / _rate(chip)
+            low = (
+                min(chip.bandwidths) * share[pair] * (min(1, M1_GHZ / ghz) if name in apple else 1)
+            )
+            cells += [f"{ghz:.2f}", f"{low:.0f} to {max(chip.bandwidths):g}"]
+        rows.append([*cells, chip.source])
+    header = ["", "GB/s", "lanes", "instructions a byte"]
+    for pair in decode:
+        header += [f"{pair}: GHz needed", "`doctor`, GB/s"]
+    return table([*header, "source"], rows)
+
+
+def gpu_check() -> str:
+    """What ran on an NVIDIA GPU, against float64 and against the reference back-end."""
+    record = read("gpu_check")
+    cases, pairs = record["kernels"], record["model"]["pairs"]
+    n = cases["cases"] + len(cases["not_run"])
+    ratios = [row["decode_ratio"] for row in cases["rows"] if row.get("decode_ratio")]
+    apart, free = (max(p[key] for p in pairs)
+                   for key in ("largest_difference", "largest_difference_free"))  # fmt: skip
+    items = [
+        f"**Kernels** (`tests/helpers/kernel_cases.py`): {_cases(cases, n)}. Decode's relative "
+        "error, the geometric mean over three draws of the queries, is at most "
+        f"{max(ratios):.2f} times that of an attention in plain ops at the case's precision.",
+        f"**compute-sanitizer**: {_sanitizer(record['sanitizer'], n)}. MLX rounds its allocations "
+        "up, so reads just past an array are left to AddressSanitizer on the CPU "
+        "([testing.md](../testing.md)).",
+        f"**Losses** of the default model over {len(pairs[0]['nll_by_window']['first'])} windows "
+        f"agree with the reference back-end's to {power(apart)} nats with teacher-forced codes, "
+        f"and to {free:.3f} without.",
+        f"**Greedy texts**: {texts_text([text for p in pairs for text in p['greedy']])}.",
+        "**Launches** of a layer's cache and attention in a decode step: "
+        + ", ".join(f"{r['cache']} {r['launches']:g}" for r in record["launches"]["rows"]) + ".",
+        f"**doctor** {_doctor(record['doctor'])}.",
+    ]  # fmt: skip
+    tools = [t["command"] for t in record["sanitizer"]]
+    others = [record[name]["command"] for name in ("kernels", "model", "launches")]
+    return "\n\n".join([
+        "# Checks on an NVIDIA GPU",
+        "The text of the Metal kernels, compiled as CUDA ([testing.md](../testing.md)). "
+        "*Teacher-forced codes*: the reference back-end takes over the GPU's codes where they are "
+        "right up to a near-tie, so that rounding cannot change the text (`scripts/model_check.py`).",
+        "\n".join(f"- {item}" for item in items), source("gpu_check", record),
+        "The parts were made by", "\n".join(["```", *others, *tools, "```"]),
+    ])  # fmt: skip
+
+
+def _cases(found: dict, n: int) -> str:
+    """How many cases ran and which disagreed."""
+    failed = [row for row in found["rows"] if row["failures"]]
+    ran = f"all {n} cases" if not found["not_run"] else f"{found['cases']} of {n} cases"
+    if not failed:
+        return f"{ran} agree with float64"
+    names = "; ".join(f"`{row['case']}`: {', '.join(row['failures'])}" for row in failed)
+    return f"of {ran} against float64, {len(failed)} did not agree ({names})"
+
+
+def _sanitizer(tools: list[dict], n: int) -> str:
+    parts = []
+    for tool in tools:
+        ran = f"all {n}" if not tool["not_run"] else f"{tool['cases']} of {n}"
+        found = "; ".join(tool["failures"]) or "nothing"
+        parts.append(f"{tool['tool']} on {ran} cases reports {found}")
+    return ", ".join(parts)
+
+
+def texts_text(texts: list[dict]) -> str:
+    """How greedy texts of the two back-ends agree with teacher-forced codes, and differ without."""
+    forced, free = ([text[kind] for text in texts] for kind in ("forced", "free"))
+    steps, equal = (sum(text[key] for text in forced) for key in ("n_tokens", "n_equal"))
+    chosen = f"all {steps}" if equal == steps else f"{equal} of {steps}"
+    gaps = [text["gap"] for text in forced if text["gap"] is not None]
+    others = f" (two tokens are at most {power(max(gaps))} nats apart at the rest)" if gaps else ""
+    apart = power(max(text["log_probability"] for text in forced))
+    gaps = [abs(text["gap"]) for text in free if text["gap"] is not None]
+    differ = "none differs"
+    if gaps:
+        differ = f"{len(gaps)} differ, from a step where two tokens are at most {max(gaps):.3f} nats apart"
+    return (
+        f"with teacher-forced codes both choose the same token at {chosen} steps of {len(texts)} "
+        f"texts{others}, log-probabilities differing by at most {apart} nats; without, {differ}"
+    )
+
+
+def _doctor(rows: list[dict]) -> str:
+    """What doctor said of the tree and of changed ones."""
+    parts = []
+    for row in rows:
+        verdict = "passes" if row["passed"] else f"fails with status {row['exit']}"
+        if row["changed"] is not None:
+            change = row["changed"].replace(":", ",")
+            verdict = f"with {change}, it {verdict} and names {', '.join(row['named'])}"
+        parts.append(verdict)
+    return "; ".join(parts)

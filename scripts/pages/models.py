@@ -1,0 +1,134 @@
+"""Pages on models: speed and memory, architectures, and settled research."""
+
+from __future__ import annotations
+
+from mlx_turbokv.evaluate.table import bytes_text
+
+from . import SETTLED, commands, read, source, table
+
+
+def whole_models() -> str:
+    """Models of a known shape on a GPU."""
+    parts = [
+        "# Speed and memory of whole models",
+        "Random 4-bit weights. Medians of trials in which the configurations take turns; in brackets "
+        "the median of the ratios to the first in the same trial. Decode: tokens generated after a "
+        "cache that was filled with random K and V, packed by the cache itself. CPU time of a step: "
+        "[long-checks.md](long-checks.md#cpu-time-of-a-decode-step).",
+    ]
+    for name in ("bench_llama", "bench_qwen"):
+        record = read(name)
+        parts += [f"## {record['model']['name']}", _whole_model(record), source(name, record)]
+    return "\n\n".join(parts)
+
+
+def _whole_model(record: dict) -> str:
+    """Speeds and memory by configuration, one line a point of the record."""
+    by = {(row["kind"], row["tokens"], row["config"]): row for row in record["rows"]}
+    points = list(dict.fromkeys(key[:2] for key in by))
+    contexts, prompts = ([p for p in points if p[0] == kind] for kind in ("context", "prompt"))
+    first = record["configs"][0]
+
+    def line(name: str, point: tuple[str, int], cell) -> list[str]:
+        rows = [by[(*point, config)] for config in record["configs"]]
+        cells = ["–" if "error" in row else cell(row) for row in rows]
+        return [f"{name} {point[1]:,} tokens", *cells]
+
+    def speed(which: str):
+        def cell(row: dict) -> str:
+            share = "" if row["config"] == first else f" ({row[f'{which}_of_first']:.2f}×)"
+            return f"{row[f'{which}_tps']['median']:,.0f}{share}"
+
+        return cell
+
+    def size(key: str):
+        return lambda row: bytes_text(row[key])
+
+    lines = [line("decode tok/s after", p, speed("generation")) for p in contexts]
+    lines += [line("prefill tok/s,", p, speed("prompt")) for p in prompts]
+    lines += [
+        line("peak above weights, prefill of", p, size("peak_bytes_above_weights")) for p in prompts
+    ]
+    lines += [line("KV bytes after", p, size("kv_bytes")) for p in contexts[-1:]]
+    apart = max(
+        abs(trial / row["generation_tps"]["median"] - 1)
+        for row in record["rows"] if "error" not in row
+        for trial in row["generation_tps"]["trials"]
+    )  # fmt: skip
+    about = (
+        f"{record['weights']}; {record['num_trials']} trials of {record['generation_tokens']} tokens, "
+        f"up to {apart:.0%} from their median."
+    )
+    return f"{about}\n\n{table(['', *record['configs']], lines)}"
+
+
+def models() -> str:
+    """What is compressed in every architecture."""
+    record = read("models")
+    rows = []
+    for row in record["rows"]:
+        added = row["added_with_sliding"]
+        cells = [
+            row["architecture"],
+            row["caches"],
+            row["compressed"],
+            f"+{added}" if added else "",
+        ]
+        rows.append([*map(str, cells), "; ".join(row["left_alone"]), row["remark"]])
+    header = ["architecture", "caches", "compressed", "with --compress-sliding", "left alone, and why",
+              "remark"]  # fmt: skip
+    return "\n\n".join([
+        "# What is compressed, by architecture",
+        f"A tiny random model of each model file of mlx-lm {record['mlx_lm']} "
+        "([models.md](../models.md)). Counts are those of the tiny models; real ones have more "
+        "layers of the same kinds. An entry of the cache list may hold two caches, so that both "
+        "columns can speak of one layer.",
+        table(header, rows),
+        f"Modules of mlx_lm.models that hold no model: {', '.join(record['helpers'])}.",
+        source("models", record),
+    ])  # fmt: skip
+
+
+def _topics(page: str) -> list[str]:
+    record, parts = read("research"), []
+    for topic in record["topics"]:
+        if topic["page"] != page:
+            continue
+        parts += [f"## {topic['title']}", topic["conclusion"], topic["conditions"],
+                  table(topic["header"], topic["rows"])]  # fmt: skip
+        files = [f"`{name}`" for name in (*topic["scripts"], *topic["records"])]
+        parts.append(f"In commit {SETTLED}: {', '.join(files)}.")
+        parts += [commands(*topic["commands"])] if topic["commands"] else []
+    return parts
+
+
+def research() -> str:
+    """Settled research: conclusions and tables."""
+    about = (
+        "Questions that are settled: the conclusion, its table, and where to find the script and the "
+        f"full record (commit {SETTLED}; figures here: [benchmarks/research.json]"
+        "(../../benchmarks/research.json))."
+    )
+    return "\n\n".join(["# Settled research", about, *_topics("research")])
+
+
+def decode_log() -> str:
+    """The log of tuning decode."""
+    about = "Figures: [benchmarks/research.json](../../benchmarks/research.json)."
+    return "\n\n".join(["# Log of tuning decode attention", about, *_topics("decode-log")])
+
+
+def long_checks() -> str:
+    """Checks that take longer than tests may."""
+    load = read("serve_load")
+    about = (
+        f"Checks that take longer than tests may. Scripts that the tree no longer has are in commit "
+        f"{SETTLED}; figures: [benchmarks/research.json](../../benchmarks/research.json)."
+    )
+    server = (
+        f"{load['requests']} requests from {load['clients']} clients, {load['disconnected']} of which "
+        f"disconnect: {load['answered_as_without_load']} of {load['answered']} answers are those "
+        f"without load, resident memory grows by {load['growth_after_load']:.2%}."
+    )
+    return "\n\n".join(["# Long checks", about, "## A server under load", server,
+                        source("serve_load", load), *_topics("long-checks")])  # fmt: skip

@@ -1,0 +1,81 @@
+#!/usr/bin/env python3
+"""Writes docs/results from the records in benchmarks/: one Markdown page a subject, and a plot.
+
+python scripts/results.py            # write the pages and the plot
+python scripts/results.py --check    # exit with 1 if a page differs from the records
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+from pages import kernels, models, plot, quality  # noqa: E402
+
+FOLDER = ROOT / "docs/results"
+# page: (its maker, what it has)
+PAGES: dict[str, tuple[Callable[[], str], str]] = {
+    "quality": (quality.quality, "perplexity and KLD of every configuration, windows of 512"),
+    "quality-long": (quality.quality_long, "the same, windows of 2,048"),
+    "calibration": (quality.calibration, "calibrated policies"),
+    "centred-keys": (quality.centred_keys, "keys centred and not, and policies calibrated with them"),
+    "needle": (quality.needle, "facts hidden in long texts"),
+    "paper": (quality.paper, "the paper's claims and tables"),
+    "report": (quality.report, "a report of the default model in one table"),
+    "whole-models": (models.whole_models, "speed and memory of an 8B and a 7B shape"),
+    "kernels": (kernels.kernels, "times of attention, packing and dequantising"),
+    "kv-bits": (kernels.kv_bits, "times of mlx-lm's kv_bits attention"),
+    "kernel-counters": (kernels.counters, "instructions and bytes, and what Apple GPUs could reach"),
+    "decode-log": (models.decode_log, "steps of tuning decode attention"),
+    "gpu-check": (kernels.gpu_check, "checks of the kernels on an NVIDIA GPU"),
+    "long-checks": (models.long_checks, "checks that take longer than tests may"),
+    "models": (models.models, "what is compressed in every architecture of mlx-lm"),
+    "research": (models.research, "settled research"),
+}  # fmt: skip
+
+
+def index() -> str:
+    """The list of pages."""
+    lines = [f"- [{name}.md]({name}.md): {about}" for name, (_, about) in PAGES.items()]
+    return (
+        "# Results\n\nMade by `scripts/results.py` from the records in "
+        "[benchmarks/](../../benchmarks); not edited by hand.\n\n" + "\n".join(lines)
+    )
+
+
+def pages() -> dict[str, str]:
+    """The text of every page, by file name."""
+    made = {f"{name}.md": make() for name, (make, _) in PAGES.items()}
+    return {"README.md": index() + "\n", **{name: f"{text}\n" for name, text in made.items()}}
+
+
+def differing() -> list[str]:
+    """Files of docs/results that are not what the records make, missing and left-over ones too."""
+    made = pages()
+    found = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.glob("*.md")}
+    return sorted(name for name in {*made, *found} if made.get(name) != found.get(name))
+
+
+def main() -> None:
+    changed = differing()
+    if "--check" in sys.argv:
+        if changed:
+            sys.exit(f"docs/results: {', '.join(changed)} differ from the records.")
+        return
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    made = pages()
+    for name in changed:
+        if name in made:
+            (FOLDER / name).write_text(made[name], encoding="utf-8")
+        else:
+            (FOLDER / name).unlink()
+    plot.draw(FOLDER / "kld-by-bits.svg")
+    print(f"written: {', '.join(changed) or 'nothing has changed'}")
+
+
+if __name__ == "__main__":
+    main()

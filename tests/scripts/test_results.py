@@ -1,0 +1,97 @@
+"""docs/results is what the scripts make of the records, and links in the docs lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import results
+from pages import commands, plot, read
+from pages.kernels import texts_text
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def test_pages_are_what_the_records_make():
+    assert results.differing() == [], "run python scripts/results.py"
+
+
+def test_a_changed_page_and_one_of_no_record_are_found(tmp_path, monkeypatch):
+    made = results.pages()
+    for name, text in made.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    assert results.differing() == []
+    (tmp_path / "needle.md").write_text("# Needles\n", encoding="utf-8")
+    (tmp_path / "old.md").write_text("", encoding="utf-8")
+    (tmp_path / "quality.md").unlink()
+    assert results.differing() == ["needle.md", "old.md", "quality.md"]
+
+
+def anchors(path: Path) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    titles = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_to_a_file_and_a_heading(path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        file, _, anchor = target.partition("#")
+        found = (path.parent / file).resolve() if file else path
+        assert found.exists(), target
+        assert not anchor or anchor in anchors(found), target
+
+
+def test_every_page_of_docs_is_in_an_index():
+    for folder in (ROOT / "docs", ROOT / "docs/results"):
+        index = (folder / "README.md").read_text(encoding="utf-8")
+        names = {path.name for path in folder.glob("*.md")} - {"README.md"}
+        assert {name for name in names if f"({name})" not in index} == set()
+
+
+def test_the_plot_has_every_kind_and_name(tmp_path):
+    kinds = [plot.kind_of(r["config"]) for r in read("quality")["results"][1:]]
+    assert [kinds.count(kind) for kind in plot.KINDS] == [17, 9, 6, 8]
+    plot.draw(tmp_path / "plot.svg")
+    text = (tmp_path / "plot.svg").read_text(encoding="utf-8")
+    assert all(text.count(f">{name}<") == 1 for name in (*plot.NAMED, *plot.KINDS))
+
+
+def test_a_script_that_is_gone_is_named_with_its_commit():
+    shown = commands("scripts/results.py --check", "scripts/old.py --json x", "mlx_turbokv.bench")
+    assert shown.splitlines()[1:-1] == [
+        "scripts/results.py --check",
+        "scripts/old.py --json x  # script: commit e1a90eb",
+        "mlx_turbokv.bench",
+    ]
+
+
+def text_on_two_back_ends(n_equal: int, gap: float | None, free_gap: float | None) -> dict:
+    forced = {"n_tokens": 50, "n_equal": n_equal, "gap": gap, "log_probability": 6.2e-5}
+    return {"forced": forced, "free": {"gap": free_gap}}
+
+
+@pytest.mark.parametrize(
+    ("texts", "parts"),
+    [
+        (
+            [(50, None, None), (50, None, -0.2071), (50, None, 0.1)],
+            ["at all 150 steps of 3 texts, log-", "at most 6e-5 nats; without",
+             "2 differ, from a step where two tokens are at most 0.207 nats apart"],
+        ),
+        (
+            [(50, None, None), (48, 3e-4, None)],
+            ["at 98 of 100 steps of 2 texts (two tokens are at most 3e-4 nats apart at",
+             "none differs"],
+        ),
+    ],
+)  # fmt: skip
+def test_texts_with_teacher_forced_codes_and_without(texts, parts):
+    said = texts_text([text_on_two_back_ends(*text) for text in texts])
+    assert all(part in said for part in parts), said
+    assert said.endswith(parts[-1])
