@@ -17,8 +17,8 @@ it. A chain that is evaluated at once hides nothing: the GPU begins when all of 
 CUDA graph, is encoded. Building a call's graph in Python comes before and is timed apart, as
 ``build_us``; in generation it, too, takes place while the last step runs.
 
-Kernels compile at their first call. ``--warm i/n`` does that and no more, for every n-th variant, so
-that processes with a MLX_PTX_CACHE_DIR each can share the work; the run then gets all their files.
+Kernels compile at their first call. ``--warm i/n`` only compiles, every n-th variant, so that
+processes with a MLX_PTX_CACHE_DIR each can share the work; the run then gets all their files.
 """
 
 from __future__ import annotations

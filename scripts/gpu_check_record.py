@@ -122,7 +122,7 @@ def doctors(found: list[Part]) -> list[dict]:
 
 
 def wrong_doctors(rows: list[dict]) -> list[str]:
-    """A whole tree must pass, a changed one fail with status 1 and name the changed file's kernel."""
+    """The tree must pass, a changed one fail with status 1 and name the changed file's kernel."""
     failures = []
     for row in rows:
         if row["changed"] is None:

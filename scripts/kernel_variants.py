@@ -27,8 +27,8 @@ ROTATED_BYTES = 120 * 2**20  # more than twice the largest cache of a card
 MOST_COPIES = 32
 THETA = 1e6
 N_KEPT = 16  # rows of a tail that one token is appended to
-# decode's relative error against float64 over the same rows: within twice that of an fp16 attention,
-# or what products of halves in chains cost where noise leaves nothing but the mean of its values
+# decode's relative error against float64 over the same rows: within twice that of an fp16
+# attention, or what chains of half products cost where noise leaves only the mean of its values
 ERROR_RATIO, ERROR_FLOOR = 2.0, 1.25e-3
 # packed rows, and rows read back to half, against the reference's
 PACK_ERROR, ROWS_ERROR = 1e-3, 1e-3

@@ -50,7 +50,7 @@ def window_nll(model, window: np.ndarray, caches: list) -> float:
 
 
 def compare_windows(model, windows: np.ndarray, pair, backends) -> tuple[dict, list[str]]:
-    """The loss of each window on both back-ends, the second once free and once forced."""
+    """Losses by window on both back-ends, the second's with its own codes and teacher-forced."""
     nll = {"first": [], "second": [], "second_forced": []}
     n_codes = n_differing = n_wrong = 0
     for i, window in enumerate(windows):
@@ -135,7 +135,7 @@ def _next_token(model, tokens: list[int], caches: list) -> mx.array:
 
 
 def forced_failures(forced: dict) -> list[str]:
-    """What in a forced text no rounding explains."""
+    """What rounding does not explain in a text with teacher-forced codes."""
     failures = [
         f"the choices part at step {step['step']}, {step['gap']:.4f} nats"
         for step in forced["parted"]
@@ -147,7 +147,7 @@ def forced_failures(forced: dict) -> list[str]:
 
 
 def code_failures(found: dict) -> list[str]:
-    """What is wrong with codes that were forced: their counts ``codes``, ``differing``, ``wrong``."""
+    """What is wrong by the counts ``codes``, ``differing`` and ``wrong``."""
     failures = []
     if found["wrong"]:
         failures.append(f"{found['wrong']} codes or scales differ, and are no near-ties")

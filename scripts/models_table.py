@@ -16,7 +16,7 @@ from record import record  # noqa: E402
 from tiny_models import HELPERS, architectures, shared_model  # noqa: E402
 
 from mlx_turbokv.cli.output import write_json  # noqa: E402
-from mlx_turbokv.model.caches import own_caches
+from mlx_turbokv.model.caches import own_caches  # noqa: E402
 from mlx_turbokv.model.kv_layers import KVLayers, kv_layers  # noqa: E402
 
 REMARKS = {

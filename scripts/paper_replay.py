@@ -2,7 +2,7 @@
 """Replays the paper "Layer-Aware V Compression": its tables and claims, measured on a model.
 
     python scripts/paper_replay.py --out benchmarks/paper --text FILE --chunks 64
-    python scripts/paper_replay.py --from benchmarks/paper/short.json --long benchmarks/paper/long.json
+    python scripts/paper_replay.py --from short.json --long long.json --needle needle.json
 
 The first form measures (an interrupted run continues); the second only prints. V's formats have a
 scale per 32 values, the paper's 2.5 and 3.5 bits, unless --group head. On a hybrid model boundaries
@@ -97,7 +97,8 @@ def roles_of(record: dict) -> dict[str, dict]:
 
 def raw_index_policies(model, folder: Path, group: str) -> list[str]:
     """Files of the boundary policies as raw layer indices give them; none for pure attention."""
-    from mlx_turbokv.model.kv_layers import kv_layers, own_caches
+    from mlx_turbokv.model.caches import own_caches
+    from mlx_turbokv.model.kv_layers import kv_layers
     from mlx_turbokv.policy import load_policy
     from mlx_turbokv.policy.files import write_layer_list
 
@@ -218,7 +219,7 @@ def retrieval(needle: dict, name: str) -> dict:
 
 
 def judged(short: dict, long: dict | None, needle: dict | None) -> list[dict]:
-    """Every claim with its verdicts; ``where`` is the tokens of a window, or another measurement."""
+    """Every claim with its verdicts; ``where`` is a window's tokens or another measurement."""
     places = [(f"{r['n_ctx']:,}", roles_of(r)) for r in (short, long) if r is not None]
     results = places[0][1]
     wanted = CLAIMS + (HYBRID_CLAIMS if any(role in results for role in RAW) else ())

@@ -1,7 +1,7 @@
 """Quality against bits on the default model: uniform pairs, presets, calibrated policies, mlx-lm.
 
     python scripts/quality_table.py --text FILE --json benchmarks/quality.json
-    python scripts/quality_table.py --text FILE -c 2048 --chunks 8 --json benchmarks/quality_long.json
+    python scripts/quality_table.py --text FILE -c 2048 --chunks 8 --json quality_long.json
 
 It is the command `perplexity` with many configurations. Several processes (--processes) take every
 n-th window each; what they measured is joined window by window before anything is averaged, so the

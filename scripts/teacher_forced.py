@@ -29,8 +29,8 @@ SCALE_TIE = 2**-9
 class TeacherForcedCache(TurboKVCache):
     """Packs with its own back-end, counts differences, then keeps the source's rows.
 
-    ``n_codes``: codes compared; ``n_differing``: codes that differ; ``n_wrong``: codes and scales of
-    the source that no near-tie explains.
+    ``n_codes``: codes compared; ``n_differing``: codes that differ; ``n_wrong``: codes and scales
+    of the source that no near-tie explains.
 
     Args:
         source: the other back-end's cache, which has the rows before this cache is given them; it

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from mlx_turbokv.evaluate.tables import Table
+
 ROOT = Path(__file__).resolve().parents[2]
 # The last commit that has the scripts and records of settled research.
 SETTLED = "e1a90eb"
@@ -17,8 +19,7 @@ def read(name: str) -> dict:
 
 def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table: the first column is text, the others are numbers."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return Table(header, rows).markdown()
 
 
 def source(name: str, record: dict | None = None) -> str:

@@ -27,9 +27,8 @@ def _by_length(rows: list[dict]) -> str:
     lines = []
     for n in sorted({r["tokens"] for r in rows}):
         at = [r for r in rows if r["tokens"] == n]
-        cells = [f"{r['us']:.1f}" + ("" if r["variant"] == "fp16" else f" ({r['fp16_over_this']:.2f}×)")
-                 for r in at]  # fmt: skip
-        lines.append([f"{n:,}", *cells])
+        ratios = ["" if r["variant"] == "fp16" else f" ({r['fp16_over_this']:.2f}×)" for r in at]
+        lines.append([f"{n:,}", *(f"{r['us']:.1f}{ratio}" for r, ratio in zip(at, ratios))])
     return table(["tokens", *(name.replace("kv_bits", "kv_bits=") for name in names)], lines)
 
 
@@ -53,12 +52,12 @@ def _scheme(record: dict) -> str:
     text = (
         f"µs of a call, MLX's launches included: medians of {record['rounds']} rounds in which all "
         f"variants take turns. Calls form a chain, submitted in steps of {record['calls_a_step']} "
-        f"calls while the last step runs. Submitting takes {span(r['handed_over_us'] for r in own)} µs "
-        f"of the CPU a call ({record['processor']}; fp16: "
-        f"{span(r['handed_over_us'] for r in fp16)}), which the GPU's work hides where it takes "
-        f"longer. Building the graph of a call takes {span(r['build_us'] for r in own)} µs more of "
-        f"the CPU (fp16: {span(r['build_us'] for r in fp16)}). A copy in the same run reads and "
-        f"writes {record['copy_gb_per_s']:,.0f} GB/s."
+        f"calls while the last step runs. Submitting takes "
+        f"{span(r['handed_over_us'] for r in own)} µs of the CPU a call ({record['processor']}; "
+        f"fp16: {span(r['handed_over_us'] for r in fp16)}), which the GPU's work hides where it "
+        f"takes longer. Building the graph of a call takes {span(r['build_us'] for r in own)} µs "
+        f"more of the CPU (fp16: {span(r['build_us'] for r in fp16)}). A copy in the same run "
+        f"reads and writes {record['copy_gb_per_s']:,.0f} GB/s."
     )
     if errors:
         text += f" Results differ from the reference's by at most {power(max(errors))} (relative)."
@@ -140,7 +139,7 @@ def _needs(record: dict) -> list[dict]:
 
 
 def _rate(chip: Chip) -> float:
-    """Instructions of one lane for each byte at the chip's larger bandwidth, at a clock of 1 GHz."""
+    """Instructions of one lane for each byte, at the larger bandwidth and a clock of 1 GHz."""
     return chip.cores * LANES_A_CORE / max(chip.bandwidths)
 
 
@@ -177,29 +176,29 @@ def counters() -> str:
         f"{record['heads'][0] // record['heads'][1]} query heads a KV head): bytes that must move, "
         "operations that are needed at least, and instructions executed, counted by ncu (of one "
         "lane: a SIMD group's count as 32). Registers are those of NVIDIA's compiler. As Metal, "
-        "decode declares less threadgroup memory (its tables have fewer copies). merge's work grows "
-        "with splits, not tokens.",
+        "decode declares less threadgroup memory (its tables have fewer copies). merge's work "
+        "grows with splits, not tokens.",
         table(header, rows), source("kernel_counters", record),
         "## What to expect on Apple GPUs",
-        "**Computed, not measured: the kernels have not yet run on a Mac.** Published bandwidths and "
-        "core counts (`mlx_turbokv/kernels/chips.py`; two bandwidths where a chip was sold with "
-        "either), and 128 float32 lanes a core, which "
-        "[metal-benchmarks](https://github.com/philipturner/metal-benchmarks) found in M1 and M2 and "
-        "is assumed of later chips. *Instructions a byte*: of one lane at 1 GHz and the larger "
+        "**Computed, not measured: the kernels have not yet run on a Mac.** Published bandwidths "
+        "and core counts (`mlx_turbokv/kernels/chips.py`; two bandwidths where a chip was sold "
+        "with either), and 128 float32 lanes a core, which "
+        "[metal-benchmarks](https://github.com/philipturner/metal-benchmarks) found in M1 and M2 "
+        "and is assumed of later chips. *Instructions a byte*: of one lane at 1 GHz and the larger "
         "bandwidth. *GHz needed*: the clock at which decode's instructions keep up with memory if "
         "every lane issues in every cycle; on Apple, where a pair of halves is no faster than two "
         "floats (metal-benchmarks), those on pairs of halves count twice. M1 runs at 1.278 GHz, M1 "
-        "Pro, Max and Ultra at 1.296 (metal-benchmarks); Apple publishes no clocks. `doctor`, GB/s: "
-        "from the share of its bandwidth that decode reaches on the H100 at "
+        "Pro, Max and Ultra at 1.296 (metal-benchmarks); Apple publishes no clocks. `doctor`, "
+        "GB/s: from the share of its bandwidth that decode reaches on the H100 at "
         f"{record['tokens']:,} tokens ({', '.join(f'{p} {x:.0%}' for p, x in share.items())}), of "
-        "the smaller bandwidth, less where M1's clock would not keep up, to the published bandwidth.",
+        "the smaller bandwidth (less where M1's clock would not keep up) to the published one.",
         _chips(apple, decode, share),
-        f"`doctor`'s context is shorter (8,192 tokens): Max and Ultra chips read its bytes in {us} µs, "
-        "so launches show. A figure below the range at head_dim 128 has another cause: register "
-        "spills or too few threadgroups resident (all pairs low), table lookups in threadgroup "
-        "memory (turbo3 to turbo6 low, q8_0 and turbo2 not), or launches (equal µs for all). Please "
-        f"report it. An M1 packs {packs} thousand tokens a second for {LAYERS} layers of {KV_HEADS} "
-        "KV heads.",
+        f"`doctor`'s context is shorter (8,192 tokens): Max and Ultra chips read its bytes in {us} "
+        "µs, so launches show. A figure below the range at head_dim 128 has another cause: "
+        "register spills or too few threadgroups resident (all pairs low), table lookups in "
+        "threadgroup memory (turbo3 to turbo6 low, q8_0 and turbo2 not), or launches (equal µs for "
+        f"all). Please report it. An M1 packs {packs} thousand tokens a second for {LAYERS} layers "
+        f"of {KV_HEADS} KV heads.",
     ])  # fmt: skip
 
 
@@ -251,7 +250,7 @@ def gpu_check() -> str:
         "# Checks on an NVIDIA GPU",
         "The text of the Metal kernels, compiled as CUDA ([testing.md](../testing.md)). "
         "*Teacher-forced codes*: the reference back-end takes over the GPU's codes where they are "
-        "right up to a near-tie, so that rounding cannot change the text (`scripts/model_check.py`).",
+        "right up to a near-tie, so that rounding cannot change the text.",
         "\n".join(f"- {item}" for item in items), source("gpu_check", record),
         "The parts were made by", "\n".join(["```", *others, *tools, "```"]),
     ])  # fmt: skip
@@ -287,7 +286,10 @@ def texts_text(texts: list[dict]) -> str:
     gaps = [abs(text["gap"]) for text in free if text["gap"] is not None]
     differ = "none differs"
     if gaps:
-        differ = f"{len(gaps)} differ, from a step where two tokens are at most {max(gaps):.3f} nats apart"
+        differ = (
+            f"{len(gaps)} differ, from a step where two tokens are at most {max(gaps):.3f} nats"
+        )
+        differ += " apart"
     return (
         f"with teacher-forced codes both choose the same token at {chosen} steps of {len(texts)} "
         f"texts{others}, log-probabilities differing by at most {apart} nats; without, {differ}"

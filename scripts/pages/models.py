@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlx_turbokv.evaluate.table import bytes_text
+from mlx_turbokv.evaluate.tables import bytes_text
 
 from . import SETTLED, commands, read, source, table
 
@@ -11,10 +11,10 @@ def whole_models() -> str:
     """Models of a known shape on a GPU."""
     parts = [
         "# Speed and memory of whole models",
-        "Random 4-bit weights. Medians of trials in which the configurations take turns; in brackets "
-        "the median of the ratios to the first in the same trial. Decode: tokens generated after a "
-        "cache that was filled with random K and V, packed by the cache itself. CPU time of a step: "
-        "[long-checks.md](long-checks.md#cpu-time-of-a-decode-step).",
+        "Random 4-bit weights. Medians of trials in which the configurations take turns; in "
+        "brackets the median of the ratios to the first in the same trial. Decode: tokens "
+        "generated after a cache that was filled with random K and V, packed by the cache itself. "
+        "CPU time of a step: [long-checks.md](long-checks.md#cpu-time-of-a-decode-step).",
     ]
     for name in ("bench_llama", "bench_qwen"):
         record = read(name)
@@ -56,8 +56,8 @@ def _whole_model(record: dict) -> str:
         for trial in row["generation_tps"]["trials"]
     )  # fmt: skip
     about = (
-        f"{record['weights']}; {record['num_trials']} trials of {record['generation_tokens']} tokens, "
-        f"up to {apart:.0%} from their median."
+        f"{record['weights']}; {record['num_trials']} trials of {record['generation_tokens']} "
+        f"tokens, up to {apart:.0%} from their median."
     )
     return f"{about}\n\n{table(['', *record['configs']], lines)}"
 
@@ -75,8 +75,8 @@ def models() -> str:
             f"+{added}" if added else "",
         ]
         rows.append([*map(str, cells), "; ".join(row["left_alone"]), row["remark"]])
-    header = ["architecture", "caches", "compressed", "with --compress-sliding", "left alone, and why",
-              "remark"]  # fmt: skip
+    header = ["architecture", "caches", "compressed", "with --compress-sliding",
+              "left alone, and why", "remark"]  # fmt: skip
     return "\n\n".join([
         "# What is compressed, by architecture",
         f"A tiny random model of each model file of mlx-lm {record['mlx_lm']} "
@@ -105,8 +105,8 @@ def _topics(page: str) -> list[str]:
 def research() -> str:
     """Settled research: conclusions and tables."""
     about = (
-        "Questions that are settled: the conclusion, its table, and where to find the script and the "
-        f"full record (commit {SETTLED}; figures here: [benchmarks/research.json]"
+        "Questions that are settled: the conclusion, its table, and where to find the script and "
+        f"the full record (commit {SETTLED}; figures here: [benchmarks/research.json]"
         "(../../benchmarks/research.json))."
     )
     return "\n\n".join(["# Settled research", about, *_topics("research")])
@@ -122,13 +122,13 @@ def long_checks() -> str:
     """Checks that take longer than tests may."""
     load = read("serve_load")
     about = (
-        f"Checks that take longer than tests may. Scripts that the tree no longer has are in commit "
-        f"{SETTLED}; figures: [benchmarks/research.json](../../benchmarks/research.json)."
+        f"Checks that take longer than tests may. Scripts that the tree no longer has are in "
+        f"commit {SETTLED}; figures: [benchmarks/research.json](../../benchmarks/research.json)."
     )
     server = (
-        f"{load['requests']} requests from {load['clients']} clients, {load['disconnected']} of which "
-        f"disconnect: {load['answered_as_without_load']} of {load['answered']} answers are those "
-        f"without load, resident memory grows by {load['growth_after_load']:.2%}."
+        f"{load['requests']} requests from {load['clients']} clients, {load['disconnected']} of "
+        f"which disconnect: {load['answered_as_without_load']} of {load['answered']} answers are "
+        f"those without load, resident memory grows by {load['growth_after_load']:.2%}."
     )
     return "\n\n".join(["# Long checks", about, "## A server under load", server,
                         source("serve_load", load), *_topics("long-checks")])  # fmt: skip

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import paper_replay
 
-from mlx_turbokv.evaluate import needle_table
 from mlx_turbokv.evaluate.statistics import ratio
-from mlx_turbokv.evaluate.table import bytes_text, footnotes, heading
+from mlx_turbokv.evaluate.tables import bytes_text, needle_table, perplexity_table
 from mlx_turbokv.report import summary
 
 from . import commands, interval, read, source, table
@@ -42,7 +41,7 @@ def _ratio(found: dict[str, dict], name: str, other: str = BOUNDARY) -> dict:
 def _quality(name: str) -> str:
     """Every configuration of a record, with intervals."""
     record = read(name)
-    found, results = _by_config(record), record["results"]
+    shown, found, results = perplexity_table(record), _by_config(record), record["results"]
     front, rows = summary.front_of(results[1:]), []
     for r in sorted(results[1:], key=lambda r: (-r["bits_per_value"], r["kld"]["mean"])):
         rows.append([
@@ -60,11 +59,11 @@ def _quality(name: str) -> str:
     ]  # fmt: skip
     first = results[0]["ppl"]
     about = (
-        f"{heading(record).splitlines()[0]}. f16/f16 has a perplexity of {first['ppl']:.3f} ± "
+        f"{shown.heading.splitlines()[0]}. f16/f16 has a perplexity of {first['ppl']:.3f} ± "
         f"{first['se']:.3f}. In brackets: 95 % intervals, bootstrap over windows; the ratios are "
         "paired. ● No configuration here has both fewer bits and a smaller KLD."
     )
-    return "\n\n".join([about, table(header, rows), footnotes(record), source(name)])
+    return "\n\n".join([about, table(header, rows), "\n".join(shown.notes), source(name)])
 
 
 def quality() -> str:
@@ -83,8 +82,8 @@ def quality() -> str:
         "([protocol](../evaluation.md)). `mlx-kvN:GROUP` is mlx-lm's `kv_bits=N`.",
         "![KLD against bits per value](kld-by-bits.svg)",
         f"- `turbo4/turbo4`, at {ours['bits_per_value']:.2f} bits, has "
-        f"{interval(_ratio(found, 'turbo4/turbo4', 'mlx-kv4:64'), '.3f')} times the KLD of mlx-lm's "
-        f"`kv_bits=4`, at {theirs['bits_per_value']:.2f} (scales in half precision).\n"
+        f"{interval(_ratio(found, 'turbo4/turbo4', 'mlx-kv4:64'), '.3f')} times the KLD of "
+        f"mlx-lm's `kv_bits=4`, at {theirs['bits_per_value']:.2f} (scales in half precision).\n"
         f"- Of the KLD of `{BOUNDARY}` ({boundary:.2f} bits), {against('turbo6/turbo5')}, and "
         f"{against('turbo4/turbo3')}.",
         _quality("quality"),
@@ -119,11 +118,12 @@ def calibration() -> str:
     notes = [
         *(_saved(read(name)) for name in ("quality", "quality_long")),
         "Much of the gain is the balance between K and V, which one pair of formats in every layer "
-        f"can have too: `turbo6/turbo5` has {interval(_ratio(found, 'turbo6/turbo5'), '.3f')} times "
-        f"the KLD of `{BOUNDARY}`. At equal bits, calibrated policies have {min(equal):.2f} to "
-        f"{max(equal):.2f} times the KLD of one pair in every layer.",
+        f"can have too: `turbo6/turbo5` has {interval(_ratio(found, 'turbo6/turbo5'), '.3f')} "
+        f"times the KLD of `{BOUNDARY}`. At equal bits, calibrated policies have {min(equal):.2f} "
+        f"to {max(equal):.2f} times the KLD of one pair in every layer.",
         f"On the calibration windows the whole assignments measured {min(factors):.2f} to "
-        f"{max(factors):.2f} times what was predicted, the most at {most['bits_per_value']:.2f} bits.",
+        f"{max(factors):.2f} times what was predicted, the most at {most['bits_per_value']:.2f} "
+        "bits.",
     ]
     return "\n\n".join([
         "# Calibrated policies",
@@ -199,9 +199,9 @@ def _calibrated_keys() -> str:
     least = min((r for r in policies if over(r)["interval"][1] <= 1),
                 key=lambda r: r["bits_per_value"])  # fmt: skip
     rows = [
-        [policy_name(r["config"]), f"{r['bits_per_value']:.3f}", f"{r['bits_per_value'] / bits:.2f}",
-         f"{r['k_bits_per_value']:.2f}", f"{r['v_bits_per_value']:.2f}",
-         f"{r['kld']['mean']:.4f} ± {r['kld']['se']:.4f}", interval(over(r), ".3f")]
+        [policy_name(r["config"]), f"{r['bits_per_value']:.3f}",
+         f"{r['bits_per_value'] / bits:.2f}", f"{r['k_bits_per_value']:.2f}",
+         f"{r['v_bits_per_value']:.2f}", f"{r['kld']['mean']:.4f} ± {r['kld']['se']:.4f}", interval(over(r), ".3f")]
         for r in sorted(held.values(), key=lambda r: -r["bits_per_value"])
         if r["config"] != "f16/f16"
     ]  # fmt: skip
@@ -213,7 +213,8 @@ def _calibrated_keys() -> str:
         f"{least['bits_per_value'] / bits:.2f} of `{BOUNDARY}`'s {bits:.2f}, have "
         f"{interval(over(least), '.3f')} times its KLD. {windows['n_windows']} windows of "
         f"{windows['n_ctx']} of wikitext-2, calibrated on {record['calibration']['n_windows']} of "
-        "the package's sample; all turbo keys centred; in brackets 95 % intervals, paired bootstrap."
+        "the package's sample; all turbo keys centred; in brackets 95 % intervals, paired "
+        "bootstrap."
     )
     return f"{text}\n\n{table(header, rows)}"
 
@@ -221,9 +222,10 @@ def _calibrated_keys() -> str:
 def needle() -> str:
     """What is still found, f16 first."""
     record = read("needle")
+    shown = needle_table(record)
     parts = ["# Needles", "[Protocol](../evaluation.md#needle).",
-             needle_table.heading(record).splitlines()[0] + ".",
-             needle_table.as_markdown(record["summary"]), needle_table.footnotes(record)]  # fmt: skip
+             shown.heading.splitlines()[0] + ".", shown.markdown(),
+             "\n".join(shown.notes)]  # fmt: skip
     if record["not_measured"]:
         left, n = record["not_measured"], len(record["cases"])
         parts.append(f"{left} of {n + left} cases were left when the time was over.")
@@ -243,8 +245,8 @@ def paper() -> str:
 def report() -> str:
     """The summary of a report on the default model."""
     record = read("report")
-    header, rows, front = summary.table_of(record)
-    rows = [[f"{row[0]} ●" if row[0] in front else row[0], *row[1:]] for row in rows]
+    shown, front = summary.table_of(record)
+    rows = [[f"{row[0]} ●" if row[0] in front else row[0], *row[1:]] for row in shown.rows]
     measured, needles = record["perplexity"], record["needle"]
     about = (
         f"{record['model']['name']} in {record['model']['dtype']}: {measured['n_windows']} windows "
@@ -253,12 +255,12 @@ def report() -> str:
     )
     speeds = [r["generation_tps"] for r in record["bench"]["rows"] if "error" not in r]
     apart = max(max(s["max"] - s["median"], s["median"] - s["min"]) / s["median"] for s in speeds)
-    notes = [*summary.notes(record),
+    notes = [*shown.notes,
              f"Trials of generation lie up to {apart:.0%} from their median."]  # fmt: skip
     parts = [record[name] for name in ("perplexity", "needle", "bench") if record[name]]
     first = {**record, "command": parts[0]["command"]}
     return "\n\n".join([
         "# A report", "What `mlx_turbokv.report` writes, in one table.", about,
-        table(header, rows), " ".join(notes), source("report", first),
+        table(shown.header, rows), " ".join(notes), source("report", first),
         commands(*(part["command"] for part in parts[1:])),
     ])  # fmt: skip
