@@ -29,10 +29,10 @@ import click  # noqa: E402
 import numpy as np  # noqa: E402
 from pages import table  # noqa: E402
 
-from mlx_turbokv.cli import perplexity  # noqa: E402
+from mlx_turbokv.cli import bench, needle, options, perplexity  # noqa: E402
 from mlx_turbokv.cli.entry import run  # noqa: E402
-from mlx_turbokv.cli.options import dtype_option, load_dtype, model_options  # noqa: E402
-from mlx_turbokv.cli.output import note, read_json, write_json  # noqa: E402
+from mlx_turbokv.cli.output import print_status, read_json, write_json  # noqa: E402
+from mlx_turbokv.cli.runs import load_model  # noqa: E402
 from mlx_turbokv.errors import InputError  # noqa: E402
 from mlx_turbokv.evaluate.statistics import bootstrap_interval  # noqa: E402
 
@@ -119,16 +119,29 @@ def measure(loaded, text, folder: Path, n_ctx: int, chunks: int, group: str, bac
 
     names, reasons = fitting(loaded.model, ["f16/f16", *config_names(group).values()], backend)
     for reason in reasons:
-        note(reason)
+        print_status(reason)
     names += raw_index_policies(loaded.model, folder, group)
     path = folder / f"{'short' if n_ctx < LONG_CTX else 'long'}.json"
     if path.is_file():
         found = read_json(str(path), perplexity.WHAT)
         same = found["n_ctx"] == n_ctx and found["text"]["sha256"] == text.sha256
         if same and [r["config"] for r in found["results"]] == names:
-            note(f"Kept: {path}")
+            print_status(f"Kept: {path}")
             return found
     return perplexity.measure(loaded, text, names, n_ctx, chunks, backend, str(path), None)
+
+
+def measure_both(folder: Path, text, chunks, long_chunks, long_ctx, group, backend, **model):
+    """The records of both context lengths; None for the long one without --long-chunks."""
+    from mlx_turbokv.evaluate.text import load_text
+
+    source, loaded = load_text(text), load_model(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    suffix = ":32" if group == "32" else ""
+    short = measure(loaded, source, folder, 512, chunks, suffix, backend)
+    if not long_chunks:
+        return short, None
+    return short, measure(loaded, source, folder, long_ctx, long_chunks, suffix, backend)
 
 
 def verdict(interval: tuple[float, float] | None, low: float = 0.0, high: float = math.inf) -> str:
@@ -372,50 +385,34 @@ def verdicts(short: dict, long: dict | None, needle: dict | None) -> dict:
 
 
 @click.command()
-@model_options
-@dtype_option
+@options.combined(options.model, options.dtype, options.backend)
 @click.option("--text", "-f", help="A file, sample, or wikitext-2 (default).")
 @click.option("--chunks", default=64, show_default=True, help="Windows of 512.")
 @click.option("--long-chunks", default=8, show_default=True, help="Windows of --long-ctx; 0: none.")
 @click.option("--long-ctx", default=LONG_CTX, show_default=True)
 @click.option("--group", type=click.Choice(["32", "head"]), default="32", show_default=True)
-@click.option("--backend", default="auto", show_default=True)
 @click.option("--out", "folder", metavar="FOLDER", help="Measure, and keep the records there.")
-@click.option("--from", "short_path", metavar="JSON", help="A perplexity record instead.")
-@click.option("--long", "long_path", metavar="JSON", help="The same at a longer context.")
-@click.option("--needle", "needle_path", metavar="JSON", help="A needle record.")
-@click.option("--bench", "bench_path", metavar="JSON", help="A bench record.")
+@click.option("--from", "short", metavar="JSON", help="A perplexity record instead.")
+@click.option("--long", metavar="JSON", help="The same at a longer context.")
+@click.option("--needle", "needles", metavar="JSON", help="A needle record.")
+@click.option("--bench", "speeds", metavar="JSON", help="A bench record.")
 @click.option("--json", "json_path", metavar="FILE", help="Write the verdicts there.")
-def command(
-    model, adapter_path, trust_remote_code, dtype, text, chunks, long_chunks, long_ctx, group,
-    backend, folder, short_path, long_path, needle_path, bench_path, json_path,
-) -> None:  # fmt: skip
+def command(folder, short, long, needles, speeds, json_path, **args) -> None:
     """Print the paper's tables and claims with what is measured here."""
-    from mlx_turbokv.cli import bench as bench_command
-    from mlx_turbokv.cli import needle as needle_command
-
-    if (folder is None) == (short_path is None):
+    if (folder is None) == (short is None):
         raise InputError("Give either --out FOLDER, to measure, or --from JSON.")
-    if folder is None:
-        short = read_json(short_path, perplexity.WHAT)
-        long = None if long_path is None else read_json(long_path, perplexity.WHAT)
-    else:
-        from mlx_turbokv.evaluate.text import load_text
-        from mlx_turbokv.loading.models import load
 
-        options = {"adapter_path": adapter_path, "trust_remote_code": trust_remote_code}
-        source, loaded = load_text(text), load(model, **options, **load_dtype(dtype))
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        at = (loaded, source, Path(folder))
-        suffix, long = ":32" if group == "32" else "", None
-        short = measure(*at, 512, chunks, suffix, backend)
-        if long_chunks:
-            long = measure(*at, long_ctx, long_chunks, suffix, backend)
-    needle = None if needle_path is None else read_json(needle_path, needle_command.WHAT)
-    bench = None if bench_path is None else read_json(bench_path, bench_command.WHAT)
-    print(report(short, long, needle, bench))
+    def record(path: str | None, what: str) -> dict | None:
+        return None if path is None else read_json(path, what)
+
+    if folder is None:
+        short, long = (record(path, perplexity.WHAT) for path in (short, long))
+    else:
+        short, long = measure_both(Path(folder), **args)
+    needles, speeds = record(needles, needle.WHAT), record(speeds, bench.WHAT)
+    print(report(short, long, needles, speeds))
     if json_path is not None:
-        write_json(json_path, verdicts(short, long, needle))
+        write_json(json_path, verdicts(short, long, needles))
 
 
 if __name__ == "__main__":

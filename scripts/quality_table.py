@@ -23,11 +23,10 @@ sys.path.insert(0, str(ROOT))
 
 import click  # noqa: E402
 
-from mlx_turbokv.cli import options as cli_options  # noqa: E402
-from mlx_turbokv.cli import perplexity  # noqa: E402
-from mlx_turbokv.cli import runs as cli_runs  # noqa: E402
+from mlx_turbokv.cli import options, perplexity  # noqa: E402
 from mlx_turbokv.cli.entry import run  # noqa: E402
 from mlx_turbokv.cli.output import Progress, print_status, write_json  # noqa: E402
+from mlx_turbokv.cli.runs import load_model  # noqa: E402
 from mlx_turbokv.errors import InputError  # noqa: E402
 from mlx_turbokv.evaluate.checkpoint import Checkpoint, journal_path  # noqa: E402
 
@@ -102,39 +101,31 @@ def run_shares(shares: int) -> bool:
 
 
 @click.command()
-@cli_options.model
-@cli_options.dtype
+@options.combined(options.model, options.dtype, options.backend)
 @click.option("--text", "-f", metavar="FILE|sample|wikitext-2")
 @click.option("-c", "--ctx-size", default=512, show_default=True)
 @click.option("--chunks", default=64, show_default=True)
 @click.option("--config", "configs", multiple=True, help="Instead of the table's.")
-@cli_options.backend
 @click.option("--processes", default=1, show_default=True, type=click.IntRange(1))
 @click.option("--share", type=int, hidden=True)
 @click.option("--json", "json_path", required=True, metavar="FILE")
-def command(
-    model, adapter_path, trust_remote_code, dtype, text, ctx_size, chunks, configs, backend,
-    processes, share, json_path,
-) -> None:  # fmt: skip
+def command(text, configs, ctx_size, chunks, backend, processes, share, json_path, **args) -> None:
     """Measure the table and write its record."""
     from mlx_turbokv.evaluate.tables import perplexity_table
     from mlx_turbokv.evaluate.text import load_text
-    from mlx_turbokv.loading.models import load
 
     started = time.perf_counter()
-    names = list(configs or CONFIGS)
     source = load_text(text)
     if share is None and processes > 1 and not run_shares(processes):
         raise InputError("A process failed; what is finished is kept: run the command again.")
-    loaded = load(
-        model, adapter_path=adapter_path, trust_remote_code=trust_remote_code, **cli_runs.load_dtype(dtype)
-    )
+    wanted = load_model(args), source, list(configs or CONFIGS), ctx_size, chunks, backend
     if processes > 1:
-        ready = perplexity.make_run(loaded, source, names, ctx_size, chunks, backend)
+        ready = perplexity.make_run(*wanted)
         if share is not None:
-            return measure_share(loaded, ready, json_path, share, processes)
-        print_status(f"{join(ready, json_path, processes)} windows were measured by {processes} processes.")
-    record = perplexity.measure(loaded, source, names, ctx_size, chunks, backend, json_path, None)
+            return measure_share(wanted[0], ready, json_path, share, processes)
+        n = join(ready, json_path, processes)
+        print_status(f"{n} windows were measured by {processes} processes.")
+    record = perplexity.measure(*wanted, json_path, None)
     record |= {"seconds": round(time.perf_counter() - started, 1), "processes": processes}
     del record["windows_kept_from_before"]
     write_json(json_path, record)

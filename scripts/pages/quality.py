@@ -201,7 +201,8 @@ def _calibrated_keys() -> str:
     rows = [
         [policy_name(r["config"]), f"{r['bits_per_value']:.3f}",
          f"{r['bits_per_value'] / bits:.2f}", f"{r['k_bits_per_value']:.2f}",
-         f"{r['v_bits_per_value']:.2f}", f"{r['kld']['mean']:.4f} ± {r['kld']['se']:.4f}", interval(over(r), ".3f")]
+         f"{r['v_bits_per_value']:.2f}", f"{r['kld']['mean']:.4f} ± {r['kld']['se']:.4f}",
+         interval(over(r), ".3f")]
         for r in sorted(held.values(), key=lambda r: -r["bits_per_value"])
         if r["config"] != "f16/f16"
     ]  # fmt: skip
