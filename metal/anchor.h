@@ -1,35 +1,37 @@
-// Anchors of centred keys (mlx_turbokv/centre.py): mu of a KV head, its pairs of dims turned by a
-// table of cosines and sines that all layers share. A word of the table is a pair's cosine and sine
-// in half; a row of it is a block of positions. The first `half` pairs are dims (i, half + i), the
-// others (2 i, 2 i + 1).
+// Anchors of centred keys (mlx_turbokv/centring/centre.py). The anchor of a block of 32 positions
+// is mu of the KV head with RoPE applied for that block. The table of cosines and sines is shared
+// by all layers: a row for each block, a word for each pair of dims, the cosine in its low half and
+// the sine in its high half. The first `split_pairs` pairs are dims (i, split_pairs + i), as in
+// non-traditional RoPE; the others are (2 i, 2 i + 1).
 
 constant constexpr int ANCHOR_BLOCK = 32;
 
 // The dims of pair `i`.
-TKV_FN int pair_first(int i, int half_dims) {
-  return i < half_dims ? i : 2 * i;
+TKV_FN int pair_first(int i, int split_pairs) {
+  return i < split_pairs ? i : 2 * i;
 }
-TKV_FN int pair_second(int i, int half_dims) {
-  return i < half_dims ? half_dims + i : 2 * i + 1;
-}
-
-// The block of a row of a sequence whose first token is row `start`.
-TKV_FN int anchor_block(int row, int start) {
-  return row > start ? (row - start) / ANCHOR_BLOCK : 0;
+TKV_FN int pair_second(int i, int split_pairs) {
+  return i < split_pairs ? split_pairs + i : 2 * i + 1;
 }
 
-// The first row that has an anchor: a sequence's first key may be stored bare.
-TKV_FN bool has_anchor(int row, int start, int bare) {
-  return row >= start + bare;
+// The block of a row; `padding`: rows before the sequence's first token.
+TKV_FN int anchor_block(int row, int padding) {
+  return row > padding ? (row - padding) / ANCHOR_BLOCK : 0;
 }
 
-// One dim of an anchor; `words`: the block's row of the table.
-TKV_FN float anchor_value(const device float* mu, const device uint* words, int half_dims, int dim) {
-  const bool low = dim < half_dims;
-  const bool apart = dim < 2 * half_dims;
-  const bool second = apart ? !low : (dim & 1) != 0;
-  const int other = apart ? (low ? dim + half_dims : dim - half_dims) : (dim ^ 1);
-  const uint word = words[apart ? (low ? dim : dim - half_dims) : dim / 2];
-  const float turned = mu[other] * half_bits(word >> 16);
-  return mu[dim] * half_bits(word) + (second ? turned : -turned);
+// Whether a row has an anchor. The first `n_uncentred` keys of a sequence are stored uncentred.
+TKV_FN bool has_anchor(int row, int padding, int n_uncentred) {
+  return row >= padding + n_uncentred;
+}
+
+// One dim of an anchor. `cos_sin`: the block's row of the table.
+TKV_FN float anchor_value(const device float* mu, const device uint* cos_sin, int split_pairs,
+                          int dim) {
+  const bool first = dim < split_pairs;
+  const bool split = dim < 2 * split_pairs;
+  const bool second = split ? !first : (dim & 1) != 0;
+  const int other = split ? (first ? dim + split_pairs : dim - split_pairs) : (dim ^ 1);
+  const uint word = cos_sin[split ? (first ? dim : dim - split_pairs) : dim / 2];
+  const float rotated = mu[other] * half_bits(word >> 16);
+  return mu[dim] * half_bits(word) + (second ? rotated : -rotated);
 }

@@ -1,6 +1,6 @@
-// Shared by the kernels: the dialect's words, the stored layout (mlx_turbokv/layout.py), and how
-// four neighbouring codes become four floats. Metal is the source of truth; compat/cuda.h defines
-// the same words for NVRTC before this text. Files are concatenated: common.h, hadamard.h, a kernel.
+// Shared by all kernels: macros, the tile layout (mlx_turbokv/quant/layout.py), unpacking of codes.
+// The sources are written in Metal; for NVRTC, compat/cuda.h precedes this text and defines the
+// same words. Files are concatenated in the order of kernels/assemble.py.
 
 #ifndef TKV_PRELUDE
 #define TKV_FN inline
@@ -9,26 +9,27 @@
 #define TKV_SHARED_ALIGNED TKV_SHARED
 #define TKV_UNROLL _Pragma("clang loop unroll(full)")
 
-// Words that lookup tables of K and of V may take. Little threadgroup memory lets more threadgroups
-// share a core.
-TKV_CONST_FN int most_lookup_words(bool keys) {
+// Most words of threadgroup memory for the LUT of K or V. With less threadgroup memory, more
+// threadgroups fit on a core.
+TKV_CONST_FN int max_lut_words(bool keys) {
   return keys ? 1024 : 512;
 }
 
 #define fast_exp2(x) metal::fast::exp2(x)
 #define fast_log2(x) metal::fast::log2(x)
 
-// Bytes of threadgroup memory from `shared` on, which begins at a multiple of the largest table's size.
-TKV_FN uint shared_place(threadgroup const float4*) {
+// Byte offsets into threadgroup memory from `shared`, which is aligned to the size of the largest
+// LUT.
+TKV_FN uint shared_base(threadgroup const float4*) {
   return 0;
 }
 template <typename T>
-TKV_FN T shared_entry(threadgroup const float4* shared, uint place) {
-  return *(threadgroup const T*)((threadgroup const uchar*)shared + place);
+TKV_FN T shared_load(threadgroup const float4* shared, uint offset) {
+  return *(threadgroup const T*)((threadgroup const uchar*)shared + offset);
 }
 
-// The int8 codes of a word as half2: bytes 0 and 2, then 1 and 3. A byte with its sign flipped, below
-// the bits of 1024, is 1152 more than the code.
+// The int8 codes of a word as half2: bytes 0 and 2, then 1 and 3. A byte with its sign bit flipped,
+// as the low mantissa bits of 1024, gives 1152 plus the code.
 TKV_FN void signed_pairs(thread half2* pairs, uint word) {
   const half2 offset = as_type<half2>(0x64806480u);
   pairs[0] = as_type<half2>((word & 0x00ff00ffu) ^ 0x64806480u) - offset;
@@ -44,25 +45,25 @@ TKV_FN float signed_byte(uint word, int index) {
 constant constexpr int TILE = 32;
 constant constexpr int LANES = 32;
 
-// The constant tables of one side, as 32-bit words (kernels/tables.py writes them): bits of the
-// rotation's signs, sign bits of the dense Hadamard matrix by rows and by columns (two words each),
-// the codebook, the boundaries between its levels, and the entries of lookup.h.
-constant constexpr int TABLE_ROWS = 4;
-constant constexpr int TABLE_COLUMNS = 76;
+// Offsets in the constant tables of K or V, in 32-bit words (kernels/tables.py writes them): sign
+// bits of the rotation, sign bits of the dense Hadamard matrix by rows and by columns (two words
+// each), the codebook's levels, the boundaries between them, and the LUT entries of lut.h.
+constant constexpr int TABLE_HADAMARD_ROWS = 4;
+constant constexpr int TABLE_HADAMARD_COLUMNS = 76;
 constant constexpr int TABLE_LEVELS = 148;
 constant constexpr int TABLE_BOUNDARIES = 212;
-constant constexpr int TABLE_LOOKUP = 276;
+constant constexpr int TABLE_LUT = 276;
 constant constexpr int MAX_LEVELS = 64;
 
-// What a row is: BITS of a code (2 to 6 turbo, 8 q8_0, 16 or 32 raw values), GROUP values to a
-// scale (0 for raw rows).
+// A format: BITS of a code (2 to 6 turbo, 8 q8_0, 16 or 32 unquantised) and GROUP values to a scale
+// (0 where unquantised).
 TKV_CONST_FN int group_count(int dim, int group) {
   return group == 0 ? 0 : (dim + group - 1) / group;
 }
 TKV_CONST_FN int code_words(int bits, int dim) {
   return bits * dim;
 }
-TKV_CONST_FN int side_words(int bits, int group, int dim) {
+TKV_CONST_FN int tensor_words(int bits, int group, int dim) {
   return code_words(bits, dim) + 16 * group_count(dim, group);
 }
 TKV_CONST_FN int ceil_div(int a, int b) {
@@ -72,7 +73,7 @@ TKV_CONST_FN int larger(int a, int b) {
   return a > b ? a : b;
 }
 
-// Raw values: RAW 0 is half, 1 bfloat, 2 float.
+// An unquantised value from its bits. RAW: 0 half, 1 bfloat, 2 float.
 template <int RAW>
 TKV_FN float raw_value(uint bits) {
   if (RAW == 0) {
@@ -89,19 +90,19 @@ TKV_FN float component(float4 v, int i) {
   return i == 0 ? v.x : (i == 1 ? v.y : (i == 2 ? v.z : v.w));
 }
 
-// The bits of quad `quad` (four codes) of a bitstream; bits above the quad's own are garbage.
+// The bits of vec4 `vec4` (four neighbouring codes) of a bitstream; higher bits are undefined.
 template <int BITS>
-TKV_FN uint4 quad_bits(thread const uint* words, int quad) {
+TKV_FN uint4 vec4_bits(thread const uint* words, int vec4) {
   if (BITS == 8) {
-    return uint4(words[quad], 0, 0, 0);
+    return uint4(words[vec4], 0, 0, 0);
   }
   if (BITS == 16) {
-    return uint4(words[2 * quad], words[2 * quad + 1], 0, 0);
+    return uint4(words[2 * vec4], words[2 * vec4 + 1], 0, 0);
   }
   if (BITS == 32) {
-    return uint4(words[4 * quad], words[4 * quad + 1], words[4 * quad + 2], words[4 * quad + 3]);
+    return uint4(words[4 * vec4], words[4 * vec4 + 1], words[4 * vec4 + 2], words[4 * vec4 + 3]);
   }
-  const int bit = quad * 4 * BITS;
+  const int bit = vec4 * 4 * BITS;
   const int word = bit >> 5;
   const int shift = bit & 31;
   uint low = words[word] >> shift;
@@ -111,10 +112,10 @@ TKV_FN uint4 quad_bits(thread const uint* words, int quad) {
   return uint4(low, 0, 0, 0);
 }
 
-// Four values without their scale. `table` holds the levels; with 2 bits, the 16 pairs of levels,
-// so that one read gives two values.
+// Four values without their scale. `table`: the levels; for 2 bits the 16 pairs of levels, so one
+// read gives two values.
 template <int BITS, int RAW>
-TKV_FN float4 quad_values(uint4 bits, threadgroup const float* table) {
+TKV_FN float4 vec4_values(uint4 bits, threadgroup const float* table) {
   if (BITS == 8) {
     return float4(signed_byte(bits.x, 0), signed_byte(bits.x, 1), signed_byte(bits.x, 2),
                   signed_byte(bits.x, 3));
@@ -138,7 +139,7 @@ TKV_FN float4 quad_values(uint4 bits, threadgroup const float* table) {
                 table[(bits.x >> (2 * BITS)) & mask], table[(bits.x >> (3 * BITS)) & mask]);
 }
 
-// Copies a side's levels to threadgroup memory in the form that quad_values reads.
+// Copies the levels to threadgroup memory in the layout that vec4_values reads.
 template <int BITS>
 TKV_FN void load_levels(threadgroup float* table, const device uint* constants, int thread_index) {
   if (BITS > 6 || thread_index >= (BITS == 2 ? 32 : (1 << (BITS & 31)))) {
@@ -151,7 +152,8 @@ TKV_FN void load_levels(threadgroup float* table, const device uint* constants, 
   table[thread_index] = as_type<float>(constants[TABLE_LEVELS + level]);
 }
 
-// The first BYTES bytes of one token's row from its columns: 16 bytes wide, then 8, 4, 2, 1.
+// Loads the first BYTES bytes of a token's row from its columns, which are 16, 8, 4, 2, 1 bytes
+// wide.
 template <int BYTES>
 TKV_FN void load_row(thread uint* words, const device uint* columns, int token) {
   TKV_UNROLL

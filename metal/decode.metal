@@ -1,106 +1,16 @@
-// Attention of a few queries over packed rows, straight from the packed bytes.
+// Attention of a few queries over packed rows, without dequantising them to memory.
 //
-// decode_partial: a threadgroup takes one KV head, one split of the tokens and up to ROWS query
-// rows (the GQA group's heads times the queries), so a packed byte is read once for all of them.
-// Its SIMD groups stride over tiles of 32 tokens, STEP tiles at a time: q.k (decode_keys.h), the
-// softmax's weights, p.v (decode_values.h). `result` is each split's rows, then its maxima and
-// sums, for merge.metal to join; or, of a split that is the WHOLE, the output.
+// decode_partial: a threadgroup handles one KV head, one split of the tokens and up to ROWS query
+// rows (GQA factor * queries), so packed bytes are read once for all of them. Its SIMD groups
+// stride over tiles of 32 tokens, STEP tiles at a time: q.k (decode_keys.h), the softmax's weights
+// (decode_softmax.h), p.v (decode_values.h). `result`: the rows of each split, then its maxima and
+// sums, which merge.metal merges; with WHOLE (one split) the output.
 //
-// Scores are in units of log2 e. Weights are powers of two of a score less a reference, which
-// follows the largest score with a margin; where weights take V's scale along, so does the
-// reference.
-//
-// A token that no query may see costs a weight of zero; what its row holds is never multiplied, so
-// stale rows may hold anything. With centred keys a score gets one product q.a more, a block's
+// A masked token gets a weight of zero and what its row holds is never multiplied, so stale rows
+// may hold anything. For centred keys q.anchor of the key's block is added to the score
 // (decode_anchors.h).
 
-// A weight at the reference is 2^HEADROOM; one above 2^(HEADROOM + MARGIN) moves the reference.
-// A chain of half products of 2^10 stays finite, and weights of 2^-30 of the largest still count.
-constant constexpr float HEADROOM = 6.0f;
-constant constexpr float MARGIN = 4.0f;
-// scales below half's smallest count as that
-constant constexpr float LOWEST_SCALE = 5.96e-8f;
-
-// tiles that a SIMD group takes at once: as many as registers and threadgroup memory hold
-TKV_CONST_FN int decode_step(int rows, int v_dim) {
-  return rows <= 4 && v_dim <= 256 ? 2 : 1;
-}
-// rows that SIMD groups join at once
-TKV_CONST_FN int merge_rows(int rows, int v_dim) {
-  return 4096 / (DECODE_GROUPS * v_dim) < 1
-             ? 1
-             : (4096 / (DECODE_GROUPS * v_dim) < rows ? 4096 / (DECODE_GROUPS * v_dim) : rows);
-}
-// The tables' copies: fewer of them where queries and weights take much. V has the words of K's
-// where K needs no table.
-TKV_CONST_FN int table_copies(bool keys, int k_bits, int v_bits, int rows, int k_dim, int v_dim) {
-  return lookup_copies(keys ? k_bits : v_bits,
-                       padded_rows(rows) * (k_dim + v_dim) > 1024
-                           ? 1024
-                           : most_lookup_words(keys || (k_bits > 6 && v_dim <= 128)));
-}
-TKV_CONST_FN int key_table_words(int k_bits, int v_bits, int rows, int k_dim, int v_dim, int raw) {
-  return keys_in_halves(k_bits, k_dim, raw)
-             ? lookup_words(k_bits, table_copies(true, k_bits, v_bits, rows, k_dim, v_dim))
-             : MAX_LEVELS;
-}
-TKV_CONST_FN int value_table_words(int k_bits, int v_bits, int v_group, int rows, int k_dim,
-                                   int v_dim, int raw) {
-  return values_in_halves(v_bits, v_group, v_dim, raw)
-             ? lookup_words(v_bits, table_copies(false, k_bits, v_bits, rows, k_dim, v_dim))
-             : MAX_LEVELS;
-}
-TKV_CONST_FN int all_weight_words(int bits, int group, int dim, int rows, int raw) {
-  return DECODE_GROUPS *
-         larger(decode_step(rows, dim) * weight_words(bits, group, dim, rows, raw), 128);
-}
-// Words of threadgroup memory: tables of K and V, row scales, queries, weights (first the
-// rotation's scratch) and, with centred keys, what queries and mu give. The SIMD groups' results
-// take their place in the end; maxima and sums lie behind.
-TKV_CONST_FN int queries_at(int k_bits, int k_dim, int v_bits, int v_group, int v_dim, int rows,
-                            int raw) {
-  return (key_table_words(k_bits, v_bits, rows, k_dim, v_dim, raw) +
-          value_table_words(k_bits, v_bits, v_group, rows, k_dim, v_dim, raw) + padded_rows(rows) +
-          3) /
-         4 * 4;
-}
-TKV_CONST_FN int maxima_at(int k_bits, int k_dim, int v_bits, int v_group, int v_dim, int rows,
-                           int raw, bool centred) {
-  return larger(queries_at(k_bits, k_dim, v_bits, v_group, v_dim, rows, raw) +
-                    query_words(k_bits, k_dim, k_dim, rows, raw) +
-                    all_weight_words(v_bits, v_group, v_dim, rows, raw) +
-                    (centred ? pair_words(k_dim, rows) + anchor_words(rows) : 0),
-                DECODE_GROUPS * v_dim * merge_rows(rows, v_dim));
-}
-TKV_CONST_FN int decode_words(int k_bits, int k_dim, int v_bits, int v_group, int v_dim, int rows,
-                              int raw, bool centred) {
-  return (maxima_at(k_bits, k_dim, v_bits, v_group, v_dim, rows, raw, centred) +
-          2 * DECODE_GROUPS * padded_rows(rows) + 3) /
-         4 * 4;
-}
-
-// The largest reference of a row's SIMD groups; `maxima` [SIMD group][row].
-template <int RP>
-TKV_FN float joint_maximum(threadgroup const float* maxima, int row) {
-  float top = LOWEST;
-  for (int s = 0; s < DECODE_GROUPS; s++) {
-    top = maxima[s * RP + row] > top ? maxima[s * RP + row] : top;
-  }
-  return top;
-}
-
-// The sum of a row's weights, relative to the score `top`.
-template <int RP>
-TKV_FN float joint_sum(threadgroup const float* maxima, threadgroup const float* sums, int row,
-                       float top) {
-  float total = 0.0f;
-  for (int s = 0; s < DECODE_GROUPS; s++) {
-    total += sums[s * RP + row] * fast_exp2(maxima[s * RP + row] - top);
-  }
-  return total;
-}
-
-// The words of tile `tile`, or of the split's last where it lies behind: read, not used.
+// The words of tile `tile`; past the split's end those of its last tile, which are then unused.
 template <int TILE_WORDS>
 TKV_FN const device uint* tile_at(const device uint* body, const device uint* tail, int body_tiles,
                                   int tile, int end) {
@@ -112,44 +22,44 @@ TKV_FN const device uint* tile_at(const device uint* body, const device uint* ta
 template <typename T, int KB, int KG, int KD, int KW, int VB, int VG, int VD, int VW, int RAW,
           int ROWS, bool CENTRED, bool WHOLE, typename Result>
 TKV_FN void decode_partial(const device T* q, const device uint* body, const device uint* tail,
-                           const device int* starts, const device int* params,
+                           const device int* left_padding, const device int* params,
                            const device uint* k_constants, const device uint* v_constants,
-                           const device float* mu, const device uint* table, const device T* sinks,
-                           device Result* result, threadgroup float4* shared, uint3 group,
-                           uint simd, uint lane_index) {
+                           const device float* mu, const device uint* cos_sin_table,
+                           const device T* sinks, device Result* result, threadgroup float4* shared,
+                           uint3 group, uint simd, uint lane_index) {
   constexpr int RP = padded_rows(ROWS);
   constexpr int STEP = decode_step(ROWS, VD);
-  constexpr int QUADS = ceil_div(VD, 4 * LANES);
-  constexpr int PARTS = VD <= 64 && STEP >= 2 ? 2 : 1;  // narrow heads: half a SIMD group a tile
+  constexpr int VEC4S = ceil_div(VD, 4 * LANES);
+  constexpr int PARTS = VD <= 64 && STEP >= 2 ? 2 : 1;  // narrow heads: half a SIMD group per tile
   constexpr int SPANS = KD / key_span(KB, KG, KD);
   constexpr int UNITS = TILE / value_span(VB);
   constexpr int UNIT_WORDS = unit_words(VB, VD);
   constexpr int KEY_WORDS = key_words(KB, KG, KD);
   constexpr int KEY_SCALES = key_scales(KB, KG, KD);
-  constexpr bool V_HALVES = values_in_halves(VB, VG, VD, RAW);
+  constexpr bool V_IN_HALF = values_in_half(VB, VG, VD, RAW);
   constexpr int WEIGHT_GROUPS = weight_groups(VB, VG, VD, RAW);
-  constexpr int V_OFFSET = side_words(KB, KG, KD);
+  constexpr int V_OFFSET = tensor_words(KB, KG, KD);
   constexpr int WEIGHT_WORDS = weight_words(VB, VG, VD, ROWS, RAW);
-  constexpr int TILE_WORDS = V_OFFSET + side_words(VB, VG, VD);
-  constexpr int STRIDE = DECODE_GROUPS * STEP;  // tiles of all SIMD groups' steps
+  constexpr int TILE_WORDS = V_OFFSET + tensor_words(VB, VG, VD);
+  constexpr int STRIDE = DECODE_GROUPS * STEP;  // tiles of one step of all SIMD groups
   const int lane = int(lane_index);
   const int simd_group = int(simd);
   const int thread_index = simd_group * LANES + lane;
 
-  // the larger table first: each begins at a multiple of its size
-  constexpr int K_COPIES = table_copies(true, KB, VB, ROWS, KD, VD);
-  constexpr int V_COPIES = table_copies(false, KB, VB, ROWS, KD, VD);
-  constexpr int K_TABLE_WORDS = key_table_words(KB, VB, ROWS, KD, VD, RAW);
-  constexpr int V_TABLE_WORDS = value_table_words(KB, VB, VG, ROWS, KD, VD, RAW);
-  constexpr int K_TABLE = K_TABLE_WORDS < V_TABLE_WORDS ? V_TABLE_WORDS : 0;
-  constexpr int V_TABLE = K_TABLE == 0 ? K_TABLE_WORDS : 0;
-  constexpr int QUERIES = queries_at(KB, KD, VB, VG, VD, ROWS, RAW);
+  // the larger LUT first, so that each is aligned to its size
+  constexpr int K_COPIES = tensor_lut_copies(true, KB, VB, ROWS, KD, VD);
+  constexpr int V_COPIES = tensor_lut_copies(false, KB, VB, ROWS, KD, VD);
+  constexpr int K_LUT_WORDS = key_lut_words(KB, VB, ROWS, KD, VD, RAW);
+  constexpr int V_LUT_WORDS = value_lut_words(KB, VB, VG, ROWS, KD, VD, RAW);
+  constexpr int K_LUT = K_LUT_WORDS < V_LUT_WORDS ? V_LUT_WORDS : 0;
+  constexpr int V_LUT = K_LUT == 0 ? K_LUT_WORDS : 0;
+  constexpr int QUERIES = queries_offset(KB, KD, VB, VG, VD, ROWS, RAW);
   constexpr int WEIGHTS = QUERIES + query_words(KB, KD, KD, ROWS, RAW);
   constexpr int PAIRS = WEIGHTS + (CENTRED ? all_weight_words(VB, VG, VD, ROWS, RAW) : 0);
-  constexpr int MAXIMA = maxima_at(KB, KD, VB, VG, VD, ROWS, RAW, CENTRED);
+  constexpr int MAXIMA = maxima_offset(KB, KD, VB, VG, VD, ROWS, RAW, CENTRED);
   threadgroup uint* words = (threadgroup uint*)shared;
   threadgroup float* floats = (threadgroup float*)shared;
-  threadgroup float* row_scales = floats + K_TABLE_WORDS + V_TABLE_WORDS;
+  threadgroup float* row_scales = floats + K_LUT_WORDS + V_LUT_WORDS;
   threadgroup uint* queries = words + QUERIES;
   threadgroup float* pairs = floats + PAIRS;
   threadgroup float* anchors = pairs + pair_words(KD, ROWS) + simd_group * (ANCHORS * RP);
@@ -157,25 +67,26 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
   threadgroup float* sums = maxima + DECODE_GROUPS * RP;
 
   const int row0 = int(group.z) * ROWS;
-  const int all_rows = params[P_ROWS];
+  const int all_rows = params[param_n_rows];
   const int n_rows = all_rows - row0 < ROWS ? all_rows - row0 : ROWS;
-  const int head = int(group.x);  // of all sequences
-  const int n_splits = params[P_SPLITS];
-  const int n_tokens = params[P_TOKENS];
-  const int body_tiles = params[P_BODY_TILES];
-  const int start = params[P_STARTS] != 0 ? starts[head / params[P_HEADS]] : 0;
-  const float scale = as_type<float>(params[P_SCALE]) * LOG2_E;
+  const int head = int(group.x);  // of all sequences' KV heads
+  const int n_splits = params[param_n_splits];
+  const int n_tokens = params[param_n_tokens];
+  const int body_tiles = params[param_body_tiles];
+  const int padding =
+      params[param_has_left_padding] != 0 ? left_padding[head / params[param_n_kv_heads]] : 0;
+  const float scale = as_type<float>(params[param_scale_bits]) * LOG2_E;
 
-  // what does not depend on the parameters is asked for while they arrive
+  // loads that do not depend on the parameters overlap with theirs
   constexpr int THREADS = DECODE_GROUPS * LANES;
-  constexpr bool K_HALVES = keys_in_halves(KB, KD, RAW);
-  uint k_entries[2 * larger(lookup_turns(KB, K_COPIES, THREADS), 1)];
-  uint v_entries[2 * larger(lookup_turns(VB, V_COPIES, THREADS), 1)];
-  if (K_HALVES) {
-    fetch_lookup<KB, K_COPIES, THREADS>(k_entries, k_constants, thread_index);
+  constexpr bool K_IN_HALF = keys_in_half(KB, KD, RAW);
+  uint k_entries[2 * larger(lut_writes(KB, K_COPIES, THREADS), 1)];
+  uint v_entries[2 * larger(lut_writes(VB, V_COPIES, THREADS), 1)];
+  if (K_IN_HALF) {
+    fetch_lut<KB, K_COPIES, THREADS>(k_entries, k_constants, thread_index);
   }
-  if (V_HALVES) {
-    fetch_lookup<VB, V_COPIES, THREADS>(v_entries, v_constants, thread_index);
+  if (V_IN_HALF) {
+    fetch_lut<VB, V_COPIES, THREADS>(v_entries, v_constants, thread_index);
   }
   uint signs[4];
   TKV_UNROLL
@@ -187,66 +98,68 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
   fetch_query<T, KW, KD>(query, q + first_row * KD, simd_group, n_rows, lane);
   float pair_values[4 * pairs_of_thread(KD, ROWS)];
   if (CENTRED) {
-    const int n_heads = params[P_HEADS];
+    const int n_heads = params[param_n_kv_heads];
     fetch_pairs<T, KD, ROWS>(pair_values, q + first_row * KD,
-                             mu + (head < n_heads ? head : head % n_heads) * KD, params[P_HALF],
-                             n_rows, thread_index);
+                             mu + (head < n_heads ? head : head % n_heads) * KD,
+                             params[param_split_pairs], n_rows, thread_index);
   }
 
-  // this split's tiles; those before the sequence's start are nobody's
-  const int first_tile = (start < n_tokens ? start : n_tokens) / TILE;
+  // this split's tiles; tiles of nothing but left padding are skipped
+  const int first_tile = (padding < n_tokens ? padding : n_tokens) / TILE;
   const int n_tiles = (n_tokens + TILE - 1) / TILE - first_tile;
   const int split = int(group.y);
-  const int each = WHOLE ? n_tiles : int(uint(n_tiles) / uint(n_splits));
-  const int rest = WHOLE ? 0 : n_tiles - each * n_splits;
-  const int begin = first_tile + split * each + (split < rest ? split : rest);
-  const int end = begin + each + (split < rest ? 1 : 0);
-  const device uint* head_body = body + size_t(head) * size_t(params[P_BODY_STRIDE]) * TILE_WORDS;
-  const device uint* head_tail = tail + size_t(head) * size_t(params[P_TAIL_STRIDE]) * TILE_WORDS;
+  const int split_tiles = WHOLE ? n_tiles : int(uint(n_tiles) / uint(n_splits));
+  const int n_longer = WHOLE ? 0 : n_tiles - split_tiles * n_splits;
+  const int begin = first_tile + split * split_tiles + (split < n_longer ? split : n_longer);
+  const int end = begin + split_tiles + (split < n_longer ? 1 : 0);
+  const device uint* head_body =
+      body + size_t(head) * size_t(params[param_body_stride]) * TILE_WORDS;
+  const device uint* head_tail =
+      tail + size_t(head) * size_t(params[param_tail_stride]) * TILE_WORDS;
 
   const int part = PARTS == 2 ? lane >> 4 : 0;
-  const int first_quad = PARTS == 2 ? lane & 15 : lane;
-  const int first_own = begin + simd_group * STEP;
-  // the lane's block among those of a tile, and steps whose anchors are worked out at once
-  const int tile_blocks = blocks_of_tile(start);
-  const int own_block = tile_blocks == 2 && lane >= start % TILE ? 1 : 0;
-  const int first_centred = start + params[P_BARE];
+  const int first_vec4 = PARTS == 2 ? lane & 15 : lane;
+  const int simd_first = begin + simd_group * STEP;
+  // the lane's block among those of a tile, and the steps that anchor_products covers
+  const int tile_blocks = blocks_of_tile(padding);
+  const int lane_block = tile_blocks == 2 && lane >= padding % TILE ? 1 : 0;
+  const int first_centred = padding + params[param_n_uncentred];
   const int anchor_steps = ANCHORS / (STEP * tile_blocks);
-  uint turns[8];
+  uint cos_sin[8];
   const device uint* tiles[STEP];
   TKV_UNROLL
   for (int i = 0; i < STEP; i++) {
-    tiles[i] = tile_at<TILE_WORDS>(head_body, head_tail, body_tiles, first_own + i, end);
+    tiles[i] = tile_at<TILE_WORDS>(head_body, head_tail, body_tiles, simd_first + i, end);
   }
-  // what is used next is always under way: K's first span while p.v is worked out, V's first unit
-  // while q.k is
+  // prefetch: K's first span is loaded during p.v, V's first unit during q.k
   uint k_words[STEP * KEY_WORDS];
   uint k_scales[STEP * KEY_SCALES];
   uint v_words[UNIT_WORDS];
   uint v_scales[STEP * WEIGHT_GROUPS];
-  if (first_own < end) {
+  if (simd_first < end) {
     load_first_span<KB, KG, KD, STEP>(k_words, tiles, lane);
     if (CENTRED) {
-      load_turns<KD, STEP>(turns, table, lane % HALF_LANES, first_own, start, n_tokens, lane);
+      load_cos_sin<KD, STEP>(cos_sin, cos_sin_table, lane % HALF_LANES, simd_first, padding,
+                             n_tokens, lane);
     }
     load_key_scales<KB, KG, KD, STEP>(k_scales, tiles, 0, lane);
     load_value_scales<VB, VG, VD, RAW, STEP>(v_scales, tiles, V_OFFSET, lane);
     const device uint* first =
-        tile_at<TILE_WORDS>(head_body, head_tail, body_tiles, first_own + part, end);
-    load_unit<VB, VD>(v_words, first + V_OFFSET, 0, first_quad, LANES / PARTS);
+        tile_at<TILE_WORDS>(head_body, head_tail, body_tiles, simd_first + part, end);
+    load_unit<VB, VD>(v_words, first + V_OFFSET, 0, first_vec4, LANES / PARTS);
   }
 
-  const uint k_own = own_copy<KB, K_COPIES>(shared, K_TABLE, lane);
-  const uint v_own = own_copy<VB, V_COPIES>(shared, V_TABLE, lane);
-  if (K_HALVES) {
-    store_lookup<KB, K_COPIES, THREADS>(words + K_TABLE, k_entries, thread_index);
+  const uint k_copy = lane_copy<KB, K_COPIES>(shared, K_LUT, lane);
+  const uint v_copy = lane_copy<VB, V_COPIES>(shared, V_LUT, lane);
+  if (K_IN_HALF) {
+    store_lut<KB, K_COPIES, THREADS>(words + K_LUT, k_entries, thread_index);
   } else {
-    load_levels<KB>(floats + K_TABLE, k_constants, thread_index);
+    load_levels<KB>(floats + K_LUT, k_constants, thread_index);
   }
-  if (V_HALVES) {
-    store_lookup<VB, V_COPIES, THREADS>(words + V_TABLE, v_entries, thread_index);
+  if (V_IN_HALF) {
+    store_lut<VB, V_COPIES, THREADS>(words + V_LUT, v_entries, thread_index);
   } else {
-    load_levels<VB>(floats + V_TABLE, v_constants, thread_index);
+    load_levels<VB>(floats + V_LUT, v_constants, thread_index);
   }
   load_queries<T, KB, KW, KD, RAW, ROWS>(query, signs, q + first_row * KD, queries, row_scales,
                                          floats + WEIGHTS, k_constants, n_rows, scale, simd_group,
@@ -256,31 +169,31 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
-  float output[QUADS * ROWS * 4];
+  float output[VEC4S * ROWS * 4];
   float reference[ROWS];
-  float sum[ROWS];    // of this lane's tokens
-  uint n_seen[ROWS];  // tokens from the sequence's start on that a row sees, of this split
+  float sum[ROWS];    // of the weights of this lane's tokens
+  uint n_seen[ROWS];  // tokens after the left padding, up to the split's end, that a row attends to
   TKV_UNROLL
-  for (int i = 0; i < QUADS * ROWS * 4; i++) {
+  for (int i = 0; i < VEC4S * ROWS * 4; i++) {
     output[i] = 0.0f;
   }
-  const bool causal = params[P_CAUSAL] != 0;
-  const int n_queries = params[P_QUERIES];
-  int later = causal ? n_queries - 1 - row0 % n_queries : 0;  // tokens that a row does not see
+  const bool causal = params[param_causal] != 0;
+  const int n_queries = params[param_n_queries];
+  int n_unseen = causal ? n_queries - 1 - row0 % n_queries : 0;  // later tokens, masked for a row
   TKV_UNROLL
   for (int r = 0; r < ROWS; r++) {
     reference[r] = LOWEST;
     sum[r] = 0.0f;
-    const int past = n_tokens - later;
-    n_seen[r] = uint(larger((past < end * TILE ? past : end * TILE) - start, 0));
-    later = !causal ? 0 : (later == 0 ? n_queries - 1 : later - 1);
+    const int n_visible = n_tokens - n_unseen;
+    n_seen[r] = uint(larger((n_visible < end * TILE ? n_visible : end * TILE) - padding, 0));
+    n_unseen = !causal ? 0 : (n_unseen == 0 ? n_queries - 1 : n_unseen - 1);
   }
 
-  // rolled: a loop that does not fit the instruction cache is slower
-  const int n_spans = SPANS == 1 ? 1 : SPANS - 1 + params[P_ONE];
-  const int n_units = STEP / PARTS * UNITS - 1 + params[P_ONE];
+  // loops stay rolled: unrolled they exceed the instruction cache
+  const int n_spans = SPANS == 1 ? 1 : SPANS - 1 + params[param_opaque_one];
+  const int n_units = STEP / PARTS * UNITS - 1 + params[param_opaque_one];
   threadgroup uint* weights = words + WEIGHTS + simd_group * (STEP * WEIGHT_WORDS);
-  for (int t = first_own; t < end; t += STRIDE) {
+  for (int t = simd_first; t < end; t += STRIDE) {
     const int next_t = t + STRIDE;
     const device uint* next_tiles[STEP];
     TKV_UNROLL
@@ -293,33 +206,34 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
       score[i] = 0.0f;
     }
     if (CENTRED) {
-      const int step = (t - first_own) / STRIDE % anchor_steps;
+      const int step = (t - simd_first) / STRIDE % anchor_steps;
       if (step == 0) {
-        if (t != first_own) {
-          load_turns<KD, STEP>(turns, table, lane % HALF_LANES, t, start, n_tokens, lane);
+        if (t != simd_first) {
+          load_cos_sin<KD, STEP>(cos_sin, cos_sin_table, lane % HALF_LANES, t, padding, n_tokens,
+                                 lane);
         }
-        anchor_products<KD, ROWS, STEP>(anchors, pairs, row_scales, table, turns, t, start,
-                                        n_tokens, lane);
+        anchor_products<KD, ROWS, STEP>(anchors, pairs, row_scales, cos_sin_table, cos_sin, t,
+                                        padding, n_tokens, lane);
       }
       TKV_UNROLL
       for (int i = 0; i < STEP; i++) {
         threadgroup const float* anchor =
-            anchors + ((step * STEP + i) * tile_blocks + own_block) * RP;
+            anchors + ((step * STEP + i) * tile_blocks + lane_block) * RP;
         TKV_UNROLL
         for (int r = 0; r < ROWS; r++) {
           score[i * ROWS + r] = row_value<RP>(anchor, r);
         }
         if ((t + i) * TILE < first_centred) {
-          const bool bare = (t + i) * TILE + lane < first_centred;
+          const bool uncentred = (t + i) * TILE + lane < first_centred;
           TKV_UNROLL
           for (int r = 0; r < ROWS; r++) {
-            score[i * ROWS + r] = bare ? 0.0f : score[i * ROWS + r];
+            score[i * ROWS + r] = uncentred ? 0.0f : score[i * ROWS + r];
           }
         }
       }
     }
     key_scores<KB, KG, KD, K_COPIES, RAW, ROWS, STEP>(score, k_words, k_scales, tiles, next_tiles,
-                                                      queries, shared, k_own, floats + K_TABLE,
+                                                      queries, shared, k_copy, floats + K_LUT,
                                                       n_spans, lane);
     TKV_UNROLL
     for (int i = 0; i < STEP * ROWS; i++) {
@@ -330,14 +244,14 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
     float v_log[STEP];
     TKV_UNROLL
     for (int i = 0; i < STEP; i++) {
-      float most = LOWEST_SCALE;
+      float largest_scale = LOWEST_SCALE;
       TKV_UNROLL
       for (int g = 0; g < WEIGHT_GROUPS; g++) {
         const int at = i * WEIGHT_GROUPS + g;
-        v_scale[at] = V_HALVES ? half_bits(v_scales[at]) : 1.0f;
-        most = v_scale[at] > most ? v_scale[at] : most;
+        v_scale[at] = V_IN_HALF ? half_bits(v_scales[at]) : 1.0f;
+        largest_scale = v_scale[at] > largest_scale ? v_scale[at] : largest_scale;
       }
-      v_log[i] = V_HALVES ? fast_log2(most) : 0.0f;
+      v_log[i] = V_IN_HALF ? fast_log2(largest_scale) : 0.0f;
     }
     load_value_scales<VB, VG, VD, RAW, STEP>(v_scales, next_tiles, V_OFFSET, lane);
     bool grown = false;
@@ -347,7 +261,7 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
       highest[r] = LOWEST;
       TKV_UNROLL
       for (int i = 0; i < STEP; i++) {
-        const bool seen = uint((t + i) * TILE + lane - start) < n_seen[r];
+        const bool seen = uint((t + i) * TILE + lane - padding) < n_seen[r];
         const float found = score[i * ROWS + r] + v_log[i];
         highest[r] = seen && found > highest[r] ? found : highest[r];
       }
@@ -362,7 +276,7 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
         reference[r] = updated;
         sum[r] *= factor;
         TKV_UNROLL
-        for (int s = 0; s < QUADS; s++) {
+        for (int s = 0; s < VEC4S; s++) {
           TKV_UNROLL
           for (int d = 0; d < 4; d++) {
             output[(s * ROWS + r) * 4 + d] *= factor;
@@ -377,7 +291,7 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
       for (int r = 0; r < RP; r++) {
         weight[r] = 0.0f;
         if (r < ROWS) {
-          const bool seen = uint((t + i) * TILE + lane - start) < n_seen[r];
+          const bool seen = uint((t + i) * TILE + lane - padding) < n_seen[r];
           weight[r] = seen ? fast_exp2(score[i * ROWS + r] - reference[r]) : 0.0f;
           sum[r] += weight[r];
         }
@@ -395,21 +309,21 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
       const int next_unit = last ? 0 : (u + 1) % UNITS;
       const device uint* next_codes =
           tile_at<TILE_WORDS>(head_body, head_tail, body_tiles, next_tile, end) + V_OFFSET;
-      if (V_HALVES) {
+      if (V_IN_HALF) {
         add_half_values<VB, VG, VD, V_COPIES, ROWS>(
-            output, v_words, tile_weights + unit * (value_span(VB) * RP / 2), shared, v_own,
-            next_codes, next_unit, first_quad, LANES / PARTS);
+            output, v_words, tile_weights + unit * (value_span(VB) * RP / 2), shared, v_copy,
+            next_codes, next_unit, first_vec4, LANES / PARTS);
       } else {
         const device uint* codes =
             tile_at<TILE_WORDS>(head_body, head_tail, body_tiles, t + step, end) + V_OFFSET;
         const int base = (t + step) * TILE;
-        const int from = larger(start - base, 0);
+        const int from = larger(padding - base, 0);
         const int to = t + step >= end ? 0 : (n_tokens - base < TILE ? n_tokens - base : TILE);
         add_float_values<VB, VG, VD, RAW, ROWS>(
             output, v_words, codes,
-            (threadgroup const float*)tile_weights + unit * (value_span(VB) * RP), floats + V_TABLE,
-            unit, first_quad, LANES / PARTS, uint(from), uint(larger(to - from, 0)));
-        load_unit<VB, VD>(v_words, next_codes, next_unit, first_quad, LANES / PARTS);
+            (threadgroup const float*)tile_weights + unit * (value_span(VB) * RP), floats + V_LUT,
+            unit, first_vec4, LANES / PARTS, uint(from), uint(larger(to - from, 0)));
+        load_unit<VB, VD>(v_words, next_codes, next_unit, first_vec4, LANES / PARTS);
       }
     }
     TKV_UNROLL
@@ -419,7 +333,7 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
     simdgroup_barrier(mem_flags::mem_threadgroup);
   }
 
-  // join the SIMD groups
+  // sum over SIMD groups
   TKV_UNROLL
   for (int r = 0; r < ROWS; r++) {
     const float total = simd_sum(sum[r]);
@@ -429,17 +343,17 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  float joint[ROWS];
+  float row_max[ROWS];
   TKV_UNROLL
   for (int r = 0; r < ROWS; r++) {
-    joint[r] = joint_maximum<RP>(maxima, r);
+    row_max[r] = max_over_simds<RP>(maxima, r);
   }
   if (!WHOLE && thread_index < n_rows) {
-    const float top = joint_maximum<RP>(maxima, thread_index);
-    device Result* stats =
-        result + params[P_STATS] + ((first_row + size_t(thread_index)) * n_splits + group.y) * 2;
+    const float top = max_over_simds<RP>(maxima, thread_index);
+    device Result* stats = result + params[param_stats_offset] +
+                           ((first_row + size_t(thread_index)) * n_splits + group.y) * 2;
     stats[0] = Result(top);
-    stats[1] = Result(joint_sum<RP>(maxima, sums, thread_index, top));
+    stats[1] = Result(sum_over_simds<RP>(maxima, sums, thread_index, top));
   }
   constexpr int AT_ONCE = merge_rows(ROWS, VD);
   threadgroup float* merged = floats;
@@ -447,18 +361,18 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
     TKV_UNROLL
     for (int r = 0; r < ROWS; r++) {
       if (r >= r0 && r < r0 + AT_ONCE) {
-        const float factor = fast_exp2(reference[r] - joint[r]);
+        const float factor = fast_exp2(reference[r] - row_max[r]);
         TKV_UNROLL
-        for (int s = 0; s < QUADS; s++) {
+        for (int s = 0; s < VEC4S; s++) {
           TKV_UNROLL
           for (int d = 0; d < 4; d++) {
             float value = output[(s * ROWS + r) * 4 + d] * factor;
             if (PARTS == 2) {
               value += simd_shuffle_xor(value, ushort(16));
             }
-            const int quad = first_quad + s * LANES;
-            if (part == 0 && quad < VD / 4) {
-              merged[((r - r0) * DECODE_GROUPS + simd_group) * VD + quad * 4 + d] = value;
+            const int vec4 = first_vec4 + s * LANES;
+            if (part == 0 && vec4 < VD / 4) {
+              merged[((r - r0) * DECODE_GROUPS + simd_group) * VD + vec4 * 4 + d] = value;
             }
           }
         }
@@ -470,9 +384,9 @@ TKV_FN void decode_partial(const device T* q, const device uint* body, const dev
       constexpr int OUTPUT_PARTS = VD / output_width(VD, VW);
       for (int i = simd_group; i < n_joined * OUTPUT_PARTS; i += DECODE_GROUPS) {
         const int row = r0 + i / OUTPUT_PARTS;
-        const float top = joint_maximum<RP>(maxima, row);
-        float total = joint_sum<RP>(maxima, sums, row, top);
-        if (params[P_SINKS] != 0) {
+        const float top = max_over_simds<RP>(maxima, row);
+        float total = sum_over_simds<RP>(maxima, sums, row, top);
+        if (params[param_has_sinks] != 0) {
           total += sink_weight(sinks, params, int(first_row) + row, top);
         }
         write_output<Result, VD, VW>(result + (first_row + size_t(row)) * VD,

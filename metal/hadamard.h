@@ -1,14 +1,14 @@
-// The signed Hadamard transform of one rotation group (mlx_turbokv/rotation.py) by one SIMD group.
-// Width w = m * 2^k; element i = a * 2^k + b lies in lane i % 32, register i / 32. Sylvester's part
-// runs along b by shuffles (and between registers from distance 32 on), the dense part of order m
-// along a through threadgroup memory. The division by sqrt(w) is left to the caller.
+// The signed Hadamard transform of one rotation group (mlx_turbokv/quant/rotation.py) by one SIMD
+// group. Width w = m * 2^k; element i = a * 2^k + b is in lane i % 32, register i / 32. The
+// Sylvester part runs along b by shuffles (by registers from distance 32), the dense part of order
+// m along a through threadgroup memory. The caller divides by sqrt(w).
 
-// Widths have an odd part of 1, 3, 5, 7 or 9.
+// The odd part of a width: 1, 3, 5, 7 or 9.
 TKV_CONST_FN int odd_part(int width) {
   return width % 9 == 0 ? 9
                         : (width % 7 == 0 ? 7 : (width % 5 == 0 ? 5 : (width % 3 == 0 ? 3 : 1)));
 }
-// m: 1, 12, 20, 28 or 36.
+// The order m of the dense part: 1, 12, 20, 28 or 36.
 TKV_CONST_FN int dense_order(int width) {
   return odd_part(width) == 1 ? 1 : 4 * odd_part(width);
 }
@@ -51,8 +51,8 @@ TKV_FN void sylvester(thread float* x, int lane) {
   }
 }
 
-// `matrix` points to the sign bits, two words to an output. `scratch` holds WIDTH floats of this
-// SIMD group alone.
+// `matrix`: sign bits, two words for each output. `scratch`: WIDTH floats private to the SIMD
+// group.
 template <int WIDTH>
 TKV_FN void dense_hadamard(thread float* x, const device uint* matrix, threadgroup float* scratch,
                            int lane) {
@@ -86,25 +86,25 @@ TKV_FN void dense_hadamard(thread float* x, const device uint* matrix, threadgro
   }
 }
 
-// The transform of values whose signs are flipped already.
+// The transform without the signs.
 template <int WIDTH>
-TKV_FN void rotate_flipped(thread float* x, const device uint* constants,
-                           threadgroup float* scratch, int lane) {
+TKV_FN void hadamard_transform(thread float* x, const device uint* constants,
+                               threadgroup float* scratch, int lane) {
   sylvester<WIDTH>(x, lane);
-  dense_hadamard<WIDTH>(x, constants + TABLE_ROWS, scratch, lane);
+  dense_hadamard<WIDTH>(x, constants + TABLE_HADAMARD_ROWS, scratch, lane);
 }
 
 template <int WIDTH>
 TKV_FN void rotate(thread float* x, const device uint* constants, threadgroup float* scratch,
                    int lane) {
   apply_signs<WIDTH>(x, constants, lane);
-  rotate_flipped<WIDTH>(x, constants, scratch, lane);
+  hadamard_transform<WIDTH>(x, constants, scratch, lane);
 }
 
 template <int WIDTH>
-TKV_FN void rotate_back(thread float* x, const device uint* constants, threadgroup float* scratch,
-                        int lane) {
+TKV_FN void rotate_inverse(thread float* x, const device uint* constants,
+                           threadgroup float* scratch, int lane) {
   sylvester<WIDTH>(x, lane);
-  dense_hadamard<WIDTH>(x, constants + TABLE_COLUMNS, scratch, lane);
+  dense_hadamard<WIDTH>(x, constants + TABLE_HADAMARD_COLUMNS, scratch, lane);
   apply_signs<WIDTH>(x, constants, lane);
 }

@@ -1,11 +1,12 @@
-// Joins the splits of one output row of decode.metal, where there are several, and adds the sink to
-// the denominator. A threadgroup takes a row; its SIMD groups share the splits among them, and then
-// each writes one part of the output.
+// Merges the splits of an output row of decode.metal and adds the attention sink to the softmax's
+// denominator. One threadgroup for each row: its SIMD groups sum a part of the splits each, then
+// write a part of the output each.
 
-// splits whose rows a SIMD group has under way together
+// splits that a SIMD group loads at once
 constant constexpr int MERGED_AT_ONCE = 5;
 
-// Rows of splits `first`, `first` + DECODE_GROUPS and so on; for those past the end, the first's.
+// Loads the rows of splits `first`, `first` + DECODE_GROUPS, ...; past the end, split `first`
+// again.
 template <int VD>
 TKV_FN void load_splits(thread float* values, const device float* rows, int first, int n_splits,
                         int lane) {
@@ -27,29 +28,29 @@ TKV_FN void decode_merge(const device float* partial, const device T* sinks,
   constexpr int N = ceil_div(VD, LANES);
   const int lane = int(lane_index);
   const int simd_group = int(simd);
-  const int n_splits = params[P_SPLITS];
+  const int n_splits = params[param_n_splits];
   const size_t row = group.x;
-  const device float* row_stats = partial + params[P_STATS] + row * n_splits * 2;
+  const device float* row_stats = partial + params[param_stats_offset] + row * n_splits * 2;
   const device float* rows = partial + row * n_splits * VD;
   threadgroup float* merged = (threadgroup float*)shared;
 
-  // the first rows are under way while the largest score is found
+  // these loads overlap with the search for the largest score
   float values[MERGED_AT_ONCE * N];
   if (simd_group < n_splits) {
     load_splits<VD>(values, rows, simd_group, n_splits, lane);
   }
-  float own_top = LOWEST;
-  float own_total = 0.0f;
+  float lane_top = LOWEST;
+  float lane_total = 0.0f;
   for (int s = lane; s < n_splits; s += LANES) {
     const float split_top = row_stats[2 * s];
-    const float higher = split_top > own_top ? split_top : own_top;
-    own_total = own_total * fast_exp2(own_top - higher) +
-                row_stats[2 * s + 1] * fast_exp2(split_top - higher);
-    own_top = higher;
+    const float higher = split_top > lane_top ? split_top : lane_top;
+    lane_total = lane_total * fast_exp2(lane_top - higher) +
+                 row_stats[2 * s + 1] * fast_exp2(split_top - higher);
+    lane_top = higher;
   }
-  const float top = simd_max(own_top);
-  float total = simd_sum(own_total * fast_exp2(own_top - top));
-  if (params[P_SINKS] != 0) {
+  const float top = simd_max(lane_top);
+  float total = simd_sum(lane_total * fast_exp2(lane_top - top));
+  if (params[param_has_sinks] != 0) {
     total += sink_weight(sinks, params, int(row), top);
   }
 

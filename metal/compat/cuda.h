@@ -1,20 +1,21 @@
-// Prelude that lets the Metal text of the kernels compile under NVRTC (mx.fast.cuda_kernel): the
+// Prelude for compiling the Metal sources of the kernels with NVRTC (mx.fast.cuda_kernel): the
 // words of Metal that they use, in CUDA C++. A warp is a SIMD group. MLX compiles with
-// --device-as-default-execution-space, so functions need no __device__; they may not have it either
-// once `device` is a macro, because CUDA's own __device__ is spelled with that word.
+// --device-as-default-execution-space, so functions need no __device__; nor could they have it,
+// since `device` is a macro here and CUDA's __device__ is spelled with it.
 #pragma once
 
 #define TKV_PRELUDE
 #define TKV_FN __forceinline__
 #define TKV_CONST_FN constexpr
 #define TKV_SHARED(type, name, count) __shared__ type name[count]
-// Shared memory begins at no such multiple, so some is left free before it.
-#define TKV_SHARED_ALIGNED(type, name, count)                                              \
+// Shared memory is not aligned to 16 KiB, so a gap is left before the array.
+#define TKV_SHARED_ALIGNED(type, name, count)                                               \
   __shared__ __align__(1024) type name##_all[(count) + (16384 - 1024) / int(sizeof(type))]; \
-  type* name = name##_all + (0u - uint(__cvta_generic_to_shared(name##_all))) % 16384u / sizeof(type)
+  type* name =                                                                              \
+      name##_all + (0u - uint(__cvta_generic_to_shared(name##_all))) % 16384u / sizeof(type)
 #define TKV_UNROLL _Pragma("unroll")
 
-// Two threadgroups of at most 256 threads share a multiprocessor: registers are held to that.
+// Limits registers so that two threadgroups of 256 threads fit on a multiprocessor.
 #undef __global__
 #define __global__ __attribute__((global)) __launch_bounds__(256, 2)
 
@@ -39,12 +40,12 @@ TKV_FN To as_type(From x) {
   return y;
 }
 
-// Threadgroup memory is plenty here: lanes that read different entries seldom wait for each other.
-TKV_CONST_FN int most_lookup_words(bool keys) {
+// There is more shared memory here, so LUTs have more copies and fewer bank conflicts.
+TKV_CONST_FN int max_lut_words(bool keys) {
   return keys ? 4096 : 2048;
 }
 
-// Vectors are built by call in Metal.
+// Metal's vector constructors.
 #define uint4(...) make_uint4(__VA_ARGS__)
 #define float4(...) make_float4(__VA_ARGS__)
 #define half2(...) __halves2half2(__VA_ARGS__)
@@ -84,7 +85,7 @@ TKV_FN half2 fma(half2 a, half2 b, half2 c) {
   return __hfma2(a, b, c);
 }
 
-// Metal's are as fast and as coarse: without a care for denormal numbers.
+// Approximate and flushing denormals, as in Metal.
 TKV_FN float fast_exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -96,13 +97,13 @@ TKV_FN float fast_log2(float x) {
   return y;
 }
 
-// Places are addresses of shared memory as such: no base is added to each.
-TKV_FN uint shared_place(const float4* shared) {
+// Offsets are addresses in the shared window, so no base is added to each.
+TKV_FN uint shared_base(const float4* shared) {
   return uint(__cvta_generic_to_shared(shared));
 }
 template <typename T>
-TKV_FN T shared_entry(const float4*, uint place) {
-  return *(const T*)__cvta_shared_to_generic(place);
+TKV_FN T shared_load(const float4*, uint offset) {
+  return *(const T*)__cvta_shared_to_generic(offset);
 }
 
 TKV_FN void signed_pairs(half2* pairs, uint word) {

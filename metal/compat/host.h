@@ -1,10 +1,9 @@
-// Prelude that lets the Metal text of a kernel compile as host C++ (g++ 12 or newer).
+// Prelude for compiling the Metal text of a kernel as host C++ (g++ 12 or newer).
 //
-// It stands for <metal_stdlib> and for MLX's own utilities, and hands barriers, SIMD operations
-// and threadgroup memory to a run time that plays the GPU (the host_* functions below). The
-// words `constant` and `threadgroup` at a declaration need more than a macro: the tool that
-// prepares the text rewrites them. No standard header is included, so no name of the C library
-// can stand in for one that Metal lacks.
+// It replaces <metal_stdlib> and MLX's utilities. Barriers, SIMD operations and threadgroup memory
+// are calls of the run time in tests/metal_host (the host_* functions below). The words `constant`
+// and `threadgroup` in declarations are rewritten by tests/metal_host/text.py. No standard C++
+// header is included, so that names of the C library cannot hide names that Metal lacks.
 #pragma once
 
 #include <stddef.h>
@@ -28,13 +27,15 @@ typedef __fp16 half;
 #endif
 typedef half float16_t;
 
-constexpr half operator""h(long double x) { return half(x); }
+constexpr half operator""h(long double x) {
+  return half(x);
+}
 
 // ---- the run time -----------------------------------------------------------------------------
 
-struct HostSimd {  // one SIMD operation of one SIMD group
-  alignas(32) unsigned char slot[32][32];  // what each lane handed in
-  alignas(32) unsigned char result[32];    // of a reduction, once a lane has worked it out
+struct HostSimd {                          // one SIMD operation of one SIMD group
+  alignas(32) unsigned char slot[32][32];  // each lane's operand
+  alignas(32) unsigned char result[32];    // of a reduction, once a lane has computed it
   uint32_t mask;                           // lanes that exist
   uint32_t have_result;
 };
@@ -67,7 +68,7 @@ inline Array& host_threadgroup_variable(const void* key, const char* name) {
 #include "host_math.h"
 #include "host_simd.h"
 
-// ---- what MLX's utilities give besides --------------------------------------------------------
+// ---- MLX's utilities --------------------------------------------------------------------------
 
 template <typename T>
 struct Limits {
@@ -76,13 +77,13 @@ struct Limits {
   static constexpr T finite_max = numeric_limits<T>::max();
   static constexpr T finite_min = numeric_limits<T>::min();
 };
-#define HOST_FLOAT_LIMITS(type)                                          \
-  template <>                                                            \
-  struct Limits<type> {                                                  \
-    static constexpr type max = numeric_limits<type>::infinity();        \
-    static constexpr type min = type(-__builtin_inff());                 \
-    static constexpr type finite_max = numeric_limits<type>::max();      \
-    static constexpr type finite_min = numeric_limits<type>::lowest();   \
+#define HOST_FLOAT_LIMITS(type)                                        \
+  template <>                                                          \
+  struct Limits<type> {                                                \
+    static constexpr type max = numeric_limits<type>::infinity();      \
+    static constexpr type min = type(-__builtin_inff());               \
+    static constexpr type finite_max = numeric_limits<type>::max();    \
+    static constexpr type finite_min = numeric_limits<type>::lowest(); \
   };
 HOST_FLOAT_LIMITS(float)
 HOST_FLOAT_LIMITS(half)

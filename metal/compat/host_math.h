@@ -71,38 +71,40 @@ struct numeric_limits<bfloat> {
 };
 
 // Arithmetic on one value: float as it is, half through float and rounded, vectors by component.
-#define HOST_MATH_1(name, expression)                                                \
-  inline float name(float x) { return expression; }                                  \
-  inline half name(half h) {                                                         \
-    float x = h;                                                                     \
-    return half(expression);                                                         \
-  }                                                                                  \
-  inline bfloat name(bfloat h) {                                                     \
-    float x = h;                                                                     \
-    return bfloat(expression);                                                       \
-  }                                                                                  \
-  template <typename T, int N>                                                       \
-  inline vec<T, N> name(vec<T, N> v) {                                               \
-    for (int i = 0; i < N; i++) {                                                    \
-      v[i] = name(v[i]);                                                             \
-    }                                                                                \
-    return v;                                                                        \
+#define HOST_MATH_1(name, expression)  \
+  inline float name(float x) {         \
+    return expression;                 \
+  }                                    \
+  inline half name(half h) {           \
+    float x = h;                       \
+    return half(expression);           \
+  }                                    \
+  inline bfloat name(bfloat h) {       \
+    float x = h;                       \
+    return bfloat(expression);         \
+  }                                    \
+  template <typename T, int N>         \
+  inline vec<T, N> name(vec<T, N> v) { \
+    for (int i = 0; i < N; i++) {      \
+      v[i] = name(v[i]);               \
+    }                                  \
+    return v;                          \
   }
-#define HOST_MATH_FLOAT                                  \
-  HOST_MATH_1(exp, __builtin_expf(x))                    \
-  HOST_MATH_1(exp2, __builtin_exp2f(x))                  \
-  HOST_MATH_1(log, __builtin_logf(x))                    \
-  HOST_MATH_1(log2, __builtin_log2f(x))                  \
-  HOST_MATH_1(sqrt, __builtin_sqrtf(x))                  \
-  HOST_MATH_1(rsqrt, 1.0f / __builtin_sqrtf(x))          \
-  HOST_MATH_1(sin, __builtin_sinf(x))                    \
-  HOST_MATH_1(cos, __builtin_cosf(x))                    \
-  HOST_MATH_1(tanh, __builtin_tanhf(x))                  \
-  HOST_MATH_1(fabs, __builtin_fabsf(x))                  \
-  HOST_MATH_1(floor, __builtin_floorf(x))                \
-  HOST_MATH_1(ceil, __builtin_ceilf(x))                  \
-  HOST_MATH_1(trunc, __builtin_truncf(x))                \
-  HOST_MATH_1(round, __builtin_roundf(x))                \
+#define HOST_MATH_FLOAT                         \
+  HOST_MATH_1(exp, __builtin_expf(x))           \
+  HOST_MATH_1(exp2, __builtin_exp2f(x))         \
+  HOST_MATH_1(log, __builtin_logf(x))           \
+  HOST_MATH_1(log2, __builtin_log2f(x))         \
+  HOST_MATH_1(sqrt, __builtin_sqrtf(x))         \
+  HOST_MATH_1(rsqrt, 1.0f / __builtin_sqrtf(x)) \
+  HOST_MATH_1(sin, __builtin_sinf(x))           \
+  HOST_MATH_1(cos, __builtin_cosf(x))           \
+  HOST_MATH_1(tanh, __builtin_tanhf(x))         \
+  HOST_MATH_1(fabs, __builtin_fabsf(x))         \
+  HOST_MATH_1(floor, __builtin_floorf(x))       \
+  HOST_MATH_1(ceil, __builtin_ceilf(x))         \
+  HOST_MATH_1(trunc, __builtin_truncf(x))       \
+  HOST_MATH_1(round, __builtin_roundf(x))       \
   HOST_MATH_1(rint, __builtin_rintf(x))
 HOST_MATH_FLOAT
 namespace fast {
@@ -112,37 +114,53 @@ namespace precise {
 HOST_MATH_FLOAT
 }
 
-#define HOST_PREDICATE(name, expression)         \
-  inline bool name(float x) { return expression; } \
-  inline bool name(half h) { return name(float(h)); } \
-  inline bool name(bfloat h) { return name(float(h)); }
+#define HOST_PREDICATE(name, expression) \
+  inline bool name(float x) {            \
+    return expression;                   \
+  }                                      \
+  inline bool name(half h) {             \
+    return name(float(h));               \
+  }                                      \
+  inline bool name(bfloat h) {           \
+    return name(float(h));               \
+  }
 HOST_PREDICATE(isnan, __builtin_isnan(x))
 HOST_PREDICATE(isinf, __builtin_isinf(x))
 HOST_PREDICATE(isfinite, __builtin_isfinite(x))
 HOST_PREDICATE(signbit, __builtin_signbit(x))
 
-// A NaN loses against a number, as Metal has it for floating-point min and max.
-#define HOST_MINMAX(type, unordered)                                                       \
-  inline type max(type a, type b) { return a > b || unordered(b) ? a : b; }                \
-  inline type min(type a, type b) { return a < b || unordered(b) ? a : b; }                \
-  inline type clamp(type x, type lo, type hi) { return min(max(x, lo), hi); }              \
-  inline type select(type a, type b, bool c) { return c ? b : a; }
+// min and max of a NaN and a number is the number, as in Metal.
+#define HOST_MINMAX(type, unordered)            \
+  inline type max(type a, type b) {             \
+    return a > b || unordered(b) ? a : b;       \
+  }                                             \
+  inline type min(type a, type b) {             \
+    return a < b || unordered(b) ? a : b;       \
+  }                                             \
+  inline type clamp(type x, type lo, type hi) { \
+    return min(max(x, lo), hi);                 \
+  }                                             \
+  inline type select(type a, type b, bool c) {  \
+    return c ? b : a;                           \
+  }
 #define HOST_ORDERED(x) false
 HOST_MINMAX(float, isnan)
 HOST_MINMAX(half, isnan)
 HOST_MINMAX(bfloat, isnan)
-#define HOST_INTEGER(type)                                                                 \
-  HOST_MINMAX(type, HOST_ORDERED)                                                          \
-  inline type abs(type x) { return x < type(0) ? type(-x) : x; }                           \
-  inline type popcount(type x) {                                                           \
+#define HOST_INTEGER(type)                                                                         \
+  HOST_MINMAX(type, HOST_ORDERED)                                                                  \
+  inline type abs(type x) {                                                                        \
+    return x < type(0) ? type(-x) : x;                                                             \
+  }                                                                                                \
+  inline type popcount(type x) {                                                                   \
     return type(__builtin_popcountll((unsigned long long)x & (~0ull >> (64 - 8 * sizeof(type))))); \
-  }                                                                                        \
-  inline type ctz(type x) {                                                                \
-    return x ? type(__builtin_ctzll((unsigned long long)x)) : type(8 * sizeof(type));      \
-  }                                                                                        \
-  inline type clz(type x) {                                                                \
-    unsigned long long u = (unsigned long long)x & (~0ull >> (64 - 8 * sizeof(type)));     \
-    return u ? type(__builtin_clzll(u) - (64 - 8 * int(sizeof(type)))) : type(8 * sizeof(type)); \
+  }                                                                                                \
+  inline type ctz(type x) {                                                                        \
+    return x ? type(__builtin_ctzll((unsigned long long)x)) : type(8 * sizeof(type));              \
+  }                                                                                                \
+  inline type clz(type x) {                                                                        \
+    unsigned long long u = (unsigned long long)x & (~0ull >> (64 - 8 * sizeof(type)));             \
+    return u ? type(__builtin_clzll(u) - (64 - 8 * int(sizeof(type)))) : type(8 * sizeof(type));   \
   }
 HOST_INTEGER(char)
 HOST_INTEGER(int8_t)
@@ -153,20 +171,48 @@ HOST_INTEGER(int)
 HOST_INTEGER(uint)
 HOST_INTEGER(long)
 HOST_INTEGER(ulong)
-inline float abs(float x) { return __builtin_fabsf(x); }
-inline half abs(half x) { return fabs(x); }
-inline bfloat abs(bfloat x) { return fabs(x); }
-inline float fmax(float a, float b) { return max(a, b); }
-inline float fmin(float a, float b) { return min(a, b); }
-inline half fmax(half a, half b) { return max(a, b); }
-inline half fmin(half a, half b) { return min(a, b); }
-inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-inline half fma(half a, half b, half c) { return half(double(a) * double(b) + double(c)); }
-inline float sign(float x) { return isnan(x) ? 0.0f : float((x > 0) - (x < 0)); }
-inline float copysign(float a, float b) { return __builtin_copysignf(a, b); }
-inline float ldexp(float x, int e) { return __builtin_ldexpf(x, e); }
-inline float pow(float a, float b) { return __builtin_powf(a, b); }
-inline float atan2(float a, float b) { return __builtin_atan2f(a, b); }
+inline float abs(float x) {
+  return __builtin_fabsf(x);
+}
+inline half abs(half x) {
+  return fabs(x);
+}
+inline bfloat abs(bfloat x) {
+  return fabs(x);
+}
+inline float fmax(float a, float b) {
+  return max(a, b);
+}
+inline float fmin(float a, float b) {
+  return min(a, b);
+}
+inline half fmax(half a, half b) {
+  return max(a, b);
+}
+inline half fmin(half a, half b) {
+  return min(a, b);
+}
+inline float fma(float a, float b, float c) {
+  return __builtin_fmaf(a, b, c);
+}
+inline half fma(half a, half b, half c) {
+  return half(double(a) * double(b) + double(c));
+}
+inline float sign(float x) {
+  return isnan(x) ? 0.0f : float((x > 0) - (x < 0));
+}
+inline float copysign(float a, float b) {
+  return __builtin_copysignf(a, b);
+}
+inline float ldexp(float x, int e) {
+  return __builtin_ldexpf(x, e);
+}
+inline float pow(float a, float b) {
+  return __builtin_powf(a, b);
+}
+inline float atan2(float a, float b) {
+  return __builtin_atan2f(a, b);
+}
 inline uint extract_bits(uint x, uint offset, uint bits) {
   return bits == 0 ? 0 : (x >> offset) & (~0u >> (32 - bits));
 }

@@ -6,7 +6,9 @@
 namespace metal {
 
 enum class mem_flags { mem_none = 0, mem_device = 1, mem_threadgroup = 2, mem_texture = 4 };
-inline mem_flags operator|(mem_flags a, mem_flags b) { return mem_flags(int(a) | int(b)); }
+inline mem_flags operator|(mem_flags a, mem_flags b) {
+  return mem_flags(int(a) | int(b));
+}
 
 inline void threadgroup_barrier(mem_flags flags, int line = __builtin_LINE()) {
   host_barrier(1, int(flags), line);
@@ -15,7 +17,7 @@ inline void simdgroup_barrier(mem_flags flags, int line = __builtin_LINE()) {
   host_barrier(0, int(flags), line);
 }
 
-// What a lane reads from one that does not exist: every bit set, a NaN in each float type.
+// A lane's operand; of a lane that does not exist all bits are set (a NaN in each float type).
 template <typename T>
 HOST_UNRECORDED inline T host_lane(const HostSimd* simd, uint lane) {
   T value;
@@ -31,7 +33,7 @@ HOST_UNRECORDED inline HostSimd* host_exchange(const T& value, int kind, int lin
   static_assert(sizeof(T) <= 32, "SIMD operations take scalars and vectors");
   return host_simd(&value, sizeof(T), kind, line);
 }
-// Combined as a tree over 32 lanes, the same value for every lane.
+// Reduces over 32 lanes as a tree; every lane gets the same value.
 template <typename T, typename Combine>
 HOST_UNRECORDED inline T host_reduce(T x, int kind, int line, Combine combine) {
   HostSimd* simd = host_exchange(x, kind, line);
@@ -57,10 +59,11 @@ HOST_UNRECORDED inline T host_reduce(T x, int kind, int line, Combine combine) {
   return result;
 }
 template <typename T, typename Combine>
-HOST_UNRECORDED inline T host_prefix(T x, bool own, T zero, int kind, int line, Combine combine) {
+HOST_UNRECORDED inline T host_prefix(T x, bool inclusive, T zero, int kind, int line,
+                                     Combine combine) {
   HostSimd* simd = host_exchange(x, kind, line);
   T acc = zero;
-  for (uint i = 0; i < host_current->lane + (own ? 1 : 0); i++) {
+  for (uint i = 0; i < host_current->lane + (inclusive ? 1 : 0); i++) {
     acc = combine(acc, host_lane<T>(simd, i));
   }
   return acc;
@@ -145,7 +148,9 @@ template <typename T>
 inline T quad_shuffle_xor(T x, ushort mask, HOST_LINE) {
   return host_lane<T>(host_exchange(x, 20, line), host_current->lane ^ (mask & 3));
 }
-inline bool simd_is_first() { return host_current->lane == 0; }
+inline bool simd_is_first() {
+  return host_current->lane == 0;
+}
 struct simd_vote {
   uint64_t bits;
   explicit operator uint64_t() const { return bits; }
@@ -184,15 +189,15 @@ template <typename T>
 inline T atomic_exchange_explicit(atomic<T>* a, T v, memory_order) {
   return host_fetch(a, [v](T) { return v; });
 }
-#define HOST_FETCH(name, expression)                                       \
-  template <typename T>                                                    \
+#define HOST_FETCH(name, expression)                                         \
+  template <typename T>                                                      \
   inline T atomic_fetch_##name##_explicit(atomic<T>* a, T v, memory_order) { \
-    return host_fetch(a, [v](T old) { return T(expression); });            \
+    return host_fetch(a, [v](T old) { return T(expression); });              \
   }
 HOST_FETCH(add, old + v)
 HOST_FETCH(sub, old - v)
 HOST_FETCH(or, old | v)
-HOST_FETCH(and, old & v)
+HOST_FETCH(and, old& v)
 HOST_FETCH(xor, old ^ v)
 HOST_FETCH(max, old > v ? old : v)
 HOST_FETCH(min, old < v ? old : v)

@@ -18,9 +18,7 @@ struct bfloat {
   constexpr explicit bfloat(int x) : bits(round(float(x))) {}
   constexpr explicit bfloat(uint x) : bits(round(float(x))) {}
   constexpr explicit bfloat(bool x) : bits(round(float(x))) {}
-  constexpr operator float() const {
-    return __builtin_bit_cast(float, uint32_t(bits) << 16);
-  }
+  constexpr operator float() const { return __builtin_bit_cast(float, uint32_t(bits) << 16); }
   bfloat& operator+=(float x) { return *this = bfloat(float(*this) + x); }
   bfloat& operator-=(float x) { return *this = bfloat(float(*this) - x); }
   bfloat& operator*=(float x) { return *this = bfloat(float(*this) * x); }
@@ -34,11 +32,21 @@ struct bfloat {
   }
 };
 typedef bfloat bfloat16_t;
-inline bfloat operator+(bfloat a, bfloat b) { return bfloat(float(a) + float(b)); }
-inline bfloat operator-(bfloat a, bfloat b) { return bfloat(float(a) - float(b)); }
-inline bfloat operator*(bfloat a, bfloat b) { return bfloat(float(a) * float(b)); }
-inline bfloat operator/(bfloat a, bfloat b) { return bfloat(float(a) / float(b)); }
-inline bfloat operator-(bfloat a) { return bfloat(-float(a)); }
+inline bfloat operator+(bfloat a, bfloat b) {
+  return bfloat(float(a) + float(b));
+}
+inline bfloat operator-(bfloat a, bfloat b) {
+  return bfloat(float(a) - float(b));
+}
+inline bfloat operator*(bfloat a, bfloat b) {
+  return bfloat(float(a) * float(b));
+}
+inline bfloat operator/(bfloat a, bfloat b) {
+  return bfloat(float(a) / float(b));
+}
+inline bfloat operator-(bfloat a) {
+  return bfloat(-float(a));
+}
 
 template <typename T, int N>
 struct vec;
@@ -101,30 +109,30 @@ struct HostSame {
   typedef T type;
 };
 
-#define HOST_VECTOR_OPERATOR(op)                                                     \
-  template <typename T, int N>                                                       \
-  inline vec<T, N> operator op(vec<T, N> a, vec<T, N> b) {                           \
-    vec<T, N> r;                                                                     \
-    for (int i = 0; i < N; i++) {                                                    \
-      r[i] = T(a[i] op b[i]);                                                        \
-    }                                                                                \
-    return r;                                                                        \
-  }                                                                                  \
-  template <typename T, int N>                                                       \
-  inline vec<T, N> operator op(vec<T, N> a, typename HostSame<T>::type b) {          \
-    return a op vec<T, N>(b);                                                        \
-  }                                                                                  \
-  template <typename T, int N>                                                       \
-  inline vec<T, N> operator op(typename HostSame<T>::type a, vec<T, N> b) {          \
-    return vec<T, N>(a) op b;                                                        \
-  }                                                                                  \
-  template <typename T, int N>                                                       \
-  inline vec<T, N>& operator op##=(vec<T, N>& a, vec<T, N> b) {                      \
-    return a = a op b;                                                               \
-  }                                                                                  \
-  template <typename T, int N>                                                       \
-  inline vec<T, N>& operator op##=(vec<T, N>& a, typename HostSame<T>::type b) {     \
-    return a = a op vec<T, N>(b);                                                    \
+#define HOST_VECTOR_OPERATOR(op)                                                 \
+  template <typename T, int N>                                                   \
+  inline vec<T, N> operator op(vec<T, N> a, vec<T, N> b) {                       \
+    vec<T, N> r;                                                                 \
+    for (int i = 0; i < N; i++) {                                                \
+      r[i] = T(a[i] op b[i]);                                                    \
+    }                                                                            \
+    return r;                                                                    \
+  }                                                                              \
+  template <typename T, int N>                                                   \
+  inline vec<T, N> operator op(vec<T, N> a, typename HostSame<T>::type b) {      \
+    return a op vec<T, N>(b);                                                    \
+  }                                                                              \
+  template <typename T, int N>                                                   \
+  inline vec<T, N> operator op(typename HostSame<T>::type a, vec<T, N> b) {      \
+    return vec<T, N>(a) op b;                                                    \
+  }                                                                              \
+  template <typename T, int N>                                                   \
+  inline vec<T, N>& operator op##=(vec<T, N>& a, vec<T, N> b) {                  \
+    return a = a op b;                                                           \
+  }                                                                              \
+  template <typename T, int N>                                                   \
+  inline vec<T, N>& operator op##=(vec<T, N>& a, typename HostSame<T>::type b) { \
+    return a = a op vec<T, N>(b);                                                \
   }
 HOST_VECTOR_OPERATOR(+)
 HOST_VECTOR_OPERATOR(-)
@@ -137,18 +145,18 @@ HOST_VECTOR_OPERATOR(^)
 HOST_VECTOR_OPERATOR(<<)
 HOST_VECTOR_OPERATOR(>>)
 
-#define HOST_VECTOR_COMPARISON(op)                                                   \
-  template <typename T, int N>                                                       \
-  inline vec<bool, N> operator op(vec<T, N> a, vec<T, N> b) {                        \
-    vec<bool, N> r;                                                                  \
-    for (int i = 0; i < N; i++) {                                                    \
-      r[i] = a[i] op b[i];                                                           \
-    }                                                                                \
-    return r;                                                                        \
-  }                                                                                  \
-  template <typename T, int N>                                                       \
-  inline vec<bool, N> operator op(vec<T, N> a, typename HostSame<T>::type b) {       \
-    return a op vec<T, N>(b);                                                        \
+#define HOST_VECTOR_COMPARISON(op)                                             \
+  template <typename T, int N>                                                 \
+  inline vec<bool, N> operator op(vec<T, N> a, vec<T, N> b) {                  \
+    vec<bool, N> r;                                                            \
+    for (int i = 0; i < N; i++) {                                              \
+      r[i] = a[i] op b[i];                                                     \
+    }                                                                          \
+    return r;                                                                  \
+  }                                                                            \
+  template <typename T, int N>                                                 \
+  inline vec<bool, N> operator op(vec<T, N> a, typename HostSame<T>::type b) { \
+    return a op vec<T, N>(b);                                                  \
   }
 HOST_VECTOR_COMPARISON(==)
 HOST_VECTOR_COMPARISON(!=)
@@ -166,7 +174,7 @@ inline vec<T, N> operator~(vec<T, N> a) {
   return a ^ vec<T, N>(T(~T(0)));
 }
 
-#define HOST_VECTORS(type) \
+#define HOST_VECTORS(type)      \
   typedef vec<type, 2> type##2; \
   typedef vec<type, 3> type##3; \
   typedef vec<type, 4> type##4;

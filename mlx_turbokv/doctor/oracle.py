@@ -24,7 +24,7 @@ def codes_from_units(units: mx.array, bits: int) -> np.ndarray:
     return np.where(codes > 127, codes - 256, codes) if bits == 8 else codes
 
 
-def quantized(x: np.ndarray, fmt: KVFormat, rule: str) -> tuple[np.ndarray, np.ndarray]:
+def quantized(x: np.ndarray, fmt: KVFormat) -> tuple[np.ndarray, np.ndarray]:
     """Codes and fp16 scales of rows.
 
     Shapes:
@@ -37,7 +37,7 @@ def quantized(x: np.ndarray, fmt: KVFormat, rule: str) -> tuple[np.ndarray, np.n
     for first in range(0, dim, width):
         group = rows[..., first : first + width]
         if fmt.is_turbo:
-            code, scale = _turbo(group, fmt.bits, width, rule)
+            code, scale = _turbo(group, fmt.bits, width)
         else:
             scale = (np.abs(group).max(axis=-1) / 127).astype(np.float16)
             step = scale.astype(np.float64)[..., None]
@@ -77,20 +77,14 @@ def attention(q, k, v, scale: float, seen: np.ndarray, sinks=None) -> np.ndarray
     return weights[..., : k.shape[2]] @ v / np.where(total == 0, 1, total)
 
 
-def _turbo(y: np.ndarray, bits: int, width: int, rule: str) -> tuple[np.ndarray, np.ndarray]:
+def _turbo(y: np.ndarray, bits: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     energy = np.square(y).sum(axis=-1)
     raw = np.sqrt(energy / y.shape[-1])
     normal = y / np.where(raw > 0, raw, np.inf)[..., None]
     codes = np.searchsorted(boundaries(bits, width).astype(np.float64), normal)
     levels = codebook(bits, width).astype(np.float64)[codes]
-    dot, size = (y * levels).sum(axis=-1), np.square(levels).sum(axis=-1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        scale = {
-            "raw": raw,
-            "matched": np.sqrt(energy / size),
-            "least_squares": dot / size,
-            "unbiased": energy / dot,
-        }[rule]
+        scale = energy / (y * levels).sum(axis=-1)
     return codes, np.where(energy > 0, scale, 0).astype(np.float16)
 
 

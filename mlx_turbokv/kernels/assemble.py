@@ -19,11 +19,11 @@ SHARED_FILES = ("common.h", "hadamard.h")
 # what a kernel's file needs beside those
 NEEDS = {
     "decode.metal": (
-        *("attention.h", "anchor.h", "lookup.h"),
-        *("decode_keys.h", "decode_anchors.h", "decode_values.h"),
+        *("attention.h", "anchor.h", "lut.h", "decode_queries.h", "decode_keys.h"),
+        *("decode_anchors.h", "decode_values.h", "decode_memory.h", "decode_softmax.h"),
     ),
     "merge.metal": ("attention.h",),
-    "pack.metal": ("anchor.h",),
+    "pack.metal": ("anchor.h", "pack_quantize.h", "pack_words.h"),
     "dequantize.metal": ("anchor.h",),
 }
 # MLX copies the text at every launch that is not replayed: what the compiler does not need is left

@@ -25,11 +25,11 @@ MOST_SINGLE_ROWS = 64
 PARTIAL_SOURCE = f"""
 TKV_SHARED_ALIGNED(float4, shared, decode_words(KB, KD, VB, VG, VD, ROWS, RAW, CENTRED) / 4);
 decode_partial<T, KB, KG, KD, KW, VB, VG, VD, VW, RAW, ROWS, CENTRED, WHOLE>(
-    queries, body, tail, starts, params, k_constants, v_constants, mu, table, sinks, result,
-    shared, {assemble.THREAD});
+    queries, body, tail, left_padding, params, k_constants, v_constants, mu, cos_sin_table, sinks,
+    result, shared, {assemble.THREAD});
 """
-PARTIAL_INPUTS = ("queries", "body", "tail", "starts", "params", "k_constants", "v_constants")
-PARTIAL_INPUTS += (*tables.ANCHOR_INPUTS[:2], "sinks")
+PARTIAL_INPUTS = ("queries", "body", "tail", "left_padding", "params", "k_constants")
+PARTIAL_INPUTS += ("v_constants", *tables.ANCHOR_INPUTS[:2], "sinks")
 MERGE_SOURCE = f"""
 TKV_SHARED(float4, shared, 2 * VD);
 decode_merge<T, VD, VW>(

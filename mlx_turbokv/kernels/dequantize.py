@@ -17,8 +17,8 @@ THREADS = 256
 SOURCE = f"""
 TKV_SHARED(float4, shared, dequantize_floats(KD, CENTRED) / 4);
 dequantize<T, KB, KG, KD, KW, VB, VG, VD, RAW, CENTRED>(
-    body, tail, params, k_constants, v_constants, mu, table, starts, keys, values, shared,
-    {assemble.THREAD});
+    body, tail, params, k_constants, v_constants, mu, cos_sin_table, left_padding, keys, values,
+    shared, {assemble.THREAD});
 """
 INPUTS = ("body", "tail", "params", "k_constants", "v_constants", *tables.ANCHOR_INPUTS)
 

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ..centring.centre import Centre
-from ..quant import quantize
 from ..quant.layout import TILE, KVLayout
 from . import assemble, tables
 
@@ -18,9 +17,9 @@ TKV_SHARED(float, row_buffers, pack_groups(larger(KD, VD)) * larger(KD, VD));
 TKV_SHARED(uchar, codes, 32 * larger(KD, VD));
 TKV_SHARED(ushort, scales, pack_scales(KG, KD, VG, VD));
 TKV_SHARED(float, levels, 2 * MAX_LEVELS);
-pack<T, KB, KG, KD, KW, KR, VB, VG, VD, VW, VR, CENTRED>(
-    keys, values, tail, params, k_constants, v_constants, mu, table, starts, packed, row_buffers,
-    codes, scales, levels, {assemble.THREAD});
+pack<T, KB, KG, KD, KW, VB, VG, VD, VW, CENTRED>(
+    keys, values, tail, params, k_constants, v_constants, mu, cos_sin_table, left_padding, packed,
+    row_buffers, codes, scales, levels, {assemble.THREAD});
 """
 INPUTS = ("keys", "values", "tail", "params", "k_constants", "v_constants")
 INPUTS += tables.ANCHOR_INPUTS
@@ -41,7 +40,6 @@ def _launch(
     backend: str,
     layout: KVLayout,
     dtype: mx.Dtype,
-    rules: tuple[str, str],
     centred: bool,
     shape: tuple[int, int, int],
     tiles: tuple[int, int],
@@ -49,15 +47,13 @@ def _launch(
     """
     Args:
         factory: that of assemble.py; a part of the key.
-        rules: how K's and V's scales are chosen.
         shape: sequences, KV heads, new tokens.
         tiles: of the tail's buffer, before and after.
     """
     k, v = tables.sides(layout)
-    k_rule, v_rule = (quantize.SCALE_RULES.index(rule) for rule in rules)
     template = [("T", dtype), ("KB", k.bits), ("KG", k.group), ("KD", k.dim), ("KW", k.width)]
-    template += [("KR", k_rule), ("VB", v.bits), ("VG", v.group), ("VD", v.dim)]
-    template += [("VW", v.width), ("VR", v_rule), ("CENTRED", centred)]
+    template += [("VB", v.bits), ("VG", v.group), ("VD", v.dim), ("VW", v.width)]
+    template += [("CENTRED", centred)]
     threads = 128 if max(k.dim, v.dim) > WIDE else 256
     kernel = assemble.build("pack", "pack.metal", INPUTS, ("packed",), SOURCE, backend)
     batch, n_heads, _ = shape
@@ -111,7 +107,6 @@ def pack(
         backend,
         layout,
         keys.dtype,
-        (quantize.K_SCALE_RULE, quantize.V_SCALE_RULE),
         centre is not None,
         (batch, n_heads, n_new),
         (stride, n_tiles),

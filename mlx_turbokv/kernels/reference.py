@@ -44,8 +44,8 @@ def pack(
     n_full, n_partial = divmod(n_tail, TILE)
     if centre is not None:
         keys = keys.astype(mx.float32) - centre.rows(first, keys.shape[2], padding)
-    k = quantize.quantize(keys, layout.k_format, quantize.K_SCALE_RULE)
-    v = quantize.quantize(values, layout.v_format, quantize.V_SCALE_RULE)
+    k = quantize.quantize(keys, layout.k_format)
+    v = quantize.quantize(values, layout.v_format)
     rows = Rows(*k, *v)
     if n_partial:
         rows = padded(rows, n_partial, 0)

@@ -14,7 +14,7 @@ from ..quant.formats import KVFormat
 from ..quant.layout import KVLayout
 from ..quant.rotation import base_order, hadamard, rotation_width, signs
 
-ANCHOR_INPUTS = ("mu", "table", "starts")
+ANCHOR_INPUTS = ("mu", "cos_sin_table", "left_padding")
 MAX_HEAD_DIM = 512
 MAX_LEVELS = 64
 MAX_ORDER = 36
@@ -94,7 +94,7 @@ def constants(side: Side) -> mx.array:
 
 
 def _lookup(bits: int, levels: np.ndarray) -> np.ndarray:
-    """Entries of metal/lookup.h: pairs of levels in half for each value of two codes' bits.
+    """Entries of metal/lut.h: pairs of levels in half for each value of two codes' bits.
 
     Shapes:
         levels: [2**bits]; returns: uint32.

@@ -1,7 +1,7 @@
 """Quantise rows and read them back, in plain mx ops.
 
-Scales are fp16. Codes are chosen at the raw scale, the root mean square of the group; what is
-stored is then the scale that a rule picks for those codes.
+Scales are fp16. The codes of a turbo group are those of its values divided by their root mean
+square; the scale that is stored is <y, y> / <y, c> for values y and levels c, which is unbiased.
 """
 
 from __future__ import annotations
@@ -17,11 +17,6 @@ from .rotation import rotation_matrix, rotation_width
 from .tiles import UNITS, units_from_codes
 
 FP16_MAX = 65504.0
-# Rules for a group y with levels c: raw |y|, matched |y| / |c|, least_squares <y, c> / <c, c>,
-# unbiased <y, y> / <y, c>. Chosen by measured KLD on the default model: docs/results/research.md.
-SCALE_RULES = ("raw", "matched", "least_squares", "unbiased")
-K_SCALE_RULE = "unbiased"
-V_SCALE_RULE = "unbiased"
 _UNSIGNED = {2: mx.uint16, 4: mx.uint32}
 
 
@@ -77,13 +72,10 @@ def rotate(x: mx.array, head_dim: int, inverse: bool = False) -> mx.array:
     return (groups @ (matrix if inverse else matrix.T)).reshape(x.shape)
 
 
-def quantize(x: mx.array, fmt: KVFormat, rule: str) -> tuple[mx.array, mx.array]:
+def quantize(x: mx.array, fmt: KVFormat) -> tuple[mx.array, mx.array]:
     """Quantise rows of K or V, rotation included.
 
     A row that holds a NaN or an infinity reads back as NaN, and no other row is touched.
-
-    Args:
-        rule: which scale turbo groups store, one of SCALE_RULES.
 
     Shapes:
         x: [..., head_dim].
@@ -93,7 +85,7 @@ def quantize(x: mx.array, fmt: KVFormat, rule: str) -> tuple[mx.array, mx.array]
     if fmt.is_f16:
         return x.view(_UNSIGNED[x.dtype.size]), mx.zeros((*x.shape[:-1], 0), mx.float16)
     if fmt.is_turbo:
-        codes, scales = _turbo_codes(rotate(x, head_dim), fmt, rule)
+        codes, scales = _turbo_codes(rotate(x, head_dim), fmt)
     else:
         codes, scales = _q8_codes(x.astype(mx.float32))
     return units_from_codes(codes, fmt.bits), scales
@@ -153,34 +145,30 @@ def _q8_codes(x: mx.array) -> tuple[mx.array, mx.array]:
     return codes.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]].view(mx.uint8), scales
 
 
-def _turbo_codes(y: mx.array, fmt: KVFormat, rule: str) -> tuple[mx.array, mx.array]:
-    """Codes of rotated rows, and the scale that ``rule`` picks for them."""
+def _turbo_codes(y: mx.array, fmt: KVFormat) -> tuple[mx.array, mx.array]:
+    """Codes and scales of rotated rows."""
     head_dim = y.shape[-1]
     width = fmt.group_width(head_dim)
     # a ragged last group counts its own values only
     sizes = mx.array([min(width, head_dim - g) for g in range(0, head_dim, width)], mx.float32)
     groups = _groups(y, width)
     energy = mx.square(groups).sum(axis=-1)
-    raw = mx.sqrt(energy / sizes)
-    normal = groups / mx.where(raw > 0, raw, mx.inf)[..., None]
+    rms = mx.sqrt(energy / sizes)
+    normal = groups / mx.where(rms > 0, rms, mx.inf)[..., None]
     thresholds = _constant("boundaries", fmt.bits, width)
     codes = (normal[..., None] > thresholds).sum(axis=-1).astype(mx.uint8)
-    scales = raw if rule == "raw" else _fitted(groups, energy, codes, fmt.bits, head_dim, rule)
+    scales = _unbiased_scales(groups, energy, codes, fmt.bits, head_dim)
     return codes.reshape(*y.shape[:-1], -1)[..., :head_dim], _stored(scales)
 
 
-def _fitted(
-    groups: mx.array, energy: mx.array, codes: mx.array, bits: int, head_dim: int, rule: str
-):
-    """The scale of each group by a rule that looks at its levels c."""
+# Of four rules for the scale the unbiased one has the lowest KLD: commit e1a90eb has the comparison,
+# scripts/group_scale.py.
+def _unbiased_scales(
+    groups: mx.array, energy: mx.array, codes: mx.array, bits: int, head_dim: int
+) -> mx.array:
+    """<y, y> / <y, c> of each group y with levels c."""
     width = groups.shape[-1]
     levels = _constant("codebook", bits, width)[codes]
     if groups.shape[-2] * width > head_dim:  # nothing is stored for the end of a ragged group
         levels = levels * (mx.arange(groups.shape[-2] * width).reshape(-1, width) < head_dim)
-    if rule == "matched":
-        top, bottom, power = energy, mx.square(levels).sum(axis=-1), 0.5
-    elif rule == "least_squares":
-        top, bottom, power = (groups * levels).sum(axis=-1), mx.square(levels).sum(axis=-1), 1
-    else:
-        top, bottom, power = energy, (groups * levels).sum(axis=-1), 1
-    return mx.where(energy == 0, 0, (top / bottom) ** power)
+    return mx.where(energy == 0, 0, energy / (groups * levels).sum(axis=-1))

@@ -23,7 +23,6 @@ from mlx_turbokv.evaluate.configuration import DEFAULT_CONFIGS, prepare
 from mlx_turbokv.evaluate.divergence import Reference
 from mlx_turbokv.evaluate.windows import scored_logits, targets_of
 from mlx_turbokv.quant import codebook
-from mlx_turbokv.quant.quantize import K_SCALE_RULE, V_SCALE_RULE
 
 NLL_TOLERANCE = 2e-3  # nats, of a window's mean loss
 MOST_TIES = 0.03  # share of decisions with a look at what was stored; turbo6 has 63 borders
@@ -45,7 +44,7 @@ def test_losses_agree_with_the_simulation(model, window, name):
     caches = prepare(model, name).make_caches()
     reference = Reference(scored_logits(model, window, caches), targets_of(window))
     simulated = [
-        SimulatedCache(k, v, K_SCALE_RULE, V_SCALE_RULE, stored=cache.keys_and_values())
+        SimulatedCache(k, v, "unbiased", "unbiased", stored=cache.keys_and_values())
         for cache, (k, v) in zip(caches, layer_formats(name, N_LAYERS))
     ]
     expected = window_nll(model, window.tolist(), simulated)

@@ -1,7 +1,6 @@
-// Prelude that lets clang check the types of Metal text in C++-for-OpenCL mode: Metal's address
-// spaces become OpenCL's, which clang keeps apart as strictly as Metal's compiler does. Nothing is
-// defined beyond what a type check needs. Operations are declared only for the types that Metal
-// has them for.
+// Prelude for checking the types of Metal text with clang in C++-for-OpenCL mode: Metal's address
+// spaces become OpenCL's, which clang keeps apart as strictly as Metal's compiler does. Only what a
+// type check needs is defined. Operations are declared only for the types that Metal has them for.
 #pragma OPENCL EXTENSION cl_khr_fp16 : enable
 
 #define device __global
@@ -33,6 +32,7 @@ typedef bfloat bfloat16_t;
 
 template <typename T, int N>
 using vec = T __attribute__((ext_vector_type(N)));
+// clang-format off
 #define CHECK_VECTORS(type)                              \
   typedef type type##2 __attribute__((ext_vector_type(2))); \
   typedef type type##3 __attribute__((ext_vector_type(3))); \
@@ -123,6 +123,8 @@ struct simd_vote {
 };
 simd_vote simd_ballot(bool);
 
+// clang-format on
+
 enum memory_order { memory_order_relaxed };
 template <typename T>
 struct atomic {
@@ -131,6 +133,7 @@ struct atomic {
 typedef atomic<int> atomic_int;
 typedef atomic<uint> atomic_uint;
 typedef atomic<float> atomic_float;
+// clang-format off
 #define CHECK_UPDATE(space, name) \
   template <typename T, typename V> \
   T atomic_##name##_explicit(space atomic<T>*, V, memory_order);
@@ -143,6 +146,7 @@ typedef atomic<float> atomic_float;
   CHECK_UPDATE(space, fetch_max) CHECK_UPDATE(space, fetch_min)
 CHECK_ATOMIC(__global)
 CHECK_ATOMIC(__local)
+// clang-format on
 
 template <bool B, typename T = void>
 struct enable_if {};

@@ -13,7 +13,7 @@
 #include <string>
 #include <vector>
 
-struct Clock {  // counts the barriers that a thread has passed, by scope and kind of memory
+struct Clock {        // counts the barriers that a thread has passed, by scope and kind of memory
   uint32_t group[2];  // [device, threadgroup]
   uint32_t simd[2];
 };
@@ -74,14 +74,17 @@ class Records {
     Region* r = find(address);
     const char* verb = write ? "write" : "read";
     if (r == nullptr) {
-      return text("out of bounds %s of %zu bytes, outside every buffer, by thread %u of "
-                  "threadgroup %u at {pc %lx}", verb, bytes, linear, threadgroup, pc);
+      return text(
+          "out of bounds %s of %zu bytes, outside every buffer, by thread %u of "
+          "threadgroup %u at {pc %lx}",
+          verb, bytes, linear, threadgroup, pc);
     }
     size_t offset = address - reinterpret_cast<uintptr_t>(r->base);
     if (offset + bytes > r->bytes) {
-      return text("out of bounds %s of %zu bytes at byte %zu of '%s' (%zu bytes) by thread %u of "
-                  "threadgroup %u at {pc %lx}",
-                  verb, bytes, offset, r->name, r->bytes, linear, threadgroup, pc);
+      return text(
+          "out of bounds %s of %zu bytes at byte %zu of '%s' (%zu bytes) by thread %u of "
+          "threadgroup %u at {pc %lx}",
+          verb, bytes, offset, r->name, r->bytes, linear, threadgroup, pc);
     }
     if (!r->writable) {
       return write ? text("write to the input '%s' by thread %u at {pc %lx}", r->name, linear, pc)
@@ -91,8 +94,10 @@ class Records {
     for (size_t i = offset; i < offset + bytes; i++) {
       Cell& c = r->cells[i];
       if (!write && !c.written) {
-        return text("read of byte %zu of '%s' that nobody wrote, by thread %u of threadgroup %u "
-                    "at {pc %lx}", i, r->name, linear, threadgroup, pc);
+        return text(
+            "read of byte %zu of '%s' that nobody wrote, by thread %u of threadgroup %u "
+            "at {pc %lx}",
+            i, r->name, linear, threadgroup, pc);
       }
       if (conflict(c.write, now)) {
         return race(*r, i, "written", c.write, write ? "written" : "read", now);
@@ -161,8 +166,8 @@ class Records {
 
   static void note_reader(Cell& c, const Access& now) {
     const Access& old = c.read;
-    bool concurrent = old.thread != 0 && (old.threadgroup != now.threadgroup ||
-                                          old.group_clock >= now.group_clock);
+    bool concurrent = old.thread != 0 &&
+                      (old.threadgroup != now.threadgroup || old.group_clock >= now.group_clock);
     if (!concurrent) {
       c.many_lanes = c.many_simds = false;
     } else if (old.threadgroup != now.threadgroup || !same_simd(old, now)) {
@@ -184,9 +189,10 @@ class Records {
 
   static std::string race(const Region& r, size_t byte, const char* did, const Access& old,
                           const char* does, const Access& now) {
-    return text("race on byte %zu of '%s': %s by thread %u of threadgroup %u at {pc %lx}, %s by "
-                "thread %u of threadgroup %u at {pc %lx}, with no barrier between them",
-                byte, r.name, did, old.thread - 1, old.threadgroup, old.pc, does, now.thread - 1,
-                now.threadgroup, now.pc);
+    return text(
+        "race on byte %zu of '%s': %s by thread %u of threadgroup %u at {pc %lx}, %s by "
+        "thread %u of threadgroup %u at {pc %lx}, with no barrier between them",
+        byte, r.name, did, old.thread - 1, old.threadgroup, old.pc, does, now.thread - 1,
+        now.threadgroup, now.pc);
   }
 };

@@ -68,8 +68,8 @@ class Device {
     for (Buffer& b : buffers) {
       bytes_ += (b.bytes + 255) / 256 * 256 + kGuard;
     }
-    base_ = static_cast<char*>(mmap(nullptr, bytes_, PROT_READ | PROT_WRITE,
-                                    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    base_ = static_cast<char*>(
+        mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     size_t at = kGuard;
     for (Buffer& b : buffers) {
       b.at = base_ + at;
@@ -194,8 +194,8 @@ void on_signal(int number) {
 int main() {
   answer_fd = dup(1);
   dup2(2, 1);  // nothing else may write between the answers
-  arena = static_cast<char*>(mmap(nullptr, kArena, PROT_READ | PROT_WRITE,
-                                  MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  arena = static_cast<char*>(
+      mmap(nullptr, kArena, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
 #if defined(HOST_RECORDS)
   records.enabled = true;
 #endif
@@ -204,7 +204,7 @@ int main() {
   alternate.ss_sp = signal_stack;
   alternate.ss_size = sizeof(signal_stack);
   sigaltstack(&alternate, nullptr);
-  struct sigaction action{};
+  struct sigaction action {};
   action.sa_handler = on_signal;
   action.sa_flags = SA_ONSTACK;
   sigaction(SIGSEGV, &action, nullptr);

@@ -82,7 +82,9 @@ std::string text(const char* format, ...) {
   return buffer;
 }
 
-void poison(char* at, size_t bytes) { memset(at, 0xff, bytes); }
+void poison(char* at, size_t bytes) {
+  memset(at, 0xff, bytes);
+}
 
 #if defined(HOST_ASAN)
 const void* main_stack = nullptr;
@@ -164,8 +166,7 @@ void* host_threadgroup(const void* key, size_t bytes, size_t align, const char* 
   poison(block.at, bytes);
   block = blocks.emplace(key, block).first->second;
   if (records.enabled) {
-    records.regions.push_back(
-        Region{blocks[key].name.c_str(), block.at, bytes, true, 1, {}});
+    records.regions.push_back(Region{blocks[key].name.c_str(), block.at, bytes, true, 1, {}});
     records.regions.back().reset(false);
   }
   return block.at;
@@ -200,30 +201,46 @@ void record(const void* address, size_t bytes, bool write, void* pc) {
     }
     return;
   }
-  std::string wrong = records.access(reinterpret_cast<uintptr_t>(address), bytes, write,
-                                     running->info.linear, threadgroup_index, running->clock,
-                                     reinterpret_cast<uintptr_t>(pc) - 1);
+  std::string wrong =
+      records.access(reinterpret_cast<uintptr_t>(address), bytes, write, running->info.linear,
+                     threadgroup_index, running->clock, reinterpret_cast<uintptr_t>(pc) - 1);
   if (!wrong.empty()) {
     fail(wrong);
   }
 }
 }  // namespace
 
-#define HOST_TSAN(n)                                                                        \
-  void __tsan_read##n(void* p) { record(p, n, false, __builtin_return_address(0)); }        \
-  void __tsan_write##n(void* p) { record(p, n, true, __builtin_return_address(0)); }        \
-  void __tsan_unaligned_read##n(void* p) { record(p, n, false, __builtin_return_address(0)); } \
-  void __tsan_unaligned_write##n(void* p) { record(p, n, true, __builtin_return_address(0)); } \
-  void __tsan_volatile_read##n(void* p) { record(p, n, false, __builtin_return_address(0)); } \
-  void __tsan_volatile_write##n(void* p) { record(p, n, true, __builtin_return_address(0)); }
+#define HOST_TSAN(n)                                  \
+  void __tsan_read##n(void* p) {                      \
+    record(p, n, false, __builtin_return_address(0)); \
+  }                                                   \
+  void __tsan_write##n(void* p) {                     \
+    record(p, n, true, __builtin_return_address(0));  \
+  }                                                   \
+  void __tsan_unaligned_read##n(void* p) {            \
+    record(p, n, false, __builtin_return_address(0)); \
+  }                                                   \
+  void __tsan_unaligned_write##n(void* p) {           \
+    record(p, n, true, __builtin_return_address(0));  \
+  }                                                   \
+  void __tsan_volatile_read##n(void* p) {             \
+    record(p, n, false, __builtin_return_address(0)); \
+  }                                                   \
+  void __tsan_volatile_write##n(void* p) {            \
+    record(p, n, true, __builtin_return_address(0));  \
+  }
 extern "C" {
 HOST_TSAN(1)
 HOST_TSAN(2)
 HOST_TSAN(4)
 HOST_TSAN(8)
 HOST_TSAN(16)
-void __tsan_read_range(void* p, size_t n) { record(p, n, false, __builtin_return_address(0)); }
-void __tsan_write_range(void* p, size_t n) { record(p, n, true, __builtin_return_address(0)); }
+void __tsan_read_range(void* p, size_t n) {
+  record(p, n, false, __builtin_return_address(0));
+}
+void __tsan_write_range(void* p, size_t n) {
+  record(p, n, true, __builtin_return_address(0));
+}
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
@@ -239,10 +256,9 @@ bool release(uint32_t first, uint32_t last, State at, const char* what) {
   for (uint32_t i = first; i < last; i++) {
     const Fiber& f = fibers[i];
     if (f.state != at || f.kind != a.kind || f.line != a.line || f.flags != a.flags) {
-      failure = text("divergent %s in threadgroup %u: thread %u is at line %d, thread %u %s",
-                     what, threadgroup_index, first, a.line, i,
-                     f.state == kDone ? "has returned"
-                                      : text("at line %d", f.line).c_str());
+      failure = text("divergent %s in threadgroup %u: thread %u is at line %d, thread %u %s", what,
+                     threadgroup_index, first, a.line, i,
+                     f.state == kDone ? "has returned" : text("at line %d", f.line).c_str());
       return false;
     }
   }

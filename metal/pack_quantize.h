@@ -1,0 +1,118 @@
+// Quantises a row for pack.metal, one SIMD group a row. Of four rules for the scale of a turbo
+// group the unbiased one has the lowest KLD: scripts/group_scale.py of commit e1a90eb compares
+// them.
+
+constant constexpr float FP16_MAX = 65504.0f;
+
+// The bits of a scale in half, saturated; all NaNs have the same bits.
+TKV_FN ushort scale_bits(float scale) {
+  if (!(scale == scale)) {
+    return ushort(0x7e00);
+  }
+  return as_type<ushort>(half(scale > FP16_MAX ? FP16_MAX : scale));
+}
+
+// q8_0 codes and scales of a row; the scale maps the largest magnitude to 127.
+template <typename T, int DIM>
+TKV_FN void quantize_q8(const device T* x, threadgroup uchar* codes, threadgroup ushort* scales,
+                        int lane) {
+  TKV_UNROLL
+  for (int g = 0; g < ceil_div(DIM, LANES); g++) {
+    const bool inside = g * LANES + lane < DIM;
+    const float value = inside ? float(x[g * LANES + lane]) : 0.0f;
+    const float magnitude = flip_sign(value, as_type<uint>(value) >> 31);
+    const bool not_finite = !(magnitude <= 3.402823466e38f);  // NaN or infinite
+    float largest = simd_max(not_finite ? 0.0f : magnitude);
+    if (simd_any(not_finite)) {
+      largest = as_type<float>(0x7fc00000u);
+    }
+    const ushort bits = scale_bits(largest / 127.0f);
+    const float step = half_bits(bits);
+    float code = step > 0.0f && !not_finite ? rint(value / step) : 0.0f;
+    code = code > 127.0f ? 127.0f : (code < -127.0f ? -127.0f : code);
+    if (inside) {
+      codes[g * LANES + lane] = uchar(int(code) & 255);
+    }
+    if (lane == 0) {
+      scales[g * TILE] = bits;
+    }
+  }
+}
+
+// The nearest level's code: the number of boundaries below x.
+template <int BITS>
+TKV_FN int nearest_level(float x, threadgroup const float* boundaries) {
+  int code = 0;
+  TKV_UNROLL
+  for (int bit = BITS - 1; bit >= 0; bit--) {
+    code += x > boundaries[code + (1 << bit) - 1] ? 1 << bit : 0;
+  }
+  return code;
+}
+
+// The scale <y, y> / <y, c> of a group y with levels c.
+TKV_FN float unbiased_scale(float energy, float levels_dot) {
+  return energy == 0.0f ? 0.0f : energy / levels_dot;
+}
+
+// What is subtracted from centred keys: mu of the KV head, the table, and the rows' positions.
+struct Anchors {
+  const device float* mu;
+  const device uint* cos_sin_table;
+  int split_pairs;
+  int row;          // row of the first new token in the sequence
+  int padding;      // rows before the sequence's first token
+  int n_uncentred;  // first keys of the sequence without an anchor
+};
+
+// Turbo codes and scales of a row; with CENTRED its anchor is subtracted first.
+template <typename T, int BITS, int GROUP, int DIM, int WIDTH, bool CENTRED>
+TKV_FN void quantize_turbo(const device T* x, threadgroup float* row, threadgroup uchar* codes,
+                           threadgroup ushort* scales, threadgroup const float* levels,
+                           const device uint* constants, Anchors anchors, int lane) {
+  constexpr int N = ceil_div(WIDTH, LANES);
+  const float factor = 1.0f / sqrt(float(WIDTH));
+  for (int first = 0; first < DIM; first += WIDTH) {
+    float y[N];
+    TKV_UNROLL
+    for (int j = 0; j < N; j++) {
+      y[j] = lane + j * LANES < WIDTH ? float(x[first + lane + j * LANES]) : 0.0f;
+      if (CENTRED && lane + j * LANES < WIDTH &&
+          has_anchor(anchors.row, anchors.padding, anchors.n_uncentred)) {
+        const device uint* cos_sin =
+            anchors.cos_sin_table + anchor_block(anchors.row, anchors.padding) * (DIM / 2);
+        y[j] -= anchor_value(anchors.mu, cos_sin, anchors.split_pairs, first + lane + j * LANES);
+      }
+    }
+    rotate<WIDTH>(y, constants, row + first, lane);
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+    TKV_UNROLL
+    for (int j = 0; j < N; j++) {
+      if (lane + j * LANES < WIDTH) {
+        row[first + lane + j * LANES] = y[j] * factor;
+      }
+    }
+  }
+  simdgroup_barrier(mem_flags::mem_threadgroup);
+  for (int first = 0; first < DIM; first += GROUP) {
+    const int size = DIM - first < GROUP ? DIM - first : GROUP;
+    float energy = 0.0f;
+    for (int i = lane; i < size; i += LANES) {
+      energy += row[first + i] * row[first + i];
+    }
+    energy = simd_sum(energy);
+    const float rms = sqrt(energy / float(size));
+    float levels_dot = 0.0f;
+    for (int i = lane; i < size; i += LANES) {
+      const float value = row[first + i];
+      const int code =
+          nearest_level<BITS>(rms > 0.0f ? value / rms : value * 0.0f, levels + MAX_LEVELS);
+      codes[first + i] = uchar(code);
+      levels_dot += value * levels[code];
+    }
+    levels_dot = simd_sum(levels_dot);
+    if (lane == 0) {
+      scales[first / GROUP * TILE] = scale_bits(unbiased_scale(energy, levels_dot));
+    }
+  }
+}
