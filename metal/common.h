@@ -82,6 +82,7 @@ TKV_FN float raw_value(uint bits) {
   return as_type<float>(RAW == 1 ? bits << 16 : bits);
 }
 
+// The half in the low 16 bits.
 TKV_FN float half_bits(uint bits) {
   return float(as_type<half>(ushort(bits & 0xffffu)));
 }

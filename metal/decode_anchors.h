@@ -136,7 +136,7 @@ TKV_FN void reduce_scatter(thread float* sums, int distance, int lane) {
   }
 }
 
-// Sums of two blocks' rows, as a power of two.
+// Number of sums of two blocks, rounded up to a power of two.
 TKV_CONST_FN int anchor_sums(int rows) {
   return rows <= 1 ? 2 : (rows <= 2 ? 4 : (rows <= 4 ? 8 : (rows <= 8 ? 16 : 32)));
 }

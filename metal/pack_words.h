@@ -48,7 +48,7 @@ TKV_FN Word key_word(const device T* rows, threadgroup const uchar* codes, int i
                      int end) {
   constexpr int BYTES = DIM * BITS / 8;
   constexpr int FULL = BYTES / 16;
-  int per_token = 4;         // cos_sin, then bytes, of a token's column
+  int per_token = 4;         // words, then bytes, of a token's column
   int from = i / 128 * 128;  // bit of the row where the column begins
   int at = i % 128;
   bool narrow = false;

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import mlx.core as mx
 import numpy as np
 import pytest
-from metal_host import HostError, HostMetal, ToolMissing, toolchain
+from metal_host import HostError, HostMetal, ToolMissingError, toolchain
 
 # Every thread reads its neighbour's value through threadgroup memory.
 NEIGHBOUR = """
@@ -327,7 +327,7 @@ def test_text_that_does_not_compile_is_reported(metal_host) -> None:
 def test_a_missing_compiler_is_one_sentence(monkeypatch) -> None:
     toolchain.tool.cache_clear()
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(ToolMissing) as caught:
+    with pytest.raises(ToolMissingError) as caught:
         toolchain.gxx()
     toolchain.tool.cache_clear()
     assert str(caught.value) == "g++ is not installed; on Debian, `apt-get install g++`."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 import pytest
-from metal_host import HostError, Launch, Recorder, ToolMissing, metal_text, toolchain
+from metal_host import HostError, Launch, Recorder, ToolMissingError, metal_text, toolchain
 from metal_host.typecheck import check_launch, check_launches, check_same_text
 
 HEADER = """
@@ -201,7 +201,7 @@ def test_many_launches_are_checked_once_each() -> None:
 def test_a_missing_compiler_is_one_sentence(monkeypatch) -> None:
     toolchain.tool.cache_clear()
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(ToolMissing) as caught:
+    with pytest.raises(ToolMissingError) as caught:
         toolchain.clang()
     toolchain.tool.cache_clear()
     assert str(caught.value) == "clang is not installed; on Debian, `apt-get install clang`."

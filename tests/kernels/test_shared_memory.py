@@ -1,4 +1,4 @@
-"""What decode declares of shared memory on NVIDIA, for every layout: no more than a kernel may."""
+"""Decode's shared memory on NVIDIA: for every layout at most what a kernel may declare."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ import kernel_cases
 from metal_host import toolchain
 
 from mlx_turbokv.kernels import decode, tables
-from mlx_turbokv.kernels.assemble import metal_folder
+from mlx_turbokv.kernels.assemble import NEEDS, metal_folder
 from mlx_turbokv.quant.formats import KVFormat
 from mlx_turbokv.quant.layout import KVLayout
 
 MOST_BYTES = 48 * 1024
-# left free before the tables, so that they begin at a multiple of their size
+# the gap before the LUTs, which aligns them to their size
 ALIGNMENT = r"\(count\) \+ \((\d+) - (\d+)\)"
-FILES = ("attention.h", "lookup.h", "decode_keys.h", "decode_anchors.h", "decode_values.h")
-FILES += ("decode.metal",)
 CONSTANTS = re.compile(
-    r"(?:constant constexpr int [A-Z_]+ = [^;]+;)|(?:TKV_CONST_FN (?:int|bool) \w+\([^)]*\) \{.*?\n\})",
+    r"(?:constant constexpr int [A-Z0-9_]+ = [^;]+;)"
+    r"|(?:TKV_CONST_FN (?:int|bool) \w+\([^)]*\) \{.*?\n\})",
     re.S,
 )
 PROGRAM = """
@@ -37,9 +36,10 @@ int main() {
 
 def test_every_layout_fits(tmp_path) -> None:
     prelude = (metal_folder() / "compat" / "cuda.h").read_text()
-    texts = [(metal_folder() / name).read_text() for name in ("common.h", *FILES)]
-    common = [text for text in CONSTANTS.findall(texts[0]) if "most_lookup_words" not in text]
-    parts = [*CONSTANTS.findall(prelude), *common, *CONSTANTS.findall("".join(texts[1:]))]
+    files = ("common.h", *NEEDS["decode.metal"])
+    texts = CONSTANTS.findall("".join((metal_folder() / name).read_text() for name in files))
+    # the prelude's own max_lut_words is NVIDIA's
+    parts = [*CONSTANTS.findall(prelude), *(t for t in texts if "int max_lut_words" not in t)]
     (tmp_path / "words.cpp").write_text(PROGRAM % "\n".join(parts))
     program = tmp_path / "words"
     subprocess.run(
@@ -56,7 +56,7 @@ def test_every_layout_fits(tmp_path) -> None:
 
 
 def _variants():
-    """Arguments of decode_words: bits and dim of K, bits, group and dim of V, rows, raw, centred."""
+    """Arguments of decode_words: K's bits and dim, V's bits, group and dim, rows, raw, centred."""
     for k_name in kernel_cases.FORMATS:
         for v_name in kernel_cases.FORMATS:
             for dims in (*kernel_cases.DIMS, (40, 40), (192, 192), (320, 320), (512, 256)):

@@ -60,11 +60,10 @@ _SIMD_WIDTH = ("threads_per_simdgroup", "thread_execution_width")
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel ready to run: its library in each build, the entry, and its buffers' order."""
+    """A kernel ready to run: its signature, and its library in each build."""
 
     kernel: metal.Kernel
     libraries: dict[str, Path]
-    entry: str
 
 
 def runtime(build: str) -> Path:
@@ -90,21 +89,8 @@ def runtime(build: str) -> Path:
     return cached(f"runtime-{key}", make) / "runtime"
 
 
-def mark_files(text: str) -> str:
-    """Puts a #line before each file of metal/ whose whole text occurs without one."""
-    for path in sorted((REPOSITORY / "metal").glob("*.*")):
-        body = path.read_text()
-        at = text.find(body)
-        name = f"metal/{path.name}"
-        if body.strip() and at >= 0 and f'"{name}"' not in text:
-            after = text[at + len(body) :]
-            line = text[:at].count("\n") + body.count("\n") + 3
-            text = f'{text[:at]}\n#line 1 "{name}"\n{body}\n#line {line} "kernel"\n{after}'
-    return text
-
-
 def preprocess(text: str, definitions: tuple[str, ...] = ()) -> str:
-    """The text after the preprocessor, with Metal's own macros and nothing of the host's."""
+    """The preprocessed text, with Metal's predefined macros and without the host's."""
     command = [
         gxx(), "-E", "-x", "c++", "-std=c++17", "-nostdinc", "-nostdinc++",
         "-D__METAL__", "-D__METAL_VERSION__=310", *definitions,
@@ -113,12 +99,11 @@ def preprocess(text: str, definitions: tuple[str, ...] = ()) -> str:
     return run(command, "the kernel text", HostError, input=metal.drop_includes(text))
 
 
-def _declare(variable: metal.Variable, number: int, alignment: str | None) -> str:
+def _declare(variable: metal.Variable, number: int) -> str:
     kind = f"host_tg{number}_{variable.name}"
-    align = f"alignas({alignment}) " if alignment else ""
     return (
         f"typedef {variable.type} {kind} {variable.dimensions}; "
-        f"static char {kind}_key; struct {kind}_in {{ {align}{kind} v; }}; "
+        f"static char {kind}_key; struct {kind}_in {{ {kind} v; }}; "
         f"{kind}& {variable.name} = host_threadgroup_variable<{kind}_in>"
         f'(&{kind}_key, "{variable.name}").v;'
     )
@@ -139,7 +124,7 @@ def _argument(index: int, parameter: metal.Parameter, slots: dict[int, int]) -> 
 def host_source(text: str, name: str, call: str | None = None) -> tuple[str, metal.Kernel]:
     """Host C++ of a kernel (prelude aside), with an entry that takes an array of buffers."""
     body, instantiated = metal.instance(text)
-    body = preprocess(mark_files(f'#line 1 "kernel"\n{body}'))
+    body = preprocess(f'#line 1 "kernel"\n{body}')
     body = re.sub(r"^#pragma METAL.*$", "", body, flags=re.M)
     kernel = metal.find_kernel(body, name, call or instantiated)
     body, _ = metal.rewrite_threadgroup(body, _declare)
@@ -161,7 +146,7 @@ def compile_kernel(text: str, name: str, call: str | None = None) -> Compiled:
 
     Raises:
         HostError: the text is not understood by the host layer or by g++.
-        ToolMissing: there is no g++.
+        ToolMissingError: there is no g++.
     """
     source, kernel = host_source(text, name, call)
     prelude = prelude_digest()
@@ -204,7 +189,7 @@ def compile_kernel(text: str, name: str, call: str | None = None) -> Compiled:
     first = cached(folders["asan"], make_first)
     second = cached(folders["records"], make_second)
     libraries = {"asan": first / "kernel.so", "records": second / "kernel.so"}
-    return Compiled(kernel, libraries, "host_entry")
+    return Compiled(kernel, libraries)
 
 
 def prelude_digest() -> str:

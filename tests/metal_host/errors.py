@@ -1,4 +1,4 @@
-"""What can go wrong besides a wrong result."""
+"""Errors of the host layer."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ class HostError(Exception):
     """A defect of a kernel that the host layer caught; the text is the report."""
 
 
-class ToolMissing(Exception):
+class ToolMissingError(Exception):
     """A build tool is not installed; the text is one sentence saying which and how to get it."""

@@ -1,4 +1,4 @@
-"""Stands in for `mx.fast.metal_kernel`: the launch runs on the CPU, in several lane orders."""
+"""Runs the launches of `mx.fast.metal_kernel` on the CPU, in several lane orders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from .build import Compiled, compile_kernel
 from .errors import HostError
 from .generated import Launch, capture
-from .worker import Buffer, Stats, Worker
+from .worker import Buffer, Worker
 
 # (build, lane order, seed) of each run of a launch.
 RUNS = (("asan", "forward", 0), ("records", "reverse", 0), ("asan", "shuffled", 20))
@@ -23,7 +23,7 @@ class HostMetal:
 
     Every launch runs once for each entry of `runs`, and the outputs must agree bit for bit.
     `coverage` is a folder for the counters of executed lines (see coverage.py). `launches` is
-    the list of all launches, newest last; `stats` are those of the last run.
+    the list of all launches, newest last.
     """
 
     def __init__(
@@ -31,7 +31,6 @@ class HostMetal:
     ) -> None:
         self.runs = tuple(runs)
         self.launches: list[Launch] = []
-        self.stats: Stats | None = None
         self._workers = {b: Worker(b, coverage) for b in {r[0] for r in self.runs}}
         self._finalizer = weakref.finalize(self, _close, list(self._workers.values()))
 
@@ -87,15 +86,12 @@ class HostMetal:
             while runs and runs[0][0] not in [w[0] for w in waiting]:
                 build, order, seed = runs.pop(0)
                 self._workers[build].send(
-                    compiled.libraries[build], compiled.entry, grid, threadgroup, buffers,
-                    order, seed,
-                )  # fmt: skip
+                    compiled.libraries[build], grid, threadgroup, buffers, order, seed
+                )
                 waiting.append((build, order))
             build, order = waiting.pop(0)
             try:
-                outputs, self.stats = self._workers[build].receive(
-                    compiled.libraries[build], buffers
-                )
+                outputs = self._workers[build].receive(compiled.libraries[build], buffers)
                 results.append((order, outputs))
             except HostError as error:
                 self._drain(compiled, waiting, buffers)
@@ -119,7 +115,7 @@ class HostMetal:
 
 
 class Recorder(HostMetal):
-    """Notes the launches and runs nothing; every output is zeros."""
+    """Records launches without running them; every output is zeros."""
 
     def __init__(self) -> None:
         super().__init__(runs=())
@@ -172,7 +168,7 @@ def to_numpy(array: mx.array) -> np.ndarray:
 
 
 def to_mlx(array: np.ndarray, dtype: mx.Dtype) -> mx.array:
-    """Undoes `to_numpy`."""
+    """The inverse of `to_numpy`."""
     out = mx.array(array)
     return out.view(mx.bfloat16) if dtype == mx.bfloat16 else out
 

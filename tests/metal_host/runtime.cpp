@@ -1,7 +1,7 @@
-// A process that plays the GPU: loads kernels and runs them (scheduler.h).
+// The process that loads kernels and runs them (scheduler.h).
 //
 // Built twice: with AddressSanitizer (HOST_ASAN), and with access records (HOST_RECORDS).
-// Requests come on stdin and answers go to stdout; worker.py has the other end.
+// It reads requests from stdin and writes answers to stdout; worker.py is the other end.
 #include <dlfcn.h>
 #include <signal.h>
 #include <sys/mman.h>
@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr size_t kGuard = 64 * 1024;  // between buffers, so that a near miss hits none
+constexpr size_t kGuard = 64 * 1024;  // between buffers, so that accesses just outside hit none
 
 int answer_fd = 1;
 
@@ -105,7 +105,6 @@ std::map<std::string, void*> libraries;
 
 void serve() {
   std::string library = get_text();
-  std::string symbol = get_text();
   uint32_t grid[3], group[3];
   must_read(grid, sizeof(grid));
   must_read(group, sizeof(group));
@@ -127,8 +126,7 @@ void serve() {
   }
   failure.clear();
   blocks.clear();
-  arena_used = threadgroup_bytes = 0;
-  switches = 0;
+  arena_used = 0;
   arguments.clear();
   records.regions.clear();
   records.regions.reserve(buffers.size() + 64);
@@ -143,11 +141,10 @@ void serve() {
     libraries[library] = dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL);
   }
   void* handle = libraries[library];
-  entry_point =
-      handle ? reinterpret_cast<void (*)(void**)>(dlsym(handle, symbol.c_str())) : nullptr;
+  entry_point = handle ? reinterpret_cast<void (*)(void**)>(dlsym(handle, "host_entry")) : nullptr;
   Dl_info where{};
   if (entry_point == nullptr) {
-    failure = text("cannot load %s: %s", symbol.c_str(), dlerror());
+    failure = text("cannot load the kernel: %s", dlerror());
   } else {
     dladdr(reinterpret_cast<void*>(entry_point), &where);
     run_grid(grid, group, order, seed);
@@ -167,8 +164,6 @@ void serve() {
   must_write(&n, sizeof(n));
   must_write(failure.data(), n);
   must_write(&base, sizeof(base));
-  uint64_t stats[2] = {threadgroup_bytes, switches};
-  must_write(stats, sizeof(stats));
   for (Buffer& b : buffers) {
     if (n == 0 && b.kind != 0) {
       must_write(b.at, b.bytes);
@@ -179,7 +174,7 @@ void serve() {
 #if !defined(HOST_ASAN)
 char signal_stack[64 * 1024];
 
-// A wild access: say so and end, as AddressSanitizer does in the other build.
+// Reports a wild access and exits, as AddressSanitizer does in the other build.
 void on_signal(int number) {
   char line[160];
   int n = snprintf(line, sizeof(line), "signal %d: wild memory access by thread %u\n", number,

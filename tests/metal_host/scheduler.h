@@ -63,13 +63,11 @@ std::vector<Simd> simds;  // two for each SIMD group: lanes may be one operation
 std::map<const void*, Block> blocks;
 char* arena = nullptr;
 size_t arena_used = 0;
-size_t threadgroup_bytes = 0;
 Fiber* running = nullptr;
 void* scheduler_sp = nullptr;
 void (*entry_point)(void**) = nullptr;
 std::vector<void*> arguments;
 uint32_t threadgroup_index = 0;
-uint64_t switches = 0;
 std::string failure;
 Records records;
 
@@ -159,7 +157,6 @@ void* host_threadgroup(const void* key, size_t bytes, size_t align, const char* 
   }
   Block block{name, arena + at, bytes};
   arena_used = at + bytes;
-  threadgroup_bytes += bytes;
 #if defined(HOST_ASAN)
   __asan_unpoison_memory_region(block.at, bytes);
 #endif
@@ -268,7 +265,6 @@ bool release(uint32_t first, uint32_t last, State at, const char* what) {
 void resume(Fiber& f) {
   running = &f;
   host_current = &f.info;
-  switches++;
 #if defined(HOST_ASAN)
   __sanitizer_start_switch_fiber(nullptr, f.stack, kStack);
 #endif

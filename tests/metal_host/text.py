@@ -164,25 +164,8 @@ def _threadgroup_declaration(toks: list[str], at: int) -> tuple[int, list[Variab
     return end, variables
 
 
-def _alignment(toks: list[str]) -> str | None:
-    """Takes a trailing `alignas(...)` off the tokens written so far."""
-    at = len(toks) - 1
-    while at >= 0 and toks[at].isspace():
-        at -= 1
-    if at < 0 or toks[at] != ")":
-        return None
-    closing = at
-    while at > 0 and toks[at] != "(":
-        at -= 1
-    if at < 1 or toks[at - 1] != "alignas":
-        return None
-    value = "".join(toks[at + 1 : closing])
-    del toks[at - 1 :]
-    return value
-
-
 def rewrite_threadgroup(text: str, declare) -> tuple[str, list[Variable]]:
-    """Replaces declarations of threadgroup variables by `declare(variable, number, alignment)`.
+    """Replaces declarations of threadgroup variables by `declare(variable, number)`.
 
     The qualifier of pointers and references stays. Returns the text and all variables.
     """
@@ -197,9 +180,8 @@ def rewrite_threadgroup(text: str, declare) -> tuple[str, list[Variable]]:
             i += 1
             continue
         end, declared = found
-        alignment = _alignment(out)
         for variable in declared:
-            out.append(declare(variable, len(variables), alignment))
+            out.append(declare(variable, len(variables)))
             variables.append(variable)
         out += [t for t in toks[i:end] if t.startswith("#") or "\n" in t]
         i = end + 1
@@ -211,7 +193,7 @@ def rewrite_constant(text: str) -> str:
     toks = tokens(text)
     run: list[int] = []
 
-    def settle() -> None:
+    def end_run() -> None:
         here = [i for i in run if toks[i] in ("const", "constant")]
         if any(toks[i] == "constant" for i in here):
             for n, i in enumerate(here):
@@ -222,13 +204,13 @@ def rewrite_constant(text: str) -> str:
         if t in _SPECIFIERS:
             run.append(i)
         elif not _blank(t):
-            settle()
-    settle()
+            end_run()
+    end_run()
     return "".join(toks)
 
 
 def drop_includes(text: str) -> str:
-    """Blanks out includes of Metal's headers and `#pragma once`; the lines stay."""
+    """Blanks lines that include Metal's headers or are `#pragma once`."""
     return re.sub(r"^\s*#\s*(include\s*<metal_\w+>|pragma\s+once).*$", "", text, flags=re.M)
 
 

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from .errors import ToolMissing
+from .errors import ToolMissingError
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent.parent
@@ -27,14 +27,14 @@ def tool(name: str, package: str, at_least: int) -> str:
     """Path of a compiler tool.
 
     Raises:
-        ToolMissing: it is not installed, or older than `at_least`.
+        ToolMissingError: it is not installed, or older than `at_least`.
     """
     path = shutil.which(name)
     if path is None:
-        raise ToolMissing(f"{name} is not installed; on Debian, `apt-get install {package}`.")
+        raise ToolMissingError(f"{name} is not installed; on Debian, `apt-get install {package}`.")
     version = subprocess.run([path, "-dumpversion"], capture_output=True, text=True).stdout.strip()
     if version.split(".")[0].isdigit() and int(version.split(".")[0]) < at_least:
-        raise ToolMissing(f"{name} is version {version}, and {at_least} or newer is needed.")
+        raise ToolMissingError(f"{name} is version {version}, and {at_least} or newer is needed.")
     return path
 
 
@@ -48,7 +48,7 @@ def gcov() -> str:
     gxx()
     path = shutil.which("gcov")
     if path is None:
-        raise ToolMissing("gcov is not installed; on Debian, `apt-get install g++`.")
+        raise ToolMissingError("gcov is not installed; on Debian, `apt-get install g++`.")
     return path
 
 

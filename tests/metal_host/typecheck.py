@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import text as metal
-from .build import mark_files, preprocess
+from .build import preprocess
 from .generated import Launch
 from .toolchain import HERE, cached, clang, digest
 
@@ -57,7 +57,7 @@ def check_launch(launch: Launch) -> list[Problem]:
     """Everything wrong with a launch: limits, then types.
 
     Raises:
-        ToolMissing: there is no g++ or no clang.
+        ToolMissingError: there is no g++ or no clang.
     """
     problems = check_limits(launch)
     if any("ASCII" in p.message for p in problems):
@@ -73,7 +73,7 @@ def check_launches(launches: list[Launch], workers: int = 2) -> list[Problem]:
 
 
 def check_limits(launch: Launch) -> list[Problem]:
-    """What can be said without a compiler."""
+    """Checks that need no compiler."""
     found = []
     name = launch.name
     if not launch.text.isascii():
@@ -107,7 +107,7 @@ def check_limits(launch: Launch) -> list[Problem]:
 
 
 def check_same_text(launches: list[Launch]) -> list[Problem]:
-    """Problem if launches that differ in lengths alone need more than one kernel."""
+    """A problem if launches that differ in lengths only have different template values."""
     templates = {x.template for x in launches}
     if len(templates) > 1:
         return [Problem(launches[0].name, "its template values depend on a length: "
@@ -116,7 +116,7 @@ def check_same_text(launches: list[Launch]) -> list[Problem]:
 
 
 def check_types(text: str, name: str) -> list[Problem]:
-    """What clang says of a generated text, and unqualified pointers, which it cannot see."""
+    """clang's errors in a text, and pointers without an address space, which it accepts."""
     try:
         source = opencl_source(text, name)
     except ValueError as error:
@@ -138,9 +138,9 @@ def check_types(text: str, name: str) -> list[Problem]:
 
 
 def opencl_source(text: str, name: str) -> str:
-    """The text with the kernel's template parameters filled in, for OpenCL has no such kernels."""
+    """The text with the kernel's template arguments substituted: OpenCL has no kernel templates."""
     body, instantiated = metal.instance(text)
-    body = preprocess(mark_files(f'#line 1 "kernel"\n{body}'))
+    body = preprocess(f'#line 1 "kernel"\n{body}')
     body = re.sub(r"^#pragma (METAL|clang|unroll).*$", "", body, flags=re.M)
     body, variables = metal.rewrite_threadgroup(body, _declare)
     start = re.search(
@@ -159,9 +159,8 @@ def opencl_source(text: str, name: str) -> str:
     return f"{head}namespace checked {{ {definitions}\n{kernel}\n}}\n"
 
 
-def _declare(variable: metal.Variable, number: int, alignment: str | None) -> str:
-    align = f"alignas({alignment}) " if alignment else ""
-    return f"{align}__local {variable.type} {variable.name}{variable.dimensions};"
+def _declare(variable: metal.Variable, number: int) -> str:
+    return f"__local {variable.type} {variable.name}{variable.dimensions};"
 
 
 def _parameters(template: str, instantiated: str | None) -> str:
@@ -186,8 +185,8 @@ def _parameters(template: str, instantiated: str | None) -> str:
 def unqualified_pointers(text: str, name: str) -> list[Problem]:
     """Pointers and references to no named address space.
 
-    clang takes them for generic pointers, which Metal lacks. Looked at are the parameters of
-    functions, declarations that begin a statement, casts and template arguments.
+    clang takes them for generic pointers, which Metal lacks. Checked are function parameters,
+    declarations that begin a statement, casts and template arguments.
     """
     toks = [t for t in metal.tokens(_without_comments(text)) if not t.isspace() and t[0] != "#"]
     found = [f"parameter '{part}' of {function}" for function, part in _parameters_of(toks)

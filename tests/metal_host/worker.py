@@ -1,4 +1,4 @@
-"""The other end of runtime.cpp: one process for each build, started when first needed."""
+"""Starts and talks to the processes of runtime.cpp, one for each build."""
 
 from __future__ import annotations
 
@@ -25,19 +25,11 @@ _SANITIZER_OPTIONS = {
 
 @dataclass
 class Buffer:
-    """A device buffer: bytes to hand in, or the size of an output to fill with NaN."""
+    """A device buffer: the bytes of an input, or the size of an output to fill with NaN."""
 
     name: str
     data: np.ndarray
     kind: int  # 0 input, 1 output, 2 output with initial values
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What a run counted."""
-
-    threadgroup_bytes: int
-    switches: int
 
 
 class Worker:
@@ -65,12 +57,11 @@ class Worker:
         return self.process
 
     def send(
-        self, library: Path, entry: str, grid: tuple, group: tuple, buffers: list[Buffer],
-        order: str, seed: int,
-    ) -> None:  # fmt: skip
+        self, library: Path, grid: tuple, group: tuple, buffers: list[Buffer], order: str, seed: int
+    ) -> None:
         """Starts a run; `receive` gives its outcome."""
         process = self._start()
-        parts = [_text(str(library)), _text(entry), struct.pack("<6I", *grid, *group)]
+        parts = [_text(str(library)), struct.pack("<6I", *grid, *group)]
         parts.append(struct.pack("<IQI", ORDERS[order], seed, len(buffers)))
         for b in buffers:
             parts.append(_text(b.name) + struct.pack("<IQ", b.kind, b.data.nbytes))
@@ -81,7 +72,7 @@ class Worker:
         except BrokenPipeError:
             pass  # receive() reports what happened
 
-    def receive(self, library: Path, buffers: list[Buffer]) -> tuple[list[np.ndarray], Stats]:
+    def receive(self, library: Path, buffers: list[Buffer]) -> list[np.ndarray]:
         """The outputs of the run that `send` started.
 
         Raises:
@@ -89,7 +80,7 @@ class Worker:
         """
         (length,) = struct.unpack("<I", self._read(4))
         failure = self._read(length).decode()
-        base, threadgroup_bytes, switches = struct.unpack("<QQQ", self._read(24))
+        (base,) = struct.unpack("<Q", self._read(8))
         if failure:
             raise HostError(_with_lines(failure, library, base))
         outputs = []
@@ -97,7 +88,7 @@ class Worker:
             if b.kind != 0:
                 raw = np.frombuffer(self._read(b.data.nbytes), dtype=np.uint8)
                 outputs.append(raw.view(b.data.dtype).reshape(b.data.shape))
-        return outputs, Stats(threadgroup_bytes, switches)
+        return outputs
 
     def _read(self, n: int) -> bytes:
         data = self.process.stdout.read(n)
