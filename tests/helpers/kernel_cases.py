@@ -1,4 +1,4 @@
-"""Cases for every kernel, and the float64 oracle that they are held against.
+"""Cases for every kernel, and the float64 attention that they are compared with.
 
 Used by test_kernels.py on the CPU and by scripts/gpu_check.py on a GPU.
 """
@@ -23,21 +23,20 @@ from mlx_turbokv.quant.layout import KVLayout
 from mlx_turbokv.quant.rotation import rotation_matrix, rotation_width
 from mlx_turbokv.quant.tiles import tiles_to_rows
 
-# how near a value must lie to a boundary for another code to be right, in units of its scale
+# a value this near to a decision boundary may have either code, in units of its scale
 BOUNDARY = 1e-5
-# relative error of the kernel over that of an attention in plain ops at the case's precision: the
-# geometric mean over draws of the queries, since one draw is luck where a loud key outweighs all
-# others and both errors are that of its score; and the most of any draw
+# relative error of the kernel over that of attention in mx ops at the case's precision: the
+# geometric mean over draws of the queries, and the largest; one draw says little where one key has
+# nearly all of the weight and both errors are that of its score
 ERROR_RATIO, MOST_ERROR_RATIO = 2.0, 8.0
 DRAWS = {"float16": 3, "bfloat16": 3, "float32": 1}
-# what rounding the output alone may cost
+# relative error of rounding the output
 ROUNDING = {"float16": 2**-11, "bfloat16": 2**-8, "float32": 1e-6}
 # rows read back: float32 products of exact codes and scales
 ROWS_ATOL = 1e-6
 SCALE_ULPS = 1
 
-
-# what the kernels are held against never runs on a GPU, whose matrix products may be rounded
+# references run on the CPU: a GPU may round the operands of matrix products
 ON_CPU = mx.stream(mx.cpu)
 
 
@@ -53,12 +52,12 @@ class Case:
     n_queries: int = 1
     tokens: tuple[int, int] = (64, 7)  # in the body, in the tail
     edge: str = "plain"
-    centred: str = ""  # how the pairs of dims of centred keys lie: apart, traditional or partial
-    splits: int = 1  # parts that decode cuts the tokens into
+    centred: str = ""  # RoPE of centred keys: apart (split pairs), traditional or partial
+    splits: int = 1  # of decode
 
     @property
     def data(self) -> str:
-        """All that its rows and queries depend on."""
+        """What its rows and queries depend on; a part of the names in recorded runs."""
         return " ".join(str(value) for value in list(asdict(self).values())[:-1] if value != "")
 
     def __str__(self) -> str:
@@ -74,12 +73,12 @@ HEADS = ((1, 1, 1), (1, 2, 4), (2, 1, 7), (1, 1, 16), (1, 3, 3), (3, 2, 2), (1, 
 QUERIES = (1, 2, 8)
 TOKENS = ((0, 1), (0, 33), (32, 31), (96, 0), (64, 70), (544, 5))
 SPLITS = (1, 3)
-# causal: lower right; starts: left-padded; sinks; stale: loud rows behind the last one
+# causal: lower right; starts: left padding; sinks: attention sinks; stale: NaN after the last row
 EDGES = ("plain", "causal", "starts", "sinks", "stale")
 
 
 def all_pairs(values: dict[str, tuple], seed: int = 0) -> list[dict]:
-    """Rows that hold every pair of values of every two parameters, found greedily."""
+    """Combinations that cover every pair of values of every two parameters, found greedily."""
     rng = random.Random(seed)
     names = list(values)
     missing = {
@@ -147,10 +146,9 @@ SANITIZE_CASES += [
 ]
 # heads with one scale a row
 NARROW = [Case("q8_0", "q8_0", (32, 32)), Case("turbo4", "q8_0", (32, 16), "float32")]
-# more splits than a merge has under way at once
+# more splits than a merge loads at once
 MANY = [Case("turbo4", "turbo2", (64, 64), tokens=(544, 5), splits=50)]
-# more tiles than a SIMD group works out anchors for at once: of sequences that start with a tile,
-# and of one that does not
+# more tiles than a SIMD group computes anchors for at once, with left padding of whole tiles or not
 LONG = [
     Case("turbo4", "turbo3", (64, 64), heads=(1, 1, 2), tokens=(2112, 5), centred="apart"),
     Case(
@@ -170,7 +168,7 @@ ALL_CASES = SANITIZE_CASES + PAIRS + CENTRED + NARROW + MANY + LONG
 
 
 def run_case(case: Case, backend: str) -> dict:
-    """Pack, read back and attend as ``case`` says, on ``backend``; what disagrees is listed."""
+    """Pack, dequantise and attend as ``case`` says on ``backend``; lists what is wrong."""
     rng = np.random.default_rng(zlib.crc32(case.data.encode()))
     k_format, v_format = KVFormat.parse(case.k_format), KVFormat.parse(case.v_format)
     layout = KVLayout(k_format, v_format, *case.dims, case.dtype)
@@ -184,7 +182,7 @@ def run_case(case: Case, backend: str) -> dict:
 
 
 def _rows_of(case: Case, dim: int, n: int, rng) -> mx.array:
-    """Rows of quite different magnitudes, some of them zero."""
+    """Rows of different magnitudes, some of them zero."""
     batch, n_heads, _ = case.heads
     rows = rng.standard_normal((batch, n_heads, n, dim))
     rows *= np.exp(rng.standard_normal((batch, n_heads, n, 1)))
@@ -193,7 +191,7 @@ def _rows_of(case: Case, dim: int, n: int, rng) -> mx.array:
 
 
 def _centre(case: Case, rng) -> Centre | None:
-    """A mean some times as large as what varies; the slower pairs turn by a block or two."""
+    """A mean larger than the variation of the keys; the slower pairs rotate by little."""
     if not case.centred:
         return None
     dim = case.dims[0]
@@ -203,8 +201,8 @@ def _centre(case: Case, rng) -> Centre | None:
     return Centre(mx.array(mu), rope, "case", first_key_uncentred=case.centred != "partial")
 
 
-def _starts(case: Case, n: int) -> np.ndarray | None:
-    """The first valid row of each sequence; the last sequence has no valid key at all."""
+def _left_padding(case: Case, n: int) -> np.ndarray | None:
+    """Rows before the first token of each sequence; the last sequence has no token."""
     if case.edge != "starts":
         return None
     return np.linspace(n // 2, n, case.heads[0]).astype(np.int32)
@@ -215,13 +213,13 @@ def _packed(
 ) -> PackedKV:
     """A body and a tail, packed by the kernel in three steps and checked against the reference."""
     n_body, n_tail = case.tokens
-    n_loud = 9 if case.edge == "stale" else 0
+    n_stale = 9 if case.edge == "stale" else 0
     keys = _rows_of(case, case.dims[0], n_body + n_tail, rng)
     values = _rows_of(case, case.dims[1], n_body + n_tail, rng)
     body = tail = padding = None
     if centre is not None:
-        starts = _starts(case, n_body + n_tail)
-        padding = None if starts is None else tuple(starts.tolist())
+        rows = _left_padding(case, n_body + n_tail)
+        padding = None if rows is None else tuple(rows.tolist())
         keys = (keys + centre.rows(0, keys.shape[2], padding)).astype(keys.dtype)
 
     def at(first: int) -> dict:
@@ -231,29 +229,28 @@ def _packed(
         k, v = keys[:, :, :n_body], values[:, :, :n_body]
         body = pack.pack(k, v, layout, backend=backend, **at(0))
         _check_pack(body, k, v, layout, failures, at(0))
-        if n_loud:
-            body = mx.concatenate([body, mx.full((*body.shape[:2], 2, body.shape[3]), 0xFFFFFFFF, mx.uint32)], 2)  # fmt: skip
+        if n_stale:
+            ones = mx.full((*body.shape[:2], 2, body.shape[3]), 0xFFFFFFFF, mx.uint32)
+            body = mx.concatenate([body, ones], 2)
     if n_tail:
         k, v = keys[:, :, n_body:], values[:, :, n_body:]
         first = max(1, n_tail // 2)
         tail = pack.pack(k[:, :, :first], v[:, :, :first], layout, backend=backend, **at(n_body))
-        if n_loud:
-            loud = mx.full((*k.shape[:2], n_loud, 1), mx.nan, k.dtype)
-            loud_k, loud_v = (mx.broadcast_to(loud, (*loud.shape[:3], dim)) for dim in case.dims)
-            stale = pack.pack(loud_k, loud_v, layout, tail, first, backend=backend)
-            tail = stale
+        if n_stale:
+            nan_k, nan_v = (mx.full((*k.shape[:2], n_stale, d), mx.nan, k.dtype) for d in case.dims)
+            tail = pack.pack(nan_k, nan_v, layout, tail, first, backend=backend)
         if first < n_tail:
             rest = k[:, :, first:], v[:, :, first:], layout, tail, first
             tail = pack.pack(*rest, backend=backend, **at(n_body + first))
-        exact_size = first < n_tail or not n_loud
+        exact_size = first < n_tail or not n_stale
         _check_pack(tail, k, v, layout, failures, at(n_body), exact_size)
-        if n_loud:
-            tail = pack.pack(loud_k, loud_v, layout, tail, n_tail, backend=backend)
+        if n_stale:
+            tail = pack.pack(nan_k, nan_v, layout, tail, n_tail, backend=backend)
     return PackedKV(layout, body, n_body, tail, n_tail, centre, padding)
 
 
 def _check_pack(tiles, keys, values, layout, failures, at: dict, exact_size=True) -> None:
-    """Codes equal the reference's, boundary cases aside; scales to an ulp; free rows are zero."""
+    """Codes equal the reference's except at boundaries, scales to an ulp; unused rows are zero."""
     with ON_CPU:
         expected = reference.pack(keys, values, layout, **at)
         if at:
@@ -270,7 +267,7 @@ def _check_pack(tiles, keys, values, layout, failures, at: dict, exact_size=True
     for name, fmt, x in (("k", layout.k_format, keys), ("v", layout.v_format, values)):
         units, wanted = np.array(getattr(got, name)), np.array(getattr(want, name))
         if exact_size and units[:, :, n:].any():
-            failures.append(f"pack: {name} rows behind the last are not zero")
+            failures.append(f"pack: {name} rows after the last are not zero")
         different = np.argwhere(units[:, :, :n] != wanted[:, :, :n])
         unsure = rounding if name == "k" else np.zeros((x.shape[1], x.shape[3]))
         if len(different) and not _near_boundaries(different, units, x, fmt, unsure):
@@ -279,7 +276,7 @@ def _check_pack(tiles, keys, values, layout, failures, at: dict, exact_size=True
         wanted = np.array(getattr(want, f"{name}_scales")[:, :, :n].view(mx.uint16)).astype(int)
         if np.abs(scales - wanted).max(initial=0) > SCALE_ULPS and not len(different):
             failures.append(f"pack: {name} scales differ by {np.abs(scales - wanted).max()} ulps")
-        if np.any(_sizes(scales) > _loudest(wanted, unsure)):
+        if np.any(_sizes(scales) > _largest(wanted, unsure)):
             failures.append(f"pack: {name} rows of nothing have scales of more than rounding")
 
 
@@ -287,19 +284,17 @@ def _sizes(bits: np.ndarray) -> np.ndarray:
     return bits.astype(np.uint16).view(np.float16).astype(np.float64)
 
 
-def _loudest(wanted: np.ndarray, unsure: np.ndarray) -> np.ndarray:
-    """What a scale may be where the reference's is zero: what a row's dims may be off by together."""
-    off = np.linalg.norm(unsure, axis=-1)[:, None, None]
-    return np.where(wanted == 0, off, np.inf)
+def _largest(wanted: np.ndarray, unsure: np.ndarray) -> np.ndarray:
+    """The largest scale allowed where the reference's is zero: the norm of a row's rounding."""
+    return np.where(wanted == 0, np.linalg.norm(unsure, axis=-1)[:, None, None], np.inf)
 
 
 def _anchor_rounding(centre: Centre) -> np.ndarray:
-    """By how much float32 may leave each dim of an anchor unsure: [H, head_dim].
+    """The float32 rounding error of each dim of an anchor: [H, head_dim].
 
-    An anchor is a product of mu and a cosine plus one of its pair's dim and a sine. Compilers fuse
-    one product and the sum, or do not: what is rounded, and so the result, differs by an ulp of
-    the product and of the sum. A key that is nothing but its anchor keeps no more than the
-    rounding of half precision, or of float32, and there such an ulp makes a code.
+    An anchor is the sum of two products, of mu and a cosine and of mu and a sine. Compilers may
+    fuse one product with the sum, which changes the result by an ulp of the product and of the
+    sum. A key that equals its anchor is mere rounding after the subtraction: an ulp changes codes.
     """
     mu = np.abs(np.array(centre.mu, np.float64))
     first, second = centre.rope.pairs()
@@ -309,11 +304,11 @@ def _anchor_rounding(centre: Centre) -> np.ndarray:
 
 
 def _near_boundaries(different, units, x, fmt, unsure) -> bool:
-    """Whether every unit that differs holds a value next to a decision boundary.
+    """Whether every unit that differs has a value next to a decision boundary.
 
     Args:
-        unsure: how far a dim of a row may be off before the rotation, [H, head_dim]. No rotated
-            value is off by more than their norm.
+        unsure: the rounding error of each dim before the rotation, [H, head_dim]. Rotated values
+            are off by at most its norm.
     """
     if not fmt.is_turbo:
         return False
@@ -330,7 +325,7 @@ def _near_boundaries(different, units, x, fmt, unsure) -> bool:
         off = np.linalg.norm(
             unsure[row[1]][first // len(rotation) * len(rotation) :][: len(rotation)]
         )
-        if raw <= off:  # nothing but what is unsure
+        if raw <= off:  # nothing but rounding
             if off == 0:
                 return False
             continue
@@ -341,13 +336,13 @@ def _near_boundaries(different, units, x, fmt, unsure) -> bool:
 
 
 def _decode(case: Case, packed: PackedKV, rng, backend: str, failures: list[str]) -> dict:
-    """Attention of the case's queries against float64 over the dequantised rows, for DRAWS queries."""
+    """Attention against float64 over the dequantised rows, for DRAWS draws of the queries."""
     batch, n_kv_heads, gqa = case.heads
     n_heads, dtype = n_kv_heads * gqa, getattr(mx, case.dtype)
     causal = case.edge == "causal" and case.n_queries <= packed.n_tokens
     sinks = starts = None
     if case.edge == "starts":
-        starts = mx.array(_starts(case, packed.n_tokens))
+        starts = mx.array(_left_padding(case, packed.n_tokens))
     scale = case.dims[0] ** -0.5
     seen = _seen(case.n_queries, packed.n_tokens, causal, starts, batch)
     with ON_CPU:
@@ -373,7 +368,7 @@ def _decode(case: Case, packed: PackedKV, rng, backend: str, failures: list[str]
     if not (ratio <= ERROR_RATIO and max(ratios) <= MOST_ERROR_RATIO):
         failures.append(
             f"decode: relative errors {', '.join(f'{error:.2e}' for error in errors)} are "
-            f"{', '.join(f'{r:.2f}' for r in ratios)} times what is common"
+            f"{', '.join(f'{r:.2f}' for r in ratios)} times those of mx ops"
         )
     return {"decode_error": max(errors), "decode_ratio": ratio}
 
@@ -383,7 +378,7 @@ def _noise(rng, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
 
 
 def _seen(n_queries: int, n: int, causal: bool, starts, batch: int) -> np.ndarray:
-    """Which token each query of each sequence sees: [B, 1, L, n]."""
+    """The mask of tokens that each query of each sequence attends to: [B, 1, L, n]."""
     seen = np.ones((batch, 1, n_queries, n), bool)
     if causal:
         seen &= np.arange(n) <= np.arange(n - n_queries, n)[:, None]
@@ -393,7 +388,7 @@ def _seen(n_queries: int, n: int, causal: bool, starts, batch: int) -> np.ndarra
 
 
 def _attention64(queries, keys, values, scale, seen, sinks) -> np.ndarray:
-    """The oracle; a query that sees nothing gets zeros."""
+    """Attention in float64; zeros where every token is masked."""
     q, k, v = (np.array(x.astype(mx.float32)).astype(np.float64) for x in (queries, keys, values))
     scores = np.where(seen, q @ k.swapaxes(-1, -2) * scale, -np.inf)
     top = np.maximum(scores.max(axis=-1, keepdims=True), -1e30)
@@ -408,7 +403,7 @@ def _attention64(queries, keys, values, scale, seen, sinks) -> np.ndarray:
 
 
 def _attention(queries, keys, values, scale, seen, sinks, dtype) -> mx.array:
-    """Attention in plain ops at a low precision."""
+    """Attention in mx ops at a low precision."""
     q, k, v = (x.astype(dtype) for x in (queries, keys, values))
     scores = mx.where(mx.array(seen), (q * scale) @ mx.swapaxes(k, -1, -2), mx.array(-1e4, dtype))
     if sinks is not None:

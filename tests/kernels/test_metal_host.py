@@ -1,4 +1,4 @@
-"""What the host layer must catch, planted in small kernels; and what it must let pass."""
+"""Defects in small kernels that the host layer must catch, and code that it must accept."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if (i < 8) {
 
 @pytest.fixture(scope="module")
 def metal_host() -> Iterator[HostMetal]:
-    """A host layer of this file's own: a defect ends its processes, and their counters are lost."""
+    """Not the session's: a defect ends the processes, and their coverage counters are lost."""
     host = HostMetal()
     yield host
     host.close()
@@ -324,10 +324,11 @@ def test_text_that_does_not_compile_is_reported(metal_host) -> None:
         launch(metal_host, "y[0] = no_such_name;", numbers(64), (64,), mx.float32)
 
 
-def test_a_missing_compiler_is_one_sentence(monkeypatch) -> None:
+@pytest.mark.parametrize(("find", "tool"), [(toolchain.gxx, "g++"), (toolchain.clang, "clang")])
+def test_a_missing_compiler_is_one_sentence(monkeypatch, find, tool) -> None:
     toolchain.tool.cache_clear()
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ToolMissingError) as caught:
-        toolchain.gxx()
+        find()
     toolchain.tool.cache_clear()
-    assert str(caught.value) == "g++ is not installed; on Debian, `apt-get install g++`."
+    assert str(caught.value) == f"{tool} is not installed; on Debian, `apt-get install {tool}`."

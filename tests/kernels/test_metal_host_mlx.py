@@ -1,4 +1,4 @@
-"""The host layer is proved on kernels that are not ours: MLX's own, from the installed wheel."""
+"""MLX's own kernels, from the installed wheel, on the host layer against mx.fast."""
 
 from __future__ import annotations
 

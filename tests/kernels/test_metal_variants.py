@@ -1,4 +1,4 @@
-"""Type check of the text of every kernel variant that the kernel cases hold."""
+"""Type check of the text of every kernel variant of the kernel cases."""
 
 from __future__ import annotations
 

@@ -44,22 +44,11 @@ class HostMetal:
         input_names: Sequence[str],
         output_names: Sequence[str],
         source: str,
-        header: str = "",
-        ensure_row_contiguous: bool = True,
-        atomic_outputs: bool = False,
-        compile_options: object | None = None,
+        **options: object,
     ) -> HostKernel:
         """As `mx.fast.metal_kernel`, but what it returns runs on the CPU."""
-        build = {
-            "name": name,
-            "input_names": list(input_names),
-            "output_names": list(output_names),
-            "source": source,
-            "header": header,
-            "ensure_row_contiguous": ensure_row_contiguous,
-            "atomic_outputs": atomic_outputs,
-        }
-        return HostKernel(self, build)
+        names = {"input_names": list(input_names), "output_names": list(output_names)}
+        return HostKernel(self, {"name": name, **names, "source": source, **options})
 
     def run(self, launch: Launch) -> list[np.ndarray]:
         """Runs a launch of a generated text; bfloat16 outputs come as uint16.
@@ -133,31 +122,10 @@ class HostKernel:
         self._host = host
         self._build = build
 
-    def __call__(
-        self,
-        *,
-        inputs: Sequence[object],
-        output_shapes: Sequence[Sequence[int]],
-        output_dtypes: Sequence[mx.Dtype],
-        grid: Sequence[int],
-        threadgroup: Sequence[int],
-        template: Sequence[tuple[str, object]] | None = None,
-        init_value: float | None = None,
-        verbose: bool = False,
-        stream: object | None = None,
-    ) -> list[mx.array]:
-        launch = capture(
-            self._build,
-            inputs=inputs,
-            output_shapes=output_shapes,
-            output_dtypes=output_dtypes,
-            grid=grid,
-            threadgroup=threadgroup,
-            template=template,
-            init_value=init_value,
-        )
-        outputs = self._host.run(launch)
-        return [to_mlx(a, d) for a, d in zip(outputs, output_dtypes)]
+    def __call__(self, **call: object) -> list[mx.array]:
+        launch = capture(self._build, **call)
+        dtypes = [dtype for _, dtype in launch.outputs.values()]
+        return [to_mlx(a, d) for a, d in zip(self._host.run(launch), dtypes)]
 
 
 def to_numpy(array: mx.array) -> np.ndarray:

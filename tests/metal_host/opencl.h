@@ -148,55 +148,9 @@ CHECK_ATOMIC(__global)
 CHECK_ATOMIC(__local)
 // clang-format on
 
-template <bool B, typename T = void>
-struct enable_if {};
-template <typename T>
-struct enable_if<true, T> {
-  typedef T type;
-};
-template <bool B, typename T = void>
-using enable_if_t = typename enable_if<B, T>::type;
-template <bool B, typename T, typename F>
-struct conditional {
-  typedef T type;
-};
-template <typename T, typename F>
-struct conditional<false, T, F> {
-  typedef F type;
-};
-template <bool B, typename T, typename F>
-using conditional_t = typename conditional<B, T, F>::type;
-template <typename A, typename B>
-struct is_same {
-  static constexpr __constant bool value = false;
-};
-template <typename A>
-struct is_same<A, A> {
-  static constexpr __constant bool value = true;
-};
-template <typename A, typename B>
-__constant constexpr bool is_same_v = is_same<A, B>::value;
-template <typename T>
-struct numeric_limits {
-  static constexpr T max() { return T(); }
-  static constexpr T min() { return T(); }
-  static constexpr T lowest() { return T(); }
-  static constexpr T epsilon() { return T(); }
-  static constexpr T infinity() { return T(); }
-  static constexpr T quiet_NaN() { return T(); }
-};
-
 }  // namespace metal
 
 using namespace metal;
-
-template <typename T>
-struct Limits {
-  static constexpr __constant T max = numeric_limits<T>::max();
-  static constexpr __constant T min = numeric_limits<T>::min();
-  static constexpr __constant T finite_max = numeric_limits<T>::max();
-  static constexpr __constant T finite_min = numeric_limits<T>::lowest();
-};
 
 // A vector's constructor takes any mix of parts in Metal; a call of its name becomes a function.
 #define char2(...) make_char2(__VA_ARGS__)
