@@ -161,8 +161,8 @@ def _turbo_codes(y: mx.array, fmt: KVFormat) -> tuple[mx.array, mx.array]:
     return codes.reshape(*y.shape[:-1], -1)[..., :head_dim], _stored(scales)
 
 
-# Of four rules for the scale the unbiased one has the lowest KLD: commit e1a90eb has the comparison,
-# scripts/group_scale.py.
+# Of four rules for the scale the unbiased one has the lowest KLD: scripts/group_scale.py of commit
+# e1a90eb compares them.
 def _unbiased_scales(
     groups: mx.array, energy: mx.array, codes: mx.array, bits: int, head_dim: int
 ) -> mx.array:
