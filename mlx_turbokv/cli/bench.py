@@ -76,9 +76,9 @@ def command(**args: Any) -> int:
     for line in record["not_measured"]:
         print_status(f"Not measured within the time limit: {line}.")
     if args["plot"]:
-        from ..evaluate.plots import plot_speed
+        from ..evaluate.plots import save_png, speed_figure
 
-        plot_speed(record, args["plot"])
+        save_png(speed_figure(record), args["plot"])
     return FAILED_STATUS if any("error" in row for row in record["rows"]) else 0
 
 

@@ -71,9 +71,9 @@ def command(**args: Any) -> None:
     if record["not_measured"]:
         print_status(f"Not measured within the time limit: {record['not_measured']} cases.")
     if args["plot"]:
-        from ..evaluate.plots import plot_needle
+        from ..evaluate.plots import needle_figure, save_png
 
-        plot_needle(record, args["plot"])
+        save_png(needle_figure(record), args["plot"])
 
 
 def _measure(args: dict[str, Any]) -> dict:

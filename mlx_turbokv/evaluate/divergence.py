@@ -6,6 +6,7 @@ vocabulary is large, so each quantity costs as few passes over it as it can.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import mlx.core as mx
@@ -91,8 +92,11 @@ class Reference:
         the rounding of the two normalisations, all that a plain sum would show where the
         distributions nearly agree, drops out.
         """
-        blocks = [self._compare_rows(logits[rows], rows) for rows in _blocks(self.targets.size)]
-        kld, target_logp, top = (np.concatenate(parts) for parts in zip(*blocks))
+        blocks = []
+        for block in self._compared(logits):
+            mx.eval(block)
+            blocks.append(block)
+        kld, target_logp, top = (np.array(mx.concatenate(list(parts))) for parts in zip(*blocks))
         return PositionStats(
             nll=-target_logp,
             kld=np.maximum(kld, 0.0),
@@ -102,24 +106,20 @@ class Reference:
         )
 
     def kld(self, logits: mx.array) -> np.ndarray:
-        """The KLD of `compare` alone, [n]."""
+        """The KLD of `compare` alone, [n]; nothing else is computed."""
         parts = []
-        for rows in _blocks(self.targets.size):
-            logp, p, _ = _distribution(logits[rows])
-            parts.append(self._kld_rows(logp, p, rows))
-            mx.eval(parts[-1])
+        for kld, _, _ in self._compared(logits):
+            mx.eval(kld)
+            parts.append(kld)
         return np.maximum(np.array(mx.concatenate(parts)), 0.0)
 
-    def _kld_rows(self, logp: mx.array, p: mx.array, rows: slice) -> mx.array:
-        p_ref = self.p[rows]
-        return _sum_rows(p - p_ref - p_ref * (logp - self.logp[rows]))
-
-    def _compare_rows(self, logits: mx.array, rows: slice) -> tuple[np.ndarray, ...]:
-        logp, p, top = _distribution(logits)
-        kld = self._kld_rows(logp, p, rows)
-        target_logp = _pick(logp, self.targets[rows])
-        mx.eval(kld, target_logp, top)
-        return np.array(kld), np.array(target_logp), np.array(top)
+    def _compared(self, logits: mx.array) -> Iterator[tuple[mx.array, mx.array, mx.array]]:
+        """KLD, log-probability of the true token and most probable token, in blocks of rows."""
+        for rows in _blocks(self.targets.size):
+            logp, p, top = _distribution(logits[rows])
+            p_ref = self.p[rows]
+            kld = _sum_rows(p - p_ref - p_ref * (logp - self.logp[rows]))
+            yield kld, _pick(logp, self.targets[rows]), top
 
     def own_stats(self) -> PositionStats:
         """The reference against itself."""

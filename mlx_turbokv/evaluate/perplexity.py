@@ -7,9 +7,8 @@ configuration is the reference of all paired figures.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,15 +69,15 @@ class Evaluation:
         return [self._summarise(r) for r in self.results]
 
     def _summarise(self, result: ConfigResult) -> dict:
-        reference = self.results[0]
-        delta = [a - b for a, b in zip(result.of("nll"), reference.of("nll"))]
+        reference, config = self.results[0], result.config
+        nll, kld, delta_p = result.of("nll"), result.of("kld"), result.of("delta_p")
+        delta = [a - b for a, b in zip(nll, reference.of("nll"))]
         # The first scored position predicts the token after it.
         first = first_scored(self.n_ctx)
-        config, kld = result.config, np.concatenate(result.of("kld"))
         same_top = [x.astype(np.float64) for x in result.of("same_top")]
         right = np.concatenate(result.of("top_right"))
         was_right = np.concatenate(reference.of("top_right"))
-        delta_p = np.concatenate(result.of("delta_p")).astype(np.float64)
+        all_kld = np.concatenate(kld)
         return {
             "config": config.name,
             "bits_per_value": config.bits,
@@ -89,38 +88,30 @@ class Evaluation:
             "backend": config.backend,
             "centred": config.centred,
             "kv_bytes": result.kv_bytes,
-            "n_predictions": int(kld.size),
-            "ppl": statistics.perplexity(result.of("nll")),
-            "nll": statistics.block_summary(result.of("nll")),
+            "n_predictions": int(all_kld.size),
+            "ppl": statistics.perplexity(nll),
+            "nll": statistics.block_summary(nll),
             "delta_nll": statistics.block_summary(delta),
-            "kld": statistics.block_summary(result.of("kld"))
-            | statistics.percentiles(kld)
-            | {"intervals": statistics.percentile_intervals(result.of("kld"))},
-            "delta_p": {
-                **statistics.block_summary(result.of("delta_p")),
-                "rms": float(np.sqrt(np.mean(delta_p**2))),
-                "rms_interval": _rms_interval(result.of("delta_p")),
+            "kld": {
+                **statistics.block_summary(kld),
+                **statistics.percentiles(all_kld),
+                "intervals": statistics.percentile_intervals(kld),
             },
+            "delta_p": {**statistics.block_summary(delta_p), **statistics.rms(delta_p)},
             "same_top": statistics.block_summary(same_top),
             "flips": {
                 "rate": statistics.block_summary([1 - x for x in same_top]),
-                "top": int(np.sum(~np.concatenate(result.of("same_top")))),
+                "top": int(sum(np.sum(x == 0) for x in same_top)),
                 "right_to_wrong": int(np.sum(was_right & ~right)),
                 "wrong_to_right": int(np.sum(~was_right & right)),
             },
             "by_position": {
-                "kld": statistics.by_position(result.of("kld"), first),
+                "kld": statistics.by_position(kld, first),
                 "delta_nll": statistics.by_position(delta, first),
             },
             "nll_by_window": result.window_means("nll").tolist(),
             "kld_by_window": result.window_means("kld").tolist(),
         }
-
-
-def _rms_interval(windows: list[np.ndarray]) -> tuple[float, float] | None:
-    squares = np.array([np.mean(w.astype(np.float64) ** 2) for w in windows])
-    interval = statistics.bootstrap_interval(squares)
-    return interval and (math.sqrt(interval[0]), math.sqrt(interval[1]))
 
 
 def perplexity(
@@ -194,18 +185,18 @@ def evaluate_windows(
     results = [ConfigResult(c) for c in configs]
     started, total = time.perf_counter(), len(windows) * len(configs)
     for i, window in enumerate(windows):
+        done = i * len(configs)
         found = checkpoint.get(i) if checkpoint else None
         if found is None:
-
-            def tick(j: int, name: str, i: int = i) -> None:
+            found = {}
+            for config, measured in _measure_window(model, window, configs):
+                found[config.name] = measured
                 if progress:
-                    progress(i * len(configs) + j, total, name)
-
-            found = _measure_window(model, window, configs, tick)
+                    progress(done + len(found), total, config.name)
             if checkpoint:
                 checkpoint.put(i, found)
         elif progress:
-            progress((i + 1) * len(configs), total, "kept")
+            progress(done + len(configs), total, "kept")
         for result in results:
             stats, result.kv_bytes = found[result.config.name]
             result.windows.append(stats)
@@ -213,13 +204,11 @@ def evaluate_windows(
 
 
 def _measure_window(
-    model: nn.Module,
-    window: np.ndarray,
-    configs: Sequence[Prepared],
-    tick: Callable[[int, str], None],
-) -> dict[str, tuple[PositionStats, int]]:
-    reference, results = None, {}
-    for j, config in enumerate(configs):
+    model: nn.Module, window: np.ndarray, configs: Sequence[Prepared]
+) -> Iterator[tuple[Prepared, tuple[PositionStats, int]]]:
+    """Each configuration with its statistics and KV bytes; the first is the reference."""
+    reference = None
+    for config in configs:
         caches = config.make_caches()
         logits = scored_logits(model, window, caches)
         if reference is None:
@@ -228,6 +217,4 @@ def _measure_window(
         else:
             stats = reference.compare(logits)
         check_finite(stats.nll, f"configuration {config.name}")
-        results[config.name] = stats, sum(c.nbytes for c in caches)
-        tick(j + 1, config.name)
-    return results
+        yield config, (stats, sum(c.nbytes for c in caches))

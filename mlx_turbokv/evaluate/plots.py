@@ -124,21 +124,18 @@ def speed_figure(record: dict) -> Figure:
     if not rows:
         raise InputError("The record has no finished row, so there is nothing to draw.")
     unit, size = bytes_unit(max(row["peak_bytes_above_weights"] for row in rows))
-    panels = [("generation tok/s", lambda r: _span(r["generation_tps"]))]
+    panels = {"generation tok/s": lambda r: _spread(r["generation_tps"])}
     if any("prompt_tps" in row for row in rows):
-        panels.append(("prompt tok/s", lambda r: _span(r.get("prompt_tps"))))
-    panels.append(
-        (f"peak above weights, {unit}", lambda r: _once(r["peak_bytes_above_weights"] / size))
-    )
+        panels["prompt tok/s"] = lambda r: _spread(r.get("prompt_tps"))
+    panels[f"peak above weights, {unit}"] = lambda r: (r["peak_bytes_above_weights"] / size, 0, 0)
     figure, axes = new_figure(3.6 * len(panels), 3.7, len(panels))
-    for ax, (title, value) in zip(axes.flat, panels):
+    for ax, (title, value) in zip(axes.flat, panels.items()):
         _lines_by_config(ax, record["configs"], rows, value)
         ax.set_title(title)
         ax.set_ylim(bottom=0)
     both = len({row["kind"] for row in rows}) == 2
-    legend_below(
-        figure, axes[0, 0], "dashed: after a real prompt; solid: a filled cache" if both else None
-    )
+    note = "dashed: after a real prompt; solid: a filled cache" if both else None
+    legend_below(figure, axes[0, 0], note)
     return figure
 
 
@@ -179,15 +176,12 @@ def _lines_by_config(ax: Axes, configs: list[str], rows: list[dict], value) -> N
     token_axis(ax, drawn)
 
 
-def _span(spread: dict | None) -> tuple[float, float, float] | None:
+def _spread(spread: dict | None) -> tuple[float, float, float] | None:
+    """The median, and how far the extremes lie below and above it."""
     if spread is None:
         return None
     middle = spread["median"]
     return middle, middle - spread["min"], spread["max"] - middle
-
-
-def _once(value: float) -> tuple[float, float, float]:
-    return value, 0.0, 0.0
 
 
 def needle_figure(record: dict) -> Figure:
@@ -201,56 +195,43 @@ def needle_figure(record: dict) -> Figure:
     )
     for ax in axes.flat:
         ax.set_visible(False)
-    images = {}
-    for i, config in enumerate(configs):
-        block, column = divmod(i, columns)
-        for k, (title, key) in enumerate((("found", "found"), ("log p", "logp"))):
+    panels = (("found", "found", (0, 1), "share found"), ("log p", "logp", (-8, 0), "log p, nats"))
+    for k, (title, key, limits, label) in enumerate(panels):
+        images = []
+        for i, config in enumerate(configs):
+            block, column = divmod(i, columns)
             ax = axes[2 * block + k, column]
             ax.set_visible(True)
             ax.grid(False)
-            grid = _grid(record["cases"], config, contexts, depths, key)
-            limits = (0, 1) if key == "found" else (-8, 0)
-            images[k] = ax.imshow(
+            grid = _means(record["cases"], config, contexts, depths, key)
+            images.append(ax.imshow(
                 grid, vmin=limits[0], vmax=limits[1], cmap="viridis", aspect="auto",
                 interpolation="nearest",
-            )  # fmt: skip
+            ))  # fmt: skip
             ax.set_title(f"{config}\n{title}" if k == 0 else title, fontsize=9)
             ax.set_xticks(range(len(contexts)), [_tokens(n) for n in contexts], rotation=45)
             ax.set_yticks(range(len(depths)), [f"{100 * d:.0f} %" for d in depths])
             if column == 0:
                 ax.set_ylabel("depth")
-    for k, text in enumerate(("share found", "log p, nats")):
-        bar = figure.colorbar(
-            images[k], ax=axes[k::2, :], shrink=0.85, extend="min" if k else "neither"
-        )
-        bar.set_label(text, color=INK, fontsize=9)
+        extend = "min" if k else "neither"
+        bar = figure.colorbar(images[0], ax=axes[k::2, :], shrink=0.85, extend=extend)
+        bar.set_label(label, color=INK, fontsize=9)
         bar.ax.tick_params(colors=INK, labelsize=8)
         bar.outline.set_edgecolor(GRID)
     return figure
 
 
-def _grid(
+def _means(
     cases: list[dict], config: str, contexts: list[int], depths: list[float], key: str
 ) -> list[list[float]]:
-    """Means over kinds and repeats; a place without a finished case is empty."""
-    grid = [[float("nan")] * len(contexts) for _ in depths]
-    for j, context in enumerate(contexts):
-        for i, depth in enumerate(depths):
-            values = [
-                float(c["results"][config][key])
-                for c in cases
-                if c["context"] == context and c["depth"] == depth
-            ]
-            if values:
-                grid[i][j] = sum(values) / len(values)
-    return grid
+    """Means over kinds and repeats, by depth and context; NaN where no case was finished."""
 
+    def mean(depth: float, context: int) -> float:
+        values = [
+            float(c["results"][config][key])
+            for c in cases
+            if c["context"] == context and c["depth"] == depth
+        ]
+        return sum(values) / len(values) if values else float("nan")
 
-def plot_speed(record: dict, path: str) -> None:
-    """Draw a record of ``bench`` as a PNG."""
-    save_png(speed_figure(record), path)
-
-
-def plot_needle(record: dict, path: str) -> None:
-    """Draw a record of ``needle`` as a PNG."""
-    save_png(needle_figure(record), path)
+    return [[mean(depth, context) for context in contexts] for depth in depths]

@@ -93,6 +93,16 @@ def perplexity(nll: list[np.ndarray]) -> dict:
     }
 
 
+def rms(windows: list[np.ndarray]) -> dict:
+    """Root mean square of per-token values given window by window, with its interval."""
+    squares = [np.square(w, dtype=np.float64) for w in windows]
+    interval = bootstrap_interval(np.array([np.mean(x) for x in squares]))
+    return {
+        "rms": float(np.sqrt(np.mean(np.concatenate(squares)))),
+        "rms_interval": interval and tuple(float(np.sqrt(x)) for x in interval),
+    }
+
+
 def percentiles(values: np.ndarray) -> dict:
     """The percentiles that llama-perplexity prints for KLD, and the extremes."""
     found = np.percentile(np.asarray(values, np.float64), list(MARKS.values()))
