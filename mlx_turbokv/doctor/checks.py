@@ -23,34 +23,16 @@ from ..kernels import decode, dequantize, reference
 from ..kernels.backend import Backend
 from ..kernels.packed import PackedKV
 from ..quant import quantize
-from ..quant.formats import KVFormat
 from ..quant.layout import TILE
 from ..quant.tiles import code_bits, first_rows_mask, tiles_to_rows
 from . import oracle
+from .tolerances import ATTENTION, MANY_QUERIES, ROWS, THROUGH_ROWS, CheckError, compare_rows
 from .variants import Variant
 
-# codes may differ by one where a value lies at a decision boundary: this share of them
-CODES_SHARE = 1e-3
-SCALE_ULPS = 1
-# relative error (root mean square) of attention over the same packed rows, by the output's dtype:
-# decode multiplies pairs of halves unless the model is in float32
-ATTENTION = {"float16": 3e-3, "bfloat16": 6e-3, "float32": 1e-4}
-# largest error of a row value over the largest value
-ROWS = 1e-5
-# more queries than decode takes go through half rows and MLX's attention: relative error
-MANY_QUERIES = 16
-THROUGH_ROWS = {"float16": 3e-3, "bfloat16": 1e-2, "float32": 3e-3}
 N_KV_HEADS = 2
 N_BODY, N_TAIL, N_KEPT = 64, 37, 5
 N_SPLITS = 3
 JOBS = ("pack", "decode", "dequantize")
-TOLERANCES = {
-    "pack": f"at most {CODES_SHARE:.0e} of the codes off by one level (values at a decision "
-    f"boundary), f16 rows equal, scales within {SCALE_ULPS} ulp, free rows zero",
-    "decode": "relative error " + ", ".join(f"{t:.0e} {d}" for d, t in ATTENTION.items()),
-    "dequantize": f"{ROWS:.0e} of the largest value; attention of {MANY_QUERIES} queries over the "
-    "rows: relative error " + ", ".join(f"{t:.0e} {d}" for d, t in THROUGH_ROWS.items()),
-}
 
 
 class Outcome(NamedTuple):
@@ -60,10 +42,6 @@ class Outcome(NamedTuple):
     error: float
     message: str | None
     seconds: float
-
-
-class Failed(Exception):
-    """A comparison that did not hold."""
 
 
 def run_variant(
@@ -78,7 +56,7 @@ def run_variant(
         start = time.perf_counter()
         try:
             error, message = getattr(case, job)(backend), None
-        except Failed as failure:
+        except CheckError as failure:
             error, message = math.nan, str(failure)
         except Exception as failure:  # what MLX raises on a text that does not compile
             error, message = math.nan, f"{type(failure).__name__}: {failure}"
@@ -147,13 +125,13 @@ class _Case:
             rows = tiles_to_rows(tiles, layout)
             free = tiles[:, :, -1] & ~first_rows_mask(layout, n % TILE)
             if free.any().item():
-                raise Failed("rows behind the last are not zero")
+                raise CheckError("rows behind the last are not zero")
             want = reference.pack(self.keys, self.values, layout, **self._at(0))
             keys = self.keys
             if self.centre is not None:
                 keys = keys.astype(mx.float32) - self.centre.rows(0, n)
             if want.shape != tiles.shape:
-                raise Failed(f"shape {tiles.shape} instead of {want.shape}")
+                raise CheckError(f"shape {tiles.shape} instead of {want.shape}")
             wanted = tiles_to_rows(want, layout)
             mx.eval(rows, wanted, keys)
         share = 0.0
@@ -166,11 +144,11 @@ class _Case:
             else:
                 units, theirs = getattr(wanted, side)[:, :, :n], getattr(wanted, f"{side}_scales")
                 expected = oracle.codes_from_units(units, bits), np.array(theirs[:, :, :n])
-            share = max(share, _compare_rows(side.upper(), fmt, codes, np.array(scales), *expected))
+            share = max(share, compare_rows(side.upper(), fmt, codes, np.array(scales), *expected))
         return share
 
     def decode(self, backend: Backend) -> float:
-        """One query of four heads a group, all tokens at once and split, then the variant's own shape."""
+        """One query with a GQA factor of 4, unsplit and split; then the variant's own shape."""
         packed, v = self.packed(), self.variant
         worst = 0.0
         shapes = [(4, 1, "plain", None), (v.gqa_factor, v.n_queries, v.edge, None)]
@@ -179,7 +157,7 @@ class _Case:
         for gqa, n_queries, edge, splits in shapes:
             error = self._attention_error(backend, packed, gqa, n_queries, edge, splits)
             if not error <= ATTENTION[v.dtype]:
-                raise Failed(
+                raise CheckError(
                     f"relative error {error:.1e} is above {ATTENTION[v.dtype]:.0e} "
                     f"(GQA factor {gqa}, {n_queries} queries, {edge}"
                     + (f", {splits} splits)" if splits else ")")
@@ -254,11 +232,11 @@ class _Case:
         for side, rows, expected in zip("KV", got, want):
             error = np.abs(_float64(rows) - expected).max() / np.abs(expected).max()
             if not error <= ROWS:
-                raise Failed(f"{side} rows differ by {error:.1e} of the largest value")
+                raise CheckError(f"{side} rows differ by {error:.1e} of the largest value")
             worst = max(worst, float(error))
         error = self._attention_error(backend, packed, 2, MANY_QUERIES, "causal")
         if not error <= THROUGH_ROWS[self.variant.dtype]:
-            raise Failed(
+            raise CheckError(
                 f"attention of {MANY_QUERIES} queries over the rows: relative error {error:.1e} is "
                 f"above {THROUGH_ROWS[self.variant.dtype]:.0e}"
             )
@@ -298,30 +276,6 @@ def _expected_rows(packed: PackedKV) -> list[np.ndarray]:
         with mx.stream(mx.cpu):
             found[0] = found[0] + _float64(packed.centre.rows(0, packed.n_tokens, packed.padding))
     return found
-
-
-def _compare_rows(
-    side: str, fmt: KVFormat, codes: np.ndarray, scales: np.ndarray, wanted: np.ndarray,
-    wanted_scales: np.ndarray,
-) -> float:  # fmt: skip
-    """The share of codes that differ.
-
-    Raises:
-        Failed: more than rounding explains.
-    """
-    off = np.abs(codes - wanted)
-    share = float((off > 0).mean())
-    if fmt.is_f16:
-        if share:
-            raise Failed(f"{side}: {share:.1%} of the f16 values differ")
-        return 0.0
-    if off.max() > 1 or share > CODES_SHARE:
-        raise Failed(f"{side}: {share:.1%} of the codes differ, by up to {off.max()} levels")
-    ulps = np.abs(scales.view(np.uint16).astype(int) - wanted_scales.view(np.uint16).astype(int))
-    ulps[off.any(axis=-1)] = 0  # another code has another scale
-    if ulps.max() > SCALE_ULPS:
-        raise Failed(f"{side}: scales differ by up to {ulps.max()} ulps")
-    return share
 
 
 def _float64(x: mx.array) -> np.ndarray:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ..evaluate.tables import Table
 from ..kernels.chips import Chip, published
-from .checks import JOBS, TOLERANCES
+from .checks import JOBS
+from .tolerances import TOLERANCES
 
 GIB = 2**30
 # of a failure's message; a compiler's list of errors may be long

@@ -12,7 +12,7 @@ HEAD_DIMS = (64, 72, 80, 96, 112, 128, 160, 192, 256, 512)
 COMMON_DIMS = (128, 64)
 # head_dims that differ, as models with multi-head latent attention have them
 UNEQUAL_DIMS = (192, 128)
-# (GQA factor, queries, edge): a variant gets the next one, beside one query of four heads
+# (GQA factor, queries, edge): a variant gets the next one, besides one query with a GQA factor of 4
 SHAPES = (
     (1, 1, "plain"),
     (8, 2, "causal"),

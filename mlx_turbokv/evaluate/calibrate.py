@@ -207,7 +207,7 @@ def calibrate(
 
     Args:
         budgets: bits per value of K and V together, or configurations whose bits are meant.
-        formats: what is open to K and V of every layer alike.
+        formats: what K and V of every layer may get.
         base: the configuration of the layers that are not changed while one is.
         options: those of `sensitivity.measure`: backend, centre, batch, records and progress.
 

@@ -17,7 +17,7 @@ from .divergence import PositionStats
 
 
 def journal_path(what: str, settings: dict, json_path: str | Path | None) -> Path:
-    """Where a run keeps its finished parts: beside its JSON file, or in the cache folder."""
+    """Where a run keeps its finished parts: next to its JSON file, or in the cache folder."""
     if json_path is not None:
         return Path(f"{json_path}.partial")
     name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

@@ -31,7 +31,7 @@ class Case:
     """One place to hide a needle.
 
     kind: "password" (the paper's turbo-rainbow-42), "number" (a six-digit number of a city), or
-        "distractors" (the same beside four other cities' numbers).
+        "distractors" (the same, with four other cities' numbers in the text).
     context: tokens of the prompt with its answer, at most.
     depth: where the needle is, 0 at the start and 1 at the end of the haystack.
     repeat: number of the repeat.

@@ -287,7 +287,7 @@ def _calibration_notes(record: dict) -> list[str]:
             "assigning (isotonic regression)."
         )
     if c["keys"].startswith("centred by their means"):
-        notes.append(f"Keys are {c['keys']}; the means lie beside the policy files.")
+        notes.append(f"Keys are {c['keys']}; the means are next to the policy files.")
     if h is None:
         return [*notes, "Not checked on held-out windows."]
     return [

@@ -88,7 +88,7 @@ def _fetch_wikitext() -> bytes:
         path = hf_hub_download(WIKITEXT_REPO, WIKITEXT_FILE, repo_type="dataset")
         with zipfile.ZipFile(path) as archive:
             return archive.read(WIKITEXT_MEMBER)
-    except Exception as error:  # the hub's client raises many kinds, network and disk alike
+    except Exception as error:  # the hub's client raises many kinds of errors
         raise InputError(
             f"Wikitext-2 could not be fetched from the hub ({type(error).__name__}); "
             "give a text with --text FILE or --text sample."

@@ -47,7 +47,7 @@ def divergence_figure(results: list[dict]) -> Figure:
     return figure
 
 
-# Where a name may stand beside its point, in points: right, left, above, below, then farther.
+# Offsets of a name from its point, in points: right, left, above, below, then farther.
 _PLACES = (
     (7, 0), (7, 10), (7, -10), (-7, 0), (-7, 10), (-7, -10), (7, 21), (7, -21), (-7, 21),
     (-7, -21), (16, 32), (16, -32), (-16, 32), (-16, -32), (24, 44), (24, -44), (-24, -44),
@@ -56,7 +56,7 @@ _LETTER, _LINE = 5.2, 10.0  # size of a letter and of a line at 8 points
 
 
 def label_points(ax, points: list[tuple[float, float]], names: list[str]) -> None:
-    """Names beside their points, each where it covers no other; far ones get a thin line.
+    """Names next to their points, each where it covers no other; far ones get a thin line.
 
     Args:
         names: one a point, empty for a point that is only kept clear.

@@ -152,7 +152,7 @@ def _notes(plan: Plan) -> list[str]:
     if plan.memory_bytes is not None and plan.weight_bytes is not None:
         lines.append(
             f"Of {_size(plan.memory_bytes)}, the weights take about {_size(plan.weight_bytes)}; "
-            "what the computation needs beside weights and cache is not counted."
+            "what the computation needs besides weights and cache is not counted."
         )
     if plan.model.max_context and any(n > plan.model.max_context for n in plan.contexts):
         lines.append(f"The model was made for {plan.model.max_context:,} tokens.")

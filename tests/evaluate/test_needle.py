@@ -152,11 +152,14 @@ def _plain() -> configuration.Prepared:
 def test_a_model_that_knows_the_answer_finds_it(wrong):
     tokens = Characters().encode("The secret is")
     answer = Characters().encode(" abc-42")
-    said = list(answer)
+    spoken = list(answer)
     if wrong is not None:
-        said[wrong] = 0 if said[wrong] else 1
+        spoken[wrong] = 0 if spoken[wrong] else 1
     result = needle.ask(
-        Echo([*tokens, *said, 1, 1, 1, 1]), Characters(), Prompt(tokens, answer, "abc-42"), _plain()
+        Echo([*tokens, *spoken, 1, 1, 1, 1]),
+        Characters(),
+        Prompt(tokens, answer, "abc-42"),
+        _plain(),
     )
     assert result["found"] is (wrong is None)
     assert result["rank"] == (len(answer) if wrong is None else wrong)

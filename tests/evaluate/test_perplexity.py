@@ -123,13 +123,13 @@ def test_every_position_sees_a_quantised_cache(model, windows):
     assert summary[2]["flips"]["top"] == np.sum(~np.concatenate(found.results[2].of("same_top")))
 
 
-def test_nll_is_the_same_whatever_runs_beside_it(model, windows):
+def test_nll_is_the_same_whatever_other_configurations_run(model, windows):
     alone = evaluate_windows(model, windows, [configuration.prepare(model, "q8_0/turbo3")])
     names = ["f16/f16", "q8_0/turbo3"]
-    beside = evaluate_windows(model, windows, [configuration.prepare(model, n) for n in names])
+    together = evaluate_windows(model, windows, [configuration.prepare(model, n) for n in names])
     np.testing.assert_allclose(
         np.concatenate(alone.results[0].of("nll")),
-        np.concatenate(beside.results[1].of("nll")),
+        np.concatenate(together.results[1].of("nll")),
         atol=1e-5,
     )
 
@@ -286,7 +286,7 @@ def test_overlapping_windows_score_every_token_once():
     assert scored.tolist() == list(range(8, 40))
 
 
-# Sums in another order may settle a near-tie of the quantiser the other way, which a few logits
+# Sums in another order may round a near-tie of the quantiser the other way, which a few logits
 # show; another window's logits differ by far more.
 @pytest.mark.parametrize(("name", "atol"), [("f16/f16", 1e-5), ("q8_0/turbo3", 0.05)])
 def test_several_windows_at_once_give_the_logits_of_each(model, windows, name, atol):

@@ -53,7 +53,7 @@ def test_losses_agree_with_the_simulation(model, window, name):
 
 
 def test_a_wrong_scale_rule_does_not_pass(model, window):
-    """The witness settles ties alone: it cannot talk the simulation into other numbers."""
+    """Teacher-forced codes decide ties alone: other numbers still differ."""
     caches = prepare(model, "turbo2/turbo2").make_caches()
     reference = Reference(scored_logits(model, window, caches), targets_of(window))
     simulated = [

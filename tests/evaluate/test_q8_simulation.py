@@ -1,4 +1,4 @@
-"""The oracle of q8_0: it follows another run where a tie lets it, and nowhere else."""
+"""The oracle of q8_0: teacher-forced codes are taken at ties, and nowhere else."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def test_a_wrong_code_is_not_taken() -> None:
     step = np.array(mx.max(mx.abs(ROWS), -1, keepdims=True)) / 127
     towards = np.where(np.array(ROWS) > own, step, -step)
     inside = np.abs(own) < 0.9 * np.abs(own).max(-1, keepdims=True)  # the largest sets the scale
-    settled = np.array(through_q8(ROWS, mx.array(own + inside * towards)))
-    taken = np.abs(settled - own) > 0.5 * step
+    forced = np.array(through_q8(ROWS, mx.array(own + inside * towards)))
+    taken = np.abs(forced - own) > 0.5 * step
     assert taken.mean() < 2 * TIE
 
 
 def test_a_wrong_scale_is_not_taken() -> None:
     own = through_q8(ROWS)
-    settled = through_q8(ROWS, own * (1 + 2**-9))
-    assert mx.mean(settled != own).item() < 2 * TIE
+    forced = through_q8(ROWS, own * (1 + 2**-9))
+    assert mx.mean(forced != own).item() < 2 * TIE

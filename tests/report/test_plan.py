@@ -141,10 +141,10 @@ def test_memory_goes_to_windows_and_states_first(tmp_path) -> None:
     sliding = plan_json(*args, "--compress-sliding")
     assert (plan["kv_layers"], sliding["kv_layers"]) == (3, 6)
     assert sliding["windows"] == [16, None] * 3
-    said = CliRunner().invoke(command, [*args, "-c", "4096"]).stdout
-    assert "Every row counts 3 windows as mlx-lm keeps them: 0.0 MiB." in said
-    said = CliRunner().invoke(command, [*args, "-c", "4", "-c", "9"]).stdout
-    assert "keeps them: 0.0 MiB at 4, 0.0 MiB at 9." in said
+    text = CliRunner().invoke(command, [*args, "-c", "4096"]).stdout
+    assert "Every row counts 3 windows as mlx-lm keeps them: 0.0 MiB." in text
+    text = CliRunner().invoke(command, [*args, "-c", "4", "-c", "9"]).stdout
+    assert "keeps them: 0.0 MiB at 4, 0.0 MiB at 9." in text
 
 
 def test_a_boundary_that_does_not_pay_is_said_so() -> None:
@@ -205,7 +205,7 @@ def test_markdown_is_a_table() -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "words"),
     [
         (["--model", "phi-4", "--boundary", "30,20"], "larger than the model"),
         (["--model", "phi-4", "--policy", "la-v9"], "Unknown policy 'la-v9'"),
@@ -218,14 +218,14 @@ def test_markdown_is_a_table() -> None:
         (["--model", "phi-4", "--policy", "none.json"], "No such file"),
     ],
 )
-def test_bad_input_is_one_sentence_and_status_2(args: list[str], said: str, capsys) -> None:
+def test_bad_input_is_one_sentence_and_status_2(args: list[str], words: str, capsys) -> None:
     with pytest.raises(SystemExit) as stop:
         run(command, args)
     assert stop.value.code == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     (line,) = printed.err.splitlines()
-    assert line.startswith("Error: ") and said in line
+    assert line.startswith("Error: ") and words in line
 
 
 def test_a_model_with_nothing_to_compress_is_refused(tmp_path) -> None:
