@@ -24,7 +24,6 @@ processes with a MLX_PTX_CACHE_DIR each can share the work; the run then gets al
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -38,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import kernel_variants as variants  # noqa: E402
 import mlx.core as mx  # noqa: E402
-from record import record  # noqa: E402
+from record import record, write  # noqa: E402
 
 from mlx_turbokv.kernels.backend import Backend, available_backends, select_backend  # noqa: E402
 
@@ -232,9 +231,8 @@ def bench(group: Group, rounds: int, refcheck: bool, copy_speed: float) -> list[
 
 def line(row: dict) -> str:
     """A row for people."""
-    shape = (
-        f"{row['job']} {row['heads'][0]},{row['heads'][1]} D={row['head_dim']} n={row['tokens']}"
-    )
+    heads = ",".join(map(str, row["heads"]))
+    shape = f"{row['job']} {heads} D={row['head_dim']} n={row['tokens']}"
     apart = f", apart {row['apart_us']:.1f}" if "apart_us" in row else ""
     ratio = f", {row['fp16_over_this']:.2f}x fp16" if "fp16_over_this" in row else ""
     error = f", error {row['error']:.1e}" if "error" in row else ""
@@ -273,12 +271,8 @@ def main() -> int:
     parser.add_argument("--pairs", default=",".join(PAIRS), help="K/V pairs, comma-separated")
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)))
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument(
-        "--refcheck", action="store_true", help="compare results with the reference"
-    )
-    parser.add_argument(
-        "--warm", metavar="I/N", default=None, help="compile a share of the kernels"
-    )
+    parser.add_argument("--refcheck", action="store_true", help="compare with the reference")
+    parser.add_argument("--warm", metavar="I/N", default=None, help="only compile, every n-th")
     parser.add_argument("--backend", default=None)
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
@@ -298,8 +292,7 @@ def main() -> int:
     for group in wanted:
         rows += bench(group, args.rounds, args.refcheck, copy_speed)
         mx.clear_cache()
-        if args.out:  # after each group, so that what is cut off keeps what it measured
-            args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write(args.out, report)  # after each group: an interrupted run keeps what it measured
     wrong = [r for r in rows if not r.get("error", 0) <= r.get("error_allowed", 0)]
     for row in wrong:
         print(f"FAILED {line(row)}", file=sys.stderr)
@@ -308,14 +301,10 @@ def main() -> int:
 
 def warm(wanted: list[Group], share: int, n_shares: int) -> int:
     """Compiles every n-th of the kernels that the groups need."""
-    makes = {
-        (g.job, g.heads, g.head_dim, name): (g, make)
-        for g in wanted
-        for name, make in g.make.items()
-    }
-    for (*_, name), (group, make) in list(makes.items())[share::n_shares]:
-        start = time.perf_counter()
-        variant = make(variants.noise(group.heads, group.head_dim, min(group.tokens, WARM_TOKENS)))
+    makes = {(g.job, g.heads, g.head_dim, name): (g, name) for g in wanted for name in g.make}
+    for group, name in list(makes.values())[share::n_shares]:
+        start, n = time.perf_counter(), min(group.tokens, WARM_TOKENS)
+        variant = group.make[name](variants.noise(group.heads, group.head_dim, n))
         mx.eval(variant.call(0, variant.start()))
         print(f"{group.job} {group.heads} {name}: {time.perf_counter() - start:.1f} s", flush=True)
     return 0

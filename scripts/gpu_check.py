@@ -11,7 +11,6 @@ gpu_check_record.py puts what such runs wrote together.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"
 
 import mlx.core as mx  # noqa: E402
 from kernel_cases import ALL_CASES, run_case  # noqa: E402
-from record import ROOT, record  # noqa: E402
+from record import ROOT, record, write  # noqa: E402
 
 from mlx_turbokv.kernels.backend import available_backends, select_backend  # noqa: E402
 
@@ -72,8 +71,7 @@ def main() -> int:
         report["model"], more = compare_backends(args.model, pair, args.windows, args.text)
         failures += more
     report["failures"] = failures
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+    write(args.out, report)
     for failure in failures:
         print("FAILED", failure, file=sys.stderr)
     worst = max((r["decode_ratio"] for r in results if r.get("decode_ratio")), default=0)

@@ -9,7 +9,7 @@ In the folder are records and, beside each, its process's exit status (.rc) and 
     memcheck*.json    the same under compute-sanitizer, racecheck*.json too
     model.json        gpu_check.py --no-kernels --windows n
     doctor*.json      doctor --json; of a tree with a changed kernel also `FILE.metal: what` (.txt)
-    launches.json     launches.py
+    launches.json     ncu.py launches
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 
 from kernel_cases import ALL_CASES  # noqa: E402
+from record import write  # noqa: E402
 
 from mlx_turbokv.doctor.sources import ENTRIES  # noqa: E402
 from mlx_turbokv.evaluate.record import command_line  # noqa: E402
@@ -31,6 +32,7 @@ from mlx_turbokv.evaluate.record import command_line  # noqa: E402
 ABOUT = ("commit", "mlx_turbokv", "mlx", "mlx_lm", "python", "system", "device", "backend")
 CASE_NAMES = frozenset(str(case) for case in ALL_CASES)
 TOOLS = ("memcheck", "racecheck")
+LAUNCHES = ("tokens", "shape", "n_heads", "rows", "most_added")
 # what a sanitizer says last of a process in which it found nothing
 CLEAN = {
     "memcheck": re.compile(r"ERROR SUMMARY: 0 errors"),
@@ -97,9 +99,8 @@ def sanitized(tool: str, found: list[Part]) -> dict:
     clean = [part for part in found if CLEAN[tool].search(part.log)]
     result = shards(clean)
     del result["rows"]
-    result["command"] = (
-        result["command"] and f"compute-sanitizer --tool {tool} python {result['command']}"
-    )
+    if result["command"]:
+        result["command"] = f"compute-sanitizer --tool {tool} python {result['command']}"
     said = [(part.name, (SUMMARY.findall(part.log) or ["no summary"])[-1]) for part in found]
     result["failures"] += [f"{name}: {line}" for name, line in said if not CLEAN[tool].search(line)]
     return {"tool": tool, **result}
@@ -125,9 +126,8 @@ def wrong_doctors(rows: list[dict]) -> list[str]:
     """The tree must pass, a changed one fail with status 1 and name the changed file's kernel."""
     failures = []
     for row in rows:
-        if row["changed"] is None:
-            good = row["passed"] and row["exit"] == 0
-        else:
+        good = row["passed"] and row["exit"] == 0
+        if row["changed"] is not None:
             kernel = ENTRIES[row["changed"].split(":")[0]]
             good = not row["passed"] and row["exit"] == 1 and kernel in row["named"]
         if not good:
@@ -137,39 +137,30 @@ def wrong_doctors(rows: list[dict]) -> list[str]:
 
 def gather(folder: Path) -> tuple[dict, list[str]]:
     """The record of a folder, and what failed or is missing."""
-    cases, models = parts(folder, "cases*.json"), parts(folder, "model.json")
-    under = {tool: parts(folder, f"{tool}*.json") for tool in TOOLS}
-    launches, checked = parts(folder, "launches.json"), parts(folder, "doctor*.json")
-    everything = [
-        *cases,
-        *models,
-        *launches,
-        *checked,
-        *(p for found in under.values() for p in found),
-    ]
+    names = ("cases", *TOOLS, "doctor", "model", "launches")
+    found = {name: parts(folder, f"{name}*.json") for name in names}
+    everything = [part for some in found.values() for part in some]
     dates = sorted({part.record["date"] for part in everything if "date" in part.record})
     report: dict = {"command": command_line(), "date": dates[-1] if dates else None}
-    report |= {**about(everything), "kernels": shards(cases)}
-    report["sanitizer"] = [sanitized(tool, found) for tool, found in under.items()]
-    report["doctor"] = doctors(checked)
-    failures = [f for part in (report["kernels"], *report["sanitizer"]) for f in part["failures"]]
+    report |= {**about(everything), "kernels": shards(found["cases"])}
+    report["sanitizer"] = [sanitized(tool, found[tool]) for tool in TOOLS]
+    report["doctor"] = doctors(found["doctor"])
+    cases = (report["kernels"], *report["sanitizer"])
+    failures = [failure for part in cases for failure in part["failures"]]
     failures += wrong_doctors(report["doctor"])
-    for part in (report["kernels"], *report["sanitizer"]):
-        if part["not_run"]:
-            failures.append(f"{part.get('tool', 'kernels')}: {len(part['not_run'])} cases not run")
-    for name, found, keys in (
-        ("model", models, ("command", "model")),
-        ("launches", launches, ("command", "tokens", "shape", "n_heads", "rows", "most_added")),
-    ):
-        if not found:
+    failures += [
+        f"{part.get('tool', 'kernels')}: {len(part['not_run'])} cases not run"
+        for part in cases if part["not_run"]
+    ]  # fmt: skip
+    for name, keys in (("model", ("model",)), ("launches", LAUNCHES)):
+        if not found[name]:
             failures.append(f"{name}: not run")
             continue
-        kept = {key: found[0].record[key] for key in keys}
-        report[name] = {"command": kept["command"], **kept["model"]} if name == "model" else kept
-        failures += found[0].record.get("failures", [])
-    if not any(row["changed"] for row in report["doctor"]) or all(
-        row["changed"] for row in report["doctor"]
-    ):
+        record = found[name][0].record
+        kept = {key: record[key] for key in keys}
+        report[name] = {"command": record["command"], **kept.get("model", kept)}
+        failures += record.get("failures", [])
+    if {row["changed"] is None for row in report["doctor"]} != {True, False}:
         failures.append("doctor: not run on a whole tree and on a changed one")
     return report, failures
 
@@ -184,15 +175,12 @@ def main() -> int:
     except ValueError as error:
         sys.exit(f"{args.folder}: {error}.")
     report["failures"] = failures
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write(args.out, report)
     for failure in failures:
         print("FAILED", failure, file=sys.stderr)
-    counts = [
-        f"{report['kernels']['cases']} cases",
-        *(f"{s['tool']} {s['cases']}" for s in report["sanitizer"]),
-    ]
-    print(f"{', '.join(counts)} of {len(ALL_CASES)}; {len(failures)} failures or gaps")
+    counts = [f"{s['tool']} {s['cases']}" for s in report["sanitizer"]]
+    print(f"{report['kernels']['cases']} cases, {', '.join(counts)} of {len(ALL_CASES)}; "
+          f"{len(failures)} failures or gaps")  # fmt: skip
     return 1 if failures else 0
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -43,6 +44,12 @@ FORCED_TIE = 1e-3
 FORCED_LOG_PROBABILITY = 1e-2
 
 
+def counts_of(caches: list[TeacherForcedCache]) -> dict[str, int]:
+    """Codes, codes that differ, and wrong ones, of all caches."""
+    names = ("codes", "differing", "wrong")
+    return {name: sum(getattr(cache, f"n_{name}") for cache in caches) for name in names}
+
+
 def window_nll(model, window: np.ndarray, caches: list) -> float:
     """Mean loss of a window's scored positions, in nats."""
     logits = scored_logits(model, window, caches)
@@ -52,7 +59,7 @@ def window_nll(model, window: np.ndarray, caches: list) -> float:
 def compare_windows(model, windows: np.ndarray, pair, backends) -> tuple[dict, list[str]]:
     """Losses by window on both back-ends, the second's with its own codes and teacher-forced."""
     nll = {"first": [], "second": [], "second_forced": []}
-    n_codes = n_differing = n_wrong = 0
+    counts = counts_of([])
     for i, window in enumerate(windows):
         caches = make_prompt_cache(model, *pair, backend=backends[0])
         nll["first"].append(window_nll(model, window, caches))
@@ -60,10 +67,8 @@ def compare_windows(model, windows: np.ndarray, pair, backends) -> tuple[dict, l
         nll["second_forced"].append(window_nll(model, window, forced))
         free = make_prompt_cache(model, *pair, backend=backends[1])
         nll["second"].append(window_nll(model, window, free))
-        n_codes += sum(cache.n_codes for cache in forced)
-        n_differing += sum(cache.n_differing for cache in forced)
-        n_wrong += sum(cache.n_wrong for cache in forced)
-        print(pair, i, *(f"{x[-1]:.5f}" for x in nll.values()), n_differing, n_wrong, flush=True)
+        counts = {name: n + counts[name] for name, n in counts_of(forced).items()}
+        print(pair, i, *(f"{x[-1]:.5f}" for x in nll.values()), counts, flush=True)
     first, second, forced = (np.array(x) for x in nll.values())
     apart, free = np.abs(first - forced).max(), first - second
     row = {
@@ -72,9 +77,7 @@ def compare_windows(model, windows: np.ndarray, pair, backends) -> tuple[dict, l
         "largest_difference_free": float(np.abs(free).max()),
         "mean_difference_free": float(free.mean()),
         "se_difference_free": float(free.std(ddof=1) / len(free) ** 0.5) if len(free) > 1 else None,
-        "codes": n_codes,
-        "differing": n_differing,
-        "wrong": n_wrong,
+        **counts,
     }
     name, failures = "/".join(pair), []
     if not apart <= WINDOW_NLL:
@@ -116,9 +119,7 @@ def forced_text(
         "parted": parted,
         "gap": max((step["gap"] for step in parted), default=None),
         "log_probability": float(np.max(apart)),
-        "codes": sum(cache.n_codes for cache in second),
-        "differing": sum(cache.n_differing for cache in second),
-        "wrong": sum(cache.n_wrong for cache in second),
+        **counts_of(second),
     }
 
 
@@ -164,13 +165,8 @@ def compare_texts(model, tokenizer, pair, backends) -> tuple[list[dict], list[st
         first = make_prompt_cache(model, *pair, backend=backends[0])
         second = [TeacherForcedCache(cache, backends[1]) for cache in first]
         forced = forced_text(model, tokens, first, second, N_TOKENS)
-        free = compare(
-            model,
-            tokens,
-            lambda: make_prompt_cache(model, *pair, backend=backends[1]),
-            lambda: make_prompt_cache(model, *pair, backend=backends[0]),
-            N_TOKENS,
-        )
+        caches = [partial(make_prompt_cache, model, *pair, backend=name) for name in backends]
+        free = compare(model, tokens, caches[1], caches[0], N_TOKENS)
         name = f"{'/'.join(pair)}, {prompt!r}"
         failures += [f"{name}: {failure}" for failure in forced_failures(forced)]
         texts.append({"prompt": prompt, "forced": forced, "free": vars(free)})

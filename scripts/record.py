@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import date
 from pathlib import Path
 
@@ -21,3 +22,9 @@ def record(**results) -> dict:
     """Results with device, versions, commit and command."""
     about = {"command": command_line(), "commit": commit(), "date": date.today().isoformat()}
     return {**about, **environment(), **results}
+
+
+def write(path: Path | None, report: dict) -> None:
+    """Write a record as JSON; without a path nothing."""
+    if path is not None:
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

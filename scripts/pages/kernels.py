@@ -7,7 +7,7 @@ from math import log2
 from mlx_turbokv.kernels.chips import CHIPS, LANES_A_CORE, Chip
 from mlx_turbokv.quant.formats import KVFormat
 
-from . import power, read, source, span, table
+from . import commands, power, read, source, span, table
 
 SIMD_LANES = 32
 M1_GHZ = 1.278  # metal-benchmarks; the slowest clock known
@@ -50,17 +50,15 @@ def _scheme(record: dict) -> str:
     own = [r for r in decode if "/" in r["variant"] and "rows" not in r["variant"]]
     errors = [r["error"] for r in record["rows"] if "error" in r]
     text = (
-        f"µs of a call, MLX's launches included: medians of {record['rounds']} rounds in which all "
-        f"variants take turns. Calls form a chain, submitted in steps of {record['calls_a_step']} "
-        f"calls while the last step runs. Submitting takes "
-        f"{span(r['handed_over_us'] for r in own)} µs of the CPU a call ({record['processor']}; "
-        f"fp16: {span(r['handed_over_us'] for r in fp16)}), which the GPU's work hides where it "
-        f"takes longer. Building the graph of a call takes {span(r['build_us'] for r in own)} µs "
-        f"more of the CPU (fp16: {span(r['build_us'] for r in fp16)}). A copy in the same run "
-        f"reads and writes {record['copy_gb_per_s']:,.0f} GB/s."
+        f"Medians of {record['rounds']} rounds, in µs a call, launches included; chains of calls "
+        f"are submitted in steps of {record['calls_a_step']} calls. CPU time a call "
+        f"({record['processor']}): {span(r['handed_over_us'] for r in own)} µs to submit (fp16: "
+        f"{span(r['handed_over_us'] for r in fp16)}), {span(r['build_us'] for r in own)} to build "
+        f"the graph (fp16: {span(r['build_us'] for r in fp16)}). A copy in the same run: "
+        f"{record['copy_gb_per_s']:,.0f} GB/s."
     )
     if errors:
-        text += f" Results differ from the reference's by at most {power(max(errors))} (relative)."
+        text += f" Largest relative difference from the reference: {power(max(errors))}."
     return text
 
 
@@ -73,7 +71,7 @@ def kernels() -> str:
     text = [
         "# Kernel times",
         "One query against packed rows, compared with MLX's fp16 attention in the same run. `rows` "
-        "dequantises first and calls that attention ([the kernels](../kernels.md)).",
+        "dequantises first. [How it is timed](../kernels.md#accuracy-times-and-limits).",
         _scheme(record), "## By context", _shape(parts["lengths"]), _by_length(parts["lengths"]),
     ]  # fmt: skip
     if "pairs" in parts:
@@ -173,32 +171,17 @@ def counters() -> str:
     return "\n\n".join([
         "# Kernel counters and bandwidth of GPUs",
         f"For one token of one KV head (head_dim {record['head_dim']}, "
-        f"{record['heads'][0] // record['heads'][1]} query heads a KV head): bytes that must move, "
-        "operations that are needed at least, and instructions executed, counted by ncu (of one "
-        "lane: a SIMD group's count as 32). Registers are those of NVIDIA's compiler. As Metal, "
-        "decode declares less threadgroup memory (its tables have fewer copies). merge's work "
-        "grows with splits, not tokens.",
+        f"{record['heads'][0] // record['heads'][1]} query heads a KV head). [How to read "
+        "it](../kernels.md#instructions-and-bandwidth).",
         table(header, rows), source("kernel_counters", record),
         "## What to expect on Apple GPUs",
-        "**Computed, not measured: the kernels have not yet run on a Mac.** Published bandwidths "
-        "and core counts (`mlx_turbokv/kernels/chips.py`; two bandwidths where a chip was sold "
-        "with either), and 128 float32 lanes a core, which "
-        "[metal-benchmarks](https://github.com/philipturner/metal-benchmarks) found in M1 and M2 "
-        "and is assumed of later chips. *Instructions a byte*: of one lane at 1 GHz and the larger "
-        "bandwidth. *GHz needed*: the clock at which decode's instructions keep up with memory if "
-        "every lane issues in every cycle; on Apple, where a pair of halves is no faster than two "
-        "floats (metal-benchmarks), those on pairs of halves count twice. M1 runs at 1.278 GHz, M1 "
-        "Pro, Max and Ultra at 1.296 (metal-benchmarks); Apple publishes no clocks. `doctor`, "
-        "GB/s: from the share of its bandwidth that decode reaches on the H100 at "
-        f"{record['tokens']:,} tokens ({', '.join(f'{p} {x:.0%}' for p, x in share.items())}), of "
-        "the smaller bandwidth (less where M1's clock would not keep up) to the published one.",
+        "**Computed, not measured: the kernels have not yet run on a Mac.** [How, and how to read "
+        "it](../kernels.md#instructions-and-bandwidth).",
         _chips(apple, decode, share),
-        f"`doctor`'s context is shorter (8,192 tokens): Max and Ultra chips read its bytes in {us} "
-        "µs, so launches show. A figure below the range at head_dim 128 has another cause: "
-        "register spills or too few threadgroups resident (all pairs low), table lookups in "
-        "threadgroup memory (turbo3 to turbo6 low, q8_0 and turbo2 not), or launches (equal µs for "
-        f"all). Please report it. An M1 packs {packs} thousand tokens a second for {LAYERS} layers "
-        f"of {KV_HEADS} KV heads.",
+        f"Share of the H100's bandwidth that decode reaches at {record['tokens']:,} tokens: "
+        f"{', '.join(f'{p} {x:.0%}' for p, x in share.items())}. Time in which Max and Ultra chips "
+        f"read the bytes of `doctor` (8,192 tokens): {us} µs. An M1 packs {packs} thousand tokens "
+        f"a second for {LAYERS} layers of {KV_HEADS} KV heads, by its instructions.",
     ])  # fmt: skip
 
 
@@ -230,12 +213,10 @@ def gpu_check() -> str:
     apart, free = (max(p[key] for p in pairs)
                    for key in ("largest_difference", "largest_difference_free"))  # fmt: skip
     items = [
-        f"**Kernels** (`tests/helpers/kernel_cases.py`): {_cases(cases, n)}. Decode's relative "
-        "error, the geometric mean over three draws of the queries, is at most "
-        f"{max(ratios):.2f} times that of an attention in plain ops at the case's precision.",
-        f"**compute-sanitizer**: {_sanitizer(record['sanitizer'], n)}. MLX rounds its allocations "
-        "up, so reads just past an array are left to AddressSanitizer on the CPU "
-        "([testing.md](../testing.md)).",
+        f"**Kernels**: {_cases(cases, n)}. Decode's relative error (geometric mean over three "
+        f"draws of the queries) is at most {max(ratios):.2f} times that of an attention in plain "
+        "ops at the case's precision.",
+        f"**compute-sanitizer**: {_sanitizer(record['sanitizer'], n)}.",
         f"**Losses** of the default model over {len(pairs[0]['nll_by_window']['first'])} windows "
         f"agree with the reference back-end's to {power(apart)} nats with teacher-forced codes, "
         f"and to {free:.3f} without.",
@@ -248,11 +229,10 @@ def gpu_check() -> str:
     others = [record[name]["command"] for name in ("kernels", "model", "launches")]
     return "\n\n".join([
         "# Checks on an NVIDIA GPU",
-        "The text of the Metal kernels, compiled as CUDA ([testing.md](../testing.md)). "
-        "*Teacher-forced codes*: the reference back-end takes over the GPU's codes where they are "
-        "right up to a near-tie, so that rounding cannot change the text.",
+        "The text of the Metal kernels, compiled as CUDA; [what is compared, and what "
+        "teacher-forced codes are](../testing.md#on-an-nvidia-gpu).",
         "\n".join(f"- {item}" for item in items), source("gpu_check", record),
-        "The parts were made by", "\n".join(["```", *others, *tools, "```"]),
+        "The parts were made by", commands(*others, *tools),
     ])  # fmt: skip
 
 

@@ -11,10 +11,8 @@ def whole_models() -> str:
     """Models of a known shape on a GPU."""
     parts = [
         "# Speed and memory of whole models",
-        "Random 4-bit weights. Medians of trials in which the configurations take turns; in "
-        "brackets the median of the ratios to the first in the same trial. Decode: tokens "
-        "generated after a cache that was filled with random K and V, packed by the cache itself. "
-        "CPU time of a step: [long-checks.md](long-checks.md#cpu-time-of-a-decode-step).",
+        "Medians; in brackets the median of the ratios to the first configuration in the same "
+        "trial ([how](../evaluation.md#speed-and-memory)).",
     ]
     for name in ("bench_llama", "bench_qwen"):
         record = read(name)
@@ -80,9 +78,7 @@ def models() -> str:
     return "\n\n".join([
         "# What is compressed, by architecture",
         f"A tiny random model of each model file of mlx-lm {record['mlx_lm']} "
-        "([models.md](../models.md)). Counts are those of the tiny models; real ones have more "
-        "layers of the same kinds. An entry of the cache list may hold two caches, so that both "
-        "columns can speak of one layer.",
+        "([models.md](../models.md)).",
         table(header, rows),
         f"Modules of mlx_lm.models that hold no model: {', '.join(record['helpers'])}.",
         source("models", record),

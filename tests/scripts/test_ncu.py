@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import kernel_counters  # noqa: E402
-import launches  # noqa: E402
-import ncu  # noqa: E402
+import ncu
 import pytest
 
 PACK = "mlx::core::cu::custom_kernel_turbokv_pack_float16_8(const __half *, unsigned int *)"
@@ -32,14 +30,12 @@ def test_rows_stand_among_other_lines() -> None:
 @pytest.fixture
 def printed(monkeypatch):
     """What ncu prints, in place of running it."""
-    monkeypatch.setattr(launches, "profiled", lambda *args, **options: ncu.parsed(OUTPUT))
-    monkeypatch.setattr(
-        kernel_counters, "profiled", lambda *args, **options: ncu.parsed(OUTPUT)[:2]
-    )
+    rows = ncu.parsed(OUTPUT)
+    monkeypatch.setattr(ncu, "profiled", lambda *_, only=None: rows[:2] if only else rows)
 
 
 def test_launches_and_counters_are_by_kernel(printed) -> None:
-    assert launches.launched("f16", 8) == {"pack": 2, "mlx::copy_gg_nd": 1}
-    (row,) = kernel_counters.counted("q8_0/turbo2", 32)
+    assert ncu.launched("f16", 8) == {"pack": 2, "mlx::copy_gg_nd": 1}
+    (row,) = ncu.counted("q8_0/turbo2", 32)
     wanted = {"kernel": "pack", "pair": "q8_0/turbo2", "warp_instructions": 1234, "registers": 64}
     assert row == wanted
