@@ -7,7 +7,7 @@ import importlib
 import click
 
 from .. import __version__
-from .entry import run
+from .entry import console_script
 
 COMMANDS = (
     "bench", "calibrate", "doctor", "generate", "needle", "perplexity", "plan", "report", "serve",
@@ -32,6 +32,4 @@ def group() -> None:
     """A packed, layer-aware KV cache for mlx-lm models."""
 
 
-def main() -> None:
-    """Console script ``mlx_turbokv``."""
-    run(group)
+main = console_script(group)

@@ -10,7 +10,7 @@ import click
 
 from ..errors import InputError
 from . import options
-from .entry import run
+from .entry import console_script
 from .output import Progress, format_record, print_status, read_json, write_json
 from .runs import config_names, deadline_of, fitting_names, get_record, load_model
 
@@ -22,7 +22,6 @@ _SETTINGS = (
     "model", "weights", "configs", "centred", "generation_tokens", "num_trials",
     "prefill_step_size", "seed", "environment",
 )  # fmt: skip
-_DEFAULT = {"show_default": True}
 _COUNT = options.COUNT
 
 
@@ -33,15 +32,13 @@ _COUNT = options.COUNT
     help="In place of a model: random weights of phi-4, Qwen2.5-7B, Llama-3.1-8B, Qwen3.5-27B or "
     "a config.json.",
 )  # fmt: skip
-@click.option(
-    "--weight-bits", default=4, help="Of random weights: 2 to 8; 16: not quantised.", **_DEFAULT
-)
+@click.option("--weight-bits", default=4, help="Of random weights: 2 to 8; 16: not quantised.")
 @click.option(
     "--dtype", metavar="TYPE",
     help="The type to run in, a model's weights dequantised.  [default: as the model is, random "
     "weights in bfloat16]",
 )  # fmt: skip
-@click.option("--seed", default=0, help="Of random weights and prompts.", **_DEFAULT)
+@click.option("--seed", default=0, help="Of random weights and prompts.")
 @click.option(
     "-p", "--prompt-tokens", multiple=True, type=_COUNT,
     help="Length of a random prompt; repeatable.  [default: 512, if there is no --context]",
@@ -51,8 +48,8 @@ _COUNT = options.COUNT
     help="Time generation alone after so many tokens; repeatable. The cache is filled with random "
     "K and V, packed by the cache itself, without running the model.",
 )  # fmt: skip
-@click.option("-g", "--generation-tokens", default=128, type=_COUNT, help="Generated.", **_DEFAULT)
-@click.option("-n", "--num-trials", default=5, type=_COUNT, help="Timed trials.", **_DEFAULT)
+@click.option("-g", "--generation-tokens", default=128, type=_COUNT, help="Generated.")
+@click.option("-n", "--num-trials", default=5, type=_COUNT, help="Timed trials.")
 @options.prefill_step_size
 @options.configs(
     "As in perplexity; repeatable. The first is what the others are compared with.  "
@@ -234,6 +231,4 @@ def render(record: dict, output: str) -> str:
     return format_record(record, speed_table, output)
 
 
-def main() -> None:
-    """Console script ``mlx_turbokv.bench``."""
-    run(command)
+main = console_script(command)

@@ -9,31 +9,28 @@ import click
 
 from ..errors import InputError
 from . import options
-from .entry import run
+from .entry import console_script
 from .output import Progress, format_record, print_status, write_json
 from .runs import load_model
 
 NO_TEXT = "none"
 RECORD = "calibration.json"
-_DEFAULT = {"show_default": True}
 
 
 @click.command("calibrate")
 @options.combined(options.model, options.dtype)
 @click.option(
-    "--text", "-f", default="sample", metavar="FILE|sample", help="The text to calibrate on.",
-    **_DEFAULT,
-)  # fmt: skip
+    "--text", "-f", default="sample", metavar="FILE|sample", help="The text to calibrate on."
+)
 @click.option(
     "--held-out", metavar="FILE|wikitext-2|none",
     help="Another text, to check the policies on.  [default: wikitext-2]",
 )  # fmt: skip
-@click.option("-c", "--ctx-size", default=512, help="Tokens a window.", **_DEFAULT)
+@click.option("-c", "--ctx-size", default=512, help="Tokens a window.")
 @click.option(
-    "--chunks", default=4, help="Windows to calibrate on; their scored halves do not overlap.",
-    **_DEFAULT,
-)  # fmt: skip
-@click.option("--held-out-chunks", default=16, help="Windows to check on.", **_DEFAULT)
+    "--chunks", default=4, help="Windows to calibrate on; their scored halves do not overlap."
+)
+@click.option("--held-out-chunks", default=16, help="Windows to check on.")
 @click.option(
     "--budget", "budgets", multiple=True, metavar="BITS|CONFIG",
     help="Bits per value that K and V together may take, or a configuration whose bits are meant; "
@@ -45,16 +42,16 @@ _DEFAULT = {"show_default": True}
 )  # fmt: skip
 @click.option(
     "--base", default="f16/f16", metavar="CONFIG",
-    help="The formats of the other layers while one is measured.", **_DEFAULT,
+    help="The formats of the other layers while one is measured.",
 )  # fmt: skip
 @click.option(
     "--refine", type=click.IntRange(0), default=0, metavar="N",
     help="Measure again around each policy, one step up and down, and take what is better; at "
-    "most N times.", **_DEFAULT,
+    "most N times.",
 )  # fmt: skip
 @click.option(
     "--compare", multiple=True, default=("la-v7",), metavar="CONFIG",
-    help="Configurations to check along with the policies; repeatable.", **_DEFAULT,
+    help="Configurations to check along with the policies; repeatable.",
 )  # fmt: skip
 @click.option(
     "--batch-size", type=options.COUNT,
@@ -72,12 +69,12 @@ _DEFAULT = {"show_default": True}
 )  # fmt: skip
 @click.option(
     "--folder", default="calibrated", type=click.Path(file_okay=False),
-    help="Where the policy files, the record and the measurements go.", **_DEFAULT,
+    help="Where the policy files, the record and the measurements go.",
 )  # fmt: skip
 @options.resume
 @click.option(
     "--output", type=click.Choice(["text", "json"]), default="text",
-    help="How the results are printed.", **_DEFAULT,
+    help="How the results are printed.",
 )  # fmt: skip
 def command(**args: Any) -> None:
     """Find the formats that cost this model least, layer by layer, for a budget of bits.
@@ -137,6 +134,4 @@ def check_options(args: dict[str, Any]) -> None:
         check_sizes(args["ctx_size"], chunks)
 
 
-def main() -> None:
-    """Console script ``mlx_turbokv.calibrate``."""
-    run(command)
+main = console_script(command)

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from . import options
-from .entry import run
+from .entry import console_script
 from .output import print_status
 
 FAILED_STATUS = 1
@@ -18,7 +18,7 @@ FAILED_STATUS = 1
 @click.option("--quick", is_flag=True, help="Two pairs of formats at head_dim 64 and 128.")
 @click.option("--full", is_flag=True, help="Every pair of formats, every format at every head_dim.")
 @click.option(
-    "--backend", type=click.Choice(options.BACKENDS), default="auto", show_default=True,
+    "--backend", type=click.Choice(options.BACKENDS), default="auto",
     help="Which kernels to check; a named one that is missing is an error.",
 )  # fmt: skip
 @click.option("--no-times", is_flag=True, help="Check the kernels, do not time them.")
@@ -47,6 +47,4 @@ def command(quick: bool, full: bool, backend: str, no_times: bool, json_file: st
     return 0 if record["passed"] else FAILED_STATUS
 
 
-def main() -> None:
-    """Console script ``mlx_turbokv.doctor``."""
-    run(command)
+main = console_script(command)

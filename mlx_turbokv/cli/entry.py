@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import click
@@ -27,7 +27,8 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> NoReturn:
     """
     _log_to_stderr()
     try:
-        status = command.main(args=None if args is None else list(args), standalone_mode=False)
+        words = None if args is None else list(args)
+        status = command.main(words, standalone_mode=False, show_default=True)
     except InputError as error:
         _fail(str(error))
     except click.ClickException as error:
@@ -44,6 +45,11 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> NoReturn:
             raise
         _fail(f"{error.filename} cannot be used ({error.strerror}).")
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def console_script(command: click.Command) -> Callable[[], NoReturn]:
+    """The function of a console script that runs ``command``."""
+    return lambda: run(command)
 
 
 def _fail(message: str) -> NoReturn:

@@ -11,7 +11,7 @@ import click
 
 from ..errors import InputError
 from . import options
-from .entry import run
+from .entry import console_script
 
 # Options of mlx_lm.generate that are accepted, with the values that are; None: any.
 _UNIT = click.FloatRange(0, 1)
@@ -83,9 +83,7 @@ def command(**args: Any) -> None:
         distributed.barrier()
 
 
-def main() -> None:
-    """Console script ``mlx_turbokv.generate``."""
-    run(command)
+main = console_script(command)
 
 
 def _check_options(args: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import click
 
 from ..errors import InputError
 from . import options
-from .entry import run
+from .entry import console_script
 from .output import Progress, format_record, print_status, write_json
 from .runs import (
     config_names,
@@ -28,16 +28,14 @@ DEFAULT_CONFIGS = ("q8_0/q8_0", "q8_0/turbo3", "q8_0/turbo2", "la-v7", "turbo4/t
 @click.command("needle")
 @options.combined(options.model, options.dtype)
 @click.option(
-    "--text", "-f", default="sample", metavar="FILE|sample|wikitext-2", show_default=True,
+    "--text", "-f", default="sample", metavar="FILE|sample|wikitext-2",
     help="The haystack: any UTF-8 text; one too short for a context is repeated.",
 )  # fmt: skip
 @click.option(
     "-c", "--context", "contexts", multiple=True, type=options.COUNT,
     help="Tokens of the prompt and its answer; repeatable.  [default: 512, 1024, 2048, 4096]",
 )  # fmt: skip
-@click.option(
-    "--depths", default=5, type=options.COUNT, show_default=True, help="How many, evenly spaced."
-)
+@click.option("--depths", default=5, type=options.COUNT, help="How many, evenly spaced.")
 @click.option(
     "--depth", "depth_list", multiple=True, type=float, help="A depth from 0 to 1 instead."
 )
@@ -46,14 +44,7 @@ DEFAULT_CONFIGS = ("q8_0/q8_0", "q8_0/turbo3", "q8_0/turbo2", "la-v7", "turbo4/t
     help="password (turbo-rainbow-42), number, or distractors (a number among four others); "
     "repeatable.  [default: all three]",
 )  # fmt: skip
-@click.option(
-    "-n",
-    "--repeats",
-    default=1,
-    type=options.COUNT,
-    show_default=True,
-    help="Runs with other text.",
-)
+@click.option("-n", "--repeats", default=1, type=options.COUNT, help="Runs with other text.")
 @options.configs(
     f"As in perplexity; repeatable; f16/f16 is put first.  [default: {', '.join(DEFAULT_CONFIGS)}]"
 )
@@ -161,6 +152,4 @@ def render(record: dict, output: str) -> str:
     return format_record(record, needle_table, output)
 
 
-def main() -> None:
-    """Console script ``mlx_turbokv.needle``."""
-    run(command)
+main = console_script(command)

@@ -67,11 +67,11 @@ dtype = click.option(
     "float32 on a CPU under Linux]",
 )  # fmt: skip
 backend = click.option(
-    "--backend", type=click.Choice(BACKENDS), default="auto", show_default=True,
+    "--backend", type=click.Choice(BACKENDS), default="auto",
     help="Which kernels to run; a named one that is missing is an error.",
 )  # fmt: skip
 prefill_step_size = click.option(
-    "--prefill-step-size", default=2048, type=COUNT, show_default=True,
+    "--prefill-step-size", default=2048, type=COUNT,
     help="Prompt tokens at a time.",
 )  # fmt: skip
 compress_sliding = click.option(
@@ -116,7 +116,7 @@ policy = combined(
 cache = combined(policy, backend)
 output = click.option(
     "--output", type=click.Choice(["text", "markdown", "json"]), default="text",
-    show_default=True, help="How the results are printed.",
+    help="How the results are printed.",
 )  # fmt: skip
 markdown = click.option("--markdown", is_flag=True, help="The same as --output markdown.")
 json = click.option(

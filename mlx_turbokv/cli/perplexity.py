@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from . import options
-from .entry import run
+from .entry import console_script
 from .output import Progress, check_writable, format_record, print_status, write_json
 from .runs import config_names, load_model, warn_about_context
 
@@ -22,7 +22,7 @@ DEFAULT_CTX = 512
     "--text", "-f", metavar="FILE|sample|wikitext-2",
     help="A UTF-8 text file, the package's own sample, or wikitext-2-raw's test split (default).",
 )  # fmt: skip
-@click.option("-c", "--ctx-size", default=DEFAULT_CTX, show_default=True, help="Tokens a window.")
+@click.option("-c", "--ctx-size", default=DEFAULT_CTX, help="Tokens a window.")
 @click.option("--chunks", type=int, help="Windows to score.  [default: all of the text]")
 @options.configs(
     "K/V (q8_0/turbo3), a policy (la-v7 or a JSON file), K/V@POLICY, POLICY:K, or mlx-kvN:GROUP "
@@ -133,6 +133,4 @@ def measure(
     return record
 
 
-def main() -> None:
-    """Console script ``mlx_turbokv.perplexity``."""
-    run(command)
+main = console_script(command)

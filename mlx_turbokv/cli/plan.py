@@ -10,7 +10,7 @@ import click
 
 from ..errors import InputError
 from . import options
-from .entry import run
+from .entry import console_script
 
 DEFAULT_CONTEXTS = (4096, 32768, 131072)
 # Rows shown by default: the uniform steps, Boundary V, and its wider form.
@@ -33,8 +33,8 @@ COMPARED = ("f16/f16", "q8_0/q8_0", "q8_0/turbo3", "q8_0/turbo2", "la-v7", "mode
     "six rows are shown."
 )
 @click.option("--kv-layers", type=int, metavar="N", help="In place of a model: its KV layers.")
-@click.option("--kv-heads", default=8, show_default=True, help="With --kv-layers.")
-@click.option("--head-dim", default=128, show_default=True, help="With --kv-layers.")
+@click.option("--kv-heads", default=8, help="With --kv-layers.")
+@click.option("--head-dim", default=128, help="With --kv-layers.")
 @click.option("--v-head-dim", type=int, help="With --kv-layers, where V's differs from K's.")
 @click.option("--memory", type=float, metavar="GB", help="Show what fits in this many GiB.")
 @click.option(
@@ -105,19 +105,15 @@ def _label(policy: Any, asked: dict[str, Any]) -> str:
     return policy.name + (f" ({'/'.join(given)})" if given else "")
 
 
-def _weight_bytes(
-    n_parameters: int | None, config: dict[str, Any], weight_bits: float | None
-) -> int | None:
+def _weight_bytes(n_parameters: int | None, config: dict[str, Any], weight_bits: Any) -> int | None:
     """Bytes of the weights; quantised ones have a scale and a bias of 16 bits a group."""
     if n_parameters is None:
         return None
     if weight_bits is None:
         quantization = config.get("quantization") or {}
         bits, group = quantization.get("bits"), quantization.get("group_size", 64)
-        weight_bits = bits + 32 / group if bits else 16
+        weight_bits = bits + 32 / group if bits else 16.0
     return int(n_parameters * weight_bits / 8)
 
 
-def main() -> None:
-    """Console script ``mlx_turbokv.plan``."""
-    run(command)
+main = console_script(command)

@@ -11,7 +11,7 @@ import click
 from ..errors import InputError
 from ..files import write_text
 from . import options
-from .entry import run
+from .entry import console_script
 from .output import check_writable, print_status, read_json, write_json
 from .runs import config_names, fitting_names, load_model
 
@@ -38,12 +38,12 @@ SIZES = {
 @click.command("report")
 @options.combined(options.model, options.dtype)
 @click.option(
-    "--out", "folder", default="turbokv-report", show_default=True, metavar="FOLDER",
+    "--out", "folder", default="turbokv-report", metavar="FOLDER",
     help="Takes report.html, report.json and a JSON file a part; parts that are there already, "
     "measured with the same settings, are kept.",
 )  # fmt: skip
 @click.option("--quick", is_flag=True, help="Small sizes: minutes, and wide intervals.")
-@click.option("--text", "-f", default="sample", show_default=True, metavar="FILE|sample|wikitext-2")
+@click.option("--text", "-f", default="sample", metavar="FILE|sample|wikitext-2")
 @options.configs("Compared with f16/f16 in every part; repeatable.")
 @click.option("--skip", multiple=True, type=click.Choice(PARTS), help="Leave a part out.")
 @click.option("--calibrate", metavar="FILE", help="A record of calibrate: adds its sensitivities.")
@@ -224,6 +224,4 @@ class _Report:
         )  # fmt: skip
 
 
-def main() -> None:
-    """Console script ``mlx_turbokv.report``."""
-    run(command)
+main = console_script(command)

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from . import options
-from .entry import run
+from .entry import console_script
 
 
 class _Command(click.Command):
@@ -53,6 +53,4 @@ def command(
     )
 
 
-def main() -> None:
-    """Console script ``mlx_turbokv.serve``."""
-    run(command)
+main = console_script(command)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from ..errors import InputError
 
@@ -44,7 +45,7 @@ def max_context(config: dict[str, Any]) -> int | None:
     return None
 
 
-def build_model(config: dict[str, Any], name: str | None = None) -> nn.Module:
+def build_model(config: dict[str, Any], name: str | None = None) -> Any:
     """The mlx-lm model of a configuration, with lazy weights.
 
     Raises:
@@ -59,6 +60,11 @@ def build_model(config: dict[str, Any], name: str | None = None) -> nn.Module:
         kind = f"model type {config.get('model_type')!r}"
         what = f"{name} ({kind})" if name else kind
         raise InputError(f"mlx-lm cannot build {what}: {first_line(error)}") from error
+
+
+def parameters(model: nn.Module) -> dict[str, Any]:
+    """The arrays of a model's parameters by name."""
+    return dict(tree_flatten(model.parameters()))
 
 
 def first_line(error: Exception) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 import mlx.core as mx
 
@@ -50,7 +51,7 @@ def load(model: str | None, pipeline: bool, trust_remote_code: bool = False) -> 
     check_source(model)
     source, group = str(model), mx.distributed.init()
     try:
-        part, tokenizer, config = sharded_load(
+        found: Any = sharded_load(
             source,
             pipeline_group=group if pipeline else None,
             tensor_group=None if pipeline else group,
@@ -62,6 +63,7 @@ def load(model: str | None, pipeline: bool, trust_remote_code: bool = False) -> 
         raise InputError(
             f"{source} cannot be loaded over several machines ({first_line(error)})."
         ) from error
+    part, tokenizer, config = found
     check_weights(part, source)
     name = os.path.basename(os.path.normpath(source))
     return Loaded(part, tokenizer, name, config, max_context(config), source)
@@ -70,8 +72,9 @@ def load(model: str | None, pipeline: bool, trust_remote_code: bool = False) -> 
 def share_seed(seed: int | None) -> None:
     """Seed all processes alike: with ``seed``, or with rank 0's random state."""
     if seed is None:
-        own = mx.random.state[0] if rank() == 0 else mx.zeros_like(mx.random.state[0])
-        seed = mx.distributed.all_sum(own).view(mx.uint64).item()
+        state: mx.array = mx.random.state[0]  # type: ignore[index]
+        own = state if rank() == 0 else mx.zeros_like(state)
+        seed = int(mx.distributed.all_sum(own).view(mx.uint64).item())  # type: ignore[arg-type]
     mx.random.seed(seed)
 
 

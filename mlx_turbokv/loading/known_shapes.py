@@ -6,8 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm.models.cache import ArraysCache, ChunkedKVCache, RotatingKVCache
 
 from ..cache.summary import leaves
@@ -16,7 +14,7 @@ from ..errors import InputError
 from ..model.caches import own_caches
 from ..model.kv_layers import KVLayer, KVLayers, kv_layers
 from ..model.shapes import KVShape
-from .config import build_model, max_context, text_config
+from .config import build_model, max_context, parameters, text_config
 
 _FIELDS = (
     "model_type", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads",
@@ -126,7 +124,7 @@ def shape_from_config(
         name=name,
         layers=layers,
         n_caches=len(own_caches(model)),
-        n_parameters=sum(array.size for _, array in tree_flatten(model.parameters())),
+        n_parameters=sum(array.size for array in parameters(model).values()),
         max_context=max_context(config),
         n_heads=text.get("num_attention_heads"),
         key_bias=has_key_bias(model),
@@ -150,7 +148,7 @@ def hypothetical_shape(
     return ModelShape(name, KVLayers(layers, [], n_layers), n_layers)
 
 
-def _uncompressed(model: nn.Module, layers: KVLayers) -> tuple[Uncompressed, ...]:
+def _uncompressed(model: Any, layers: KVLayers) -> tuple[Uncompressed, ...]:
     """Sizes of the caches that are not packed, from a lazy call with one token.
 
     Empty for a model that cannot be called with tokens alone.
@@ -170,14 +168,14 @@ def _uncompressed(model: nn.Module, layers: KVLayers) -> tuple[Uncompressed, ...
             if isinstance(entry, ArraysCache):
                 found.append(Uncompressed("recurrent", 0, entry.nbytes))
             elif isinstance(entry, (RotatingKVCache, ChunkedKVCache)) and entry.keys is not None:
-                window = getattr(entry, "max_size", None) or entry.chunk_size
+                window = getattr(entry, "max_size", 0) or getattr(entry, "chunk_size", 0)
                 found.append(Uncompressed("window", window, entry.nbytes // entry.keys.shape[2]))
     return tuple(found)
 
 
 def _with_config_shapes(layers: KVLayers, text: dict[str, Any], name: str) -> KVLayers:
     """Shapes from the usual fields, for a model that cannot be called with a token."""
-    n_heads = text.get("num_attention_heads")
+    n_heads = text.get("num_attention_heads") or 0
     head_dim = text.get("head_dim") or (n_heads and text.get("hidden_size", 0) // n_heads)
     if not head_dim:
         raise InputError(

@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from ..errors import InputError
 from ..log import warn_once
 from . import blas, default_model
-from .config import first_line, max_context, read_config
+from .config import first_line, max_context, parameters, read_config
 
 
 @dataclass
 class Loaded:
     """A model ready to generate.
 
-    model: mlx-lm's model.
-    tokenizer: mlx_lm's TokenizerWrapper.
-    name: what to call it in reports.
-    config: the model's config.json, or the same made from a GGUF file's metadata.
-    max_context: the positions the model was made for, if it says.
-    source: the hub id, folder or file that it was loaded from.
+    Args:
+        model: mlx-lm's model.
+        tokenizer: mlx_lm's TokenizerWrapper.
+        name: of the model, for reports.
+        config: the model's config.json, or the same made from a GGUF file's metadata.
+        max_context: the positions the model was made for, if it says.
+        source: the hub id, folder or file that it was loaded from.
     """
 
     model: nn.Module
@@ -49,16 +51,20 @@ def load(
 ) -> Loaded:
     """Load a model and its tokenizer.
 
-    model: a hub id or folder as mlx_lm takes it, a .gguf file, or None for the default model.
-    adapter_path: LoRA adapters, as ``mlx_lm.load`` takes them.
-    tokenizer_config: passed on to the tokenizer of an mlx-lm model.
-    dtype, packed: the type to run in, and whether quantised weights stay so. None leaves both as
-        the model has them, but on Linux without a GPU takes what is fastest there (``cpu_form``).
+    Args:
+        model: a hub id or folder as mlx_lm takes it, a .gguf file, or None for the default model.
+        adapter_path: LoRA adapters, as ``mlx_lm.load`` takes them.
+        tokenizer_config: passed on to the tokenizer of an mlx-lm model.
+        dtype: the type to run in.
+        packed: whether quantised weights stay so. None for both leaves the model as it is, except
+            on Linux without a GPU, where the fastest form is used (``cpu_form``).
 
     Raises:
         InputError: the model is missing, damaged, of an unsupported kind, cannot be fetched, or
             has weights that are not numbers.
     """
+    from mlx_lm.utils import load_adapters
+
     source, name = _locate(model)
     form = None
     if dtype is not None or packed is not None or not _runs_on_linux_cpu():
@@ -67,9 +73,17 @@ def load(
         loaded = _load_gguf(Path(source), form)
         loaded.name = name or loaded.name
         if adapter_path is not None:
-            _add_adapters(loaded.model, adapter_path)
+            with _load_errors("from GGUF", adapter_path):
+                load_adapters(loaded.model, adapter_path)
+            loaded.model.eval()
     else:
-        loaded = _load_mlx_lm(source, adapter_path, trust_remote_code, tokenizer_config, form)
+        loaded = _load_mlx_lm(
+            source,
+            form,
+            adapter_path,
+            tokenizer_config={"trust_remote_code": trust_remote_code, **(tokenizer_config or {})},
+            trust_remote_code=trust_remote_code,
+        )
     check_weights(loaded.model, loaded.name)
     return loaded
 
@@ -82,6 +96,8 @@ def load_config(model: str | os.PathLike[str] | None = None) -> tuple[dict[str, 
     Raises:
         InputError: missing, damaged, of an unsupported kind, or not to be fetched.
     """
+    from huggingface_hub import hf_hub_download
+
     from .gguf.reader import config_from_gguf, open_gguf
 
     source, name = _locate(model)
@@ -92,9 +108,9 @@ def load_config(model: str | os.PathLike[str] | None = None) -> tuple[dict[str, 
     if path.is_dir():
         path = path / "config.json"
     elif not path.is_file():
-        path = _hub_config(source)
-    config = read_config(path, source)
-    return config, _source_name(source), source
+        with _load_errors(source):
+            path = Path(hf_hub_download(source, "config.json"))
+    return read_config(path, source), _source_name(source), source
 
 
 def check_weights(model: nn.Module, name: str) -> None:
@@ -103,20 +119,16 @@ def check_weights(model: nn.Module, name: str) -> None:
     Raises:
         InputError: a parameter holds NaN.
     """
-    floats = [
-        (key, value)
-        for key, value in tree_flatten(model.parameters())
-        if mx.issubdtype(value.dtype, mx.floating)
-    ]
-    found = mx.stack([mx.any(mx.isnan(value)) for _, value in floats]).tolist()
-    bad = [key for (key, _), is_bad in zip(floats, found) if is_bad]
-    if bad:
-        raise InputError(f"The model {name} has NaN among its weights ({bad[0]}).")
+    floats = {key: x for key, x in parameters(model).items() if mx.issubdtype(x.dtype, mx.floating)}
+    has_nan: Any = mx.stack([mx.any(mx.isnan(x)) for x in floats.values()]).tolist()
+    if any(has_nan):
+        bad = list(floats)[has_nan.index(True)]
+        raise InputError(f"The model {name} has NaN among its weights ({bad}).")
 
 
 @dataclass(frozen=True)
 class Form:
-    """How weights are held: the type to run in (None: the model's own), and packed or not."""
+    """Form of the weights: the type to run in (None: the model's own), and quantised or not."""
 
     dtype: mx.Dtype | None
     packed: bool
@@ -125,10 +137,11 @@ class Form:
 def cpu_form(n_weights: int | None = None) -> Form:
     """The fastest form on MLX's CPU back-end for Linux: float32, dequantised with OpenBLAS.
 
-    n_weights: how many values the model has, where that is known.
+    Half precision is many times slower there. Quantised weights are kept without OpenBLAS, where
+    they decode faster than dequantised ones, and where float32 would not fit in memory.
 
-    Half precision is many times slower there. Without OpenBLAS quantised weights decode
-    faster than dequantised ones, and are kept; so they are where float32 would not fit in memory.
+    Args:
+        n_weights: the number of values of the model, where that is known.
     """
     if not blas.openblas_in_use():
         warn_once(
@@ -179,72 +192,45 @@ def _load_gguf(path: Path, form: Form | None) -> Loaded:
 
 
 def _load_mlx_lm(
-    source: str,
-    adapter_path: str | None,
-    trust_remote_code: bool,
-    tokenizer_config: dict[str, Any] | None,
-    form: Form | None,
+    source: str, form: Form | None, adapter_path: str | None, **options: Any
 ) -> Loaded:
     import mlx_lm
     from mlx_lm.utils import dequantize_model, get_total_parameters
 
-    try:
-        model, tokenizer, config = mlx_lm.load(
-            source,
-            tokenizer_config={"trust_remote_code": trust_remote_code, **(tokenizer_config or {})},
-            adapter_path=adapter_path,
-            return_config=True,
-            trust_remote_code=trust_remote_code,
-        )
-    except Exception as error:
-        raise _load_error(source, adapter_path, error) from error
+    with _load_errors(source, adapter_path):
+        found: Any = mlx_lm.load(source, adapter_path=adapter_path, return_config=True, **options)
+    model, tokenizer, config = found
     form = form or cpu_form(get_total_parameters(model))
     if form.dtype is not None:
         model.set_dtype(form.dtype)
     if not form.packed:
         model = dequantize_model(model)
     mx.eval(model.parameters())
-    name = _source_name(source)
-    return Loaded(model, tokenizer, name, config, max_context(config), source)
+    return Loaded(model, tokenizer, _source_name(source), config, max_context(config), source)
 
 
-def _load_error(source: str, adapter_path: str | None, error: Exception) -> Exception:
-    """The InputError for an error of ``mlx_lm.load``; an unknown error itself."""
+@contextmanager
+def _load_errors(source: str, adapter_path: str | None = None) -> Iterator[None]:
+    """Turns the errors of mlx-lm and of the hub into InputErrors; others pass."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     accepted = "give a hub id, a folder or a .gguf file"
-    if isinstance(error, HFValidationError):
-        return InputError(f"There is no model at {source}; {accepted}.")
-    if isinstance(error, (LocalEntryNotFoundError, ConnectionError)):
-        return InputError(
+    try:
+        yield
+    except HFValidationError as error:
+        raise InputError(f"There is no model at {source}; {accepted}.") from error
+    except (LocalEntryNotFoundError, ConnectionError) as error:
+        raise InputError(
             f"The model {source} is no folder here and the hub cannot be reached; {accepted}."
-        )
-    if isinstance(error, HfHubHTTPError):
-        return InputError(f"The hub does not give the model {source} ({first_line(error)}).")
-    if isinstance(error, (OSError, ValueError, KeyError, TypeError, RuntimeError)):
+        ) from error
+    except HfHubHTTPError as error:
+        raise InputError(
+            f"The hub does not give the model {source} ({first_line(error)})."
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         with_adapters = f" with adapters {adapter_path}" if adapter_path else ""
         what = f"{error!r}" if isinstance(error, KeyError) else first_line(error)
-        return InputError(f"The model {source}{with_adapters} cannot be loaded ({what}).")
-    return error
-
-
-def _hub_config(source: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(source, "config.json"))
-    except Exception as error:
-        raise _load_error(source, None, error) from error
-
-
-def _add_adapters(model: nn.Module, adapter_path: str) -> None:
-    from mlx_lm.utils import load_adapters
-
-    try:
-        load_adapters(model, adapter_path)
-    except Exception as error:
-        raise _load_error("from GGUF", adapter_path, error) from error
-    model.eval()
+        raise InputError(f"The model {source}{with_adapters} cannot be loaded ({what}).") from error
 
 
 def _gguf_name(file: Any) -> str:

@@ -8,10 +8,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map_with_path
+from mlx.utils import tree_map_with_path
 
 from ..errors import InputError
-from .config import build_model, read_config
+from .config import build_model, parameters, read_config
 from .known_shapes import KNOWN, known_config
 
 WEIGHT_BITS = (2, 3, 4, 5, 6, 8, 16)
@@ -85,7 +85,7 @@ def random_model(
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of a model's parameters."""
-    return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    return sum(array.nbytes for array in parameters(model).values())
 
 
 def _divides(module: nn.Module, group_size: int) -> bool:
@@ -93,8 +93,8 @@ def _divides(module: nn.Module, group_size: int) -> bool:
     return weight is not None and weight.shape[-1] % group_size == 0
 
 
-def _draw(module: nn.Module, dtype: mx.Dtype) -> None:
-    """Random packed words and constant scales in place of a layer's lazy weights."""
+def _draw(module: Any, dtype: mx.Dtype) -> None:
+    """Replace a layer's lazy weights by random packed words and constant scales."""
     shape = module.weight.shape
     halves = mx.random.randint(0, 1 << 16, (*shape[:-1], 2 * shape[-1])).astype(mx.uint16)
     module.weight = halves.view(mx.uint32)

@@ -1,11 +1,12 @@
-"""Bounds of a GGUF file, checked before anything trusts its counts.
+"""Checks of a GGUF file's lengths before ``gguf.GGUFReader`` reads it.
 
-``gguf.GGUFReader`` believes the lengths that it reads, so a damaged file can send it through an
-endless loop. This walk over the header visits every length once, never past the end of the file.
+The reader does not check lengths and can loop endlessly on a damaged file. This pass over the
+header visits every length once and never reads past the end of the file.
 """
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from pathlib import Path
@@ -18,12 +19,12 @@ _MAX_ARRAY_DEPTH = 4
 _MAX_DIMS = 4
 
 
-class _Damaged(Exception):
-    """The header asks for bytes that are not there or makes no sense."""
+class _DamagedError(Exception):
+    """The header is not valid, or longer than the file."""
 
 
 def check_gguf(path: Path) -> None:
-    """Walk the header of a GGUF file and the extents of its tensors.
+    """Check the header of a GGUF file and the extents of its tensors.
 
     Raises:
         InputError: not a GGUF file, of another version, big-endian, or damaged.
@@ -33,14 +34,16 @@ def check_gguf(path: Path) -> None:
             if file.read(4) != b"GGUF":
                 raise InputError(f"{path} is not a GGUF file (it does not begin with 'GGUF').")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                _Walk(data, path).run()
+                _Header(data, path).check()
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror or error}).") from error
-    except _Damaged as error:
+    except _DamagedError as error:
         raise InputError(f"The GGUF file {path} is damaged or cut short: {error}.") from error
 
 
-class _Walk:
+class _Header:
+    """Reads a header from start to end."""
+
     def __init__(self, data: mmap.mmap, path: Path) -> None:
         self.data = data
         self.size = len(data)
@@ -48,7 +51,7 @@ class _Walk:
         self.at = 4
         self.alignment = 32
 
-    def run(self) -> None:
+    def check(self) -> None:
         version = self.number("<I")
         if version not in (2, 3):
             raise InputError(
@@ -61,14 +64,14 @@ class _Walk:
             if key == b"general.alignment" and kind == 4:
                 self.alignment = self.number("<I")
                 if self.alignment == 0 or self.alignment & (self.alignment - 1):
-                    raise _Damaged(f"its alignment is {self.alignment}")
+                    raise _DamagedError(f"its alignment is {self.alignment}")
             else:
                 self.value(kind, 0)
         extents = [self.tensor() for _ in range(n_tensors)]
         start = -(-self.at // self.alignment) * self.alignment
         for name, offset, n_bytes in extents:
             if offset % self.alignment or start + offset + n_bytes > self.size:
-                raise _Damaged(
+                raise _DamagedError(
                     f"tensor {name} ends at byte {start + offset + n_bytes:,} of {self.size:,}"
                 )
 
@@ -85,7 +88,7 @@ class _Walk:
                 for _ in range(length):
                     self.value(inner, depth + 1)
         else:
-            raise _Damaged(f"a metadata value has the unknown type {kind}")
+            raise _DamagedError(f"a metadata value has the unknown type {kind}")
 
     def tensor(self) -> tuple[str, int, int]:
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -93,7 +96,7 @@ class _Walk:
         name = self.text().decode("utf-8", "replace")
         n_dims = self.number("<I")
         if not 1 <= n_dims <= _MAX_DIMS:
-            raise _Damaged(f"tensor {name} has {n_dims} dimensions")
+            raise _DamagedError(f"tensor {name} has {n_dims} dimensions")
         dims = [self.number("<Q") for _ in range(n_dims)]
         kind, offset = self.number("<I"), self.number("<Q")
         try:
@@ -103,12 +106,9 @@ class _Walk:
                 f"Tensor {name} of {self.path} has the unknown type {kind}; accepted are the "
                 "types of the gguf package."
             ) from error
-        n_values = 1
-        for dim in dims:
-            n_values *= dim
         if dims[0] % block:
-            raise _Damaged(f"the rows of tensor {name} are no whole blocks of {block}")
-        return name, offset, n_values // block * block_bytes
+            raise _DamagedError(f"the rows of tensor {name} are no whole blocks of {block}")
+        return name, offset, math.prod(dims) // block * block_bytes
 
     def number(self, form: str) -> int:
         start = self.at
@@ -123,5 +123,5 @@ class _Walk:
 
     def skip(self, n_bytes: int) -> None:
         if self.at + n_bytes > self.size:
-            raise _Damaged(f"its header wants more than the file's {self.size:,} bytes")
+            raise _DamagedError(f"its header wants more than the file's {self.size:,} bytes")
         self.at += n_bytes

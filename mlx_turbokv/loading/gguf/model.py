@@ -1,17 +1,16 @@
-"""An mlx-lm model filled with the tensors of a GGUF file."""
+"""mlx-lm models with the tensors of a GGUF file."""
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
 from ...errors import InputError
-from .reader import ROPE_FACTORS, GGUFFile, config_from_gguf, parameter_name
+from ..config import build_model, parameters
+from .reader import ROPE_FACTORS, GGUFFile, config_from_gguf
 from .repack import BITS, GROUP_SIZE, repack
 
 _NUMPY = {mx.float32: np.float32, mx.float16: np.float16}
@@ -46,13 +45,18 @@ def model_from_gguf(
             than the model's, or the model has a parameter that the file doesn't fill.
     """
     config = config_from_gguf(file)
-    module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
-    model = module.Model(module.ModelArgs.from_dict(config))
+    model = build_model(config)
+    targets = parameters_by_tensor(model, config)
     reader = _TensorReader(file, config, packed, dtype or _default_dtype(file))
     weights: dict[str, mx.array] = {}
     for name, tensor in file.tensors.items():
-        if name not in ROPE_FACTORS:
-            weights.update(reader.read(name, tensor))
+        if name in ROPE_FACTORS:
+            continue
+        if name not in targets:
+            raise file.error(
+                f"has the tensor {name}, which mlx-lm's {file.architecture} has no place for."
+            )
+        weights.update(reader.read(name, tensor, targets[name]))
     _fill_absent_biases(model, weights, reader.dtype)
     if reader.bits:
         nn.quantize(model, GROUP_SIZE, 4, class_predicate=reader.quantization_of)
@@ -65,8 +69,23 @@ def model_from_gguf(
     return model, config
 
 
+def parameters_by_tensor(model: nn.Module, config: dict[str, Any]) -> dict[str, str]:
+    """The model's parameters by the names of their GGUF tensors."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == config["model_type"])
+    names = get_tensor_name_map(kind, config["num_hidden_layers"])
+    found = {}
+    for parameter in parameters(model):
+        if tensor := names.get_name(parameter, try_suffixes=(".weight", ".bias")):
+            found[tensor] = parameter
+    return found
+
+
 class _TensorReader:
-    def __init__(self, file, config, packed: bool, dtype: mx.Dtype) -> None:
+    def __init__(
+        self, file: GGUFFile, config: dict[str, Any], packed: bool, dtype: mx.Dtype
+    ) -> None:
         self.file, self.config, self.packed, self.dtype = file, config, packed, dtype
         self.bits: dict[str, int] = {}
 
@@ -74,13 +93,8 @@ class _TensorReader:
         bits = self.bits.get(path)
         return {"group_size": GROUP_SIZE, "bits": bits} if bits else False
 
-    def read(self, name: str, tensor) -> dict[str, mx.array]:
-        target = parameter_name(name, self.file.architecture)
-        if target is None:
-            raise InputError(
-                f"The GGUF file {self.file.path} has the tensor {name}, which mlx-lm's "
-                f"{self.file.architecture} has no place for."
-            )
+    def read(self, name: str, tensor: Any, target: str) -> dict[str, mx.array]:
+        """The weights of one tensor: one, or codes, scales and biases."""
         kind = tensor.tensor_type.name
         path, _, suffix = target.rpartition(".")
         if self.packed and kind in BITS and suffix == "weight" and len(tensor.shape) == 2:
@@ -95,22 +109,20 @@ class _TensorReader:
             }
         return {target: self._to_dtype(self._unpermute(name, self._dequantize(name, tensor)))}
 
-    def _dequantize(self, name: str, tensor) -> np.ndarray:
+    def _dequantize(self, name: str, tensor: Any) -> np.ndarray:
         from gguf.quants import dequantize
 
+        cause, values = None, None
         try:
             values = dequantize(tensor.data, tensor.tensor_type)
         except (NotImplementedError, ValueError, TypeError) as error:
-            raise self._unsupported(name, tensor) from error
-        if values.dtype != np.float32:
-            raise self._unsupported(name, tensor)
+            cause = error
+        if values is None or values.dtype != np.float32:
+            raise InputError(
+                f"Tensor {name} of {self.file.path} has the type {tensor.tensor_type.name}, which "
+                "cannot be read; accepted are F32, F16, BF16 and ggml's quantised types."
+            ) from cause
         return values.reshape([int(n) for n in reversed(tensor.shape)])
-
-    def _unsupported(self, name: str, tensor) -> InputError:
-        return InputError(
-            f"Tensor {name} of {self.file.path} has the type {tensor.tensor_type.name}, which "
-            "cannot be read; accepted are F32, F16, BF16 and ggml's quantised types."
-        )
 
     def _unpermute(self, name: str, rows: np.ndarray) -> np.ndarray:
         """Undo the row order that llama.cpp's converter gives Q and K of architecture llama.
@@ -129,9 +141,9 @@ class _TensorReader:
 
     def _to_dtype(self, values: np.ndarray) -> mx.array:
         if self.dtype == mx.float16 and np.abs(values).max(initial=0) > _LARGEST_HALF:
-            raise InputError(
-                f"The GGUF file {self.file.path} has weights beyond float16's range "
-                f"({np.abs(values).max():.3g}); accepted are magnitudes up to {_LARGEST_HALF:g}."
+            raise self.file.error(
+                f"has weights beyond float16's range ({np.abs(values).max():.3g}); accepted are "
+                f"magnitudes up to {_LARGEST_HALF:g}."
             )
         if self.dtype in _NUMPY:
             return mx.array(values.astype(_NUMPY[self.dtype]))
@@ -148,37 +160,32 @@ def _fill_absent_biases(model: nn.Module, weights: dict[str, mx.array], dtype: m
     """Zeros for the biases that mlx-lm's llama switches on only together (q, k, v and o)."""
     if model.model_type != "llama":
         return
-    for name, value in tree_flatten(model.parameters()):
+    for name, value in parameters(model).items():
         if name.endswith("proj.bias") and name not in weights:
             weights[name] = mx.zeros(value.shape, dtype)
 
 
 def _check_parameters(file: GGUFFile, model: nn.Module, weights: dict[str, mx.array]) -> None:
-    wanted = dict(tree_flatten(model.parameters()))
-    absent, extra = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
-    if absent or extra:
-        what = f"lacks {_some(absent)}" if absent else f"has {_some(extra)} too many"
-        raise InputError(
-            f"The GGUF file {file.path} does not match mlx-lm's {file.architecture}: it {what}."
+    wanted = parameters(model)
+    absent = sorted(wanted.keys() - weights.keys())
+    if absent:
+        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
+        raise file.error(
+            f"does not match mlx-lm's {file.architecture}: it lacks {', '.join(absent[:3])}{more}."
         )
     for name, value in wanted.items():
         if value.shape != weights[name].shape:
-            raise InputError(
-                f"The GGUF file {file.path} gives {name} the shape {weights[name].shape} where "
-                f"its hyperparameters ask for {value.shape}."
+            raise file.error(
+                f"gives {name} the shape {weights[name].shape} where its hyperparameters ask for "
+                f"{value.shape}."
             )
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _use_rope_factors(file: GGUFFile, model: nn.Module, config: dict[str, Any]) -> None:
+def _use_rope_factors(file: GGUFFile, model: Any, config: dict[str, Any]) -> None:
     long_and_short = [name for name in ROPE_FACTORS[1:] if name in file.tensors]
     if long_and_short and file.architecture != "phi3":
-        raise InputError(
-            f"The GGUF file {file.path} has the tensor {long_and_short[0]}, which is only known "
-            "for the architecture phi3."
+        raise file.error(
+            f"has the tensor {long_and_short[0]}, which is only known for the architecture phi3."
         )
     tensor = file.tensors.get(ROPE_FACTORS[0])
     if tensor is None:

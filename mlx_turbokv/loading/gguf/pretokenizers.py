@@ -1,4 +1,4 @@
-"""How byte-level BPE vocabularies cut text before merging: ``tokenizer.ggml.pre`` by name.
+"""Pre-tokenizers of byte-level BPE vocabularies by their names in ``tokenizer.ggml.pre``.
 
 The patterns are those of the models' own tokenizers; the names are the ones llama.cpp's
 converter writes into GGUF files.
@@ -13,13 +13,14 @@ from ...errors import InputError
 
 @dataclass(frozen=True)
 class BpeRules:
-    """What one pre-tokenizer name stands for.
+    """The rules of one pre-tokenizer.
 
-    patterns: regular expressions applied one after the other; each match is a piece, and so is
-        the text between matches.
-    ignore_merges: a piece that is a token as it stands is not put together from merges.
-    nfc: the text is brought to Unicode's composed form first.
-    add_bos: whether a BOS token leads the text where the file doesn't say.
+    Args:
+        patterns: regular expressions applied one after the other; each match is a piece, and so
+            is the text between matches.
+        ignore_merges: a piece that is a token is taken as it is, without merges.
+        nfc: the text is normalised to NFC first.
+        add_bos: whether a BOS token is added where the file doesn't say.
     """
 
     patterns: tuple[str, ...]
@@ -69,7 +70,7 @@ _SAME_AS = {
 
 
 def bpe_rules(name: str) -> BpeRules:
-    """The cutting rules of a GGUF pre-tokenizer name.
+    """The rules of a pre-tokenizer by its GGUF name.
 
     Raises:
         InputError: the name is not one of those known here.

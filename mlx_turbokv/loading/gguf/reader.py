@@ -1,11 +1,7 @@
-"""GGUF files as mlx-lm models: metadata, configuration and the names of the tensors.
-
-Read through ggml-org's own ``gguf`` package. Architectures: llama, qwen2, qwen3 and phi3.
-"""
+"""Metadata of GGUF files, read with the ``gguf`` package, and the configuration made from it."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,27 +10,6 @@ from ...errors import InputError
 from .checks import check_gguf
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "phi3")
-
-_TOP_LEVEL = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
-_IN_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_qkv": "self_attn.qkv_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_LAYER_NAME = re.compile(r"blk\.(\d+)\.([a-z_]+)\.(weight|bias)")
 ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
@@ -66,10 +41,12 @@ class GGUFFile:
         """
         value = self.get(key)
         if value is None:
-            raise InputError(
-                f"The GGUF file {self.path} lacks the field {self.architecture}.{key}."
-            )
+            raise self.error(f"lacks the field {self.architecture}.{key}.")
         return value
+
+    def error(self, what: str) -> InputError:
+        """The error "The GGUF file PATH ``what``"."""
+        return InputError(f"The GGUF file {self.path} {what}")
 
 
 def open_gguf(path: str | Path) -> GGUFFile:
@@ -90,15 +67,14 @@ def open_gguf(path: str | Path) -> GGUFFile:
     except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
         raise InputError(f"The GGUF file {path} is damaged: {error}.") from error
     file = GGUFFile(path, metadata, {tensor.name: tensor for tensor in reader.tensors})
-    if len(file.tensors) != metadata["GGUF.tensor_count"]:
-        raise InputError(
-            f"The GGUF file {path} announces {metadata['GGUF.tensor_count']} tensors and holds "
-            f"{len(file.tensors)} different ones."
+    n_tensors = metadata["GGUF.tensor_count"]
+    if len(file.tensors) != n_tensors:
+        raise file.error(
+            f"announces {n_tensors} tensors and holds {len(file.tensors)} different ones."
         )
     if file.architecture not in ARCHITECTURES:
-        raise InputError(
-            f"The GGUF file {path} has the architecture {file.architecture!r}; accepted are "
-            f"{', '.join(ARCHITECTURES)}."
+        raise file.error(
+            f"has the architecture {file.architecture!r}; accepted are {', '.join(ARCHITECTURES)}."
         )
     return file
 
@@ -109,16 +85,15 @@ def config_from_gguf(file: GGUFFile) -> dict[str, Any]:
     Raises:
         InputError: a field is missing, or asks for something mlx-lm's model does not do.
     """
-    architecture = file.architecture
+    architecture, hidden_size = file.architecture, file.need("embedding_length")
     if file.get("expert_count"):
-        raise InputError(
-            f"The GGUF file {file.path} is a mixture of experts, which is not read from GGUF."
-        )
-    hidden_size = file.need("embedding_length")
+        raise file.error("is a mixture of experts, which is not read from GGUF.")
     n_heads = _one_value(file, "attention.head_count")
     head_dim = file.get("attention.key_length") or hidden_size // n_heads
     if file.get("attention.value_length", head_dim) != head_dim:
-        raise InputError(f"The GGUF file {file.path} has K and V heads of different widths.")
+        raise file.error("has K and V heads of different widths.")
+    if "token_embd.weight" not in file.tensors:
+        raise file.error("lacks the tensor token_embd.weight.")
     config = {
         "model_type": architecture,
         "hidden_size": hidden_size,
@@ -128,7 +103,7 @@ def config_from_gguf(file: GGUFFile) -> dict[str, Any]:
         "num_key_value_heads": _one_value(file, "attention.head_count_kv", n_heads),
         "head_dim": head_dim,
         "rms_norm_eps": file.need("attention.layer_norm_rms_epsilon"),
-        "vocab_size": _vocab_size(file),
+        "vocab_size": int(file.tensors["token_embd.weight"].shape[-1]),
         "max_position_embeddings": file.need("context_length"),
         "rope_theta": file.get("rope.freq_base", 10000.0),
         "rope_traditional": False,
@@ -144,79 +119,51 @@ def config_from_gguf(file: GGUFFile) -> dict[str, Any]:
             "rope.scaling.original_context_length", config["max_position_embeddings"]
         )
     elif rope_dims != head_dim:
-        raise InputError(
-            f"The GGUF file {file.path} rotates {rope_dims} of {head_dim} dimensions of a head, "
-            f"which mlx-lm's {architecture} does not."
+        raise file.error(
+            f"rotates {rope_dims} of {head_dim} dimensions of a head, which mlx-lm's "
+            f"{architecture} does not."
         )
     if head_dim != hidden_size // n_heads and architecture in ("qwen2", "phi3"):
-        raise InputError(
-            f"The GGUF file {file.path} has heads of {head_dim} dimensions where mlx-lm's "
-            f"{architecture} has {hidden_size // n_heads}."
+        raise file.error(
+            f"has heads of {head_dim} dimensions where mlx-lm's {architecture} has "
+            f"{hidden_size // n_heads}."
         )
     return config
 
 
-def parameter_name(name: str, architecture: str) -> str | None:
-    """mlx-lm's name of a GGUF tensor, or None where the architecture has no such tensor."""
-    match = _LAYER_NAME.fullmatch(name)
-    if match:
-        layer, part, suffix = match.groups()
-        part = _IN_LAYER.get(part)
-        if architecture == "phi3" and part == "mlp.up_proj":
-            part = "mlp.gate_up_proj"
-        return part and f"model.layers.{layer}.{part}.{suffix}"
-    part, _, suffix = name.rpartition(".")
-    if suffix == "weight" and part in _TOP_LEVEL:
-        return f"{_TOP_LEVEL[part]}.{suffix}"
-    return None
-
-
-def _vocab_size(file: GGUFFile) -> int:
-    embedding = file.tensors.get("token_embd.weight")
-    if embedding is None:
-        raise InputError(f"The GGUF file {file.path} lacks the tensor token_embd.weight.")
-    return int(embedding.shape[-1])
-
-
 def _one_value(file: GGUFFile, key: str, default: int | None = None) -> int:
-    """A field that may be a list with one value a layer, which must then agree."""
-    value = file.get(key, default)
-    if value is None:
-        value = file.need(key)
-    if isinstance(value, list):
-        if len(set(value)) != 1:
-            raise InputError(
-                f"The GGUF file {file.path} varies {key} from layer to layer, which mlx-lm's "
-                f"{file.architecture} does not."
-            )
-        value = value[0]
-    return value
+    """A field that may be a list with one value a layer, all equal."""
+    value = file.need(key) if default is None else file.get(key, default)
+    values = value if isinstance(value, list) else [value]
+    if len(set(values)) != 1:
+        raise file.error(
+            f"varies {key} from layer to layer, which mlx-lm's {file.architecture} does not."
+        )
+    return values[0]
 
 
 def _rope_scaling(file: GGUFFile) -> dict[str, Any] | None:
-    if file.architecture == "phi3" and "rope_factors_long.weight" in file.tensors:
+    is_phi3 = file.architecture == "phi3"
+    if is_phi3 and "rope_factors_long.weight" in file.tensors:
         factors = {
             f"{length}_factor": file.tensors[f"rope_factors_{length}.weight"].data.tolist()
             for length in ("long", "short")
             if f"rope_factors_{length}.weight" in file.tensors
         }
-        factors.setdefault("short_factor", factors["long_factor"])
-        return {"type": "longrope", **factors}
-    kind = file.get("rope.scaling.type")
-    factor = file.get("rope.scaling.factor") or file.get("rope.scale_linear")
-    if kind in (None, "none") and file.get("rope.scale_linear", 1.0) != 1.0:
+        return {"type": "longrope", "short_factor": factors["long_factor"], **factors}
+    kind, linear = file.get("rope.scaling.type"), file.get("rope.scale_linear")
+    factor = file.get("rope.scaling.factor") or linear
+    if kind in (None, "none") and linear not in (None, 1.0):
         kind = "linear"
     if kind in (None, "none") or not factor:
         return None
-    if kind == "linear" and file.architecture != "phi3":
-        return {"type": "linear", "factor": float(factor)}
-    if kind == "yarn" and file.architecture != "phi3":
-        return {
-            "type": "yarn",
-            "factor": float(factor),
-            "original_max_position_embeddings": file.need("rope.scaling.original_context_length"),
-        }
-    raise InputError(
-        f"The GGUF file {file.path} scales RoPE by {kind!r}; accepted are 'linear' and 'yarn' "
-        "(and the factors of longrope for phi3)."
-    )
+    if is_phi3 or kind not in ("linear", "yarn"):
+        raise file.error(
+            f"scales RoPE by {kind!r}; accepted are 'linear' and 'yarn' (and the factors of "
+            "longrope for phi3)."
+        )
+    scaling = {"type": kind, "factor": float(factor)}
+    if kind == "yarn":
+        length = file.need("rope.scaling.original_context_length")
+        scaling["original_max_position_embeddings"] = length
+    return scaling

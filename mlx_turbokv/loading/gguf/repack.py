@@ -1,4 +1,4 @@
-"""ggml's block formats rewritten as MLX's affine quantised weights, without requantising.
+"""ggml's block formats repacked as MLX's affine quantised weights, without requantising.
 
 Both hold ``value = scale * code + bias`` with one scale for 32 values of a row, so the codes move
 as they are. Q4_K multiplies two numbers to get a scale; that product is rounded once, to ``dtype``.
@@ -56,7 +56,7 @@ def _q4_1(data: np.ndarray):
 def _q8_0(data: np.ndarray):
     blocks = data.reshape(data.shape[0], -1, 34)
     scales = _half_floats(blocks, 0)
-    # A signed code plus 128 is the same byte with its top bit turned over.
+    # A signed code plus 128 is the same byte with its top bit inverted.
     return blocks[..., 2:] ^ np.uint8(128), scales, -128 * scales
 
 

@@ -1,4 +1,4 @@
-"""A transformers tokenizer built from what a GGUF file says about its vocabulary."""
+"""Tokenizers built from the vocabulary of a GGUF file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .pretokenizers import BpeRules, bpe_rules
 
 # Token types of the GGUF specification.
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
-# Texts that end a turn whatever the file names as its EOS token.
+# Tokens that end a turn, in addition to the file's EOS token.
 _END_OF_TURN = (
     "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<end_of_turn>",
     "<|end_of_text|>", "<|end_of_sentence|>", "<EOT>", "_<EOT>",
@@ -18,7 +18,7 @@ _END_OF_TURN = (
 _SPACE = "\u2581"
 
 
-def build_tokenizer(metadata: dict[str, Any]):
+def build_tokenizer(metadata: dict[str, Any]) -> Any:
     """Build mlx_lm's ``TokenizerWrapper`` from a GGUF file's metadata.
 
     Understands byte-level BPE (``gpt2``) and SentencePiece BPE (``llama``) vocabularies.
@@ -39,7 +39,7 @@ def build_tokenizer(metadata: dict[str, Any]):
     kind = metadata.get("tokenizer.ggml.model")
     if kind == "gpt2":
         core, add_bos = _byte_level_bpe(tokens, metadata)
-        detokenizer = BPEStreamingDetokenizer
+        detokenizer: Any = BPEStreamingDetokenizer
     elif kind == "llama":
         core, add_bos = _sentencepiece_bpe(tokens, metadata)
         prefixed = metadata.get("tokenizer.ggml.add_space_prefix", True)
@@ -49,15 +49,8 @@ def build_tokenizer(metadata: dict[str, Any]):
             f"The GGUF file's tokenizer model is {kind!r}; accepted are 'gpt2' (byte-level BPE) "
             "and 'llama' (SentencePiece BPE)."
         )
-    names = {
-        role: _token_at(tokens, metadata, key)
-        for role, key in (
-            ("bos_token", "bos"),
-            ("eos_token", "eos"),
-            ("unk_token", "unknown"),
-            ("pad_token", "padding"),
-        )
-    }
+    roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    names = {role: _token_at(tokens, metadata, key) for role, key in roles.items()}
     _add_special_tokens(core, tokens, metadata)
     _add_bos_and_eos(core, tokens, metadata, names, add_bos)
     tokenizer = PreTrainedTokenizerFast(
@@ -107,26 +100,20 @@ def _sentencepiece_bpe(tokens: list[str], metadata: dict[str, Any]):
             "The GGUF file's SentencePiece vocabulary needs one score a token "
             "(tokenizer.ggml.scores)."
         )
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    unknown = next((t for t, kind in zip(tokens, types) if kind == _UNKNOWN), None)
-    has_bytes = any(kind == _BYTE for kind in types)
-    core = Tokenizer(
-        BPE(
-            vocabulary,
-            _merges_from_scores(tokens, scores, types),
-            unk_token=unknown,
-            fuse_unk=True,
-            byte_fallback=has_bytes,
-        )
+    bpe = BPE(
+        {token: i for i, token in enumerate(tokens)},
+        _merges_from_scores(tokens, scores, types),
+        unk_token=next((t for t, kind in zip(tokens, types) if kind == _UNKNOWN), None),
+        fuse_unk=True,
+        byte_fallback=_BYTE in types,
     )
-    spaces = [normalizers.Replace(" ", _SPACE)]
-    tail = []
-    if metadata.get("tokenizer.ggml.add_space_prefix", True):
-        spaces.insert(0, normalizers.Prepend(_SPACE))
-        tail.append(decoders.Strip(" ", 1, 0))
-    core.normalizer = normalizers.Sequence(spaces)
+    core = Tokenizer(bpe)
+    has_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    prefix = [normalizers.Prepend(_SPACE)] if has_prefix else []
+    strip = [decoders.Strip(" ", 1, 0)] if has_prefix else []
+    core.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", _SPACE)])
     core.decoder = decoders.Sequence(
-        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *tail]
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
     return core, True
 
@@ -150,7 +137,7 @@ def _add_special_tokens(core, tokens: list[str], metadata: dict[str, Any]) -> No
     from tokenizers import AddedToken
 
     types = metadata.get("tokenizer.ggml.token_type") or []
-    # The original Phi-3 tokenizer swallows the white space after its turn markers.
+    # The original Phi-3 tokenizer removes white space after its turn markers.
     name = str(metadata.get("general.name", "")).lower()
     strips = metadata.get("tokenizer.ggml.model") == "llama" and ("phi-3" in name or "phi3" in name)
     for token, kind in zip(tokens, types):
