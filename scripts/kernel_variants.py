@@ -19,7 +19,7 @@ from mlx_turbokv.centring.centre import Centre
 from mlx_turbokv.centring.rope import RopeFrequencies
 from mlx_turbokv.kernels import dequantize, reference
 from mlx_turbokv.kernels.backend import Backend
-from mlx_turbokv.kernels.packed import PackedKV
+from mlx_turbokv.kernels.packed import PackedKV, empty_tiles
 from mlx_turbokv.quant.formats import KVFormat
 from mlx_turbokv.quant.layout import KVLayout
 
@@ -102,13 +102,13 @@ def packed_attention(pair: str, x: Inputs, backend: Backend, how: str = "") -> V
             keys.dtype
         )  # as large without their centre as others
     first = backend.pack(keys, x.values, layout, **({"centre": centre} if centre else {}))
-    views = [PackedKV(layout, body, n, None, 0, centre) for (body,) in copies(first)]
+    views = [PackedKV(layout, body, n, empty_tiles(), 0, centre) for (body,) in copies(first)]
     scale = dim**-0.5
 
     def call(i: int, queries: mx.array) -> mx.array:
         view = views[i % len(views)]
         if how == "rows":
-            return dispatch._through_rows(queries, view, scale, None, None, backend)
+            return dispatch._dequantized(queries, view, scale, None, None, backend)
         return dispatch.attention(queries, view, scale, backend=backend)
 
     def check() -> tuple[float, float]:
@@ -214,7 +214,7 @@ def dequantized_rows(pair: str, x: Inputs, backend: Backend) -> Variant:
     n, dim = x.keys.shape[2:]
     layout = layout_of(pair, dim)
     first = backend.pack(x.keys, x.values, layout)
-    views = [PackedKV(layout, body, n, None, 0) for (body,) in copies(first)]
+    views = [PackedKV(layout, body, n, empty_tiles(), 0) for (body,) in copies(first)]
 
     def call(i: int, last: None) -> tuple[mx.array, mx.array]:
         return rows_of(views[i % len(views)], backend)
@@ -267,6 +267,7 @@ def _pack_error(tiles: mx.array, x: Inputs, layout: KVLayout) -> tuple[float, fl
     n = x.keys.shape[2]
     wanted = reference.pack(x.keys, x.values, layout)
     rows = [
-        reference.dequantize(PackedKV(layout, None, 0, t, n), mx.float32) for t in (tiles, wanted)
+        reference.dequantize(PackedKV(layout, empty_tiles(), 0, t, n), mx.float32)
+        for t in (tiles, wanted)
     ]
     return max(_relative(a, _float64(b)) for a, b in zip(*rows)), PACK_ERROR

@@ -111,12 +111,12 @@ def each_kernel(pair: str, tokens: int) -> None:
 
     from mlx_turbokv.attention import dispatch
     from mlx_turbokv.kernels.backend import select_backend
-    from mlx_turbokv.kernels.packed import PackedKV
+    from mlx_turbokv.kernels.packed import PackedKV, empty_tiles
 
     backend = select_backend("cuda")
     x = variants.noise(HEADS, HEAD_DIM, tokens)
     layout = variants.layout_of(pair, HEAD_DIM)
-    packed = PackedKV(layout, backend.pack(x.keys, x.values, layout), tokens, None, 0)
+    packed = PackedKV(layout, backend.pack(x.keys, x.values, layout), tokens, empty_tiles(), 0)
     mx.eval(dispatch.attention(x.queries, packed, HEAD_DIM**-0.5, backend=backend))
     mx.eval(variants.rows_of(packed, backend))
 

@@ -1,8 +1,8 @@
-"""Keeps a long prompt from being begun far ahead of the GPU.
+"""Limits how many attention calls of a long prompt are in flight.
 
-MLX hands the launches of many layers over before the first of them is done, and the dequantised
-rows of all of them, with all else that a layer needs for a moment, exist at once: gigabytes. Where
-attention waits for the layer before, they do not, and the GPU still has a layer's work left.
+MLX submits the kernels of many layers before the first of them has run, and the dequantised rows
+of all of them exist at once: gigabytes. Here a call waits for the call of the layer before, which
+leaves the GPU one layer's work.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import weakref
 
 import mlx.core as mx
 
-PACED_BYTES = 16 * 2**20
+LEAST_BYTES = 16 * 2**20
 
 
-class Pace:
-    """Begins an attention call when it is built, and waits for the one before it.
+class InFlightLimit:
+    """Starts an attention call when it is built, after waiting for the call before it.
 
     Args:
         least_bytes: calls that take fewer are left to MLX.
@@ -23,20 +23,24 @@ class Pace:
 
     def __init__(self, least_bytes: int) -> None:
         self.least_bytes = least_bytes
-        self._before: weakref.ref | None = None
+        self._previous: weakref.ref | None = None
 
-    def keep(self, output: mx.array, held: mx.array, n_bytes: int) -> None:
-        """Begin ``output``, which takes ``n_bytes``; ``held`` is an array it needs that lives on."""
+    def __call__(self, output: mx.array, held: mx.array, n_bytes: int) -> None:
+        """Start ``output``, which takes ``n_bytes``.
+
+        Args:
+            held: an input of ``output`` that lives on in the cache; the next call waits for it.
+        """
         if n_bytes < self.least_bytes:
             return
         try:
             mx.async_eval(output)
         except ValueError:  # inside a transformation, where nothing can be computed
             return
-        before = self._before and self._before()
-        self._before = weakref.ref(held)
-        if before is not None:
-            mx.eval(before)
+        previous = self._previous and self._previous()
+        self._previous = weakref.ref(held)
+        if previous is not None:
+            mx.eval(previous)
 
 
-pace = Pace(PACED_BYTES)
+limit_in_flight = InFlightLimit(LEAST_BYTES)

@@ -9,17 +9,18 @@ from __future__ import annotations
 import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
 
-from ..attention import hook as attention
+from ..attention import hook
+from ..attention.arrays import Handle, KVArray, Source, lazy_keys_and_values
 from ..centring.centre import Centre
 from ..errors import InputError
 from ..kernels.backend import Backend, select_backend
-from ..kernels.packed import PackedKV
+from ..kernels.packed import PackedKV, empty_tiles
 from ..quant.formats import KVFormat, as_format
 from ..quant.layout import TILE, KVLayout, shared_layout
 
 FLUSH_TOKENS = 256
 STATE_VERSION = 2
-attention.install()
+hook.install()
 
 
 class PackedCache(mlx_lm_cache._BaseCache):
@@ -36,7 +37,7 @@ class PackedCache(mlx_lm_cache._BaseCache):
 
     flush_tokens = FLUSH_TOKENS  # tokens in the tail that go into the body
     centre: Centre | None = None
-    handles = False  # whether one token is answered by attention.Handle in place of arrays
+    handles = False  # whether an update of one token returns Handles
 
     def __init__(
         self,
@@ -55,8 +56,8 @@ class PackedCache(mlx_lm_cache._BaseCache):
 
     def _clear(self) -> None:
         self.layout: KVLayout | None = None
-        self.body: mx.array | None = None
-        self.tail: mx.array | None = None
+        self.body: mx.array = empty_tiles()
+        self.tail: mx.array = empty_tiles()
         self.n_body = 0
         self.n_tail = 0
 
@@ -74,22 +75,26 @@ class PackedCache(mlx_lm_cache._BaseCache):
         """
         if self.layout is None:
             raise ValueError(f"[{type(self).__name__}] the cache is empty.")
-        padding = None if self.centre is None else self._row_padding()
+        padding = None if self.centre is None else self._position_padding()
         return PackedKV(
             self.layout, self.body, self.n_body, self.tail, self.n_tail, self.centre, padding
         )
 
-    def _row_padding(self) -> tuple[int, ...] | None:
-        """Rows before position 0 of each sequence; None where there are none."""
+    def _position_padding(self) -> mx.array | None:
+        """Rows before position 0 of each sequence; None where there are none.
+
+        Shapes:
+            returns: [B] int32.
+        """
         return None
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Pack new tokens and return all of K and V, to be used in attention.
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[KVArray, KVArray]:
+        """Pack new tokens and return all of K and V.
 
         Shapes:
             keys, values: [B, H, L, k_head_dim or v_head_dim].
-            returns: [B, H, n, k_head_dim], [B, H, n, v_head_dim], lazy; n tokens are held now.
-                Handles of such arrays after one token if ``handles`` is set.
+            returns: [B, H, n, k_head_dim], [B, H, n, v_head_dim], n the rows held now: lazy
+                arrays, or after one token ``Handle``s if ``handles`` is set.
 
         Raises:
             InputError: a head_dim cannot be stored in the format.
@@ -101,12 +106,12 @@ class PackedCache(mlx_lm_cache._BaseCache):
         self._append(keys, values)
         if self.handles and keys.shape[2] == 1:
             source, dtype = self._source(), keys.dtype
-            return attention.Handle(source, dtype, True), attention.Handle(source, dtype, False)
-        return attention.lazy_keys_and_values(self._source(), keys.dtype)
+            return Handle(source, dtype, True), Handle(source, dtype, False)
+        return lazy_keys_and_values(self._source(), keys.dtype)
 
-    def _source(self) -> attention.Source:
+    def _source(self) -> Source:
         """What attention is given."""
-        return attention.Source(self.packed, self.backend)
+        return Source(self.packed, self.backend)
 
     def _layout_of(self, keys: mx.array, values: mx.array) -> KVLayout:
         dtype = str(keys.dtype).removeprefix("mlx.core.")
@@ -138,7 +143,7 @@ class PackedCache(mlx_lm_cache._BaseCache):
         n_flushed = n_new - n_left if n_new >= n_left else 0
         if n_flushed:
             flushed = self._pack(keys[:, :, :n_flushed], values[:, :, :n_flushed])
-            self.tail, self.n_tail = None, 0
+            self.tail, self.n_tail = empty_tiles(), 0
             self._extend_body(flushed)
         if n_flushed < n_new:
             self.tail = self._pack(keys[:, :, n_flushed:], values[:, :, n_flushed:])
@@ -148,7 +153,8 @@ class PackedCache(mlx_lm_cache._BaseCache):
         """The tail with these tokens after it."""
         options = {}
         if self.centre is not None:
-            options = {"centre": self.centre, "first": self.size(), "padding": self._row_padding()}
+            left_padding = self._position_padding()
+            options = {"centre": self.centre, "first": self.size(), "left_padding": left_padding}
         return self.backend.pack(keys, values, self.layout, self.tail, self.n_tail, **options)
 
     def _extend_body(self, tiles: mx.array) -> None:
@@ -166,8 +172,8 @@ class PackedCache(mlx_lm_cache._BaseCache):
         n_full = n // TILE
         self.layout = layout
         self.n_body, self.n_tail = n_full * TILE, n % TILE
-        self.body = mx.contiguous(tiles[:, :, :n_full]) if n_full else None
-        self.tail = mx.contiguous(tiles[:, :, n_full:]) if self.n_tail else None
+        self.body = mx.contiguous(tiles[:, :, :n_full]) if n_full else empty_tiles()
+        self.tail = mx.contiguous(tiles[:, :, n_full:]) if self.n_tail else empty_tiles()
 
     def keys_and_values(self, dtype: mx.Dtype | None = None) -> tuple[mx.array, mx.array]:
         """All of K and V, lazily dequantised, in ``dtype`` or the model's own.
@@ -177,19 +183,19 @@ class PackedCache(mlx_lm_cache._BaseCache):
         """
         source = self._source()
         dtype = dtype or getattr(mx, source.packed.layout.dtype)
-        return attention.lazy_keys_and_values(source, dtype)
+        return lazy_keys_and_values(source, dtype)
 
     @property
-    def keys(self) -> mx.array | None:
+    def keys(self) -> mx.array:
         """The array that holds the newest rows.
 
         Pipeline-parallel models replace it by itself with a dependency on a message.
         """
-        return self.tail if self.tail is not None else self.body
+        return self.tail if self.n_tail else self.body
 
     @keys.setter
     def keys(self, array: mx.array) -> None:
-        if self.tail is not None:
+        if self.n_tail:
             self.tail = array
         else:
             self.body = array
@@ -210,7 +216,7 @@ class PackedCache(mlx_lm_cache._BaseCache):
     @property
     def nbytes(self) -> int:
         """Bytes resident, stale rows and the tail's free rows included."""
-        rows = sum(part.nbytes for part in (self.body, self.tail) if part is not None)
+        rows = self.body.nbytes + self.tail.nbytes
         if self.centre is None or not rows:
             return rows
         return rows + self.centre.nbytes(self.size())
@@ -228,9 +234,9 @@ class PackedCache(mlx_lm_cache._BaseCache):
             kept = self.n_rows - n
             self.n_body, self.n_tail = kept - kept % TILE, kept % TILE
             first = self.n_body // TILE
-            self.tail = self.body[:, :, first : first + 1] if self.n_tail else None
+            self.tail = self.body[:, :, first : first + 1]
         if self.n_tail == 0:
-            self.tail = None
+            self.tail = empty_tiles()
         if self.n_rows == 0:
             self._clear()
         return n
@@ -244,7 +250,8 @@ class PackedCache(mlx_lm_cache._BaseCache):
             return [*header, None, None, 0, 0, 0, 0, ""]
         layout = self.layout
         counts = [self.n_body, self.n_tail, layout.k_head_dim, layout.v_head_dim]
-        return [*header, self.body, self.tail, *counts, layout.dtype]
+        body, tail = self.body if self.n_body else None, self.tail if self.n_tail else None
+        return [*header, body, tail, *counts, layout.dtype]
 
     @state.setter
     def state(self, state: list) -> None:
@@ -269,5 +276,6 @@ class PackedCache(mlx_lm_cache._BaseCache):
         if dtype:
             dims = int(k_dim), int(v_dim)
             self.layout = shared_layout(self.k_format, self.v_format, *dims, dtype)
-            self.body, self.tail = body, tail
+            self.body = empty_tiles() if body is None else body
+            self.tail = empty_tiles() if tail is None else tail
             self.n_body, self.n_tail = int(n_body), int(n_tail)

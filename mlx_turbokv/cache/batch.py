@@ -15,7 +15,6 @@ from mlx_lm.models.base import create_causal_mask
 from ..centring.centre import Centre
 from ..errors import InputError
 from ..kernels.packed import PaddedCausal
-from ..kernels.tables import at_least_eight
 from ..quant.formats import KVFormat
 from .base import PackedCache
 from .padding import PaddedBatch, as_list, common_layout
@@ -47,56 +46,48 @@ class BatchTurboKVCache(PaddedBatch):
     ) -> None:
         super().__init__(k_format, v_format, backend, centre)
         self._right_padding: list[int] | None = None
-        self._pad(left_padding)
+        self._set_left_padding(left_padding)
 
-    def _pad(self, left_padding: Sequence[int]) -> None:
-        super()._pad(left_padding)
-        self._starts_array: mx.array | None = None
+    def _set_left_padding(self, left_padding: Sequence[int]) -> None:
+        super()._set_left_padding(left_padding)
         self._offset: tuple[int, mx.array] | None = None
 
-    def _row_padding(self) -> tuple[int, ...] | None:
-        return tuple(self._padding) if any(self._padding) else None
+    def _position_padding(self) -> mx.array | None:
+        return self.left_padding if any(self._left_padding) else None
 
     @property
     def offset(self) -> mx.array:
         """Tokens of each sequence, negative while its padding is still to come; [B] int32."""
         size = self.size()
         if self._offset is None or self._offset[0] != size:
-            self._offset = size, mx.array([size - n for n in self._padding], mx.int32)
+            self._offset = size, mx.array([size - n for n in self._left_padding], mx.int32)
         return self._offset[1]
 
-    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None):
+    def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None):
         """The causal mask of the next tokens; without padding it needs no array."""
         size = self.size()
-        if not any(self._padding):
-            return mlx_lm_cache.create_attention_mask(N, size, return_array, window_size)
+        if not any(self._left_padding):
+            return mlx_lm_cache.create_attention_mask(n, size, return_array, window_size)
         mask = create_causal_mask(
-            N, offset=size, window_size=window_size, left_padding=self.left_padding
+            n, offset=size, window_size=window_size, left_padding=self.left_padding
         )
         if window_size is not None:
             return mask
         mask = PaddedCausal(mask)
-        mask.starts = self._starts
+        mask.left_padding = self.left_padding
         return mask
 
-    @property
-    def _starts(self) -> mx.array:
-        """The first row of each sequence as kernels take it, made once."""
-        if self._starts_array is None:
-            self._starts_array = at_least_eight(self.left_padding)
-        return self._starts_array
-
-    def _announce(self, lengths: Sequence[int] | None, right_padding: list[int]) -> None:
+    def _set_right_padding(self, lengths: Sequence[int] | None, right_padding: list[int]) -> None:
         self._right_padding = right_padding
 
     def finalize(self) -> None:
-        """Turn the right padding that was announced into left padding."""
+        """Turn the right padding into left padding."""
         padding, self._right_padding = self._right_padding, None
         if padding is None or self.empty():
             return
         n = self.size()
         self._move(padding, [n - p for p in padding], n)
-        self._pad([a + b for a, b in zip(self._padding, padding)])
+        self._set_left_padding([a + b for a, b in zip(self._left_padding, padding)])
 
     def extend(self, other: BatchTurboKVCache) -> None:
         """Add the sequences of another batch.
@@ -106,11 +97,11 @@ class BatchTurboKVCache(PaddedBatch):
         """
         layout = common_layout([self, other])
         n = max(self.size(), other.size())
-        padding = [p + n - cache.size() for cache in (self, other) for p in cache._padding]
-        self._hold([self, other], n, layout)
-        self._pad(padding)
+        padding = [p + n - cache.size() for cache in (self, other) for p in cache._left_padding]
+        self._hold_newest([self, other], n, layout)
+        self._set_left_padding(padding)
 
-    def _single(self) -> TurboKVCache:
+    def _new_single(self) -> TurboKVCache:
         return TurboKVCache(self.k_format, self.v_format, self._backend_name, self.centre)
 
     @classmethod
@@ -124,7 +115,7 @@ class BatchTurboKVCache(PaddedBatch):
         n = max(c.size() for c in caches)
         padding = [n - c.size() for c in caches]
         merged = cls(first.k_format, first.v_format, padding, first._backend_name, first.centre)
-        merged._hold(caches, n, layout)
+        merged._hold_newest(caches, n, layout)
         return merged
 
     @property
@@ -141,7 +132,7 @@ class BatchTurboKVCache(PaddedBatch):
         PackedCache.state.fset(self, state[:-2])
         left, right = state[-2:]
         self._right_padding = None if right is None else as_list(right)
-        self._pad(as_list(left))
+        self._set_left_padding(as_list(left))
 
 
 mlx_lm_cache.BatchTurboKVCache = BatchTurboKVCache  # load_prompt_cache looks classes up there

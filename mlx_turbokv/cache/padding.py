@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
+from ..kernels.packed import empty_tiles
 from ..quant.layout import TILE, KVLayout
 from ..quant.tiles import Rows, rows_to_tiles, tiles_to_rows
 from .base import PackedCache
@@ -18,21 +19,21 @@ from .base import PackedCache
 class PaddedBatch(PackedCache):
     """Packed K and V of one layer and several sequences. Its kinds say what else they count."""
 
-    def _pad(self, left_padding: Sequence[int]) -> None:
-        self._padding = [int(n) for n in left_padding]
-        self._padding_array: mx.array | None = None
+    def _set_left_padding(self, left_padding: Sequence[int]) -> None:
+        self._left_padding = [int(n) for n in left_padding]
+        self._left_padding_array: mx.array | None = None
 
     @property
     def batch_size(self) -> int:
         """How many sequences."""
-        return len(self._padding)
+        return len(self._left_padding)
 
     @property
     def left_padding(self) -> mx.array:
         """Rows before the first token of each sequence; [B] int32."""
-        if self._padding_array is None:
-            self._padding_array = mx.array(self._padding, mx.int32)
-        return self._padding_array
+        if self._left_padding_array is None:
+            self._left_padding_array = mx.array(self._left_padding, mx.int32)
+        return self._left_padding_array
 
     def _check(self, keys: mx.array, values: mx.array) -> None:
         if keys.shape[0] != self.batch_size:
@@ -65,11 +66,11 @@ class PaddedBatch(PackedCache):
                 raise ValueError(
                     f"[{type(self).__name__}] left padding can only be added to an empty cache."
                 )
-            self._pad([a + int(b) for a, b in zip(self._padding, left_padding)])
+            self._set_left_padding([a + int(b) for a, b in zip(self._left_padding, left_padding)])
         if right_padding is not None and max(right_padding) > 0:
-            self._announce(lengths, [int(n) for n in right_padding])
+            self._set_right_padding(lengths, [int(n) for n in right_padding])
 
-    def _announce(self, lengths: Sequence[int] | None, right_padding: list[int]) -> None:
+    def _set_right_padding(self, lengths: Sequence[int] | None, right_padding: list[int]) -> None:
         """Remember the right padding of the rows to come."""
         raise NotImplementedError
 
@@ -78,42 +79,42 @@ class PaddedBatch(PackedCache):
         indices = as_list(batch_indices)
         if not self.empty():
             rows = mx.array(indices)
-            self.body = self.body[rows] if self.n_body else None
-            self.tail = self.tail[rows] if self.n_tail else None
-        self._take(indices)
-        common = min(self._padding)
+            self.body = self.body[rows] if self.n_body else empty_tiles()
+            self.tail = self.tail[rows] if self.n_tail else empty_tiles()
+        self._select(indices)
+        common = min(self._left_padding)
         if common <= 0:
             return
         if not self.empty():
             common, n = min(common, self.n_rows), self.n_rows
             self._move([-common] * self.batch_size, [n] * self.batch_size, n - common)
-        self._pad([n - common for n in self._padding])
+        self._set_left_padding([n - common for n in self._left_padding])
 
-    def _take(self, indices: list[int]) -> None:
+    def _select(self, indices: list[int]) -> None:
         """Keep what is counted of these sequences."""
-        self._pad([self._padding[i] for i in indices])
+        self._set_left_padding([self._left_padding[i] for i in indices])
 
     def extract(self, idx: int) -> PackedCache:
         """One sequence as a cache of its own.
 
         Its rows are computed at once: a lazy copy would hold on to the whole batch.
         """
-        cache = self._single()
+        cache = self._new_single()
         cache.handles = self.handles
-        padding, n = self._padding[idx], self.n_rows
+        padding, n = self._left_padding[idx], self.n_rows
         if self.empty() or n <= padding:
             return cache
         tiles = self.packed.tiles[idx : idx + 1]
         tiles = moved(tiles, self.layout, [-padding], [n], n - padding)
         cache._set_tiles(tiles, n - padding, self.layout)
-        mx.async_eval([a for a in (cache.body, cache.tail) if a is not None])
+        mx.async_eval(cache.body, cache.tail)
         return cache
 
-    def _single(self) -> PackedCache:
+    def _new_single(self) -> PackedCache:
         """An empty cache of one sequence."""
         raise NotImplementedError
 
-    def _hold(self, caches: Sequence[PackedCache], n: int, layout: KVLayout | None) -> None:
+    def _hold_newest(self, caches: Sequence[PackedCache], n: int, layout: KVLayout | None) -> None:
         """Hold the newest n rows of these caches, ending at the same row; None if all are empty."""
         self.handles = all(cache.handles for cache in caches)
         if layout is None:

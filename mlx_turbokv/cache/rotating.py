@@ -13,8 +13,9 @@ import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.base import create_causal_mask
 
-from ..attention import hook as attention
+from ..attention.arrays import Hidden, Source
 from ..errors import InputError
+from ..kernels.packed import empty_tiles
 from ..quant.formats import KVFormat
 from ..quant.layout import TILE
 from .base import PackedCache
@@ -64,16 +65,16 @@ class RotatingRows(PackedCache):
         """Tiles at the front that are never dropped."""
         return -(-self.keep // TILE)
 
-    def _lost(self) -> int:
-        """Rows beside the kept ones that can never be seen again; they share a tile with them."""
+    def _n_unreachable(self) -> int:
+        """Rows that share a tile with the kept ones and can never be seen again."""
         return 0
 
-    def _hidden_next(self) -> int:
+    def _n_hidden_next(self) -> int:
         """Rows that the tokens to come don't see."""
-        return max(self._lost(), self.n_rows - (self.max_size - 1))
+        return max(self._n_unreachable(), self.n_rows - (self.max_size - 1))
 
     def _append(self, keys: mx.array, values: mx.array) -> None:
-        self.n_hidden = self._hidden_next()
+        self.n_hidden = self._n_hidden_next()
         self._drop(self.n_tail + keys.shape[2] >= self.flush_tokens)
         super()._append(keys, values)
 
@@ -85,20 +86,20 @@ class RotatingRows(PackedCache):
             return
         parts = [self.body[:, :, :first], self.body[:, :, first + n : last]]
         parts = [part for part in parts if part.shape[2]]
-        body = mx.concatenate(parts, axis=2) if len(parts) > 1 else (parts or [None])[0]
+        body = mx.concatenate(parts, axis=2) if len(parts) > 1 else (parts or [empty_tiles()])[0]
         # kernels would copy a slice at each step
-        self.body = body if body is None or body_is_rewritten else mx.contiguous(body)
+        self.body = body if body_is_rewritten else mx.contiguous(body)
         self.n_body -= n * TILE
         self.n_hidden -= n * TILE
-        self._forget(n * TILE)
+        self._count_dropped(n * TILE)
 
-    def _forget(self, n: int) -> None:
+    def _count_dropped(self, n: int) -> None:
         """Count ``n`` dropped rows."""
         raise NotImplementedError
 
-    def _source(self) -> attention.Source:
-        hidden = attention.Hidden(self.keep, self.n_hidden)
-        return attention.Source(self.packed, self.backend, hidden)
+    def _source(self) -> Source:
+        hidden = Hidden(self.keep, self.n_hidden)
+        return Source(self.packed, self.backend, hidden)
 
 
 class TurboRotatingKVCache(RotatingRows):
@@ -121,33 +122,33 @@ class TurboRotatingKVCache(RotatingRows):
 
     def _clear(self) -> None:
         super()._clear()
-        self.n_gone = 0
+        self.n_dropped = 0
 
-    def _forget(self, n: int) -> None:
-        self.n_gone += n
+    def _count_dropped(self, n: int) -> None:
+        self.n_dropped += n
 
-    def _lost(self) -> int:
-        return self._kept_tiles * TILE - self.keep if self.n_gone else 0
+    def _n_unreachable(self) -> int:
+        return self._kept_tiles * TILE - self.keep if self.n_dropped else 0
 
     @property
     def offset(self) -> int:
         """Tokens written so far and not taken back."""
-        return self.n_rows + self.n_gone
+        return self.n_rows + self.n_dropped
 
     def size(self) -> int:
         """Tokens in the window."""
         return min(self.offset, self.max_size)
 
-    def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False):
+    def make_mask(self, n: int, window_size: int | None = None, return_array: bool = False):
         """The mask of the next tokens, before the update, as mlx-lm makes it.
 
         Columns are the tokens that ``update_and_fetch`` will return, oldest first.
         """
-        n_before = self.n_rows - self._hidden_next()
-        if N > 1:
+        n_before = self.n_rows - self._n_hidden_next()
+        if n > 1:
             window_size = window_size or self.max_size
-            if n_before + N > window_size or return_array:
-                return create_causal_mask(N, n_before, window_size=window_size)
+            if n_before + n > window_size or return_array:
+                return create_causal_mask(n, n_before, window_size=window_size)
             return "causal"
         if window_size is None or n_before < window_size:
             return None
@@ -168,15 +169,15 @@ class TurboRotatingKVCache(RotatingRows):
         """
         n = min(self.offset, n)
         needed = min(self.offset - n, self.max_size - 1)
-        if self.n_rows - self._lost() - n < needed:
+        if self.n_rows - self._n_unreachable() - n < needed:
             raise ValueError(
                 f"[TurboRotatingKVCache] {n} tokens cannot be taken back: the window of "
                 f"{self.max_size} has moved on, and older tokens are gone."
             )
-        n_gone = self.n_gone
+        n_gone = self.n_dropped
         super().trim(n)
-        self.n_gone = n_gone
-        self.n_hidden = min(self.n_hidden, self._hidden_next())
+        self.n_dropped = n_gone
+        self.n_hidden = min(self.n_hidden, self._n_hidden_next())
         return n
 
     @classmethod
@@ -191,7 +192,7 @@ class TurboRotatingKVCache(RotatingRows):
     @property
     def state(self) -> list:
         """What saving, loading and evaluation need: arrays and scalars."""
-        extra = [self.max_size, self.keep, self.n_hidden, self.n_gone]
+        extra = [self.max_size, self.keep, self.n_hidden, self.n_dropped]
         return [*PackedCache.state.fget(self), *extra]
 
     @state.setter
@@ -202,7 +203,7 @@ class TurboRotatingKVCache(RotatingRows):
             PackedCache.state.fset(self, state)  # tells another version from no state at all
             raise InputError("This is not the state of a TurboRotatingKVCache.")
         PackedCache.state.fset(self, state[:-STATE_EXTRA] if is_list else state)
-        self.max_size, self.keep, self.n_hidden, self.n_gone = extra
+        self.max_size, self.keep, self.n_hidden, self.n_dropped = extra
 
 
 mlx_lm_cache.TurboRotatingKVCache = TurboRotatingKVCache  # load_prompt_cache looks there

@@ -14,7 +14,6 @@ from mlx_lm.models.base import create_causal_mask
 
 from ..errors import InputError
 from ..kernels.packed import PaddedCausal
-from ..kernels.tables import at_least_eight
 from ..log import warn_once
 from ..quant.formats import KVFormat
 from ..quant.layout import KVLayout
@@ -47,8 +46,8 @@ class BatchTurboRotatingKVCache(PaddedBatch, RotatingRows):
         backend: str | None = None,
     ) -> None:
         super().__init__(k_format, v_format, max_size, 0, backend)
-        self._pad(left_padding)
-        self._gone = [0] * len(self._padding)
+        self._set_left_padding(left_padding)
+        self._n_dropped = [0] * len(self._left_padding)
         self._ends: list[int] | None = None
 
     @property
@@ -58,42 +57,42 @@ class BatchTurboRotatingKVCache(PaddedBatch, RotatingRows):
 
     def _offsets(self) -> list[int]:
         n = self.n_rows
-        return [n - padding + gone for padding, gone in zip(self._padding, self._gone)]
+        return [n - padding + gone for padding, gone in zip(self._left_padding, self._n_dropped)]
 
     def size(self) -> int:
         """Rows in the window, padding included."""
         return min(self.n_rows, self.max_size)
 
-    def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False):
+    def make_mask(self, n: int, window_size: int | None = None, return_array: bool = False):
         """The mask of the next tokens; one token that sees all that is held needs no array."""
-        hidden = self._hidden_next()
+        hidden = self._n_hidden_next()
         n_before = self.n_rows - hidden
         window_size = window_size or self.max_size
-        padded = any(padding > hidden for padding in self._padding)
-        if N == 1 and not padded and not return_array and n_before < window_size:
+        padded = any(padding > hidden for padding in self._left_padding)
+        if n == 1 and not padded and not return_array and n_before < window_size:
             return None
-        padding = mx.array([padding - hidden for padding in self._padding], mx.int32)
-        mask = create_causal_mask(N, n_before, window_size=window_size, left_padding=padding)
-        if N > 1 or n_before >= window_size:
+        padding = mx.array([padding - hidden for padding in self._left_padding], mx.int32)
+        mask = create_causal_mask(n, n_before, window_size=window_size, left_padding=padding)
+        if n > 1 or n_before >= window_size:
             return mask
         mask = PaddedCausal(mask)
-        firsts = [max(0, padding - hidden) for padding in self._padding]
-        mask.starts = at_least_eight(mx.array(firsts, mx.int32))
+        mask.left_padding = mx.array([max(0, p - hidden) for p in self._left_padding], mx.int32)
         return mask
 
     def _append(self, keys: mx.array, values: mx.array) -> None:
         self._roll()
         super()._append(keys, values)
 
-    def _forget(self, n: int) -> None:
-        self._gone = [gone + max(0, n - p) for gone, p in zip(self._gone, self._padding)]
-        self._pad([max(0, p - n) for p in self._padding])
+    def _count_dropped(self, n: int) -> None:
+        tokens = [max(0, n - padding) for padding in self._left_padding]
+        self._n_dropped = [a + b for a, b in zip(self._n_dropped, tokens)]
+        self._set_left_padding([max(0, p - n) for p in self._left_padding])
 
-    def _announce(self, lengths: Sequence[int] | None, right_padding: list[int]) -> None:
+    def _set_right_padding(self, lengths: Sequence[int] | None, right_padding: list[int]) -> None:
         self._ends = [int(n) + offset for n, offset in zip(lengths, self._offsets())]
 
     def finalize(self) -> None:
-        """Turn the right padding that was announced into left padding."""
+        """Turn the right padding into left padding."""
         self._roll()
         self._ends = None
 
@@ -105,7 +104,7 @@ class BatchTurboRotatingKVCache(PaddedBatch, RotatingRows):
         if any(shifts):
             n = self.n_rows
             self._move(shifts, [n - shift for shift in shifts], n)
-            self._pad([a + b for a, b in zip(self._padding, shifts)])
+            self._set_left_padding([a + b for a, b in zip(self._left_padding, shifts)])
 
     def _move(self, shifts: list[int], ends: list[int], n: int) -> None:
         super()._move(shifts, ends, n)
@@ -113,7 +112,7 @@ class BatchTurboRotatingKVCache(PaddedBatch, RotatingRows):
 
     def is_trimmable(self) -> bool:
         """Whether any number of tokens can be taken off the end: no window has moved on."""
-        return self.n_rows < self.max_size and not any(self._gone)
+        return self.n_rows < self.max_size and not any(self._n_dropped)
 
     def trim(self, n: int) -> int:
         """Take up to ``n`` rows off the end of every sequence; returns how many.
@@ -122,14 +121,14 @@ class BatchTurboRotatingKVCache(PaddedBatch, RotatingRows):
             ValueError: tokens that a window would need have been dropped.
         """
         asked, n = n, min(self.n_rows, n)
-        for padding, offset in zip(self._padding, self._offsets()):
+        for padding, offset in zip(self._left_padding, self._offsets()):
             if self.n_rows - padding - n < min(offset - n, self.max_size - 1):
                 raise ValueError(
-                    f"[BatchTurboRotatingKVCache] {asked} tokens cannot be taken back: the window of "
-                    f"{self.max_size} has moved on, and older tokens are gone."
+                    f"[BatchTurboRotatingKVCache] {asked} tokens cannot be taken back: the window "
+                    f"of {self.max_size} has moved on, and older tokens are gone."
                 )
         super().trim(n)
-        self.n_hidden = min(self.n_hidden, self._hidden_next())
+        self.n_hidden = min(self.n_hidden, self._n_hidden_next())
         return n
 
     def filter(self, batch_indices: Sequence[int] | mx.array) -> None:
@@ -138,9 +137,9 @@ class BatchTurboRotatingKVCache(PaddedBatch, RotatingRows):
         super().filter(batch_indices)
         self.n_hidden = min(max(0, hidden - (before - self.n_rows)), self.n_rows)
 
-    def _take(self, indices: list[int]) -> None:
-        super()._take(indices)
-        self._gone = [self._gone[i] for i in indices]
+    def _select(self, indices: list[int]) -> None:
+        super()._select(indices)
+        self._n_dropped = [self._n_dropped[i] for i in indices]
         self._ends = None if self._ends is None else [self._ends[i] for i in indices]
 
     def extend(self, other: BatchTurboRotatingKVCache) -> None:
@@ -151,10 +150,10 @@ class BatchTurboRotatingKVCache(PaddedBatch, RotatingRows):
         """
         layout = _layout_of([self, other])
         n = max(self.n_rows, other.n_rows)
-        padding = [p + n - cache.n_rows for cache in (self, other) for p in cache._padding]
-        self._hold([self, other], n, layout)
-        self._pad(padding)
-        self._gone = self._gone + other._gone
+        padding = [p + n - cache.n_rows for cache in (self, other) for p in cache._left_padding]
+        self._hold_newest([self, other], n, layout)
+        self._set_left_padding(padding)
+        self._n_dropped = self._n_dropped + other._n_dropped
         self._ends = None
         self.n_hidden = max(0, n - self.max_size)
 
@@ -162,11 +161,11 @@ class BatchTurboRotatingKVCache(PaddedBatch, RotatingRows):
         """One sequence as a cache of its own; its rows are computed at once."""
         cache = super().extract(idx)
         if not cache.empty():
-            cache.n_gone = self._gone[idx]
-            cache.n_hidden = max(0, self.n_hidden - self._padding[idx])
+            cache.n_dropped = self._n_dropped[idx]
+            cache.n_hidden = max(0, self.n_hidden - self._left_padding[idx])
         return cache
 
-    def _single(self) -> TurboRotatingKVCache:
+    def _new_single(self) -> TurboRotatingKVCache:
         formats = self.k_format, self.v_format
         return TurboRotatingKVCache(*formats, self.max_size, 0, self._backend_name)
 
@@ -181,13 +180,13 @@ class BatchTurboRotatingKVCache(PaddedBatch, RotatingRows):
         if any(cache.keep for cache in caches):
             warn_once("A batch keeps no first tokens: as in mlx-lm, they leave with the window.")
         # what lies between kept tokens and the window is gone, so the kept ones go as well
-        skipped = [c.keep + c._lost() if c.n_gone else 0 for c in caches]
+        skipped = [c.keep + c._n_unreachable() if c.n_dropped else 0 for c in caches]
         held = [c.n_rows - skip for c, skip in zip(caches, skipped)]
         n = max(held)
         padding = [n - rows for rows in held]
         merged = cls(first.k_format, first.v_format, first.max_size, padding, first._backend_name)
-        merged._hold(caches, n, layout)
-        merged._gone = [c.n_gone + skip for c, skip in zip(caches, skipped)]
+        merged._hold_newest(caches, n, layout)
+        merged._n_dropped = [c.n_dropped + skip for c, skip in zip(caches, skipped)]
         merged.n_hidden = max(0, n - first.max_size)
         return merged
 
@@ -195,7 +194,7 @@ class BatchTurboRotatingKVCache(PaddedBatch, RotatingRows):
     def state(self) -> list:
         """What saving, loading and evaluation need: arrays and scalars."""
         ends = None if self._ends is None else mx.array(self._ends, mx.int32)
-        gone = mx.array(self._gone, mx.int32)
+        gone = mx.array(self._n_dropped, mx.int32)
         extra = [self.max_size, self.n_hidden, self.left_padding, gone, ends]
         return [*PackedCache.state.fget(self), *extra]
 
@@ -209,8 +208,8 @@ class BatchTurboRotatingKVCache(PaddedBatch, RotatingRows):
         PackedCache.state.fset(self, state[:-STATE_EXTRA])
         self.keep = 0
         self.max_size, self.n_hidden, padding, gone, ends = extra
-        self._pad(as_list(padding))
-        self._gone = as_list(gone)
+        self._set_left_padding(as_list(padding))
+        self._n_dropped = as_list(gone)
         self._ends = None if ends is None else as_list(ends)
 
 

@@ -1,1 +1,1 @@
-"""Centred keys: where a model's references come from. centre.py has what the caches do with them."""
+"""Centred keys: what is subtracted from keys before quantisation, and where it comes from."""

@@ -1,16 +1,16 @@
 """Centred keys: the anchors that are subtracted from one layer's keys before quantisation.
 
 Keys carry a large part that hardly varies from token to token: before RoPE, a constant vector mu
-(the key projection's bias, or a calibrated mean). RoPE rotates its pairs of dims by angles that grow with the position.
-Positions are cut into blocks of BLOCK, and the anchor of a block is the mean of RoPE(mu) over its
-positions, which of all constant vectors leaves the least energy behind. A pair that rotates by the
-angle x in half a block keeps sin(x)/x of its length in the anchor: slow pairs are taken out whole,
-pairs too fast for a block hardly at all.
+(the key projection's bias, or a calibrated mean). RoPE rotates its pairs of dims by angles that
+grow with the position. Positions are cut into blocks of BLOCK, and the anchor of a block is the
+mean of RoPE(mu) over its positions: of all constant vectors it leaves the least energy. A pair that
+rotates by the angle x in half a block keeps sin(x)/x of its length in the anchor, so slow pairs are
+subtracted whole and pairs too fast for a block hardly at all.
 
 The key of position t is stored as quant(k - anchor) and read as that plus the anchor, or, in a
-score, as q.k + q.anchor with one product a block. Anchors depend on the position alone,
-not on how a prompt was cut. They are mu rotated by one table of cosines and sines for all layers
-and heads, rounded to fp16 once, so that writing and reading use the same values.
+score, as q.k + q.anchor with one product a block. Anchors depend on the position alone, not on how
+a prompt was cut. They are mu rotated by one table of cosines and sines for all layers and heads,
+rounded to fp16 once, so that writing and reading use the same values.
 """
 
 from __future__ import annotations

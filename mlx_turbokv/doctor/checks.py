@@ -22,8 +22,8 @@ from ..centring.rope import RopeFrequencies
 from ..kernels import decode, dequantize, reference
 from ..kernels.backend import Backend
 from ..kernels.packed import PackedKV
-from ..quant import quantize
 from ..quant.layout import TILE
+from ..quant.rotate import rotate
 from ..quant.tiles import code_bits, first_rows_mask, tiles_to_rows
 from . import oracle
 from .tolerances import ATTENTION, MANY_QUERIES, ROWS, THROUGH_ROWS, CheckError, compare_rows
@@ -187,12 +187,12 @@ class _Case:
             sinks = mx.array(logits).astype(self.dtype)
         if edge == "starts":
             if packed.centre is not None:
-                packed = packed._replace(padding=(n // 3,))
+                packed = packed._replace(left_padding=mx.array([n // 3], mx.int32))
             seen = np.arange(n) >= n // 3
             if backend.name == "reference":
                 mask = mx.array(np.broadcast_to(seen, (1, 1, n_queries, n)))
             else:
-                options["starts"] = mx.array([n // 3], mx.int32)
+                options["left_padding"] = mx.array([n // 3], mx.int32)
         if splits:
             output = decode.decode(queries, packed, scale, backend=backend.name, splits=splits)
         else:
@@ -226,7 +226,7 @@ class _Case:
             with mx.stream(mx.cpu):
                 for i, fmt in enumerate(formats):
                     if fmt.is_turbo:
-                        got[i] = quantize.rotate(got[i], got[i].shape[-1], inverse=True)
+                        got[i] = rotate(got[i], got[i].shape[-1], inverse=True)
                 want = [_float64(x) for x in reference.dequantize(packed, mx.float32)]
         worst = 0.0
         for side, rows, expected in zip("KV", got, want):
@@ -274,7 +274,9 @@ def _expected_rows(packed: PackedKV) -> list[np.ndarray]:
         found.append(np.concatenate(rows, axis=2))
     if packed.centre is not None:
         with mx.stream(mx.cpu):
-            found[0] = found[0] + _float64(packed.centre.rows(0, packed.n_tokens, packed.padding))
+            found[0] = found[0] + _float64(
+                packed.centre.rows(0, packed.n_tokens, packed.left_padding)
+            )
     return found
 
 

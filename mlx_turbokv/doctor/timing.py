@@ -11,7 +11,7 @@ from ..attention.dispatch import attention
 from ..centring.centre import Centre
 from ..centring.rope import RopeFrequencies
 from ..kernels.backend import Backend
-from ..kernels.packed import PackedKV
+from ..kernels.packed import PackedKV, empty_tiles
 from .checks import timed
 from .variants import Variant
 
@@ -47,7 +47,7 @@ def time_variant(variant: Variant, backend: Backend) -> dict:
         options = {"centre": Centre(mu, rope, "noise")}
     tiles = backend.pack(keys, values, layout, **options)
     mx.eval(tiles)
-    packed = PackedKV(layout, tiles, n, None, 0, options.get("centre"))
+    packed = PackedKV(layout, tiles, n, empty_tiles(), 0, options.get("centre"))
     turns = cycle([packed._replace(body=body) for (body,) in _copies(calls, tiles)])
     scale = dims[0] ** -0.5
     pack = timed(lambda: backend.pack(keys, values, layout, **options), calls, rounds)

@@ -86,14 +86,14 @@ def _launch(
         factory: that of assemble.py; a part of the key.
         shape: sequences, query heads, KV heads, queries.
         counts: body rows, tiles of the body's buffer, tail rows, tiles of the tail's buffer.
-        flags: causal, sinks, starts.
+        flags: causal, sinks, left padding.
         anchors: of centred keys: pairs of dims that lie apart, whether first keys are bare.
         splits: those of a head; None: n_splits.
     """
     k, v = tables.sides(layout)
     batch, n_heads, n_kv_heads, n_queries = shape
     n_body, body_stride, n_tail, tail_stride = counts
-    causal, has_sinks, has_starts = flags
+    causal, has_sinks, has_padding = flags
     n_rows = n_heads // n_kv_heads * n_queries
     rows = rows_at_once(n_rows, max(k.dim, v.dim), anchors is not None)
     n_groups = batch * n_kv_heads
@@ -131,7 +131,7 @@ def _launch(
         tail_stride,
         n_body + n_tail,
         splits,
-        int(has_starts),
+        int(has_padding),
         int(has_sinks),
         scale_bits,
         1,
@@ -177,7 +177,7 @@ def decode(
     scale: float,
     causal: bool = False,
     sinks: mx.array | None = None,
-    starts: mx.array | None = None,
+    left_padding: mx.array | None = None,
     *,
     backend: str = "metal",
     splits: int | None = None,
@@ -187,12 +187,12 @@ def decode(
     Args:
         causal: the last query sees every row, the one before all but the last, and so on.
         sinks: one logit a query head that takes part in the softmax and has no value.
-        starts: the first valid row of each sequence, int32; None where all are valid. Positions
-            of centred keys count from it.
+        left_padding: rows before the first valid one of each sequence; None where there are none.
+            Positions of centred keys count from it.
         splits: parts that the tokens of a head are cut into; None: as many as suit their number.
 
     Shapes:
-        queries: [B, n_heads, L, k_head_dim]; sinks: [n_heads]; starts: [B].
+        queries: [B, n_heads, L, k_head_dim]; sinks: [n_heads]; left_padding: [B] int32.
         returns: [B, n_heads, L, v_head_dim], in the queries' dtype.
     """
     layout, body, n_body, tail, n_tail, centre, _ = packed
@@ -202,10 +202,10 @@ def decode(
         backend,
         layout,
         queries.dtype,
-        (batch, n_heads, (body if n_body else tail).shape[1], n_queries),
+        (batch, n_heads, packed.newest.shape[1], n_queries),
         (n_body, body.shape[2] if n_body else 0, n_tail, tail.shape[2] if n_tail else 0),
         scale,
-        (causal, sinks is not None, starts is not None),
+        (causal, sinks is not None, left_padding is not None),
         None if centre is None else (centre.rope.split_pairs, centre.first_key_uncentred),
         splits,
     )
@@ -213,7 +213,7 @@ def decode(
         queries,
         body if n_body else tables.no_tiles(),
         tail if n_tail else tables.no_tiles(),
-        tables.placeholder() if starts is None else tables.at_least_eight(starts),
+        tables.padding_input(left_padding),
         launch.params,
         launch.k_constants,
         launch.v_constants,

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ..quant.layout import TILE, KVLayout
+from ..quant.rotate import rotate
 from . import assemble, tables
 from .packed import PackedKV
-from .rotate import rotate
 
 THREADS = 256
 SOURCE = f"""
@@ -39,7 +39,7 @@ class Launch(NamedTuple):
             self.params,
             self.k_constants,
             self.v_constants,
-            *tables.anchor_inputs(packed.centre, packed.n_tokens, packed.padding),
+            *tables.anchor_inputs(packed.centre, packed.n_tokens, packed.left_padding),
         )
 
 
@@ -69,7 +69,7 @@ def _launch(
     first, count = heads
     n_body, body_stride, n_tail, tail_stride = counts
     n = n_body + n_tail
-    half, first_key_uncentred, has_starts = anchors or (0, 0, 0)
+    split_pairs, first_key_uncentred, has_padding = anchors or (0, 0, 0)
     params = tables.int_array(
         n_heads,
         first,
@@ -78,8 +78,8 @@ def _launch(
         n_body // TILE,
         tail_stride,
         n,
-        int(has_starts),
-        half,
+        int(has_padding),
+        split_pairs,
         int(first_key_uncentred),
     )
     kernel = assemble.build(
@@ -104,7 +104,7 @@ def _launch(
 
 def _shapes(packed: PackedKV) -> tuple:
     """``shape``, ``counts`` and ``anchors`` of a launch over these rows."""
-    layout, body, n_body, tail, n_tail, centre, padding = packed
+    layout, body, n_body, tail, n_tail, centre, left_padding = packed
     batch, n_heads, body_stride, _ = body.shape if n_body else (0, 0, 0, 0)
     if n_tail:
         batch, n_heads, tail_stride, _ = tail.shape
@@ -112,7 +112,7 @@ def _shapes(packed: PackedKV) -> tuple:
         tail_stride = 0
     anchors = None
     if centre is not None:
-        anchors = (centre.rope.split_pairs, centre.first_key_uncentred, padding is not None)
+        anchors = (centre.rope.split_pairs, centre.first_key_uncentred, left_padding is not None)
     return (batch, n_heads), (n_body, body_stride, n_tail, tail_stride), anchors
 
 

@@ -80,21 +80,22 @@ def pack(
     n_tail: int = 0,
     centre: Centre | None = None,
     first: int = 0,
-    padding: tuple[int, ...] | None = None,
+    left_padding: mx.array | None = None,
     *,
     backend: str = "metal",
 ) -> mx.array:
     """Quantise new tokens and append them to the tail, in one launch.
 
     Args:
-        tail: packed rows that the new ones follow; None where there are none.
+        tail: packed rows that the new ones follow; it is not read if ``n_tail`` is 0.
         n_tail: how many rows of the tail are kept.
-        centre: what is taken out of the keys; its rows begin with ``first``, the sequences' own
-            positions after ``padding`` rows.
+        centre: what is subtracted from the keys.
+        first: the new tokens' first row in the sequence, for ``centre``.
+        left_padding: rows before position 0 of each sequence; None where there are none.
 
     Shapes:
         keys, values: [B, H, L, k_head_dim or v_head_dim].
-        tail: [B, H, T, layout.tile_words] uint32.
+        tail: [B, H, T, layout.tile_words] uint32; left_padding: [B] int32.
         returns: [B, H, ceil((n_tail + L) / 32), layout.tile_words] uint32.
     """
     if values.dtype != keys.dtype:
@@ -113,12 +114,12 @@ def pack(
     )
     anchors = (0, 0, 0, 0, 0)
     if centre is not None:
-        has_starts = int(padding is not None)
+        has_padding = int(left_padding is not None)
         anchors = (
             first,
             centre.rope.split_pairs,
             n_heads,
-            has_starts,
+            has_padding,
             int(centre.first_key_uncentred),
         )
     return launch.call(
@@ -128,5 +129,5 @@ def pack(
         tables.int_array(n_new, n_tail, stride, n_tiles, *anchors),
         launch.k_constants,
         launch.v_constants,
-        *tables.anchor_inputs(centre, first + n_new, padding),
+        *tables.anchor_inputs(centre, first + n_new, left_padding),
     )

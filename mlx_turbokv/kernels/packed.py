@@ -1,7 +1,8 @@
-"""What attention is given: packed K and V, how much of them is valid, and where padding ends."""
+"""Packed K and V as attention reads them, and the mask of left-padded sequences."""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -10,29 +11,48 @@ from ..centring.centre import Centre
 from ..quant.layout import TILE, KVLayout
 
 
+@cache
+def empty_tiles() -> mx.array:
+    """A body or a tail without rows."""
+    array = mx.zeros((1, 1, 0, 1), mx.uint32)
+    mx.eval(array)  # the server generates in a thread of its own, where nothing old is evaluated
+    return array
+
+
 class PackedKV(NamedTuple):
     """Packed rows of K and V: a large body that is never rewritten, and a small tail.
 
     Row p of the sequence lies in the body if p < n_body, else in the tail at p - n_body.
 
-    Shapes:
-        body: [B, H, body tiles, layout.tile_words] uint32, or None.
-        tail: [B, H, tail tiles, layout.tile_words] uint32, or None.
-
     Args:
         n_body: valid rows of the body, a multiple of 32; rows after them are stale.
         n_tail: valid rows of the tail; rows after them are stale or zero.
-        centre: what was taken out of the keys; None where they are stored whole.
-        padding: rows before position 0 of each sequence, for ``centre``; None where there are none.
+        centre: what was subtracted from the keys; None for keys that are not centred.
+        left_padding: rows before position 0 of each sequence; None where there are none. It
+            matters to centred keys, whose centre depends on the position.
+
+    Shapes:
+        body: [B, H, body tiles, layout.tile_words] uint32; ``empty_tiles()`` if n_body is 0.
+        tail: [B, H, tail tiles, layout.tile_words] uint32; ``empty_tiles()`` if n_tail is 0.
+        left_padding: [B] int32.
     """
 
     layout: KVLayout
-    body: mx.array | None
+    body: mx.array
     n_body: int
-    tail: mx.array | None
+    tail: mx.array
     n_tail: int
     centre: Centre | None = None
-    padding: tuple[int, ...] | None = None
+    left_padding: mx.array | None = None
+
+    def row_values(self, batch_size: int) -> int:
+        """Values of K and V that one KV head has in ``batch_size`` sequences."""
+        return batch_size * self.n_tokens * (self.layout.k_head_dim + self.layout.v_head_dim)
+
+    @property
+    def newest(self) -> mx.array:
+        """The array that holds the newest rows."""
+        return self.tail if self.n_tail else self.body
 
     @property
     def n_tokens(self) -> int:
@@ -54,20 +74,14 @@ class PackedKV(NamedTuple):
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
 
 
-def heads_at_once(n_heads: int, bytes_each: int, limit: int) -> int:
-    """How many KV heads to dequantise at a time: what ``limit`` bytes hold, evenly cut."""
-    most = max(1, limit // bytes_each)
-    return -(-n_heads // -(-n_heads // most))
-
-
 class PaddedCausal(mx.array):
-    """The causal mask of left-padded sequences; it knows the first valid row of each.
+    """The causal mask of left-padded sequences, with the left padding that it was made from.
 
-    An array like any other where a model uses it otherwise. Kernels that read packed rows take
-    ``starts`` instead, and the array is never computed.
+    Kernels take the left padding, and the array is never computed; whatever else a model does with
+    the mask works as with any array.
 
     Shapes:
-        the array: [B, 1, L, n] bool; starts: [B] int32, followed by zeros up to 8.
+        the array: [B, 1, L, n] bool; left_padding: [B] int32.
     """
 
-    starts: mx.array
+    left_padding: mx.array

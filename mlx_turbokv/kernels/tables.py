@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -123,18 +124,25 @@ def int_array(*numbers: int) -> mx.array:
 
 
 def anchor_inputs(
-    centre: Centre | None, n_rows: int, padding: tuple[int, ...] | None
+    centre: Centre | None, n_rows: int, left_padding: mx.array | None
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """mu, the table for ``n_rows`` rows, and each sequence's first row; stand-ins where absent."""
+    """mu, the table for ``n_rows`` rows, and the left padding; placeholders where absent.
+
+    Shapes:
+        left_padding: [B] int32.
+    """
     if centre is None:
         return no_mu(), no_tiles(), placeholder()
-    starts = placeholder() if padding is None else padding_array(padding)
-    return centre.mu, centre.table(n_rows), starts
+    return centre.mu, centre.table(n_rows), padding_input(left_padding)
 
 
-def padding_array(padding: tuple[int, ...]) -> mx.array:
-    """Rows before each sequence, at least eight numbers."""
-    return int_array(*padding, *(0,) * (8 - len(padding)))
+def padding_input(left_padding: mx.array | None) -> mx.array:
+    """Left padding as kernels take it.
+
+    Shapes:
+        left_padding: [B] int32; returns: at least [8] int32.
+    """
+    return placeholder() if left_padding is None else at_least_eight(left_padding)
 
 
 @cache
@@ -157,8 +165,20 @@ def no_tiles() -> mx.array:
     return constants(Side(8, 32, 8, 0))
 
 
+_extended: dict[int, tuple[weakref.ref, mx.array]] = {}
+
+
 def at_least_eight(array: mx.array) -> mx.array:
-    """MLX hands fewer than eight elements over in another address space; this avoids it."""
+    """``array`` with zeros up to 8 elements: MLX passes fewer in another address space.
+
+    The result is kept for as long as ``array`` lives: a step's layers share one left padding.
+    """
     if array.size >= 8:
         return array
-    return mx.concatenate([array, mx.zeros((8 - array.size,), array.dtype)])
+    key = id(array)
+    known = _extended.get(key)
+    if known is not None and known[0]() is array:
+        return known[1]
+    extended = mx.concatenate([array, mx.zeros((8 - array.size,), array.dtype)])
+    _extended[key] = weakref.ref(array, lambda _: _extended.pop(key, None)), extended
+    return extended

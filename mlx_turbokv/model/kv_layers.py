@@ -97,7 +97,7 @@ class KVLayers:
 def kv_layers(
     model: nn.Module, caches: list[Any] | None = None, compress_sliding: bool = False
 ) -> KVLayers:
-    """Find the layers that can be compressed: those whose cache grows, and sliding windows if asked.
+    """Find the layers that can be compressed: growing caches, and sliding windows if asked.
 
     Ordinals count the compressed layers in the model's order, so sliding layers have ordinals, and
     shift those of the others, only with ``compress_sliding``.

@@ -13,7 +13,7 @@ import numpy as np
 
 from .codebook import boundaries, codebook
 from .formats import KVFormat
-from .rotation import rotation_matrix, rotation_width
+from .rotate import rotate
 from .tiles import UNITS, units_from_codes
 
 FP16_MAX = 65504.0
@@ -23,9 +23,7 @@ _UNSIGNED = {2: mx.uint16, 4: mx.uint32}
 @cache
 def _constant(kind: str, *args: int) -> mx.array:
     """An evaluated array of one of the tables: it may be used from any thread."""
-    if kind == "rotation":
-        array = mx.array(rotation_matrix(*args))
-    elif kind == "codebook":
+    if kind == "codebook":
         array = mx.array(codebook(*args))
     else:
         array = mx.array(boundaries(*args))
@@ -58,18 +56,6 @@ def _pair_table(bits: int, width: int) -> mx.array:
     table = mx.array(levels.view(np.uint64)[:, 0])
     mx.eval(table)  # evaluated, it may be used from any thread
     return table
-
-
-def rotate(x: mx.array, head_dim: int, inverse: bool = False) -> mx.array:
-    """Rotate the heads of ``x``, in float32.
-
-    Shapes:
-        x, returns: [..., head_dim].
-    """
-    width = rotation_width(head_dim)
-    matrix = _constant("rotation", width)
-    groups = x.astype(mx.float32).reshape(*x.shape[:-1], -1, width)
-    return (groups @ (matrix if inverse else matrix.T)).reshape(x.shape)
 
 
 def quantize(x: mx.array, fmt: KVFormat) -> tuple[mx.array, mx.array]:

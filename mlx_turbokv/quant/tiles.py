@@ -120,26 +120,28 @@ def tiles_to_rows(tiles: mx.array, layout: KVLayout) -> Rows:
         tiles: [B, H, T, layout.tile_words] uint32.
         returns: 32 T rows.
     """
-    B, H, n_tiles, _ = tiles.shape
+    batch, n_heads, n_tiles, _ = tiles.shape
     _, k_scales_at, v_at, v_scales_at, end = layout.offsets
     k_bits = code_bits(layout.k_format, layout.itemsize)
 
     runs, start = [], 0
     for width, count in _column_runs(layout):
         stop = start + TILE * width * count
-        run = _words(tiles, start, stop, width).reshape(B, H, n_tiles, count, TILE, -1)
-        runs.append(mx.swapaxes(run, -3, -2).reshape(B, H, n_tiles * TILE, -1).view(mx.uint8))
+        run = _words(tiles, start, stop, width).reshape(batch, n_heads, n_tiles, count, TILE, -1)
+        runs.append(
+            mx.swapaxes(run, -3, -2).reshape(batch, n_heads, n_tiles * TILE, -1).view(mx.uint8)
+        )
         start = stop
     k_bytes = runs[0] if len(runs) == 1 else mx.concatenate(runs, axis=-1)
     v_units = _v_units(tiles, v_at, v_scales_at, layout.v_code_bits)
 
     def scales(first: int, last: int) -> mx.array:
         region = _words(tiles, first, last, 2).view(mx.float16)
-        region = region.reshape(B, H, n_tiles, (last - first) // (2 * TILE), TILE)
-        return mx.swapaxes(region, -1, -2).reshape(B, H, n_tiles * TILE, -1)
+        region = region.reshape(batch, n_heads, n_tiles, (last - first) // (2 * TILE), TILE)
+        return mx.swapaxes(region, -1, -2).reshape(batch, n_heads, n_tiles * TILE, -1)
 
     k_groups, v_groups = _n_groups(layout)
-    empty = mx.zeros((B, H, n_tiles * TILE, 0), mx.float16)
+    empty = mx.zeros((batch, n_heads, n_tiles * TILE, 0), mx.float16)
     return Rows(
         _bytes_to_units(k_bytes, k_bits),
         scales(k_scales_at, v_at) if k_groups else empty,
@@ -154,20 +156,22 @@ def _v_units(tiles: mx.array, first: int, last: int, bits: int) -> mx.array:
     Shapes:
         returns: [B, H, 32 T, units in a row].
     """
-    B, H, n_tiles, _ = tiles.shape
+    batch, n_heads, n_tiles, _ = tiles.shape
     unit_bits, per_unit = UNITS[bits]
     quad_bytes, ragged = divmod(QUAD * bits, 8)
     if ragged or 16 % quad_bytes:
-        columns = _words(tiles, first, last, 16).reshape(B, H, n_tiles, bits, -1, 2)
-        streams = mx.swapaxes(columns, -3, -2).reshape(B, H, n_tiles, -1, 2 * bits)
+        columns = _words(tiles, first, last, 16).reshape(batch, n_heads, n_tiles, bits, -1, 2)
+        streams = mx.swapaxes(columns, -3, -2).reshape(batch, n_heads, n_tiles, -1, 2 * bits)
         quads = _bytes_to_units(streams.view(mx.uint8), bits)
         quads = quads.reshape(*quads.shape[:-1], TILE, QUAD // per_unit)
         rows = mx.moveaxis(quads, -3, -2)  # [..., tokens, D/4, units]
-        return rows.reshape(B, H, n_tiles * TILE, -1)
+        return rows.reshape(batch, n_heads, n_tiles * TILE, -1)
     # whole quads in every column: one turn of words brings them in order
     words = _words(tiles, first, last, quad_bytes)
-    words = words.reshape(B, H, n_tiles, bits, -1, 16 // quad_bytes, max(1, quad_bytes // 8))
-    rows = mx.swapaxes(words, -3, -2).reshape(B, H, n_tiles * TILE, -1)
+    words = words.reshape(
+        batch, n_heads, n_tiles, bits, -1, 16 // quad_bytes, max(1, quad_bytes // 8)
+    )
+    rows = mx.swapaxes(words, -3, -2).reshape(batch, n_heads, n_tiles * TILE, -1)
     return rows.view(_WORD[unit_bits])
 
 
@@ -222,8 +226,8 @@ def _flat(x: mx.array) -> mx.array:
 
 def _scale_bytes(scales: mx.array) -> mx.array:
     """[..., tokens, groups] fp16 to the bytes of [groups][tokens]."""
-    turned = mx.contiguous(mx.swapaxes(scales, -1, -2))
-    return turned.reshape(*turned.shape[:-2], -1).view(mx.uint8)
+    swapped = mx.contiguous(mx.swapaxes(scales, -1, -2))
+    return swapped.reshape(*swapped.shape[:-2], -1).view(mx.uint8)
 
 
 def _units_to_bytes(units: mx.array, bits: int) -> mx.array:

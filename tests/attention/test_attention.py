@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from mlx_turbokv import TurboKVCache
-from mlx_turbokv.attention.hook import TurboArray
-from mlx_turbokv.kernels import reference
+from mlx_turbokv.attention.arrays import TurboArray
+from mlx_turbokv.kernels import heads
 
 RELATIVE = 1e-5  # float32 attention against float64, logits up to about 20
 PAIRS = [("q8_0", "turbo2"), ("turbo4", "turbo3"), ("f16", "turbo6"), ("turbo5:32", "q8_0")]
@@ -78,7 +78,7 @@ def test_kv_heads_in_slices_change_nothing(monkeypatch):
     sinks = mx.random.normal((15,))
     options = {"scale": 0.2, "mask": mask, "sinks": sinks}
     whole = mx.fast.scaled_dot_product_attention(q, k, v, **options)
-    monkeypatch.setattr(reference, "TRANSIENT_BYTES", 2 * 100 * 128 * 4)
+    monkeypatch.setattr(heads, "TRANSIENT_BYTES", 2 * 100 * 128 * 4)
     sliced = mx.fast.scaled_dot_product_attention(q, k, v, **options)
     assert mx.allclose(whole, sliced, atol=1e-6).item()
 

@@ -9,7 +9,7 @@ import pytest
 from tiny_models import architectures, shared_model
 
 from mlx_turbokv import TurboKVCache, make_prompt_cache
-from mlx_turbokv.attention.hook import Handle, TurboArray
+from mlx_turbokv.attention.arrays import Handle, TurboArray
 from mlx_turbokv.cache import TurboRotatingKVCache
 from mlx_turbokv.cache.summary import leaves
 from mlx_turbokv.model.kv_layers import kv_layers

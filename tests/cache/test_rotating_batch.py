@@ -201,7 +201,7 @@ def filled(n: int, formats=FORMATS[0], max_size: int = 16, keep: int = 0) -> Tur
 def test_steady_decoding_holds_the_windows_and_little_more() -> None:
     batch = TurboRotatingKVCache.merge([filled(500), filled(3)])
     rng = np.random.default_rng(0)
-    for i in range(300):
+    for _ in range(300):
         batch.update_and_fetch(*tokens(rng, 1, 2))
         row_bytes = batch.layout.k_row_bytes + batch.layout.v_row_bytes
         assert batch.nbytes <= 2 * N_HEADS * row_bytes * (16 + SLACK_TOKENS)
@@ -322,7 +322,7 @@ def test_decoding_reads_packed_rows_past_padding_and_hidden_rows(
         q = mx.array(rng.standard_normal((2, 2 * N_HEADS, 1, K_DIM)).astype(np.float32))
         for cache in batches:
             mask = cache.make_mask(1)
-            assert (lengths[1] > 100) == (cache._hidden_next() > 0)
+            assert (lengths[1] > 100) == (cache._n_hidden_next() > 0)
             got = cache.update_and_fetch(*new)
             metal_host.launches.clear()
             output = mx.fast.scaled_dot_product_attention(q, *got, scale=SCALE, mask=mask)

@@ -23,7 +23,8 @@ from mlx_lm.models.cache import (
 )
 
 from mlx_turbokv import InputError, TurboKVCache, TurboRotatingKVCache
-from mlx_turbokv.attention.hook import Hidden, with_hidden_columns
+from mlx_turbokv.attention.arrays import Hidden
+from mlx_turbokv.attention.hook import with_hidden_columns
 from mlx_turbokv.cache.rotating import SLACK_TOKENS, SPARE_TOKENS
 from mlx_turbokv.kernels import assemble
 from mlx_turbokv.quant.layout import TILE
@@ -33,7 +34,7 @@ FORMATS = [("q8_0", "turbo2"), ("turbo3", "turbo6:32"), ("f16", "turbo4"), ("tur
 # without a rotation, so that rows read back in another shape are the same bits
 EXACT = [("q8_0", "q8_0"), ("f16", "q8_0"), ("q8_0", "f16")]
 WINDOWS = [(1, 0), (5, 0), (16, 4), (33, 0), (64, 33), (100, 0), (150, 4)]
-# attention in float32 against float64 over the same rows, of order 1; a row too many is 1e-2 and more
+# attention in float32 against float64 over the same rows, of order 1; one row too many is 1e-2
 ATTENTION_TOLERANCE = 1e-4
 # what MLX may hold of a step's small arrays for a little longer; a row kept at each step is 48,000
 STEP_BYTES = 4096

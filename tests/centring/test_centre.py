@@ -198,7 +198,7 @@ def test_another_block_size_is_refused():
 
 
 def same_rows(a: mx.array, b: mx.array) -> bool:
-    """The same codes and scales, rotated back in sums of another order; another anchor is far off."""
+    """The same codes and scales, rotated back in sums of another order."""
     return mx.allclose(a, b, rtol=1e-5, atol=1e-4).item()
 
 

@@ -11,6 +11,7 @@ from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache, trim_promp
 from tiny_models import architectures, tiny_model
 
 import mlx_turbokv.cache.factory as api
+from mlx_turbokv import log
 from mlx_turbokv.cache import TurboKVCache, attach, detach, make_prompt_cache
 from mlx_turbokv.centring.bias import key_biases
 from mlx_turbokv.centring.calibration import calibrate_keys
@@ -32,6 +33,7 @@ COLLAPSED, KEPT = 1.0, 0.02  # KLD in nats
 # float32 sums in another order
 ROWS_RTOL = 1e-5
 TOKENS = [(7 * i * i + 3 * i + 1) % 89 for i in range(150)]
+N_TOKENS = len(TOKENS)
 
 
 @cache
@@ -40,7 +42,7 @@ def model():
 
 
 @cache
-def exact(n=len(TOKENS)):
+def exact(n=N_TOKENS):
     return model()(mx.array(TOKENS[:n])[None], cache=make_prompt_cache(model(), "f16", "f16"))[0]
 
 
@@ -336,7 +338,8 @@ def test_plans_say_what_is_centred(tmp_path):
     from mlx_turbokv.policy.files import write_layer_list
     from mlx_turbokv.report.plan import make_plan
 
-    def notes(name, policy=Uniform("turbo4", "turbo3"), centre=True):
+    def notes(name, policy=None, centre=True):
+        policy = policy or Uniform("turbo4", "turbo3")
         shape = shape_from_config(KNOWN[name], name)
         return " ".join(make_plan(shape, [("row", policy)], [4096], centre=centre).rows[0].notes)
 

@@ -16,7 +16,7 @@ import numpy as np
 from mlx_turbokv.centring.centre import Centre
 from mlx_turbokv.centring.rope import RopeFrequencies
 from mlx_turbokv.kernels import decode, dequantize, pack, reference
-from mlx_turbokv.kernels.packed import PackedKV
+from mlx_turbokv.kernels.packed import PackedKV, empty_tiles
 from mlx_turbokv.quant.codebook import boundaries
 from mlx_turbokv.quant.formats import KVFormat
 from mlx_turbokv.quant.layout import KVLayout
@@ -216,14 +216,15 @@ def _packed(
     n_stale = 9 if case.edge == "stale" else 0
     keys = _rows_of(case, case.dims[0], n_body + n_tail, rng)
     values = _rows_of(case, case.dims[1], n_body + n_tail, rng)
-    body = tail = padding = None
+    body = tail = empty_tiles()
+    padding = None
     if centre is not None:
         rows = _left_padding(case, n_body + n_tail)
-        padding = None if rows is None else tuple(rows.tolist())
+        padding = None if rows is None else mx.array(rows)
         keys = (keys + centre.rows(0, keys.shape[2], padding)).astype(keys.dtype)
 
     def at(first: int) -> dict:
-        return {} if centre is None else {"centre": centre, "first": first, "padding": padding}
+        return {} if centre is None else {"centre": centre, "first": first, "left_padding": padding}
 
     if n_body:
         k, v = keys[:, :, :n_body], values[:, :, :n_body]
@@ -254,7 +255,7 @@ def _check_pack(tiles, keys, values, layout, failures, at: dict, exact_size=True
     with ON_CPU:
         expected = reference.pack(keys, values, layout, **at)
         if at:
-            rows = at["centre"].rows(at["first"], keys.shape[2], at["padding"])
+            rows = at["centre"].rows(at["first"], keys.shape[2], at["left_padding"])
             keys = keys.astype(mx.float32) - rows
             rounding = _anchor_rounding(at["centre"])
     if not at:

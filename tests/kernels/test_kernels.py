@@ -14,8 +14,8 @@ from mlx_turbokv.attention import dispatch
 from mlx_turbokv.centring.centre import Centre
 from mlx_turbokv.centring.rope import RopeFrequencies
 from mlx_turbokv.errors import InputError
-from mlx_turbokv.kernels import assemble, backend, decode, dequantize, pack, reference
-from mlx_turbokv.kernels.packed import PackedKV
+from mlx_turbokv.kernels import assemble, backend, decode, dequantize, heads, pack, reference
+from mlx_turbokv.kernels.packed import PackedKV, empty_tiles
 from mlx_turbokv.quant.formats import KVFormat
 from mlx_turbokv.quant.layout import KVLayout
 from mlx_turbokv.quant.tiles import tiles_to_rows
@@ -80,7 +80,7 @@ def test_rows_of_nothing_but_an_anchor_may_hold_its_rounding_and_no_more() -> No
     layout = _layout("turbo4", "turbo3", dtype="float32")
     mu = 4 * np.random.default_rng(5).standard_normal((2, 64)).astype(np.float32)
     centre = Centre(mx.array(mu), RopeFrequencies.from_arguments(64, 64, False, 1e4), "test")
-    at = {"centre": centre, "first": 0, "padding": None}
+    at = {"centre": centre, "first": 0, "left_padding": None}
     keys = centre.rows(0, 40, None)
     values = _rows((1, 2, 40, 64), dtype=mx.float32)
     noise = _rows((1, 2, 40, 64), 6, mx.float32)
@@ -111,10 +111,12 @@ def test_broken_values_stay_in_their_row(host, pair) -> None:
     clean = pack.pack(mx.array(keys), mx.array(values), layout)
     keys[0, 0, 1, 3], values[0, 0, 3, 40] = np.nan, np.inf
     k, v = reference.dequantize(
-        PackedKV(layout, None, 0, pack.pack(mx.array(keys), mx.array(values), layout), 5),
+        PackedKV(layout, empty_tiles(), 0, pack.pack(mx.array(keys), mx.array(values), layout), 5),
         mx.float32,
     )
-    clean_k, clean_v = reference.dequantize(PackedKV(layout, None, 0, clean, 5), mx.float32)
+    clean_k, clean_v = reference.dequantize(
+        PackedKV(layout, empty_tiles(), 0, clean, 5), mx.float32
+    )
     for rows, clean_rows, broken in ((k, clean_k, 1), (v, clean_v, 3)):
         assert not np.isfinite(np.array(rows)[0, 0, broken]).all()
         others = [i for i in range(5) if i != broken]
@@ -137,7 +139,7 @@ def test_many_queries_go_through_rows(host, mask) -> None:
     layout = _layout("turbo4", "turbo3")
     keys, values = _rows((1, 2, 40, 64)), _rows((1, 2, 40, 64), 1)
     queries = _rows((1, 4, 12, 64), 2)
-    packed = PackedKV(layout, None, 0, pack.pack(keys, values, layout), 40)
+    packed = PackedKV(layout, empty_tiles(), 0, pack.pack(keys, values, layout), 40)
     if mask == "bool":
         mask = mx.array(np.random.default_rng(3).random((1, 1, 12, 40)) > 0.3)
     elif mask == "additive":
@@ -151,11 +153,20 @@ def test_many_queries_go_through_rows(host, mask) -> None:
 def test_few_queries_with_a_mask_and_starts(host) -> None:
     layout = _layout("q8_0", "turbo2")
     packed = PackedKV(
-        layout, None, 0, pack.pack(_rows((2, 1, 20, 64)), _rows((2, 1, 20, 64), 1), layout), 20
+        layout,
+        empty_tiles(),
+        0,
+        pack.pack(_rows((2, 1, 20, 64)), _rows((2, 1, 20, 64), 1), layout),
+        20,
     )
     queries, starts = _rows((2, 2, 10, 64), 2), mx.array([0, 7], mx.int32)
     got = dispatch.attention(
-        queries, packed, 0.125, "causal", starts=starts, backend=backend.select_backend("metal")
+        queries,
+        packed,
+        0.125,
+        "causal",
+        left_padding=starts,
+        backend=backend.select_backend("metal"),
     )
     seen = np.arange(20) <= np.arange(10, 20)[:, None]
     seen = seen & (np.arange(20) >= np.array([0, 7])[:, None, None, None])
@@ -166,14 +177,18 @@ def test_few_queries_with_a_mask_and_starts(host) -> None:
 def test_kv_heads_go_in_slices(host, monkeypatch) -> None:
     layout = _layout("turbo4", "q8_0")
     packed = PackedKV(
-        layout, None, 0, pack.pack(_rows((1, 3, 33, 64)), _rows((1, 3, 33, 64), 1), layout), 33
+        layout,
+        empty_tiles(),
+        0,
+        pack.pack(_rows((1, 3, 33, 64)), _rows((1, 3, 33, 64), 1), layout),
+        33,
     )
     queries = _rows((1, 6, 9, 64), 2)
     whole = dispatch.attention(
         queries, packed, 0.125, "causal", backend=backend.select_backend("metal")
     )
     host.launches.clear()
-    monkeypatch.setattr(dispatch, "TRANSIENT_BYTES", 33 * 128 * 2)  # one head
+    monkeypatch.setattr(heads, "TRANSIENT_BYTES", 33 * 128 * 2)  # one head
     sliced = dispatch.attention(
         queries, packed, 0.125, "causal", backend=backend.select_backend("metal")
     )
@@ -186,7 +201,7 @@ def test_a_decode_step_is_two_launches_or_three(host, splits: int | None, launch
     layout = _layout("q8_0", "turbo2")
     host.launches.clear()
     tail = pack.pack(_rows((1, 1, 3, 64)), _rows((1, 1, 3, 64), 1), layout)
-    packed = PackedKV(layout, None, 0, tail, 3)
+    packed = PackedKV(layout, empty_tiles(), 0, tail, 3)
     decode.decode(_rows((1, 4, 1, 64), 2), packed, 0.125, splits=splits)
     # mlx-lm's f16 cache: two slice updates and attention
     assert len(host.launches) == launches
@@ -223,7 +238,11 @@ def test_a_padded_batch_decodes_from_packed_rows(host) -> None:
 def test_dequantize_gives_the_original_basis(host) -> None:
     layout = _layout("turbo6", "turbo5")
     packed = PackedKV(
-        layout, None, 0, pack.pack(_rows((1, 1, 9, 64)), _rows((1, 1, 9, 64), 1), layout), 9
+        layout,
+        empty_tiles(),
+        0,
+        pack.pack(_rows((1, 1, 9, 64)), _rows((1, 1, 9, 64), 1), layout),
+        9,
     )
     for got, expected in zip(
         dequantize.dequantize(packed, mx.float32), reference.dequantize(packed, mx.float32)

@@ -11,7 +11,7 @@ from metal_host import HostError, HostMetal, Recorder
 from metal_host.typecheck import check_launches, check_same_text
 
 from mlx_turbokv.kernels import assemble, decode, dequantize, pack, reference
-from mlx_turbokv.kernels.packed import PackedKV
+from mlx_turbokv.kernels.packed import PackedKV, empty_tiles
 from mlx_turbokv.quant.formats import KVFormat
 from mlx_turbokv.quant.layout import KVLayout
 
@@ -29,7 +29,9 @@ def run_pack(n: int = 40) -> None:
 
 
 def packed_rows(n: int) -> PackedKV:
-    return PackedKV(LAYOUT, None, 0, reference.pack(rows(n), rows(n + 1)[:, :, :n], LAYOUT), n)
+    return PackedKV(
+        LAYOUT, empty_tiles(), 0, reference.pack(rows(n), rows(n + 1)[:, :, :n], LAYOUT), n
+    )
 
 
 def run_decode(n: int = 100) -> None:

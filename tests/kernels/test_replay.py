@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_turbokv.kernels import assemble, decode, dequantize, pack
-from mlx_turbokv.kernels.packed import PackedKV
+from mlx_turbokv.kernels.packed import PackedKV, empty_tiles
 from mlx_turbokv.quant.formats import KVFormat
 from mlx_turbokv.quant.layout import KVLayout
 
@@ -81,7 +81,9 @@ def test_layers_and_steps_of_a_tile_share_the_traces_of_decode(calls) -> None:
 def test_a_longer_body_is_attended_by_a_trace_of_its_own(calls) -> None:
     queries = mx.zeros((1, 4, 1, 64), mx.float16)
     for n_tiles in (2, 3):
-        decode.decode(queries, PackedKV(LAYOUT, _tiles(n_tiles), 32 * n_tiles, None, 0), 1.0)
+        decode.decode(
+            queries, PackedKV(LAYOUT, _tiles(n_tiles), 32 * n_tiles, empty_tiles(), 0), 1.0
+        )
     assert calls == ["decode_partial"] * 2
 
 

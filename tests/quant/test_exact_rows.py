@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from exact_rows import exact_rows
 
-from mlx_turbokv.quant.quantize import rotate
+from mlx_turbokv.quant.rotate import rotate
 from mlx_turbokv.quant.rotation import rotation_matrix
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_turbokv import InputError
-from mlx_turbokv.quant.quantize import rotate
+from mlx_turbokv.quant.rotate import rotate
 from mlx_turbokv.quant.rotation import hadamard, rotation_matrix, rotation_width, signs
 
 HEAD_DIMS = (64, 72, 80, 96, 112, 128, 160, 192, 256, 512)
@@ -72,3 +72,16 @@ def test_rotate_inverts_and_keeps_inner_products(head_dim):
     assert mx.abs(back - x).max().item() < 1e-5
     product = (rotate(x, head_dim) * rotate(y, head_dim)).sum(-1)
     assert mx.abs(product - (x * y).sum(-1)).max().item() < 1e-4
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 192, 256])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_half_rows_are_rotated_to_half_precision(head_dim: int, inverse: bool) -> None:
+    x = np.random.default_rng(head_dim).standard_normal((1, 2, 40, head_dim)).astype(np.float16)
+    width = rotation_width(head_dim)
+    matrix = rotation_matrix(width).astype(np.float64)
+    groups = x.astype(np.float64).reshape(*x.shape[:-1], -1, width)
+    expected = (groups @ (matrix if inverse else matrix.T)).reshape(x.shape)
+    got = rotate(mx.array(x), head_dim, inverse, mx.float16)
+    assert got.dtype == mx.float16
+    assert np.abs(np.array(got) - expected).max() <= 2**-10 * np.abs(expected).max()
