@@ -5,17 +5,15 @@
     python scripts/bench_kernels.py --parts kv_bits --out benchmarks/bench_kv_bits.json
     python scripts/bench_kernels.py --parts lengths,rows --pairs turbo4/turbo3 --lengths 131072
 
-What is compared takes turns in one run. Times are microseconds of a call, MLX's launches included,
-in a chain where each call's query is the last call's output, as layers follow one another;
-``apart_us`` is the same call where none waits for another.
+Variants take turns in one run. ``us`` is microseconds of a call, MLX's launches included, in a chain
+in which each call's query is the last call's output, as layers follow one another; ``apart_us`` is
+the same call where none waits for another.
 
-The chain is handed over as mlx-lm's generation hands over tokens: in steps of STEP_CALLS calls, as
-many as a model has layers, the next step while the GPU runs the last one. So MLX's work on the CPU
-for a step, from its graph to the GPU's commands, is hidden as far as the GPU's work takes as long;
-where it takes longer, ``us`` is the time of that work: compare ``handed_over_us``, the CPU time of
-it. A chain that is evaluated at once hides nothing: the GPU begins when all of it, or what fits a
-CUDA graph, is encoded. Building a call's graph in Python comes before and is timed apart, as
-``build_us``; in generation it, too, takes place while the last step runs.
+A chain is submitted as mlx-lm's generation submits tokens: in steps of STEP_CALLS calls, as many as a
+model has layers, the next step while the GPU runs the last one. MLX's work on the CPU for a step is
+hidden as far as the GPU's work takes as long; where it takes longer, ``us`` is the time of that work
+(compare ``submit_us``). Building a call's graph in Python comes before and is timed apart, as
+``build_us``.
 
 Kernels compile at their first call. ``--warm i/n`` only compiles, every n-th variant, so that
 processes with a MLX_PTX_CACHE_DIR each can share the work; the run then gets all their files.
@@ -115,24 +113,24 @@ def groups(parts, pairs, lengths, backend: Backend) -> Iterator[Group]:
 
 
 class Times(NamedTuple):
-    """Seconds of one call of a chain: until it is done, to build its graph, to hand it over."""
+    """Seconds of one call of a chain: until it is done, to build its graph, to submit it."""
 
     done: float
     built: float
-    handed_over: float
+    submitted: float
 
 
 def run_steps(ends: list[Any]) -> tuple[list[float], float]:
-    """Hands steps over as mlx-lm's generation does: the next one, then the last one is waited for.
+    """Submit steps as mlx-lm's generation does: the next one, then wait for the last one.
 
-    The first step has nothing to run beside and the last one nothing that is handed over meanwhile,
-    so times are those between: n steps give n - 2.
+    The first step runs alone, and nothing is submitted while the last one runs, so times are of the
+    steps between: n steps give n - 2.
 
     Args:
-        ends: what each step ends in, arrays or trees of them, not evaluated; emptied meanwhile, so
-            that results last no longer than they must.
+        ends: results of each step, arrays or trees of them, not evaluated; emptied on the way, so
+            that no result is held longer than needed.
 
-    Returns: seconds of each step but the first and the last, and the CPU time that handing over
+    Returns: seconds of each step but the first and the last, and the CPU time that submitting
         took of this thread, of all steps together. Waiting is not in it.
     """
     cpu_time, done = 0.0, []
@@ -171,7 +169,7 @@ def chain_of(
 
 
 def timed(variant: variants.Variant, n_steps: int, chained: bool) -> Times:
-    """Times of a chain of so many timed steps, the first and the last beside them."""
+    """Times of a chain of ``n_steps`` timed steps, between a first and a last one."""
     n_steps += 2
     n_calls = n_steps * STEP_CALLS
     starts = [variant.start() for _ in range(n_steps if variant.in_place else 1)]
@@ -180,8 +178,8 @@ def timed(variant: variants.Variant, n_steps: int, chained: bool) -> Times:
     ends = chain_of(variant, starts, n_steps, chained)
     built = time.perf_counter() - begin
     del starts
-    steps, handed_over = run_steps(ends)
-    return Times(mean(steps) / STEP_CALLS, built / n_calls, handed_over / n_calls)
+    steps, submitted = run_steps(ends)
+    return Times(mean(steps) / STEP_CALLS, built / n_calls, submitted / n_calls)
 
 
 def steps_of(variant: variants.Variant) -> int:
@@ -213,7 +211,7 @@ def bench(group: Group, rounds: int, refcheck: bool, copy_speed: float) -> list[
             "us": round(t * 1e6, 2), "low_us": round(min(times[name]) * 1e6, 2),
             "high_us": round(max(times[name]) * 1e6, 2),
             "build_us": round(median(t.built for t in chain[name]) * 1e6, 2),
-            "handed_over_us": round(median(t.handed_over for t in chain[name]) * 1e6, 2),
+            "submit_us": round(median(t.submitted for t in chain[name]) * 1e6, 2),
             "steps": n_steps[name], "bytes": variant.n_bytes,
             "gb_per_s": round(variant.n_bytes / t / 1e9, 1),
             "share_of_copy": round(variant.n_bytes / t / copy_speed, 4),
@@ -230,7 +228,7 @@ def bench(group: Group, rounds: int, refcheck: bool, copy_speed: float) -> list[
 
 
 def line(row: dict) -> str:
-    """A row for people."""
+    """A row as text."""
     heads = ",".join(map(str, row["heads"]))
     shape = f"{row['job']} {heads} D={row['head_dim']} n={row['tokens']}"
     apart = f", apart {row['apart_us']:.1f}" if "apart_us" in row else ""
@@ -238,8 +236,8 @@ def line(row: dict) -> str:
     error = f", error {row['error']:.1e}" if "error" in row else ""
     return (
         f"{shape:34} {row['variant']:22} {row['us']:8.1f} us ({row['low_us']:.1f} to "
-        f"{row['high_us']:.1f}{apart}, build {row['build_us']:.1f}, handed over "
-        f"{row['handed_over_us']:.1f}), {row['gb_per_s']:.0f} GB/s, "
+        f"{row['high_us']:.1f}{apart}, build {row['build_us']:.1f}, submit "
+        f"{row['submit_us']:.1f}), {row['gb_per_s']:.0f} GB/s, "
         f"{row['share_of_copy']:.0%} of copying{ratio}{error}"
     )
 
@@ -247,8 +245,7 @@ def line(row: dict) -> str:
 def copy_speeds() -> dict[str, float]:
     """Bytes a second, read and written, of ways to copy a large array on this device.
 
-    Each copy reads the last one's result, so that nothing but the end is waited for; they are
-    handed over as calls are.
+    Each copy reads the last one's result; they are submitted as calls are.
     """
     found = {}
     for name, dtype in (("uint8", mx.uint8), ("uint32", mx.uint32), ("float32", mx.float32)):

@@ -3,7 +3,7 @@
 
     python scripts/gpu_check_record.py FOLDER --out benchmarks/gpu_check.json
 
-In the folder are records and, beside each, its process's exit status (.rc) and output (.log):
+The folder has records, and next to each its process's exit status (.rc) and output (.log):
 
     cases*.json       gpu_check.py --shard i/n: kernels against float64
     memcheck*.json    the same under compute-sanitizer, racecheck*.json too
@@ -61,7 +61,7 @@ def parts(folder: Path, pattern: str) -> list[Part]:
 
 
 def about(found: list[Part]) -> dict:
-    """What all processes say alike of versions and device.
+    """Versions and device, the same of all processes.
 
     Raises: ValueError where two differ.
     """

@@ -100,24 +100,24 @@ def forced_text(
 
     Returns:
         n_tokens: steps; n_equal: those at which both choose the same token.
-        parted: the other steps, and how far the second's logit of the first's choice lies below
+        different: the other steps, and how far the second's logit of the first's choice lies below
             that of its own, in nats; gap: the largest of these, None where there is none.
         log_probability: the largest difference of any token's log-probability at any step.
         codes, differing, wrong: as TeacherForcedCache counts them.
     """
-    given, parted, apart = prompt, [], []
+    given, different, apart = prompt, [], []
     for step in range(n):
         expected, got = (_next_token(model, given, caches) for caches in (first, second))
         token, other = (mx.argmax(x).item() for x in (expected, got))
         if other != token:
-            parted.append({"step": step, "gap": (got[other] - got[token]).item()})
+            different.append({"step": step, "gap": (got[other] - got[token]).item()})
         apart.append(mx.abs(expected - got).max().item())
         given = [token]
     return {
         "n_tokens": n,
-        "n_equal": n - len(parted),
-        "parted": parted,
-        "gap": max((step["gap"] for step in parted), default=None),
+        "n_equal": n - len(different),
+        "different": different,
+        "gap": max((step["gap"] for step in different), default=None),
         "log_probability": float(np.max(apart)),
         **counts_of(second),
     }
@@ -139,7 +139,7 @@ def forced_failures(forced: dict) -> list[str]:
     """What rounding does not explain in a text with teacher-forced codes."""
     failures = [
         f"the choices part at step {step['step']}, {step['gap']:.4f} nats"
-        for step in forced["parted"]
+        for step in forced["different"]
         if not step["gap"] <= FORCED_TIE
     ]
     if not forced["log_probability"] <= FORCED_LOG_PROBABILITY:
@@ -189,8 +189,8 @@ def compare_backends(
     for pair in PAIRS:
         start = time.perf_counter()
         row, wrong = compare_windows(model, windows, pair, backends)
-        row["greedy"], parted = compare_texts(model, tokenizer, pair, backends)
-        failures += wrong + parted
+        row["greedy"], different = compare_texts(model, tokenizer, pair, backends)
+        failures += wrong + different
         row["seconds"] = round(time.perf_counter() - start, 1)
         results["pairs"].append({"pair": "/".join(pair), **row})
         mx.clear_cache()

@@ -1,11 +1,11 @@
-"""Load a server: many requests from several clients, some of which go away in mid-answer.
+"""Load a server: many requests from several clients, some of which disconnect.
 
     python scripts/serve_load.py [--requests 200] [--clients 8] [--model FILE] [--json FILE]
 
 Starts ``mlx_turbokv serve``, sends the requests, and looks at the server's resident memory after a
 warm-up, after the load, and after a second load half as long: memory that grows with requests
 shows as growth between the last two. Exits with 1 if an answer is missing, if the server stops
-serving or does not end in order, or if memory grew. Every prompt is also asked once without load;
+serving or does not end in order, or if memory grew. Every prompt is also sent once without load;
 the record says how many answers were the same (rounding differs with the batch's size, and where
 two tokens are nearly equally likely that can turn an answer).
 """

@@ -52,8 +52,8 @@ def _scheme(record: dict) -> str:
     text = (
         f"Medians of {record['rounds']} rounds, in µs a call, launches included; chains of calls "
         f"are submitted in steps of {record['calls_a_step']} calls. CPU time a call "
-        f"({record['processor']}): {span(r['handed_over_us'] for r in own)} µs to submit (fp16: "
-        f"{span(r['handed_over_us'] for r in fp16)}), {span(r['build_us'] for r in own)} to build "
+        f"({record['processor']}): {span(r['submit_us'] for r in own)} µs to submit (fp16: "
+        f"{span(r['submit_us'] for r in fp16)}), {span(r['build_us'] for r in own)} to build "
         f"the graph (fp16: {span(r['build_us'] for r in fp16)}). A copy in the same run: "
         f"{record['copy_gb_per_s']:,.0f} GB/s."
     )

@@ -53,7 +53,7 @@ def test_rows_say_what_was_read_and_how_wrong_it_was() -> None:
     fp16, packed = bench.bench(group, 1, True, 1e9)
     assert fp16["fp16_over_this"] == 1 and fp16["bytes"] == 64 * 8 * 128 * 4
     assert packed["bytes"] == 64 * 8 * 116  # 4.125 and 3.125 bits a value
-    assert packed["us"] > 0 and packed["apart_us"] > 0 and packed["handed_over_us"] > 0
+    assert packed["us"] > 0 and packed["apart_us"] > 0 and packed["submit_us"] > 0
     assert packed["steps"] == bench.FEWEST_STEPS
     assert 0 < packed["error"] <= packed["error_allowed"]
 
@@ -75,11 +75,11 @@ def test_a_result_that_is_a_percent_off_is_found(make) -> None:
 
 
 class Device:
-    """Takes steps as a GPU does, on a clock of its own: one runs while the next is encoded.
+    """Takes steps as a GPU does, with its own clock: one runs while the next is encoded.
 
     Args:
         encoding, running: seconds that a step takes of the CPU, then of the device.
-        first: what the first step takes of the device beside that.
+        first: seconds that the first step takes of the device in addition.
     """
 
     def __init__(self, monkeypatch, encoding: float, running: float, first: float):
@@ -87,13 +87,13 @@ class Device:
         self.encoding, self.running, self.first = encoding, running, first
         self.ends: dict[int, float] = {}
         self.log: list[tuple[str, int]] = []
-        monkeypatch.setattr(mx, "async_eval", self.hand_over)
+        monkeypatch.setattr(mx, "async_eval", self.submit)
         monkeypatch.setattr(mx, "eval", self.wait)
         clock = SimpleNamespace(perf_counter=lambda: self.now, thread_time=lambda: self.now)
         monkeypatch.setattr(bench, "time", clock)
 
-    def hand_over(self, step: int) -> None:
-        self.log.append(("hand over", step))
+    def submit(self, step: int) -> None:
+        self.log.append(("submit", step))
         self.now += self.encoding
         self.busy_until = max(self.now, self.busy_until) + self.running + self.first
         self.first, self.ends[step] = 0.0, self.busy_until
@@ -111,11 +111,11 @@ def test_steps_take_the_longer_of_encoding_and_running(monkeypatch, encoding, ru
     assert cpu_time == 6 * encoding
 
 
-def test_a_step_is_handed_over_before_the_last_one_is_waited_for(monkeypatch):
+def test_a_step_is_submitted_before_the_last_one_is_waited_for(monkeypatch):
     device = Device(monkeypatch, 1, 5, 0)
     bench.run_steps([0, 1, 2])
-    over, wait = "hand over", "wait"
-    assert device.log == [(over, 0), (over, 1), (wait, 0), (over, 2), (wait, 1), (wait, 2)]
+    submit, wait = "submit", "wait"
+    assert device.log == [(submit, 0), (submit, 1), (wait, 0), (submit, 2), (wait, 1), (wait, 2)]
 
 
 def counting(**options) -> tuple[variants.Variant, list[tuple[int, mx.array]]]:

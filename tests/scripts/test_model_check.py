@@ -55,7 +55,7 @@ def test_a_back_end_agrees_with_itself_to_the_bit(model, pair):
     assert forced == {
         "n_tokens": N,
         "n_equal": N,
-        "parted": [],
+        "different": [],
         "gap": None,
         "log_probability": 0.0,
         "codes": n_codes(model, len(PROMPT) + N - 1),
@@ -120,8 +120,8 @@ def test_decode_without_the_newest_row_fails(model):
     second = [TeacherForcedCache(cache, "reference") for cache in first]
     forced = forced_text(model, PROMPT, first, second, N)
     assert (forced["differing"], forced["wrong"]) == (0, 0)
-    assert forced["gap"] == max(step["gap"] for step in forced["parted"])
-    assert forced["n_equal"] == N - len(forced["parted"])
+    assert forced["gap"] == max(step["gap"] for step in forced["different"])
+    assert forced["n_equal"] == N - len(forced["different"])
     failures = forced_failures(forced)
     assert any("choices part at step" in failure for failure in failures)
     assert any("log-probability" in failure for failure in failures)
@@ -138,9 +138,9 @@ def test_an_error_of_a_thousandth_in_attention_is_wrong(model):
     ("changes", "n_failures"),
     [
         ({}, 0),
-        ({"parted": [{"step": 3, "gap": 0.9 * FORCED_TIE}]}, 0),
-        ({"parted": [{"step": 3, "gap": 1.1 * FORCED_TIE}]}, 1),
-        ({"parted": [{"step": 3, "gap": float("nan")}]}, 1),
+        ({"different": [{"step": 3, "gap": 0.9 * FORCED_TIE}]}, 0),
+        ({"different": [{"step": 3, "gap": 1.1 * FORCED_TIE}]}, 1),
+        ({"different": [{"step": 3, "gap": float("nan")}]}, 1),
         ({"log_probability": float("nan")}, 1),
         ({"differing": 9}, 0),
         ({"differing": 11}, 1),
@@ -148,5 +148,5 @@ def test_an_error_of_a_thousandth_in_attention_is_wrong(model):
     ],
 )
 def test_what_fails(changes, n_failures):
-    forced = {"parted": [], "log_probability": 1e-4, "codes": 10_000, "differing": 0, "wrong": 0}
+    forced = {"different": [], "log_probability": 1e-4, "codes": 10_000, "differing": 0, "wrong": 0}
     assert len(forced_failures({**forced, **changes})) == n_failures
