@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,13 @@ from .text import TextSource
 from .windows import cut_windows, digest
 
 MEASUREMENTS = "measurements.jsonl"
+
+
+class Sample(NamedTuple):
+    """Windows of a text, [n_windows, n_ctx]."""
+
+    source: TextSource
+    windows: np.ndarray
 
 
 class Calibration:
@@ -59,74 +66,79 @@ class Calibration:
     def run(self, source: TextSource, other: TextSource | None) -> dict:
         """Calibrate on one text, check on another; write the policy files, return the record."""
         options, model = self.options, self.loaded.model
+        formats, stride = options["formats"], options["ctx_size"] // 2
         shapes = calibrate.shapes_of(model)
         for name in options["budgets"]:
             calibrate.as_budget(model, shapes, name)  # refused before anything is measured
-        windows = self._windows(source, options["chunks"], options["ctx_size"] // 2)
+        sample = self._sample(source, options["chunks"], stride)
         if options["keys"]:
-            self.centre = calibrate_keys(model, windows, source.sha256)
-            self.keys = f"centred by their means over {len(windows)} windows of the text"
-        kept = self._measurements(source, windows)
+            self.centre = calibrate_keys(model, sample.windows, source.sha256)
+            self.keys = f"centred by their means over {len(sample.windows)} windows of the text"
+        how = {
+            "backend": options["backend"],
+            "centre": self.centre,
+            "batch": options["batch_size"] or default_batch(),
+            "records": self._measurements(sample),
+        }
         with self.progress() as progress:
             found, assigned = calibrate.calibrate(
-                model, windows, options["budgets"], options["formats"], options["base"],
-                progress=progress, records=kept, **self._how(),
+                model, sample.windows, options["budgets"], formats, options["base"],
+                progress=progress, **how,
             )  # fmt: skip
         names = [records.file_name(budget) for budget in options["budgets"]]
-        assigned, checked = self._refined(assigned, names, windows, shapes, kept, source)
-        held = None if other is None else self._check(other, assigned, names)
+        policies = dict(zip(names, assigned))
+        evaluation = self._evaluate(sample, policies)
+        evaluations = dict.fromkeys(names, evaluation)
+        for name in names if options["refine"] else ():
+            policies[name], evaluations[name] = self._refined(
+                sample, name, policies[name], evaluation, shapes, how
+            )
         record = {
             "what": "calibration: formats by layer for a budget of bits",
             "model": self.model,
             "calibration": {
-                "text": {"name": source.name, "sha256": source.sha256},
+                "text": source.record(),
                 "n_ctx": options["ctx_size"],
-                "n_windows": len(windows),
-                "stride": options["ctx_size"] // 2,
-                "formats": list(options["formats"]),
+                "n_windows": len(sample.windows),
+                "stride": stride,
+                "formats": list(formats),
                 "base": options["base"],
                 "refine": options["refine"],
                 "keys": self.keys,
             },
-            "sensitivity": records.sensitivity_record(found, shapes, options["formats"]),
+            "sensitivity": records.sensitivity_record(found, shapes, formats),
             "policies": [
-                records.assigned_record(a, e, name) for a, e, name in zip(assigned, checked, names)
+                records.assigned_record(policies[name], evaluations[name], name) for name in names
             ],
-            "held_out": held,
+            "held_out": None if other is None else self._held_out(other, policies),
             "command": command_line(),
             "environment": self.environment,
         }
-        pairs = {name: a.pairs for name, a in zip(names, assigned)}
+        pairs = {name: policy.pairs for name, policy in policies.items()}
         records.write_policies(self.folder, pairs, record)
         if isinstance(self.centre, References):
             for name in names:
                 save_references(self.folder / name, self.centre)
         return record
 
-    def _how(self) -> dict:
-        batch = self.options["batch_size"] or default_batch()
-        return {"backend": self.options["backend"], "centre": self.centre, "batch": batch}
-
-    def _windows(
-        self, source: TextSource, chunks: int | None, stride: int | None = None
-    ) -> np.ndarray:
+    def _sample(self, source: TextSource, chunks: int | None, stride: int | None = None) -> Sample:
         n_ctx = self.options["ctx_size"]
         windows = cut_windows(self.loaded.tokenizer, source.text, n_ctx, chunks, stride)
         if chunks is not None and len(windows) < chunks:
             self.note(f"{source.name} has {len(windows)} windows of {n_ctx}; all of them are used.")
-        return windows
+        return Sample(source, windows)
 
-    def _settings(self, source: TextSource, windows: np.ndarray, configs: list[Prepared]) -> dict:
-        name = self.model["fingerprint"]
-        return settings_of(windows, configs, name, source.sha256, self.environment)
+    def _settings(self, sample: Sample, configs: list[Prepared]) -> dict:
+        name, sha256 = self.model["fingerprint"], sample.source.sha256
+        settings = settings_of(sample.windows, configs, name, sha256, self.environment)
+        return settings | {"keys": self.keys}
 
-    def _measurements(self, source: TextSource, windows: np.ndarray) -> Journal:
+    def _measurements(self, sample: Sample) -> Journal:
         """What the folder has of this model and text."""
         backend = self.options["backend"]
-        settings = self._settings(source, windows, []) | {
+        settings = self._settings(sample, []) | {
             "stride": self.options["ctx_size"] // 2,
             "backend": select_backend(None if backend == "auto" else backend).name,
-            "keys": self.keys,
         }
         path = self.folder / MEASUREMENTS
         kept = Journal(path, settings, self.options["resume"])
@@ -136,67 +148,54 @@ class Calibration:
 
     def _refined(
         self,
-        assigned: list[Assigned],
-        names: list[str],
-        windows: np.ndarray,
+        sample: Sample,
+        name: str,
+        best: Assigned,
+        evaluation: Evaluation,
         shapes: list[KVShape],
-        kept: Journal,
-        source: TextSource,
-    ) -> tuple[list[Assigned], list[Evaluation]]:
-        """Assignments, better ones where refining finds them, and each one's evaluation."""
-        model, formats = self.loaded.model, self.options["formats"]
-        evaluation = self._evaluate(source, windows, assigned, names)
-        final, checked = [], []
-        for best, name in zip(assigned, names):
-            measured, result = _kld_of(evaluation, name), evaluation
-            for _ in range(self.options["refine"]):
-                with self.progress() as progress:
-                    other = calibrate.refine(
-                        model, windows, best, shapes, formats,
-                        records=kept, progress=progress, **self._how(),
-                    )  # fmt: skip
-                if other.pairs == best.pairs:
-                    break
-                again = self._evaluate(source, windows, [other], [name])
-                if _kld_of(again, name) >= measured:
-                    break
-                best, result, measured = other, again, _kld_of(again, name)
-            final.append(best)
-            checked.append(result)
-        return final, checked
+        how: dict[str, Any],
+    ) -> tuple[Assigned, Evaluation]:
+        """A better assignment than this one where refining finds it, and its evaluation."""
+        for _ in range(self.options["refine"]):
+            with self.progress() as progress:
+                other = calibrate.refine(
+                    self.loaded.model, sample.windows, best, shapes, self.options["formats"],
+                    progress=progress, **how,
+                )  # fmt: skip
+            if other.pairs == best.pairs:
+                break
+            again = self._evaluate(sample, {name: other})
+            if _kld_of(again, name) >= _kld_of(evaluation, name):
+                break
+            best, evaluation = other, again
+        return best, evaluation
 
-    def _check(self, other: TextSource, assigned: list[Assigned], names: list[str]) -> dict:
+    def _held_out(self, other: TextSource, policies: dict[str, Assigned]) -> dict:
         """The policies on held-out windows, with what they are compared with."""
-        windows = self._windows(other, self.options["held_out_chunks"])
+        sample = self._sample(other, self.options["held_out_chunks"])
         compare = list(dict.fromkeys(self.options["compare"]))
-        evaluation = self._evaluate(other, windows, assigned, names, compare)
+        evaluation = self._evaluate(sample, policies, compare)
         return {
-            "text": {"name": other.name, "sha256": other.sha256},
+            "text": other.record(),
             "n_ctx": self.options["ctx_size"],
-            "n_windows": len(windows),
+            "n_windows": len(sample.windows),
             "results": records.held_out_record(evaluation, compare),
         }
 
     def _evaluate(
-        self,
-        source: TextSource,
-        windows: np.ndarray,
-        assigned: list[Assigned],
-        names: list[str],
-        more: Sequence[str] = (),
+        self, sample: Sample, policies: dict[str, Assigned], more: Sequence[str] = ()
     ) -> Evaluation:
         """The f16 run, policies and further configurations over windows."""
         model, backend = self.loaded.model, self.options["backend"]
         configs = [prepare(model, REFERENCE, backend)]
-        for at, name in zip(assigned, names):
-            configs.append(prepare_layers(model, at.pairs, name, backend, self.centre))
+        for name, policy in policies.items():
+            configs.append(prepare_layers(model, policy.pairs, name, backend, self.centre))
         configs += [prepare(model, name, backend, centre=self.centre) for name in more]
-        settings = self._settings(source, windows, configs)
-        settings |= {"windows": digest(windows), "keys": self.keys}
+        settings = self._settings(sample, configs) | {"windows": digest(sample.windows)}
         resume = False if self.options["resume"] is False else None
         checkpoint = Checkpoint(journal_path("perplexity", settings, None), settings, resume)
         with self.progress() as progress:
-            evaluation = evaluate_windows(model, windows, configs, checkpoint, progress)
+            evaluation = evaluate_windows(model, sample.windows, configs, checkpoint, progress)
         checkpoint.done()
         return evaluation
 

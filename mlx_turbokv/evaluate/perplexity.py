@@ -10,18 +10,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import mlx.nn as nn
 import numpy as np
 
 from ..errors import InputError
-from ..policy import Policy
 from . import statistics
 from .checkpoint import Checkpoint
-from .configuration import DEFAULT_CONFIGS, Prepared, prepare
+from .configuration import Prepared
 from .divergence import PositionStats, Reference, check_finite
-from .windows import cut_windows, digest, first_scored, scored_logits, targets_of
+from .windows import digest, first_scored, scored_logits, targets_of
 
 Progress = Callable[[int, int, str], None]
 
@@ -112,34 +110,6 @@ class Evaluation:
             "nll_by_window": result.window_means("nll").tolist(),
             "kld_by_window": result.window_means("kld").tolist(),
         }
-
-
-def perplexity(
-    model: nn.Module,
-    tokenizer: Any,
-    text: str | Sequence[int],
-    configs: Sequence[str | Policy | Prepared] = DEFAULT_CONFIGS,
-    n_ctx: int = 512,
-    chunks: int | None = None,
-    backend: str | None = None,
-    progress: Progress | None = None,
-) -> Evaluation:
-    """Evaluate cache configurations on a text; the first is the reference of the others.
-
-    Args:
-        text: a text, or its tokens.
-        configs: names (configuration.py), policies, or configurations made ready.
-        n_ctx: tokens in a window.
-        chunks: windows to score; None is all of them.
-        progress: called with (steps done, all steps, configuration) after each.
-
-    Raises:
-        InputError: bad names or sizes, a text shorter than one window, or logits that are not
-            numbers.
-    """
-    windows = cut_windows(tokenizer, text, n_ctx, chunks)
-    ready = [c if isinstance(c, Prepared) else prepare(model, c, backend) for c in configs]
-    return evaluate_windows(model, windows, ready, progress=progress)
 
 
 def settings_of(

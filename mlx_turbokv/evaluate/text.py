@@ -27,6 +27,10 @@ class TextSource:
     text: str
     sha256: str
 
+    def record(self) -> dict:
+        """What a record says of the text."""
+        return {"name": self.name, "sha256": self.sha256}
+
 
 def load_text(source: str | None = None) -> TextSource:
     """The text named by `source`: a file, 'sample', or 'wikitext-2' (also None).

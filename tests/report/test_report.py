@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -83,7 +84,7 @@ def _read(html: str) -> Reader:
     return reader
 
 
-def test_the_page_needs_nothing_beside_it(folder):
+def test_the_page_needs_no_other_file(folder):
     html = (folder / "report.html").read_text(encoding="utf-8")
     found = _read(html)
     assert "script" not in found.tags and "link" not in found.tags and "img" not in found.tags
@@ -93,9 +94,7 @@ def test_the_page_needs_nothing_beside_it(folder):
     assert len(found.ids) == len(set(found.ids))
     assert {r[1:] for r in found.refers if r.startswith("#")} <= set(found.ids)
 
-
-def test_what_scrolls_sideways_can_be_reached_by_keyboard(folder):
-    html = (folder / "report.html").read_text(encoding="utf-8")
+    # What scrolls sideways can be reached by keyboard.
     boxes = re.findall(r'<div class="(?:scroll|plot)"[^>]*>', html)
     assert len(boxes) > 8 and all('tabindex="0"' in box for box in boxes)
 
@@ -126,12 +125,9 @@ def test_parts_measured_before_are_kept(folder, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("measured again")
 
-    for module, name in (
-        (needle, "ask"),
-        (perplexity, "_measure_window"),
-        (benchmark, "measure_point"),
-    ):
-        monkeypatch.setattr(module, name, refuse)
+    monkeypatch.setattr(needle, "ask", refuse)
+    monkeypatch.setattr(perplexity, "_measure_window", refuse)
+    monkeypatch.setattr(benchmark, "measure_point", refuse)
     before = json.loads((folder / "report.json").read_text())
     result = _run(monkeypatch, folder)
     assert result.exception is None, result.output
@@ -139,8 +135,8 @@ def test_parts_measured_before_are_kept(folder, monkeypatch):
 
 
 def test_other_settings_are_measured_anew(folder, tmp_path, monkeypatch):
-    for name in ("text.txt", "perplexity.json", "needle.json", "plan.json", "bench.json"):
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "report.html").unlink()
     result = _run(monkeypatch, tmp_path, "-c", "32", "--skip", "needle", "--skip", "bench")
     assert result.exception is None and "other settings (n_ctx)" in result.output
     record = json.loads((tmp_path / "report.json").read_text())
@@ -159,12 +155,8 @@ def test_a_calibration_adds_its_sensitivities(folder):
 def _calibration() -> dict:
     formats = ("turbo3", "turbo5")
     layer = {part: {f: {"mean": 1e-3, "se": 1e-5} for f in formats} for part in "kv"}
-    about = {
-        "n_windows": 2,
-        "n_ctx": 64,
-        "base": "f16/f16",
-        "text": {"name": "<text>", "sha256": "0"},
-    }
+    text = {"name": "<text>", "sha256": "0"}
+    about = {"n_windows": 2, "n_ctx": 64, "base": "f16/f16", "text": text}
     return {
         "what": "calibration",
         "calibration": about,
@@ -182,8 +174,8 @@ def test_names_are_escaped(folder):
 
 
 def test_without_matplotlib_the_json_is_written(folder, tmp_path, monkeypatch):
-    for name in ("text.txt", "perplexity.json", "needle.json", "plan.json", "bench.json"):
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "report.html").unlink()
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     result = _run(monkeypatch, tmp_path)
     assert isinstance(result.exception, InputError) and "mlx_turbokv[plot]" in str(result.exception)
@@ -231,8 +223,7 @@ def test_names_in_the_plot_do_not_cover_points(n):
 
 
 def test_parts_with_other_centring_are_measured_anew(folder, tmp_path, monkeypatch):
-    for name in ("text.txt", "perplexity.json", "plan.json"):
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     record = json.loads((tmp_path / "perplexity.json").read_text())
     record["results"][1]["centred"] = "keys centred by something else"
     (tmp_path / "perplexity.json").write_text(json.dumps(record))
