@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 
 import mlx.core as mx
 import numpy as np
@@ -13,7 +14,6 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.generate import generate_step
-from mlx_lm.models.cache import KVCache
 from tiny_models import tiny_model
 
 from mlx_turbokv.cli import needle as cli
@@ -74,9 +74,8 @@ def test_prompts_follow_from_the_case_alone(hay):
 
 
 def test_a_short_text_is_repeated():
-    prompt = Haystack(Characters(), "One is here. Two is there.").prompt(
-        Case("password", 1000, 0.5)
-    )
+    hay = Haystack(Characters(), "One is here. Two is there.")
+    prompt = hay.prompt(Case("password", 1000, 0.5))
     assert Characters().decode(prompt.tokens).count("One is here.") > 10
 
 
@@ -144,10 +143,6 @@ class Echo:
         return 20.0 * (mx.arange(96) == mx.array(following)[:, None])[None]
 
 
-def _plain() -> configuration.Prepared:
-    return configuration.Prepared("f16/f16", lambda: [KVCache()])
-
-
 @pytest.mark.parametrize("wrong", [None, 1, 3])
 def test_a_model_that_knows_the_answer_finds_it(wrong):
     tokens = Characters().encode("The secret is")
@@ -155,12 +150,9 @@ def test_a_model_that_knows_the_answer_finds_it(wrong):
     spoken = list(answer)
     if wrong is not None:
         spoken[wrong] = 0 if spoken[wrong] else 1
-    result = needle.ask(
-        Echo([*tokens, *spoken, 1, 1, 1, 1]),
-        Characters(),
-        Prompt(tokens, answer, "abc-42"),
-        _plain(),
-    )
+    model, prompt = Echo([*tokens, *spoken, 1, 1, 1, 1]), Prompt(tokens, answer, "abc-42")
+    plain = configuration.Prepared("f16/f16", lambda: [KVCache()])
+    result = needle.ask(model, Characters(), prompt, plain)
     assert result["found"] is (wrong is None)
     assert result["rank"] == (len(answer) if wrong is None else wrong)
     assert (result["logp"] > -1e-3) is (wrong is None)
@@ -209,10 +201,8 @@ def test_rates_are_counted_against_what_f16_finds():
     difference = np.array([-0.5, -2.0, 1.0])
     assert other["delta_logp"]["mean"] == pytest.approx(difference.mean())
     assert other["delta_logp"]["se"] == pytest.approx(difference.std(ddof=1) / np.sqrt(3))
-    assert [(x["context"], x["found"], x["n"]) for x in other["by_context"]] == [
-        (512, 1, 2),
-        (1024, 1, 1),
-    ]
+    by_context = [(x["context"], x["found"], x["n"]) for x in other["by_context"]]
+    assert by_context == [(512, 1, 2), (1024, 1, 1)]
     text = Table(*needle_cells([reference, other])).text().splitlines()
     assert text[2].split()[:4] == ["q8_0/turbo2", "?", "2/3", "1/2"]
 
@@ -238,20 +228,33 @@ def test_an_interrupted_run_goes_on_where_it_stopped(model, hay, tmp_path):
 
 def test_the_time_limit_keeps_what_was_measured(model, hay):
     configs = [configuration.prepare(model, "f16/f16")]
-    assert (
-        needle.run_cases(model, hay, make_cases([700], [0], ["number"]), configs, deadline=0) == []
-    )
+    cases = make_cases([700], [0], ["number"])
+    assert needle.run_cases(model, hay, cases, configs, deadline=0) == []
 
 
-def test_the_command_writes_a_record_and_a_heatmap(model, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
+@pytest.fixture
+def call(model, tmp_path, monkeypatch):
+    """`call(*arguments)`: the command on a tiny model, two cases at most."""
     monkeypatch.setattr("mlx_turbokv.loading.models.load", lambda *a, **k: loaded(model))
     text = tmp_path / "hay.txt"
     text.write_text(TEXT)
+    arguments = [
+        "--text",
+        str(text),
+        "-c",
+        "700",
+        "--needle",
+        "password",
+        "--config",
+        "q8_0/turbo2",
+    ]
+    return lambda *more: CliRunner().invoke(cli.command, [*arguments, *map(str, more)])
+
+
+def test_the_command_writes_a_record_and_a_heatmap(call, tmp_path):
+    pytest.importorskip("matplotlib")
     out, png = tmp_path / "n.json", tmp_path / "n.png"
-    arguments = ["--text", str(text), "-c", "700", "--depths", "2", "--needle", "password",
-                 "--config", "q8_0/turbo2", "--json", str(out), "--plot", str(png)]  # fmt: skip
-    result = CliRunner().invoke(cli.command, arguments)
+    result = call("--depths", 2, "--json", out, "--plot", png)
     assert result.exception is None, result.output
     record = json.loads(out.read_text())
     assert [r["config"] for r in record["summary"]] == ["f16/f16", "q8_0/turbo2"]
@@ -262,20 +265,12 @@ def test_the_command_writes_a_record_and_a_heatmap(model, tmp_path, monkeypatch)
     assert again.exception is None and "| q8_0/turbo2 |" in again.output
 
 
-def test_a_missing_matplotlib_is_named_and_the_record_is_kept(model, tmp_path, monkeypatch):
-    monkeypatch.setattr("mlx_turbokv.loading.models.load", lambda *a, **k: loaded(model))
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    text = tmp_path / "hay.txt"
-    text.write_text(TEXT)
-    arguments = ["--text", str(text), "-c", "700", "--depths", "1", "--needle", "password",
-                 "--config", "q8_0/turbo2", "--plot", str(tmp_path / "n.png")]  # fmt: skip
-    refused = CliRunner().invoke(cli.command, arguments)
-    assert isinstance(refused.exception, InputError) and "mlx_turbokv[plot]" in str(
-        refused.exception
-    )
-    out = tmp_path / "n.json"
-    late = CliRunner().invoke(cli.command, [*arguments, "--json", str(out)])
-    assert isinstance(late.exception, InputError) and "mlx_turbokv[plot]" in str(late.exception)
+def test_a_missing_matplotlib_is_named_and_the_record_is_kept(call, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    out, plot = tmp_path / "n.json", ["--depths", 1, "--plot", tmp_path / "n.png"]
+    for result in (call(*plot), call(*plot, "--json", out)):
+        assert isinstance(result.exception, InputError)
+        assert "mlx_turbokv[plot]" in str(result.exception)
     assert json.loads(out.read_text())["summary"]
 
 

@@ -19,7 +19,7 @@ from mlx_turbokv.evaluate.divergence import PositionStats, Reference
 from mlx_turbokv.evaluate.mlx_lm_quantized import DequantizedCache, make_quantized_caches
 from mlx_turbokv.evaluate.perplexity import evaluate_windows
 from mlx_turbokv.evaluate.tables import PERPLEXITY_HEADER, Table, perplexity_rows
-from mlx_turbokv.evaluate.windows import batch_logits, cut_windows, scored_logits
+from mlx_turbokv.evaluate.windows import batch_logits, cut_windows, first_scored, scored_logits
 
 KLD_TOLERANCE = 1e-6  # nats a position: float32 sums against float64
 
@@ -45,9 +45,13 @@ def windows():
     return np.random.default_rng(0).integers(0, 60, (3, 64)).astype(np.int32)
 
 
-def test_windows_do_not_overlap_and_drop_the_rest():
-    found = cut_windows(Words(), list(range(35)), 16)
-    assert found.tolist() == [list(range(16)), list(range(16, 32))]
+@pytest.mark.parametrize(("stride", "starts"), [(None, [0, 16]), (8, [0, 8, 16])])
+def test_windows_drop_the_rest_and_score_every_token_once(stride, starts):
+    """With a stride of half a window, what is scored neither overlaps nor leaves anything out."""
+    found = cut_windows(Words(), list(range(35)), 16, stride=stride)
+    assert found.tolist() == [list(range(at, at + 16)) for at in starts]
+    scored = [w[first_scored(16) :].tolist() for w in found]
+    assert stride is None or sum(scored, []) == list(range(8, 32))
 
 
 def test_bos_overwrites_the_first_token_only_where_the_vocabulary_adds_it():
@@ -68,11 +72,8 @@ def test_scored_positions_are_those_of_llama_perplexity(model, n_ctx):
 
 
 def _log_softmax(x):
-    return (
-        x
-        - np.log(np.sum(np.exp(x - x.max(-1, keepdims=True)), -1, keepdims=True))
-        - x.max(-1, keepdims=True)
-    )
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
 @pytest.mark.parametrize("distance", [0.0, 1e-3, 0.1, 3.0])
@@ -82,7 +83,9 @@ def test_divergence_agrees_with_float64(n, distance):
     a = rng.normal(0, 3, (n, 500)).astype(np.float32)
     b = (a + distance * rng.normal(size=a.shape)).astype(np.float32)
     targets = rng.integers(0, 500, n)
-    found = Reference(mx.array(a), mx.array(targets)).compare(mx.array(b))
+    reference = Reference(mx.array(a), mx.array(targets))
+    found = reference.compare(mx.array(b))
+    np.testing.assert_array_equal(reference.kld(mx.array(b)), found.kld)
     p, q = _log_softmax(a.astype(np.float64)), _log_softmax(b.astype(np.float64))
     rows = np.arange(n)
     kld = (np.exp(p) * (p - q)).sum(-1)
@@ -127,11 +130,8 @@ def test_nll_is_the_same_whatever_other_configurations_run(model, windows):
     alone = evaluate_windows(model, windows, [configuration.prepare(model, "q8_0/turbo3")])
     names = ["f16/f16", "q8_0/turbo3"]
     together = evaluate_windows(model, windows, [configuration.prepare(model, n) for n in names])
-    np.testing.assert_allclose(
-        np.concatenate(alone.results[0].of("nll")),
-        np.concatenate(together.results[1].of("nll")),
-        atol=1e-5,
-    )
+    one, other = (np.array(r.of("nll")) for r in (alone.results[0], together.results[1]))
+    np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -243,9 +243,16 @@ def test_a_run_with_other_settings_is_refused(tmp_path):
         Checkpoint(path, {"model": "b"}, resume=True)
 
 
-def test_tables_have_one_row_a_configuration(model, windows):
-    configs = [configuration.prepare(model, n) for n in ("f16/f16", "q8_0/turbo2")]
+def test_summaries_and_tables_have_one_row_a_configuration(model, windows):
+    configs = [configuration.prepare(model, n) for n in ("f16/f16", "q8_0/turbo2@boundary:1,0")]
     summary = evaluate_windows(model, windows, configs).summary()
+    record = summary[1]
+    v = [layer[1] for layer in record["layer_bits"]]
+    assert v[0] > v[1] == v[2] == v[3]
+    assert np.mean(v) == pytest.approx(record["v_bits_per_value"])
+    low, high = record["kld"]["intervals"]["median"]
+    assert low <= record["kld"]["median"] <= high
+    assert record["flips"]["rate"]["mean"] == pytest.approx(1 - record["same_top"]["mean"])
     table = Table(PERPLEXITY_HEADER, perplexity_rows(summary))
     assert len(table.text().splitlines()) == 3
     markdown = table.markdown().splitlines()
@@ -278,14 +285,6 @@ def test_the_command_refuses_before_it_loads_a_model(arguments):
     assert isinstance(result.exception, InputError)
 
 
-def test_overlapping_windows_score_every_token_once():
-    """A stride of half a window: what is scored does not overlap, and leaves nothing out."""
-    found = cut_windows(Words(), list(range(45)), 16, stride=8)
-    assert found[:, 0].tolist() == [0, 8, 16, 24] and found.shape == (4, 16)
-    scored = np.concatenate([w[16 // 2 :] for w in found])
-    assert scored.tolist() == list(range(8, 40))
-
-
 # Sums in another order may round a near-tie of the quantiser the other way, which a few logits
 # show; another window's logits differ by far more.
 @pytest.mark.parametrize(("name", "atol"), [("f16/f16", 1e-5), ("q8_0/turbo3", 0.05)])
@@ -295,24 +294,6 @@ def test_several_windows_at_once_give_the_logits_of_each(model, windows, name, a
     alone = np.stack([scored_logits(model, window, caches()) for window in windows])
     np.testing.assert_allclose(found, alone, atol=atol)
     assert np.abs(alone[0] - alone[1]).max() > 20 * atol
-
-
-def test_kld_alone_is_that_of_the_comparison():
-    rng = np.random.default_rng(5)
-    a, b = (mx.array(rng.normal(0, 3, (35, 90)).astype(np.float32)) for _ in range(2))
-    reference = Reference(a, mx.zeros(35, mx.int32))
-    np.testing.assert_array_equal(reference.kld(b), reference.compare(b).kld)
-
-
-def test_summaries_name_the_bits_of_every_layer(model, windows):
-    configs = [configuration.prepare(model, n) for n in ("f16/f16", "q8_0/turbo2@boundary:1,0")]
-    record = evaluate_windows(model, windows, configs).summary()[1]
-    v = [layer[1] for layer in record["layer_bits"]]
-    assert v[0] > v[1] == v[2] == v[3]
-    assert np.mean(v) == pytest.approx(record["v_bits_per_value"])
-    low, high = record["kld"]["intervals"]["median"]
-    assert low <= record["kld"]["median"] <= high
-    assert record["flips"]["rate"]["mean"] == pytest.approx(1 - record["same_top"]["mean"])
 
 
 def test_a_journal_line_that_lost_its_end_of_line_is_ended(tmp_path):
