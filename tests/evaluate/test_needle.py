@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import KVCache
 from tiny_models import tiny_model
 
 from mlx_turbokv.cli import needle as cli
