@@ -5,14 +5,14 @@
     python scripts/bench_kernels.py --parts kv_bits --out benchmarks/bench_kv_bits.json
     python scripts/bench_kernels.py --parts lengths,rows --pairs turbo4/turbo3 --lengths 131072
 
-Variants take turns in one run. ``us`` is microseconds of a call, MLX's launches included, in a chain
-in which each call's query is the last call's output, as layers follow one another; ``apart_us`` is
-the same call where none waits for another.
+Variants take turns in one run. ``us`` is microseconds of a call, MLX's launches included, in a
+chain in which each call's query is the last call's output, as layers follow one another;
+``apart_us`` is the same call where none waits for another.
 
-A chain is submitted as mlx-lm's generation submits tokens: in steps of STEP_CALLS calls, as many as a
-model has layers, the next step while the GPU runs the last one. MLX's work on the CPU for a step is
-hidden as far as the GPU's work takes as long; where it takes longer, ``us`` is the time of that work
-(compare ``submit_us``). Building a call's graph in Python comes before and is timed apart, as
+A chain is submitted as mlx-lm's generation submits tokens: in steps of STEP_CALLS calls, as many as
+a model has layers, the next step while the GPU runs the last one. MLX's work on the CPU for a step
+is hidden as far as the GPU's work takes as long; where it takes longer, ``us`` is the time of that
+work (compare ``submit_us``). Building a call's graph in Python comes before and is timed apart, as
 ``build_us``.
 
 Kernels compile at their first call. ``--warm i/n`` only compiles, every n-th variant, so that

@@ -3,9 +3,9 @@
     python scripts/mlx_lm_tests.py [--plain] [FOLDER]
 
 Takes the tests from the source distribution of the installed mlx-lm (FOLDER, if it is unpacked
-already, else downloaded). Their model is on a hub, so this package's default model replaces it, with
-LA-V7 attached again before every test; --plain attaches nothing. Every test that may fail is listed
-below with the reason. Exits with 1 if another one fails.
+already, else downloaded). Their model is on a hub, so this package's default model replaces it,
+with LA-V7 attached again before every test; --plain attaches nothing. Every test that may fail is
+listed below with the reason. Exits with 1 if another one fails.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def decode_steps(name: str, steps: int) -> None:
     import mlx.core as mx
     from mlx_lm.models.cache import KVCache
 
-    import mlx_turbokv  # noqa: I001: before mlx.core
+    import mlx_turbokv
 
     cache = KVCache() if name == "f16" else mlx_turbokv.TurboKVCache(*name.split("/"))
 

@@ -31,7 +31,7 @@ from pages import table  # noqa: E402
 
 from mlx_turbokv.cli import bench, needle, options, perplexity  # noqa: E402
 from mlx_turbokv.cli.entry import run  # noqa: E402
-from mlx_turbokv.cli.output import print_status, read_json, write_json  # noqa: E402
+from mlx_turbokv.cli.output import print_status, read_json  # noqa: E402
 from mlx_turbokv.cli.runs import load_model  # noqa: E402
 from mlx_turbokv.errors import InputError  # noqa: E402
 from mlx_turbokv.evaluate.statistics import bootstrap_interval  # noqa: E402
@@ -375,15 +375,6 @@ def report(short: dict, long: dict | None, needle: dict | None, bench: dict | No
     return "\n\n".join(parts)
 
 
-def verdicts(short: dict, long: dict | None, needle: dict | None) -> dict:
-    """The record of the claims."""
-    kept = ("model", "text", "n_ctx", "n_windows", "backend", "environment", "command")
-    about = {"what": "claims of the paper", **{key: short[key] for key in kept}}
-    if long is not None:
-        about["long"] = {key: long[key] for key in ("n_ctx", "n_windows")}
-    return about | {"claims": judged(short, long, needle)}
-
-
 @click.command()
 @options.combined(options.model, options.dtype, options.backend)
 @click.option("--text", "-f", help="A file, sample, or wikitext-2 (default).")
@@ -396,8 +387,7 @@ def verdicts(short: dict, long: dict | None, needle: dict | None) -> dict:
 @click.option("--long", metavar="JSON", help="The same at a longer context.")
 @click.option("--needle", "needles", metavar="JSON", help="A needle record.")
 @click.option("--bench", "speeds", metavar="JSON", help="A bench record.")
-@click.option("--json", "json_path", metavar="FILE", help="Write the verdicts there.")
-def command(folder, short, long, needles, speeds, json_path, **args) -> None:
+def command(folder, short, long, needles, speeds, **args) -> None:
     """Print the paper's tables and claims with what is measured here."""
     if (folder is None) == (short is None):
         raise InputError("Give either --out FOLDER, to measure, or --from JSON.")
@@ -411,8 +401,6 @@ def command(folder, short, long, needles, speeds, json_path, **args) -> None:
         short, long = measure_both(Path(folder), **args)
     needles, speeds = record(needles, needle.WHAT), record(speeds, bench.WHAT)
     print(report(short, long, needles, speeds))
-    if json_path is not None:
-        write_json(json_path, verdicts(short, long, needles))
 
 
 if __name__ == "__main__":

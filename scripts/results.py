@@ -27,6 +27,7 @@ PAGES: dict[str, tuple[Callable[[], str], str]] = {
     "paper": (quality.paper, "the paper's claims and tables"),
     "report": (quality.report, "a report of the default model in one table"),
     "whole-models": (models.whole_models, "speed and memory of an 8B and a 7B shape"),
+    "memory": (models.memory, "bytes of the cache of known models"),
     "kernels": (kernels.kernels, "times of attention, packing and dequantising"),
     "kv-bits": (kernels.kv_bits, "times of mlx-lm's kv_bits attention"),
     "kernel-counters": (kernels.counters, "instructions, bytes, what Apple GPUs could reach"),

@@ -208,81 +208,52 @@ def gpu_check() -> str:
     """What ran on an NVIDIA GPU, against float64 and against the reference back-end."""
     record = read("gpu_check")
     cases, pairs = record["kernels"], record["model"]["pairs"]
-    n = cases["cases"] + len(cases["not_run"])
-    ratios = [row["decode_ratio"] for row in cases["rows"] if row.get("decode_ratio")]
-    apart, free = (max(p[key] for p in pairs)
-                   for key in ("largest_difference", "largest_difference_free"))  # fmt: skip
-    items = [
-        f"**Kernels**: {_cases(cases, n)}. Decode's relative error (geometric mean over three "
-        f"draws of the queries) is at most {max(ratios):.2f} times that of an attention in plain "
-        "ops at the case's precision.",
-        f"**compute-sanitizer**: {_sanitizer(record['sanitizer'], n)}.",
-        f"**Losses** of the default model over {len(pairs[0]['nll_by_window']['first'])} windows "
-        f"agree with the reference back-end's to {power(apart)} nats with teacher-forced codes, "
-        f"and to {free:.3f} without.",
-        f"**Greedy texts**: {texts_text([text for p in pairs for text in p['greedy']])}.",
-        "**Launches** of a layer's cache and attention in a decode step: "
-        + ", ".join(f"{r['cache']} {r['launches']:g}" for r in record["launches"]["rows"]) + ".",
-        f"**doctor** {_doctor(record['doctor'])}.",
+    runs = [("kernels against float64", cases), *((t["tool"], t) for t in record["sanitizer"])]
+    ran = [[name, str(run["cases"]), str(len(run["not_run"])), str(len(run["failures"]))]
+           for name, run in runs]  # fmt: skip
+    failures = [f"- {failure}" for _, run in runs for failure in run["failures"]]
+    ratio = max(row["decode_ratio"] for row in cases["rows"] if row.get("decode_ratio"))
+    losses = [
+        [p["pair"], str(len(p["nll_by_window"]["first"])), power(p["largest_difference"]),
+         f"{p['largest_difference_free']:.3f}",
+         f"{p['differing']:,} of {p['codes']:,}", str(p["wrong"])]
+        for p in pairs
     ]  # fmt: skip
-    tools = [t["command"] for t in record["sanitizer"]]
+    doctor = [
+        [row["changed"] or "nothing changed", str(row["exit"]), ", ".join(row["named"]) or "–"]
+        for row in record["doctor"]
+    ]
     others = [record[name]["command"] for name in ("kernels", "model", "launches")]
     return "\n\n".join([
         "# Checks on an NVIDIA GPU",
-        "The text of the Metal kernels, compiled as CUDA; [what is compared, and what "
+        "The text of the Metal kernels, compiled as CUDA. [What is compared, and what "
         "teacher-forced codes are](../testing.md#on-an-nvidia-gpu).",
-        "\n".join(f"- {item}" for item in items), source("gpu_check", record),
-        "The parts were made by", commands(*others, *tools),
+        table(["kernel cases", "run", "not run", "failures"], ran), *failures,
+        "Decode's relative error (geometric mean over three draws of the queries) is at most "
+        f"{ratio:.2f} times that of an attention in plain ops at the case's precision.",
+        "## The default model on both back-ends",
+        "Largest difference of a window's loss, in nats, with teacher-forced codes and without.",
+        table(["K/V", "windows", "teacher-forced", "free", "codes that differ", "no near-tie"],
+              losses),
+        "Greedy texts: steps at which both choose the same token and the largest difference of a "
+        "log-probability, with teacher-forced codes; without them, the equal tokens before the "
+        "first difference, and how far apart the two tokens are there, in nats.",
+        table(["K/V, prompt", "same token", "log-probability", "equal if free", "apart"],
+              [[f"{p['pair']}, {text['prompt']}", *text_cells(text)]
+               for p in pairs for text in p["greedy"]]),
+        "## Launches of a layer's cache and attention in a decode step",
+        table(["cache", "launches"],
+              [[r["cache"], f"{r['launches']:g}"] for r in record["launches"]["rows"]]),
+        "## doctor",
+        table(["kernel text", "exit status", "kernels named"], doctor),
+        source("gpu_check", record),
+        commands(*others, *(tool["command"] for tool in record["sanitizer"])),
     ])  # fmt: skip
 
 
-def _cases(found: dict, n: int) -> str:
-    """How many cases ran and which disagreed."""
-    failed = [row for row in found["rows"] if row["failures"]]
-    ran = f"all {n} cases" if not found["not_run"] else f"{found['cases']} of {n} cases"
-    if not failed:
-        return f"{ran} agree with float64"
-    names = "; ".join(f"`{row['case']}`: {', '.join(row['failures'])}" for row in failed)
-    return f"of {ran} against float64, {len(failed)} did not agree ({names})"
-
-
-def _sanitizer(tools: list[dict], n: int) -> str:
-    parts = []
-    for tool in tools:
-        ran = f"all {n}" if not tool["not_run"] else f"{tool['cases']} of {n}"
-        found = "; ".join(tool["failures"]) or "nothing"
-        parts.append(f"{tool['tool']} on {ran} cases reports {found}")
-    return ", ".join(parts)
-
-
-def texts_text(texts: list[dict]) -> str:
-    """How greedy texts of the two back-ends agree with teacher-forced codes, and differ without."""
-    forced, free = ([text[kind] for text in texts] for kind in ("forced", "free"))
-    steps, equal = (sum(text[key] for text in forced) for key in ("n_tokens", "n_equal"))
-    chosen = f"all {steps}" if equal == steps else f"{equal} of {steps}"
-    gaps = [text["gap"] for text in forced if text["gap"] is not None]
-    others = f" (two tokens are at most {power(max(gaps))} nats apart at the rest)" if gaps else ""
-    apart = power(max(text["log_probability"] for text in forced))
-    gaps = [abs(text["gap"]) for text in free if text["gap"] is not None]
-    differ = "none differs"
-    if gaps:
-        differ = (
-            f"{len(gaps)} differ, from a step where two tokens are at most {max(gaps):.3f} nats"
-        )
-        differ += " apart"
-    return (
-        f"with teacher-forced codes both choose the same token at {chosen} steps of {len(texts)} "
-        f"texts{others}, log-probabilities differing by at most {apart} nats; without, {differ}"
-    )
-
-
-def _doctor(rows: list[dict]) -> str:
-    """What doctor said of the tree and of changed ones."""
-    parts = []
-    for row in rows:
-        verdict = "passes" if row["passed"] else f"fails with status {row['exit']}"
-        if row["changed"] is not None:
-            change = row["changed"].replace(":", ",")
-            verdict = f"with {change}, it {verdict} and names {', '.join(row['named'])}"
-        parts.append(verdict)
-    return "; ".join(parts)
+def text_cells(text: dict) -> list[str]:
+    """How the greedy texts of two back-ends agree, with teacher-forced codes and without."""
+    forced, free = text["forced"], text["free"]
+    gap = "–" if free["gap"] is None else f"{abs(free['gap']):.3f}"
+    same = f"{forced['n_equal']} of {forced['n_tokens']}"
+    return [same, power(forced["log_probability"]), str(free["n_equal"]), gap]

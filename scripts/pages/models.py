@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from mlx_turbokv.evaluate.configuration import parse_policy
 from mlx_turbokv.evaluate.tables import bytes_text
+from mlx_turbokv.loading.known_shapes import known_config, shape_from_config
+from mlx_turbokv.report.plan import make_plan
 
 from . import SETTLED, commands, read, source, table
+
+KNOWN = ("Llama-3.1-8B", "Qwen2.5-7B", "Qwen3.5-27B")
+CACHES = ("f16/f16", "q8_0/q8_0", "la-v7", "turbo6/turbo5", "turbo4/turbo3")
+CONTEXTS = (8192, 32768, 131072)
 
 
 def whole_models() -> str:
@@ -58,6 +65,25 @@ def _whole_model(record: dict) -> str:
         f"tokens, up to {apart:.0%} from their median."
     )
     return f"{about}\n\n{table(['', *record['configs']], lines)}"
+
+
+def memory() -> str:
+    """Bytes of the caches of known models, computed from their shapes."""
+    parts = [
+        "# Memory of the KV cache",
+        "Computed from the models' shapes (`mlx_turbokv.plan --model NAME`), not measured. All "
+        "caches of one sequence, layers that are not packed included.",
+    ]
+    for name in KNOWN:
+        shape = shape_from_config(known_config(name), name)
+        plan = make_plan(shape, [(c, parse_policy(c)) for c in CACHES], CONTEXTS)
+        rows = [
+            [row.name, f"{row.bits:.2f}", *(bytes_text(row.bytes_at[n]) for n in CONTEXTS)]
+            for row in plan.rows
+        ]
+        header = ["K/V", "bits/value", *(f"{n:,} tokens" for n in CONTEXTS)]
+        parts += [f"## {name}", f"{len(shape.layers.layers)} KV layers.", table(header, rows)]
+    return "\n\n".join(parts)
 
 
 def models() -> str:

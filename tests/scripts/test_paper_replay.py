@@ -103,16 +103,16 @@ def test_a_hybrid_is_measured_by_ordinal_and_by_raw_index(tmp_path, monkeypatch)
     text.write_text(" ".join(f"Line {i} of the text." for i in range(400)))
     model = tiny_model("qwen3_next", head_dim=64, num_hidden_layers=16)
     monkeypatch.setattr("mlx_turbokv.loading.models.load", lambda *a, **k: loaded(model))
-    out, verdicts = tmp_path / "paper", tmp_path / "paper.json"
-    arguments = ["--out", str(out), "--text", str(text), "--chunks", "2", "--long-chunks", "0",
-                 "--json", str(verdicts)]  # fmt: skip
+    out = tmp_path / "paper"
+    arguments = ["--out", str(out), "--text", str(text), "--chunks", "2", "--long-chunks", "0"]
     result = CliRunner().invoke(paper.command, arguments)
     assert result.exception is None, result.output
-    found = {c["claim"]: c for c in json.loads(verdicts.read_text())["claims"]}
+    short = str(out / "short.json")
+    claims = paper.judged(json.loads(Path(short).read_text()), None, None)
+    found = {c["claim"]: c for c in claims}
     for claim in (*paper.CLAIMS, *paper.HYBRID_CLAIMS):
         assert found[claim.text]["verdict"] != paper.MISSING
     assert "## Quality at 512 tokens" in result.output and "| la-v7 |" in result.output
-    short = str(out / "short.json")
     again = CliRunner().invoke(paper.command, ["--from", short, "--long", short])
     assert again.exception is None and "raw layer indices" in again.output
     assert "## At 8,192 tokens" in again.output and "shrinks with the context" in again.output
