@@ -10,6 +10,7 @@ of one token but pass them to attention gets ``Handle``s instead (cache/factory.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -18,7 +19,8 @@ from ..kernels.backend import Backend
 from ..kernels.packed import PackedKV
 
 
-class Hidden(NamedTuple):
+@dataclass(frozen=True)
+class Hidden:
     """Packed rows that models don't see: ``count`` rows from row ``first`` on."""
 
     first: int = 0

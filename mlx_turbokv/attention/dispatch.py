@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 
 from ..kernels.backend import Backend
@@ -49,24 +51,29 @@ def attention(
         returns: [B, n_heads, L, v_head_dim], in the queries' dtype.
     """
     backend = backend.covering(packed.layout)
-    if backend.attention is not None:
+    decode, rotated_rows = backend.decode, backend.rotated_rows
+    if decode is None or rotated_rows is None:
         return backend.attention(queries, packed, scale, mask, sinks, left_padding)
     few = queries.shape[2] <= MAX_QUERIES
     # rows of padding have no positions, so they must be hidden
     hidden = packed.left_padding is None or left_padding is not None
     if few and hidden and not isinstance(mask, mx.array):
-        return backend.decode(queries, packed, scale, mask == "causal", sinks, left_padding)
-    if few and left_padding is None and _is_causal_with_padding(mask, queries, packed):
-        return backend.decode(queries, packed, scale, True, sinks, mask.left_padding)
+        return decode(queries, packed, scale, mask == "causal", sinks, left_padding)
+    if (
+        few
+        and left_padding is None
+        and isinstance(mask, PaddedCausal)
+        and _is_causal_with_padding(mask, queries, packed)
+    ):
+        return decode(queries, packed, scale, True, sinks, mask.left_padding)
     if left_padding is not None:
         mask = with_left_padding(queries.shape[2], packed.n_tokens, mask, left_padding)
-    return _dequantized(queries, packed, scale, mask, sinks, backend)
+    return _dequantized(queries, packed, scale, mask, sinks, rotated_rows)
 
 
-def _is_causal_with_padding(mask: mx.array, queries: mx.array, packed: PackedKV) -> bool:
+def _is_causal_with_padding(mask: PaddedCausal, queries: mx.array, packed: PackedKV) -> bool:
     """Whether the mask says no more than where these sequences begin, and is causal."""
-    shape = (queries.shape[0], 1, queries.shape[2], packed.n_tokens)
-    if type(mask) is not PaddedCausal or mask.shape != shape:
+    if mask.shape != (queries.shape[0], 1, queries.shape[2], packed.n_tokens):
         return False
     return packed.centre is None or packed.left_padding is not None
 
@@ -77,7 +84,7 @@ def _dequantized(
     scale: float,
     mask: mx.array | str | None,
     sinks: mx.array | None,
-    backend: Backend,
+    rotated_rows: Callable,
 ) -> mx.array:
     """MLX's fused attention over dequantised rows."""
     layout, dtype = packed.layout, _row_dtype(packed.layout, queries.dtype)
@@ -89,7 +96,7 @@ def _dequantized(
     bytes_each = packed.row_values(queries.shape[0]) * dtype.size
     output = attention_by_heads(
         q,
-        lambda first, count: backend.rotated_rows(packed, dtype, first, count),
+        lambda first, count: rotated_rows(packed, dtype, first, count),
         n_kv_heads,
         bytes_each,
         scale,

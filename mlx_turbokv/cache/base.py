@@ -6,6 +6,8 @@ Only the tail is made anew at each token.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
 
@@ -20,7 +22,15 @@ from ..quant.layout import TILE, KVLayout, shared_layout
 
 FLUSH_TOKENS = 256
 STATE_VERSION = 2
+STATE_LENGTH = 11  # values of the state that all packed caches have
 hook.install()
+Cache = TypeVar("Cache", bound=type)
+
+
+def loadable(cls: Cache) -> Cache:
+    """Make a class known to mlx-lm's ``load_prompt_cache``, which looks names up in its module."""
+    setattr(mlx_lm_cache, cls.__name__, cls)
+    return cls
 
 
 class PackedCache(mlx_lm_cache._BaseCache):
@@ -29,7 +39,7 @@ class PackedCache(mlx_lm_cache._BaseCache):
     Args:
         k_format, v_format: formats or their names.
         backend: ``metal``, ``cuda`` or ``reference``; None chooses.
-        centre: what to take out of the keys before they are quantised; turbo keys only.
+        centre: what to subtract from the keys before they are quantised; turbo keys only.
 
     Raises:
         InputError: an unknown format or back-end, or a centre for keys that are not turbo.
@@ -182,8 +192,8 @@ class PackedCache(mlx_lm_cache._BaseCache):
             returns: [B, H, n, k_head_dim], [B, H, n, v_head_dim].
         """
         source = self._source()
-        dtype = dtype or getattr(mx, source.packed.layout.dtype)
-        return lazy_keys_and_values(source, dtype)
+        own: mx.Dtype = getattr(mx, source.packed.layout.dtype)
+        return lazy_keys_and_values(source, dtype or own)
 
     @property
     def keys(self) -> mx.array:
@@ -244,14 +254,14 @@ class PackedCache(mlx_lm_cache._BaseCache):
     @property
     def state(self) -> list:
         """What saving, loading and evaluation need: arrays and scalars."""
-        header = [STATE_VERSION, str(self.k_format), str(self.v_format)]
-        header.append(None if self.centre is None else self.centre.state)
-        if self.layout is None:
-            return [*header, None, None, 0, 0, 0, 0, ""]
-        layout = self.layout
-        counts = [self.n_body, self.n_tail, layout.k_head_dim, layout.v_head_dim]
-        body, tail = self.body if self.n_body else None, self.tail if self.n_tail else None
-        return [*header, body, tail, *counts, layout.dtype]
+        centre = None if self.centre is None else self.centre.state
+        header = [STATE_VERSION, str(self.k_format), str(self.v_format), centre]
+        rows = [None, None, 0, 0, 0, 0, ""]
+        if self.layout is not None:
+            body, tail = self.body if self.n_body else None, self.tail if self.n_tail else None
+            dims = self.layout.k_head_dim, self.layout.v_head_dim
+            rows = [body, tail, self.n_body, self.n_tail, *dims, self.layout.dtype]
+        return [*header, *rows, *self._extra_state()]
 
     @state.setter
     def state(self, state: list) -> None:
@@ -262,20 +272,34 @@ class PackedCache(mlx_lm_cache._BaseCache):
                 f"version {STATE_VERSION}."
             )
         try:
-            version, k_format, v_format, centre, body, tail, *counts, dtype = state
+            _, k_format, v_format, centre, body, tail, *counts, dtype = state[:STATE_LENGTH]
             n_body, n_tail, k_dim, v_dim = counts
             self.centre = None if centre is None else Centre.from_state(centre)
-        except (TypeError, ValueError) as error:
+            self._clear()
+            self._set_extra_state(list(state[STATE_LENGTH:]))
+        except (TypeError, ValueError, AttributeError) as error:
             raise InputError(
                 f"This is not the state of a {type(self).__name__}: {error}."
             ) from None
         self.k_format, self.v_format = KVFormat.parse(k_format), KVFormat.parse(v_format)
         if not hasattr(self, "_backend_name"):
             self._backend_name = select_backend().name
-        self._clear()
         if dtype:
             dims = int(k_dim), int(v_dim)
             self.layout = shared_layout(self.k_format, self.v_format, *dims, dtype)
             self.body = empty_tiles() if body is None else body
             self.tail = empty_tiles() if tail is None else tail
             self.n_body, self.n_tail = int(n_body), int(n_tail)
+
+    def _extra_state(self) -> list:
+        """What a kind of cache adds to the state."""
+        return []
+
+    def _set_extra_state(self, extra: list) -> None:
+        """Take what ``_extra_state`` gave.
+
+        Raises:
+            TypeError, ValueError, AttributeError: it is something else.
+        """
+        if extra:
+            raise ValueError(f"it has {len(extra)} values too many")

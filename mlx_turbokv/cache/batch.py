@@ -9,20 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import mlx.core as mx
-from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.base import create_causal_mask
+from mlx_lm.models.cache import create_attention_mask
 
 from ..centring.centre import Centre
-from ..errors import InputError
 from ..kernels.packed import PaddedCausal
 from ..quant.formats import KVFormat
-from .base import PackedCache
-from .padding import PaddedBatch, as_list, common_layout
+from .base import loadable
+from .padding import PaddedBatch, common_layout
 from .single import TurboKVCache
 
-STATE_LENGTH = 13
 
-
+@loadable
 class BatchTurboKVCache(PaddedBatch):
     """A packed KV cache for one layer and several sequences.
 
@@ -67,7 +65,7 @@ class BatchTurboKVCache(PaddedBatch):
         """The causal mask of the next tokens; without padding it needs no array."""
         size = self.size()
         if not any(self._left_padding):
-            return mlx_lm_cache.create_attention_mask(n, size, return_array, window_size)
+            return create_attention_mask(n, size, return_array, window_size)
         mask = create_causal_mask(
             n, offset=size, window_size=window_size, left_padding=self.left_padding
         )
@@ -118,22 +116,14 @@ class BatchTurboKVCache(PaddedBatch):
         merged._hold_newest(caches, n, layout)
         return merged
 
-    @property
-    def state(self) -> list:
-        """What saving, loading and evaluation need: arrays and scalars."""
+    def _extra_state(self) -> list:
         right = None if self._right_padding is None else mx.array(self._right_padding, mx.int32)
-        return [*PackedCache.state.fget(self), self.left_padding, right]
+        return [self.left_padding, right]
 
-    @state.setter
-    def state(self, state: list) -> None:
-        if not isinstance(state, (list, tuple)) or len(state) != STATE_LENGTH:
-            PackedCache.state.fset(self, state)  # tells another version from no state at all
-            raise InputError("This is not the state of a BatchTurboKVCache.")
-        PackedCache.state.fset(self, state[:-2])
-        left, right = state[-2:]
-        self._right_padding = None if right is None else as_list(right)
-        self._set_left_padding(as_list(left))
+    def _set_extra_state(self, extra: list) -> None:
+        left, right = extra
+        self._right_padding = None if right is None else right.tolist()
+        self._set_left_padding(left.tolist())
 
 
-mlx_lm_cache.BatchTurboKVCache = BatchTurboKVCache  # load_prompt_cache looks classes up there
 TurboKVCache.batch_class = BatchTurboKVCache

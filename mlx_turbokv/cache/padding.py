@@ -7,6 +7,7 @@ every sequence keeps the very rows that it would have on its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 
@@ -102,7 +103,7 @@ class PaddedBatch(PackedCache):
         cache = self._new_single()
         cache.handles = self.handles
         padding, n = self._left_padding[idx], self.n_rows
-        if self.empty() or n <= padding:
+        if self.layout is None or n <= padding:
             return cache
         tiles = self.packed.tiles[idx : idx + 1]
         tiles = moved(tiles, self.layout, [-padding], [n], n - padding)
@@ -126,15 +127,21 @@ class PaddedBatch(PackedCache):
     def _move(self, shifts: list[int], ends: list[int], n: int) -> None:
         """Move each sequence's rows by its shift; n rows remain."""
         layout = self.layout
-        if n <= 0:
+        if layout is None or n <= 0:
             self._clear()
             return
         self._set_tiles(moved(self.packed.tiles, layout, shifts, ends, n), n, layout)
 
+    @classmethod
+    def merge(cls, caches: Sequence[Any]) -> PaddedBatch:
+        """A batch of single sequences."""
+        raise NotImplementedError
+
 
 def as_list(indices: Sequence[int] | mx.array) -> list[int]:
     """Numbers of an array or a sequence."""
-    return indices.tolist() if isinstance(indices, mx.array) else [int(i) for i in indices]
+    numbers: Any = indices.tolist() if isinstance(indices, mx.array) else indices
+    return [int(i) for i in numbers]
 
 
 def common_layout(caches: Sequence[PackedCache]) -> KVLayout | None:
@@ -184,8 +191,8 @@ def moved(
     if all(shift % TILE == 0 and end >= n - shift for shift, end in zip(shifts, ends)):
         return _moved_tiles(tiles, [shift // TILE for shift in shifts], n_tiles)
     rows = mx.arange(n_tiles * TILE)[None] - mx.array(shifts)[:, None]
-    ends = mx.minimum(mx.array(ends), n - mx.array(shifts))
-    valid = mx.logical_and(rows >= 0, rows < ends[:, None])[:, None, :, None]
+    last = mx.minimum(mx.array(ends), n - mx.array(shifts))
+    valid = mx.logical_and(rows >= 0, rows < last[:, None])[:, None, :, None]
     rows = mx.clip(rows, 0, tiles.shape[2] * TILE - 1)[:, None, :, None]
 
     def move(part: mx.array) -> mx.array:

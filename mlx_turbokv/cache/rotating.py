@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import mlx.core as mx
-from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.base import create_causal_mask
 
 from ..attention.arrays import Hidden, Source
@@ -18,14 +17,13 @@ from ..errors import InputError
 from ..kernels.packed import empty_tiles
 from ..quant.formats import KVFormat
 from ..quant.layout import TILE
-from .base import PackedCache
+from .base import PackedCache, loadable
 from .padding import PaddedBatch
 
 FLUSH_TOKENS = 64
 # Hidden rows that stay, so that a draft's tokens can be taken back after the window has moved on.
 SPARE_TOKENS = 32
 SLACK_TOKENS = FLUSH_TOKENS + SPARE_TOKENS + TILE
-STATE_EXTRA = 4
 
 
 class RotatingRows(PackedCache):
@@ -102,6 +100,7 @@ class RotatingRows(PackedCache):
         return Source(self.packed, self.backend, hidden)
 
 
+@loadable
 class TurboRotatingKVCache(RotatingRows):
     """A packed KV cache for one layer with a sliding window.
 
@@ -189,21 +188,10 @@ class TurboRotatingKVCache(RotatingRows):
         """
         return cls.batch_class.merge(caches)
 
-    @property
-    def state(self) -> list:
-        """What saving, loading and evaluation need: arrays and scalars."""
-        extra = [self.max_size, self.keep, self.n_hidden, self.n_dropped]
-        return [*PackedCache.state.fget(self), *extra]
+    def _extra_state(self) -> list:
+        return [self.max_size, self.keep, self.n_hidden, self.n_dropped]
 
-    @state.setter
-    def state(self, state: list) -> None:
-        is_list = isinstance(state, (list, tuple)) and len(state) > STATE_EXTRA
-        extra = state[-STATE_EXTRA:] if is_list else []
+    def _set_extra_state(self, extra: list) -> None:
         if not all(type(n) is int for n in extra):
-            PackedCache.state.fset(self, state)  # tells another version from no state at all
-            raise InputError("This is not the state of a TurboRotatingKVCache.")
-        PackedCache.state.fset(self, state[:-STATE_EXTRA] if is_list else state)
+            raise TypeError("its window is not given in whole numbers")
         self.max_size, self.keep, self.n_hidden, self.n_dropped = extra
-
-
-mlx_lm_cache.TurboRotatingKVCache = TurboRotatingKVCache  # load_prompt_cache looks there

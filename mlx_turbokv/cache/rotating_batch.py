@@ -9,21 +9,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import mlx.core as mx
-from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.base import create_causal_mask
 
-from ..errors import InputError
 from ..kernels.packed import PaddedCausal
 from ..log import warn_once
 from ..quant.formats import KVFormat
 from ..quant.layout import KVLayout
-from .base import PackedCache
-from .padding import PaddedBatch, as_list, common_layout
+from .base import PackedCache, loadable
+from .padding import PaddedBatch, common_layout
 from .rotating import RotatingRows, TurboRotatingKVCache
 
-STATE_EXTRA = 5
 
-
+@loadable
 class BatchTurboRotatingKVCache(PaddedBatch, RotatingRows):
     """A packed KV cache for one layer with a sliding window, and several sequences.
 
@@ -89,6 +86,8 @@ class BatchTurboRotatingKVCache(PaddedBatch, RotatingRows):
         self._set_left_padding([max(0, p - n) for p in self._left_padding])
 
     def _set_right_padding(self, lengths: Sequence[int] | None, right_padding: list[int]) -> None:
+        if lengths is None:
+            raise ValueError("[BatchTurboRotatingKVCache] right padding is given without lengths.")
         self._ends = [int(n) + offset for n, offset in zip(lengths, self._offsets())]
 
     def finalize(self) -> None:
@@ -157,10 +156,10 @@ class BatchTurboRotatingKVCache(PaddedBatch, RotatingRows):
         self._ends = None
         self.n_hidden = max(0, n - self.max_size)
 
-    def extract(self, idx: int) -> TurboRotatingKVCache:
+    def extract(self, idx: int) -> PackedCache:
         """One sequence as a cache of its own; its rows are computed at once."""
         cache = super().extract(idx)
-        if not cache.empty():
+        if isinstance(cache, TurboRotatingKVCache) and not cache.empty():
             cache.n_dropped = self._n_dropped[idx]
             cache.n_hidden = max(0, self.n_hidden - self._left_padding[idx])
         return cache
@@ -190,27 +189,17 @@ class BatchTurboRotatingKVCache(PaddedBatch, RotatingRows):
         merged.n_hidden = max(0, n - first.max_size)
         return merged
 
-    @property
-    def state(self) -> list:
-        """What saving, loading and evaluation need: arrays and scalars."""
+    def _extra_state(self) -> list:
         ends = None if self._ends is None else mx.array(self._ends, mx.int32)
-        gone = mx.array(self._n_dropped, mx.int32)
-        extra = [self.max_size, self.n_hidden, self.left_padding, gone, ends]
-        return [*PackedCache.state.fget(self), *extra]
+        dropped = mx.array(self._n_dropped, mx.int32)
+        return [self.max_size, self.n_hidden, self.left_padding, dropped, ends]
 
-    @state.setter
-    def state(self, state: list) -> None:
-        is_list = isinstance(state, (list, tuple)) and len(state) > STATE_EXTRA
-        extra = state[-STATE_EXTRA:] if is_list else [None] * STATE_EXTRA
-        if not isinstance(extra[2], mx.array) or not isinstance(extra[3], mx.array):
-            PackedCache.state.fset(self, state)  # tells another version from no state at all
-            raise InputError("This is not the state of a BatchTurboRotatingKVCache.")
-        PackedCache.state.fset(self, state[:-STATE_EXTRA])
-        self.keep = 0
-        self.max_size, self.n_hidden, padding, gone, ends = extra
-        self._set_left_padding(as_list(padding))
-        self._n_dropped = as_list(gone)
-        self._ends = None if ends is None else as_list(ends)
+    def _set_extra_state(self, extra: list) -> None:
+        max_size, n_hidden, padding, dropped, ends = extra
+        self.keep, self.max_size, self.n_hidden = 0, int(max_size), int(n_hidden)
+        self._set_left_padding(padding.tolist())
+        self._n_dropped = dropped.tolist()
+        self._ends = None if ends is None else ends.tolist()
 
 
 def _layout_of(caches: Sequence[RotatingRows]) -> KVLayout | None:
@@ -224,5 +213,4 @@ def _layout_of(caches: Sequence[RotatingRows]) -> KVLayout | None:
     return common_layout(caches)
 
 
-mlx_lm_cache.BatchTurboRotatingKVCache = BatchTurboRotatingKVCache  # load_prompt_cache looks there
 TurboRotatingKVCache.batch_class = BatchTurboRotatingKVCache

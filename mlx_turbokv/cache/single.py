@@ -1,26 +1,26 @@
-"""TurboKVCache: packed K and V of one layer, a drop-in for mlx-lm's KVCache.
-
-Rows are quantised when they are written, before attention reads them, so what attention sees does
-not depend on how a prompt was cut.
-"""
+"""TurboKVCache: packed K and V of one layer, a drop-in for mlx-lm's KVCache."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mlx_lm.models import cache as mlx_lm_cache
+from mlx_lm.models.cache import create_attention_mask
 
-from .base import PackedCache
+from .base import PackedCache, loadable
 from .padding import PaddedBatch
 
 
+@loadable
 class TurboKVCache(PackedCache):
     """A packed KV cache for one layer.
+
+    Rows are quantised before attention reads them, so what it reads does not depend on how a prompt
+    was cut.
 
     Args:
         k_format, v_format: formats or their names.
         backend: ``metal``, ``cuda`` or ``reference``; None chooses.
-        centre: what to take out of the keys before they are quantised.
+        centre: what to subtract from the keys before they are quantised.
 
     Raises:
         InputError: an unknown format or back-end.
@@ -31,11 +31,11 @@ class TurboKVCache(PackedCache):
     @property
     def offset(self) -> int:
         """Tokens in the cache."""
-        return self.n_body + self.n_tail
+        return self.n_rows
 
     def make_mask(self, *args, **kwargs):
         """The causal mask of the next tokens; before the update, as mlx-lm calls it."""
-        return mlx_lm_cache.create_attention_mask(*args, offset=self.offset, **kwargs)
+        return create_attention_mask(*args, offset=self.offset, **kwargs)
 
     @classmethod
     def merge(cls, caches: Sequence[TurboKVCache]) -> PaddedBatch:
@@ -45,6 +45,3 @@ class TurboKVCache(PackedCache):
             ValueError: the caches differ in formats or shapes.
         """
         return cls.batch_class.merge(caches)
-
-
-mlx_lm_cache.TurboKVCache = TurboKVCache  # load_prompt_cache looks classes up there

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,7 +51,7 @@ class KVSummary:
         )
 
 
-def leaves(caches: list[Any]) -> Iterator[Any]:
+def leaves(caches: Iterable[Any]) -> Iterator[Any]:
     """The caches with every CacheList opened."""
     for cache in caches:
         if isinstance(cache, CacheList):
@@ -72,6 +72,7 @@ def summarize(caches: list[Any]) -> KVSummary:
             n_values += values
             n_bits += values * bits
     backends = [c.backend.name for c in layers if isinstance(c, PACKED)]
+    centres = [c.centre for c in layers if isinstance(c, TurboKVCache)]
     return KVSummary(
         tokens=max((int(c.offset) for c in layers), default=0),
         resident_bytes=sum(c.nbytes for c in layers),
@@ -79,12 +80,8 @@ def summarize(caches: list[Any]) -> KVSummary:
         bits_per_value=n_bits / n_values if n_values else 0.0,
         pairs=dict(pairs),
         backend=backends[0] if backends else None,
-        centred=dict(Counter(c.centre.source for c in layers if _is_centred(c))),
+        centred=dict(Counter(centre.source for centre in centres if centre is not None)),
     )
-
-
-def _is_centred(cache: Any) -> bool:
-    return isinstance(cache, TurboKVCache) and cache.centre is not None
 
 
 def _rows(cache: Any, packed: bool) -> list[tuple[int, float]]:

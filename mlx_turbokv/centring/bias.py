@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..model.caches import own_caches
+from ..model.caches import model_layers, own_caches
 from ..model.kv_layers import KVLayer
 from ..model.probing import RecordingCache
 
@@ -30,7 +30,7 @@ def key_biases(model: nn.Module, layers: list[KVLayer]) -> dict[int, mx.array]:
         returns: [H, head_dim] float32 each.
     """
     width = _embedding_width(model)
-    blocks = list(model.layers)
+    blocks = model_layers(model)
     if width is None or not layers or max(layer.index for layer in layers) >= len(blocks):
         return {}
     if len(blocks) != len(own_caches(model)):
@@ -52,7 +52,7 @@ def key_biases(model: nn.Module, layers: list[KVLayer]) -> dict[int, mx.array]:
 
 def has_key_bias(model: nn.Module) -> bool:
     """Whether some key projection has a bias, by its name: nothing is computed."""
-    for block in model.layers:
+    for block in model_layers(model):
         for module in _attention_modules(block) if block is not None else ():
             for name, child in module.children().items():
                 if name in PROJECTIONS and isinstance(child, nn.Module) and "bias" in child:
@@ -64,8 +64,10 @@ def _is_constant_part(module: nn.Module, zero: mx.array, width: int) -> bool:
     """Whether keys are affine in the input, so that ``zero`` is a part of all of them."""
     x = mx.random.normal((1, 1, width), key=mx.random.key(0))
     up, down = _keys_at(module, x), _keys_at(module, -x)
+    if up is None or down is None:
+        return False
     largest = mx.maximum(mx.abs(up), mx.abs(down)).max()
-    return (mx.abs(up + down - 2 * zero).max() < AFFINE_RTOL * largest).item()
+    return bool((mx.abs(up + down - 2 * zero).max() < AFFINE_RTOL * largest).item())
 
 
 def _keys_at(module: nn.Module, x: mx.array) -> mx.array | None:

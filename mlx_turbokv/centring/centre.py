@@ -56,9 +56,9 @@ def _pair_indices(rope: RopeFrequencies) -> tuple[mx.array, mx.array, mx.array]:
     """Dims of the pairs, and the place of each dim in (first dims, second dims)."""
     first, second = rope.pairs()
     place = np.argsort(np.concatenate([first, second]))
-    arrays = tuple(mx.array(x.astype(np.int32)) for x in (first, second, place))
+    arrays = [mx.array(x.astype(np.int32)) for x in (first, second, place)]
     mx.eval(arrays)
-    return arrays
+    return arrays[0], arrays[1], arrays[2]
 
 
 class Centre:
@@ -94,7 +94,7 @@ class Centre:
         self.source = source
         self.n_sharing = n_sharing
         self.first_key_uncentred = first_key_uncentred
-        self._table: tuple[int, mx.array | None] = (0, None)
+        self._table = 0, mx.zeros((0,), mx.uint32)  # blocks, and the table of them
         self._angles = mx.array(np.array(rope.angles, np.float32))
         mx.eval(self.mu, self._angles)
         content = np.array(self.mu).tobytes() + repr((rope, BLOCK, first_key_uncentred)).encode()
@@ -157,7 +157,7 @@ class Centre:
         rows = mx.swapaxes(anchors[mx.array((blocks - low).astype(np.int32))], 1, 2)
         uncentred = positions < int(self.first_key_uncentred)
         if uncentred.any():
-            rows = mx.where(mx.array(uncentred)[:, None, :, None], 0, rows)
+            rows = mx.where(mx.array(uncentred.tolist())[:, None, :, None], 0, rows)
         return rows
 
     def nbytes(self, n_rows: int) -> int:

@@ -122,7 +122,7 @@ class Choice:
         for layer in self.found.layers:
             i = layer.ordinal
             mean, rope = means.get(i), ropes.get(i)
-            if mean is not None and i in references.without_rope:
+            if mean is not None and references and i in references.without_rope:
                 rope = RopeFrequencies.none(mean.shape[-1])
             if mean is not None and rope is not None and i not in self._misfits:
                 chosen[i] = mean, rope, BY_MEAN
@@ -147,7 +147,7 @@ def _in_all_keys(mu: mx.array, bias: mx.array | None) -> bool:
     """Whether a bias, which the first key has too, is the larger part of ``mu``."""
     if bias is None:
         return False
-    return (2 * mx.square(bias).sum() > mx.square(mu).sum()).item()
+    return bool((2 * mx.square(bias).sum() > mx.square(mu).sum()).item())
 
 
 def _large(
@@ -156,7 +156,7 @@ def _large(
     """A warning where large biases stay in keys of few bits."""
     norms = {}
     for i, bias in biases.items():
-        norm = mx.linalg.norm(bias, axis=-1).max().item()
+        norm = float(mx.linalg.norm(bias, axis=-1).max())
         if i not in centres and norm > LARGE_BIAS * sqrt(bias.shape[-1]):
             norms[i] = norm
     if not norms:

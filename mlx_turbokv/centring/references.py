@@ -48,7 +48,8 @@ def fingerprint(model: nn.Module) -> str:
     Quantising a model leaves these weights as they are, so its references stay valid.
     """
     found = hashlib.sha256(type(model).__module__.encode())
-    for name, weight in tree_flatten(model.parameters()):
+    weights: Any = tree_flatten(model.parameters())
+    for name, weight in weights:
         if weight.ndim == 1 and "norm" in name:
             found.update(name.encode())
             found.update(np.array(weight.astype(mx.float32)).tobytes())
@@ -115,7 +116,7 @@ def load_references(path: str | os.PathLike, model: nn.Module) -> References:
         record = json.loads(json_file.read_text(encoding="utf-8"))
         if record["maker"] != MAKER or record["version"] != VERSION:
             raise ValueError(f"maker {record['maker']!r}, version {record['version']}")
-        arrays = mx.load(str(arrays_file))
+        arrays: Any = mx.load(str(arrays_file))
         means = {int(i): arrays[f"layer.{i}"].astype(mx.float32) for i in record["layers"]}
         mx.eval(means)
         without_rope = frozenset(int(i) for i in record["unturned"])

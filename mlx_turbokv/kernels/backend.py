@@ -22,14 +22,15 @@ class Backend(NamedTuple):
     """The operations on packed rows, as one implementation has them.
 
     Args:
-        attention: of any number of queries in plain ops; None where kernels serve it by ``decode``
-            (few queries) and ``rotated_rows`` (many), which attention/dispatch.py chooses between.
+        attention: of any number of queries, in plain ops.
+        decode, rotated_rows: the kernels for few queries and for many, which
+            attention/dispatch.py chooses between; None for the reference.
     """
 
     name: str
     pack: Callable
     dequantize: Callable
-    attention: Callable | None = None
+    attention: Callable = reference.attention
     decode: Callable | None = None
     rotated_rows: Callable | None = None
     forced: bool = False
@@ -45,7 +46,7 @@ class Backend(NamedTuple):
         return REFERENCE
 
 
-REFERENCE = Backend("reference", reference.pack, reference.dequantize, reference.attention)
+REFERENCE = Backend("reference", reference.pack, reference.dequantize)
 
 
 def select_backend(name: str | None = None) -> Backend:

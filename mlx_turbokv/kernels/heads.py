@@ -38,17 +38,17 @@ def attention_by_heads(
     """
     gqa_factor = queries.shape[1] // n_kv_heads
     step = heads_at_once(n_kv_heads, bytes_each, TRANSIENT_BYTES)
-    per_head = isinstance(mask, mx.array) and mask.ndim > 2 and mask.shape[-3] > 1
     outputs = []
     for first in range(0, n_kv_heads, step):
         count = min(step, n_kv_heads - first)
         heads = slice(first * gqa_factor, (first + count) * gqa_factor)
+        own_mask = mask
+        if isinstance(mask, mx.array) and mask.ndim > 2 and mask.shape[-3] > 1:
+            own_mask = mask[..., heads, :, :]
+        own_sinks = None if sinks is None else sinks[heads]
+        keys, values = rows(first, count)
         output = scaled_dot_product_attention(
-            queries[:, heads],
-            *rows(first, count),
-            scale=scale,
-            mask=mask[..., heads, :, :] if per_head else mask,
-            sinks=None if sinks is None else sinks[heads],
+            queries[:, heads], keys, values, scale=scale, mask=own_mask, sinks=own_sinks
         )
         outputs.append(output)
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=1)

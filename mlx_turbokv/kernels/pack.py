@@ -102,6 +102,8 @@ def pack(
         values = values.astype(keys.dtype)
     batch, n_heads, n_new, _ = keys.shape
     n_tiles = -(-(n_tail + n_new) // TILE)
+    if tail is None or not n_tail:
+        tail = tables.no_tiles()
     stride = tail.shape[2] if n_tail else 0
     launch = _launch(
         assemble.factory,
@@ -125,7 +127,7 @@ def pack(
     return launch.call(
         keys,
         values,
-        tail if n_tail else tables.no_tiles(),
+        tail,
         tables.int_array(n_new, n_tail, stride, n_tiles, *anchors),
         launch.k_constants,
         launch.v_constants,

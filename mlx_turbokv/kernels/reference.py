@@ -49,7 +49,7 @@ def pack(
     if n_partial:
         rows = padded(rows, n_partial, 0)
     tiles = rows_to_tiles(rows, layout)
-    if n_tail == 0:
+    if tail is None or n_tail == 0:
         return tiles
     if n_partial:
         kept = tail[:, :, n_full : n_full + 1] & first_rows_mask(layout, n_partial)

@@ -12,14 +12,21 @@ Position = tuple[int, "int | None"]  # index in the list of caches, index in a C
 
 def own_caches(model: nn.Module, *args: Any, **kwargs: Any) -> list[Any]:
     """Caches from the model's own factory, whatever is attached to the instance."""
-    attached = vars(model).get("make_cache")
+    attached: Any = vars(model).get("make_cache")
     while hasattr(attached, "turbokv_previous"):
         attached = attached.turbokv_previous
     if attached is not None:
         return attached(*args, **kwargs)
-    if hasattr(type(model), "make_cache"):
-        return type(model).make_cache(model, *args, **kwargs)
-    return [KVCache() for _ in model.layers]
+    factory: Any = getattr(type(model), "make_cache", None)
+    if factory is not None:
+        return factory(model, *args, **kwargs)
+    return [KVCache() for _ in model_layers(model)]
+
+
+def model_layers(model: nn.Module) -> list[nn.Module]:
+    """The model's layers; None for those of another rank of a pipeline."""
+    layers: Any = model.layers
+    return list(layers)
 
 
 def put_cache(caches: list[Any], index: int, sub: int | None, cache: Any) -> None:

@@ -23,7 +23,7 @@ from mlx_lm.models.cache import (
     RotatingKVCache,
 )
 
-from .caches import Position, own_caches
+from .caches import Position, model_layers, own_caches
 from .probing import probe_shapes
 from .shapes import KVShape
 
@@ -121,7 +121,8 @@ def kv_layers(
 def model_skeleton(model: nn.Module) -> nn.Module:
     """A whole model of the same configuration; its weights are lazy and never computed."""
     args = getattr(model, "args", None) or getattr(model, "config", None)
-    return type(model)(args)
+    kind: Any = type(model)
+    return kind(args)
 
 
 def _without_unused(model: nn.Module, found: KVLayers) -> KVLayers:
@@ -188,7 +189,7 @@ def _latent_indices(model: nn.Module, n_caches: int) -> set[int]:
     Layer i owns cache i where the numbers agree. Where they do not, one latent attention makes
     all of them suspect: compressing a latent is wrong, leaving a KV layer alone is only dear.
     """
-    layers = [layer for layer in model.layers if layer is not None]
+    layers = [layer for layer in model_layers(model) if layer is not None]
     if len(layers) == n_caches:
         return {i for i, layer in enumerate(layers) if _has_latent_attention(layer)}
     if any(_has_latent_attention(layer) for layer in layers):
@@ -218,13 +219,11 @@ def _pipeline_stage(model: nn.Module) -> Any | None:
 
 def ranges(indices: list[int]) -> str:
     """Sorted numbers as text, with runs of three or more shortened: 0-2, 4, 5."""
-    parts: list[str] = []
-    start = previous = indices[0]
-    for index in [*indices[1:], None]:
-        if index is not None and index == previous + 1:
-            previous = index
-            continue
-        run = range(start, previous + 1)
-        parts += [f"{start}-{previous}"] if len(run) > 2 else [str(i) for i in run]
-        start = previous = index
-    return ", ".join(parts)
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    parts = [[f"{r[0]}-{r[-1]}"] if len(r) > 2 else [str(i) for i in r] for r in runs]
+    return ", ".join(text for part in parts for text in part)

@@ -46,15 +46,14 @@ def read_layer_list(path: str | os.PathLike) -> LayerList:
 
 
 def _read_pair(path: Path, ordinal: int, layer: object) -> tuple[KVFormat, KVFormat]:
-    names = [layer.get("k"), layer.get("v")] if isinstance(layer, dict) else [None]
-    if not all(isinstance(name, str) for name in names):
+    k, v = (layer.get("k"), layer.get("v")) if isinstance(layer, dict) else (None, None)
+    if not isinstance(k, str) or not isinstance(v, str):
         raise InputError(
             f"Policy file {str(path)!r}, layer {ordinal}: an object with the names 'k' and 'v' is "
             "needed."
         )
     try:
-        k, v = map(as_format, names)
-        return k, v
+        return as_format(k), as_format(v)
     except InputError as error:
         raise InputError(f"Policy file {str(path)!r}, layer {ordinal}: {error}") from None
 

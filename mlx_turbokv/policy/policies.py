@@ -64,7 +64,7 @@ class Uniform(Policy):
         _parse(self, "k", "v")
 
     def pair(self, ordinal: int, n_layers: int) -> Pair:
-        return self.k, self.v
+        return as_format(self.k), as_format(self.v)
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,8 @@ class Boundary(Policy):
 
     def pair(self, ordinal: int, n_layers: int) -> Pair:
         if self.first <= ordinal < n_layers - self.last:
-            return self.k, self.v
-        return self.boundary_k or self.k, self.boundary_v or self.v
+            return as_format(self.k), as_format(self.v)
+        return as_format(self.boundary_k or self.k), as_format(self.boundary_v or self.v)
 
 
 @dataclass(frozen=True)
@@ -146,8 +146,8 @@ class LastN(Policy):
 
     def pair(self, ordinal: int, n_layers: int) -> Pair:
         if ordinal < n_layers - self.n:
-            return self.k, self.v
-        return self.last_k or self.k, self.last_v or self.v
+            return as_format(self.k), as_format(self.v)
+        return as_format(self.last_k or self.k), as_format(self.last_v or self.v)
 
 
 @dataclass(frozen=True)
