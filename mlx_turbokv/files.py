@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,9 +21,10 @@ def replacing(path: str | os.PathLike, prefix: str | None = None) -> Iterator[Pa
         OSError: the folder cannot be written.
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(path.suffix, prefix or f".{path.name}-", path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    name = f"{prefix or f'.{path.name}-'}{secrets.token_hex(4)}{path.suffix}"
+    temporary = path.with_name(name)
+    # 0o666 less the umask, as open() creates files
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         yield temporary
         os.replace(temporary, path)

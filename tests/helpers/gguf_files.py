@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -127,6 +128,18 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def write_small_gguf(
+    folder: Path,
+    architecture: str = "llama",
+    edit: Callable[[dict[str, np.ndarray]], object] = lambda weights: None,
+    **options,
+) -> Path:
+    """The file of a small model, whose weights ``edit`` changes first; options of write_gguf."""
+    _, weights = small_model(architecture)
+    edit(weights)
+    return write_gguf(folder / "small.gguf", architecture, weights, **options)
 
 
 def add_bpe(writer: gguf.GGUFWriter) -> None:

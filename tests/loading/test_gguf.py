@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 
 import gguf
@@ -16,6 +17,7 @@ from gguf_files import (
     logits,
     small_model,
     write_gguf,
+    write_small_gguf,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,12 +29,7 @@ from mlx_turbokv.loading.gguf.repack import BITS, repack
 
 Kind = gguf.GGMLQuantizationType
 LOGITS_TOLERANCE = 2e-5  # float32 sums in another order
-ARCHITECTURES = {
-    "llama": {},
-    "qwen2": {},
-    "qwen3": {},
-    "phi3": {},
-}
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "phi3")
 
 
 def _same_logits(path, weights, architecture, **overrides):
@@ -59,23 +56,46 @@ def test_llama_biases_of_q_k_v_alone(tmp_path):
     _same_logits(path, weights, "llama", attention_bias=True)
 
 
-def test_linear_rope_scaling(tmp_path):
-    _, weights = small_model("llama")
-    fields = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
-    path = write_gguf(tmp_path / "m.gguf", "llama", weights, fields=fields)
-    _same_logits(path, weights, "llama", rope_scaling={"type": "linear", "factor": 4.0})
+LONG = np.linspace(1, 9, HEAD_DIM // 2, dtype=np.float32)
+SHORT = np.linspace(1, 2, HEAD_DIM // 2, dtype=np.float32)
+LONGROPE = {"type": "longrope", "long_factor": LONG.tolist(), "short_factor": SHORT.tolist()}
 
 
-def test_yarn_rope_scaling(tmp_path):
-    _, weights = small_model("qwen2")
-    fields = {
-        "rope.scaling.type": "yarn",
-        "rope.scaling.factor": 4.0,
-        "rope.scaling.original_context_length": 128,
-    }
-    path = write_gguf(tmp_path / "m.gguf", "qwen2", weights, fields=fields)
-    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
-    _same_logits(path, weights, "qwen2", rope_scaling=yarn)
+@pytest.mark.parametrize(
+    ("architecture", "fields", "tensors", "overrides"),
+    [
+        (
+            "llama",
+            {"type": "linear", "factor": 4.0},
+            {},
+            {"rope_scaling": {"type": "linear", "factor": 4.0}},
+        ),
+        (
+            "qwen2",
+            {"type": "yarn", "factor": 4.0, "original_context_length": 128},
+            {},
+            {
+                "rope_scaling": {
+                    "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128,
+                },
+            },
+        ),
+        (
+            "phi3",
+            {"original_context_length": 128},
+            {"rope_factors_long.weight": LONG, "rope_factors_short.weight": SHORT},
+            {"rope_scaling": LONGROPE, "original_max_position_embeddings": 128},
+        ),
+    ],
+    ids=["linear", "yarn", "longrope"],
+)  # fmt: skip
+def test_rope_scaling(tmp_path, architecture, fields, tensors, overrides):
+    _, weights = small_model(architecture, **overrides)
+    fields = {f"rope.scaling.{key}": value for key, value in fields.items()}
+    path = write_gguf(
+        tmp_path / "m.gguf", architecture, weights, fields=fields, extra_tensors=tensors
+    )
+    _same_logits(path, weights, architecture, **overrides)
 
 
 def test_llama3_factors_are_the_ones_of_mlx_lm(tmp_path):
@@ -87,25 +107,8 @@ def test_llama3_factors_are_the_ones_of_mlx_lm(tmp_path):
     plain = 5000.0 ** (np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
     factors = (np.array(model.layers[0].self_attn.rope._freqs) / plain).astype(np.float32)
     assert factors.max() > 7  # the long wavelengths are stretched, or this tests nothing
-    extra = {"rope_freqs.weight": factors}
-    path = write_gguf(tmp_path / "m.gguf", "llama", weights, extra_tensors=extra)
+    path = write_small_gguf(tmp_path, extra_tensors={"rope_freqs.weight": factors})
     _same_logits(path, weights, "llama", rope_scaling=scaling)
-
-
-def test_longrope_factors_of_phi3(tmp_path):
-    long = np.linspace(1, 9, HEAD_DIM // 2, dtype=np.float32)
-    short = np.linspace(1, 2, HEAD_DIM // 2, dtype=np.float32)
-    scaling = {"type": "longrope", "long_factor": long.tolist(), "short_factor": short.tolist()}
-    overrides = {"rope_scaling": scaling, "original_max_position_embeddings": 128}
-    _, weights = small_model("phi3", **overrides)
-    path = write_gguf(
-        tmp_path / "m.gguf",
-        "phi3",
-        weights,
-        fields={"rope.scaling.original_context_length": 128},
-        extra_tensors={"rope_factors_long.weight": long, "rope_factors_short.weight": short},
-    )
-    _same_logits(path, weights, "phi3", **overrides)
 
 
 @pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1, Kind.Q8_0, Kind.Q5_0, Kind.F16, Kind.BF16])
@@ -159,8 +162,7 @@ def test_repacked_words_are_read_so_by_mlx():
 
 
 def test_config_carries_the_hyperparameters(tmp_path):
-    _, weights = small_model("qwen3")
-    config = config_from_gguf(open_gguf(write_gguf(tmp_path / "m.gguf", "qwen3", weights)))
+    config = config_from_gguf(open_gguf(write_small_gguf(tmp_path, "qwen3")))
     assert config["num_hidden_layers"] == LAYERS
     assert config["rope_theta"] == 5000.0
     assert config["tie_word_embeddings"] is False
@@ -174,42 +176,31 @@ def test_unknown_architecture(tmp_path):
         open_gguf(path)
 
 
-def test_a_missing_tensor_is_named(tmp_path):
-    _, weights = small_model("llama")
-    del weights["model.layers.1.mlp.up_proj.weight"]
-    path = write_gguf(tmp_path / "m.gguf", "llama", weights)
-    with pytest.raises(InputError, match="lacks model.layers.1.mlp.up_proj.weight"):
-        model_from_gguf(open_gguf(path))
+UP_PROJ = "model.layers.1.mlp.up_proj.weight"
 
 
-def test_a_tensor_too_many_is_named(tmp_path):
-    _, weights = small_model("llama")
-    extra = {"blk.0.ffn_gate_inp.weight": np.ones((4, 4), np.float32)}
-    path = write_gguf(tmp_path / "m.gguf", "llama", weights, extra_tensors=extra)
-    with pytest.raises(InputError, match="ffn_gate_inp"):
-        model_from_gguf(open_gguf(path))
-
-
-def test_a_tensor_of_another_shape_is_named(tmp_path):
-    _, weights = small_model("llama")
-    weights["model.layers.0.mlp.up_proj.weight"] = np.ones((8, 64), np.float32)
-    path = write_gguf(tmp_path / "m.gguf", "llama", weights)
-    with pytest.raises(InputError, match="up_proj"):
-        model_from_gguf(open_gguf(path))
-
-
-def test_an_unsupported_tensor_type_is_named(tmp_path):
-    _, weights = small_model("llama")
-    del weights["model.norm.weight"]
-    extra = {"output_norm.weight": np.ones(64, np.int32)}
-    path = write_gguf(tmp_path / "m.gguf", "llama", weights, extra_tensors=extra)
-    with pytest.raises(InputError, match="output_norm.weight .* has the type I32"):
+@pytest.mark.parametrize(
+    ("edit", "tensors", "message"),
+    [
+        (lambda w: w.pop(UP_PROJ), {}, f"lacks {UP_PROJ}"),
+        (lambda w: w.update({UP_PROJ: np.ones((8, 64), np.float32)}), {}, "up_proj"),
+        (lambda w: None, {"blk.0.ffn_gate_inp.weight": np.ones((4, 4), "f4")}, "ffn_gate_inp"),
+        (
+            lambda w: w.pop("model.norm.weight"),
+            {"output_norm.weight": np.ones(64, np.int32)},
+            "output_norm.weight .* has the type I32",
+        ),
+    ],
+    ids=["missing", "of another shape", "too many", "of another type"],
+)
+def test_a_tensor_that_does_not_fit_is_named(tmp_path, edit, tensors, message):
+    path = write_small_gguf(tmp_path, edit=edit, extra_tensors=tensors)
+    with pytest.raises(InputError, match=message):
         model_from_gguf(open_gguf(path))
 
 
 def test_a_type_that_the_gguf_package_does_not_know(tmp_path):
-    _, weights = small_model("llama")
-    path = write_gguf(tmp_path / "m.gguf", "llama", weights)
+    path = write_small_gguf(tmp_path)
     data = bytearray(path.read_bytes())
     name = gguf_name("model.norm.weight").encode()
     kind_at = data.index(struct.pack("<Q", len(name)) + name) + 8 + len(name) + 4 + 8
@@ -232,12 +223,15 @@ def test_not_a_gguf_file(tmp_path):
             open_gguf(path)
 
 
+@pytest.fixture(scope="module")
+def intact(tmp_path_factory):
+    return write_small_gguf(tmp_path_factory.mktemp("gguf"))
+
+
 @settings(deadline=None, max_examples=40)
 @given(share=st.floats(0.0, 1.0, exclude_max=True))
-def test_every_truncation_is_one_clear_error(tmp_path_factory, share):
-    path = _intact(tmp_path_factory)
-    data = path.read_bytes()
-    cut = path.with_name("cut.gguf")
+def test_every_truncation_is_one_clear_error(intact, share):
+    data, cut = intact.read_bytes(), intact.with_name("cut.gguf")
     cut.write_bytes(data[: int(share * len(data))])
     with pytest.raises(InputError):
         open_gguf(cut)
@@ -245,23 +239,9 @@ def test_every_truncation_is_one_clear_error(tmp_path_factory, share):
 
 @settings(deadline=None, max_examples=60)
 @given(at=st.floats(0, 1), value=st.integers(0, 255))
-def test_a_changed_header_byte_opens_or_is_a_clear_error(tmp_path_factory, at, value):
-    path = _intact(tmp_path_factory)
-    data = bytearray(path.read_bytes())
+def test_a_changed_header_byte_opens_or_is_a_clear_error(intact, at, value):
+    data, damaged = bytearray(intact.read_bytes()), intact.with_name("damaged.gguf")
     data[int(at * 1500)] = value
-    damaged = path.with_name("damaged.gguf")
     damaged.write_bytes(data)
-    try:
+    with contextlib.suppress(InputError):
         open_gguf(damaged)
-    except InputError:
-        return
-
-
-_files = {}
-
-
-def _intact(factory):
-    if "path" not in _files:
-        _, weights = small_model("llama")
-        _files["path"] = write_gguf(factory.mktemp("gguf") / "m.gguf", "llama", weights)
-    return _files["path"]

