@@ -11,8 +11,10 @@ import click
 import mlx.core as mx
 import numpy as np
 import pytest
-from gguf_files import small_model, write_gguf
+from gguf_files import small_model, write_small_gguf
 from mlx_lm import generate as mlx_lm_generate
+from mlx_lm.generate import setup_arg_parser
+from mlx_lm.models.cache import make_prompt_cache, save_prompt_cache
 
 from mlx_turbokv.cli import group
 from mlx_turbokv.cli.entry import run
@@ -24,8 +26,7 @@ from mlx_turbokv.loading import models
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """A small model with random weights, which never stops by itself for long."""
-    _, weights = small_model("llama")
-    return str(write_gguf(tmp_path_factory.mktemp("cli") / "small.gguf", "llama", weights))
+    return str(write_small_gguf(tmp_path_factory.mktemp("cli")))
 
 
 @pytest.fixture
@@ -156,16 +157,13 @@ def test_foreign_prompt_caches(call, saved):
     _bad(call("-p", "a", "--prompt-cache-file", saved), "not a prompt cache")
     mx.save_safetensors(str(saved), {"x": mx.zeros((2, 2))})
     _bad(call("-p", "a", "--prompt-cache-file", saved), str(saved))
-    from mlx_lm.models.cache import make_prompt_cache, save_prompt_cache
-
     save_prompt_cache(str(saved), make_prompt_cache(small_model("llama")[0]))
     _bad(call("-p", "a", "--prompt-cache-file", saved), str(saved))
 
 
 def test_mismatched_prompt_caches(call, saved, tmp_path):
     _bad(call("-p", "a", "--prompt-cache-file", saved, "-ctv", "turbo3"), "q8_0/turbo3")
-    _, weights = small_model("qwen2")
-    other = str(write_gguf(tmp_path / "other.gguf", "qwen2", weights))
+    other = str(write_small_gguf(tmp_path, "qwen2"))
     _bad(call("-p", "a", "--prompt-cache-file", saved, model=other), "belongs to the model")
 
 
@@ -175,8 +173,7 @@ def test_prompt_cache_file_that_cannot_be_written(call, tmp_path):
 
 
 def test_context_above_the_limit_is_a_warning(call, small, tmp_path):
-    _, weights = small_model("llama")
-    path = write_gguf(tmp_path / "short.gguf", "llama", weights, context=4)
+    path = write_small_gguf(tmp_path, context=4)
     status, _, err = call("-p", "the", "-m", 8, model=str(path))
     assert status == 0
     assert re.search(r"Warning: .* beyond the 4 positions", err)
@@ -225,11 +222,18 @@ def test_bad_options(call, args, word):
     _bad(call(*args), word)
 
 
+def test_options_have_the_defaults_of_mlx_lm(call):
+    ours = command.make_context("generate", []).params
+    theirs = vars(setup_arg_parser().parse_args([]))
+    shared = ours.keys() & theirs.keys()
+    assert len(shared) == 24 and {k: ours[k] for k in shared} == {k: theirs[k] for k in shared}
+    status, out, _ = call("--help", model=None)
+    assert status == 0 and "-m, --max-tokens INTEGER" in out and "[default: 100]" in out
+
+
 def test_missing_and_nan_models(call, tmp_path):
     _bad(call(model="/absent.gguf"), "/absent.gguf")
-    _, weights = small_model("llama")
-    weights["model.norm.weight"][0] = np.nan
-    path = write_gguf(tmp_path / "nan.gguf", "llama", weights)
+    path = write_small_gguf(tmp_path, edit=lambda w: w["model.norm.weight"].put(0, np.nan))
     _bad(call(model=str(path)), "NaN", "model.norm.weight")
 
 
@@ -260,3 +264,4 @@ def test_the_group_lists_its_commands_without_loading_mlx():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.split() == ["True", "False"]
     assert group.get_command(None, "entry") is None
+    assert all(group.get_command(None, name).name == name for name in group.list_commands(None))

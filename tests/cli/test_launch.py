@@ -5,17 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import openai
 import pytest
 from model_folder import write_model_folder
+from server_process import free_port, wait_until_ready
 
 from mlx_turbokv import InputError
 from mlx_turbokv.loading import distributed
@@ -83,8 +80,7 @@ def test_sampling_draws_the_same_tokens_on_both(folder: Path, script) -> None:
 
 
 def test_what_cannot_be_split_is_one_sentence(folder: Path, script) -> None:
-    command = [*LAUNCH, script("generate")]
-    ended = generate(command, folder, "--draft-model", str(folder))
+    ended = generate([*LAUNCH, script("generate")], folder, "--draft-model", str(folder))
     assert "Error: --draft-model cannot be used over several machines." in ended.stderr
     assert "Traceback (most recent" not in ended.stderr.split("Error: ")[0]
     with pytest.raises(InputError, match="The default model cannot be split"):
@@ -94,16 +90,14 @@ def test_what_cannot_be_split_is_one_sentence(folder: Path, script) -> None:
 
 
 def test_serve_answers_from_the_first_process(folder: Path, script, alone) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [*LAUNCH, script("serve"), "--model", str(folder), "--port", str(port), *CACHE]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT,
         start_new_session=True,
     )  # fmt: skip
     try:
-        _wait_until_ready(process, port)
+        wait_until_ready(process, port)
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=120)
         options = {"model": "default_model", "prompt": "zebra", "max_tokens": N_TOKENS}
         texts = [client.completions.create(**options).choices[0].text for _ in range(2)]
@@ -117,13 +111,3 @@ def test_serve_answers_from_the_first_process(folder: Path, script, alone) -> No
             os.killpg(process.pid, signal.SIGKILL)  # the processes that this test started
         process.wait()
     assert said.count(f"Serving {folder}") == 1
-
-
-def _wait_until_ready(process: subprocess.Popen, port: int) -> None:
-    end = time.monotonic() + SECONDS
-    while time.monotonic() < end and process.poll() is None:
-        with contextlib.suppress(OSError):
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-            return
-        time.sleep(0.2)
-    raise RuntimeError("The server did not start.")

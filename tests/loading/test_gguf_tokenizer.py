@@ -149,19 +149,18 @@ def test_every_pre_tokenizer_cuts_like_its_patterns(metadata, name, text):
 _built = {}
 
 
-def test_unknown_pre_tokenizer(metadata):
-    with pytest.raises(InputError, match="pre-tokenizer 'klingon' is not known; accepted are"):
-        build_tokenizer({**metadata, "tokenizer.ggml.pre": "klingon"})
-
-
-def test_unknown_tokenizer_model(metadata):
-    with pytest.raises(InputError, match="'bert'; accepted are 'gpt2'"):
-        build_tokenizer({**metadata, "tokenizer.ggml.model": "bert"})
-
-
-def test_no_vocabulary():
-    with pytest.raises(InputError, match="no vocabulary"):
-        build_tokenizer({})
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokenizer.ggml.pre": "klingon"}, "'klingon' is not known; accepted are"),
+        ({"tokenizer.ggml.model": "bert"}, "'bert'; accepted are 'gpt2'"),
+        ({"tokenizer.ggml.tokens": []}, "no vocabulary"),
+        ({"tokenizer.ggml.merges": []}, "no merges"),
+    ],
+)
+def test_vocabularies_that_cannot_be_read(metadata, changes, message):
+    with pytest.raises(InputError, match=message):
+        build_tokenizer({**metadata, **changes})
 
 
 def test_bos_and_eos_as_the_file_says(metadata):

@@ -6,11 +6,9 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -19,7 +17,9 @@ from pathlib import Path
 
 import openai
 import pytest
+from gguf_files import write_small_gguf
 from mlx_lm import stream_generate
+from server_process import free_port, wait_until_ready
 
 from mlx_turbokv import load_policy, make_prompt_cache
 from mlx_turbokv.errors import InputError
@@ -27,7 +27,6 @@ from mlx_turbokv.loading import models
 from mlx_turbokv.serve.server import parse
 
 N_TOKENS = 8
-START_SECONDS = 240
 SERVE = [sys.executable, "-c", "from mlx_turbokv.cli.serve import main; main()"]
 GENERATE = [sys.executable, "-c", "from mlx_turbokv.cli.generate import main; main()"]
 QUESTIONS = [
@@ -35,38 +34,25 @@ QUESTIONS = [
     "Name the days of the week.",
     "What is the largest planet of the solar system?",
     "What is the chemical formula of water?",
-]  # decided by 0.25 nats at every token: rounding may turn a code, and that a near tie
+]  # decided by 0.25 nats at every token: rounding may change a code, and that a near tie
 
 
 @contextlib.contextmanager
 def running(*options: str) -> Iterator[tuple[subprocess.Popen, str]]:
     """A server process that answers, and its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [*SERVE, "--port", str(port), *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     lines: list[str] = []
     process.said = lines
     threading.Thread(target=lambda: lines.extend(process.stderr), daemon=True).start()
-    address = f"http://127.0.0.1:{port}"
     try:
-        _wait_until_ready(process, address)
-        yield process, address
+        wait_until_ready(process, port)
+        yield process, f"http://127.0.0.1:{port}"
     finally:
         if process.poll() is None:
             process.kill()
         process.wait()
-
-
-def _wait_until_ready(process: subprocess.Popen, address: str) -> None:
-    end = time.monotonic() + START_SECONDS
-    while time.monotonic() < end and process.poll() is None:
-        with contextlib.suppress(OSError):
-            urllib.request.urlopen(f"{address}/health", timeout=5).close()
-            return
-        time.sleep(0.1)
-    raise RuntimeError(f"The server did not start: {''.join(process.said)}")
 
 
 @pytest.fixture(scope="module")
@@ -201,10 +187,7 @@ def test_shutdown_in_the_middle_of_an_answer(small_model_file: Path, how: signal
 
 @pytest.fixture(scope="module")
 def small_model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from gguf_files import small_model, write_gguf
-
-    _, weights = small_model("llama")
-    return write_gguf(tmp_path_factory.mktemp("serve") / "small.gguf", "llama", weights)
+    return write_small_gguf(tmp_path_factory.mktemp("serve"))
 
 
 def test_load_with_disconnects_leaves_memory_as_it_was(small_model_file: Path) -> None:
