@@ -33,11 +33,11 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import kernel_variants as variants  # noqa: E402
-import mlx.core as mx  # noqa: E402
-from record import record, write  # noqa: E402
+import kernel_variants as variants
+import mlx.core as mx
+from record import record, write
 
-from mlx_turbokv.kernels.backend import Backend, available_backends, select_backend  # noqa: E402
+from mlx_turbokv.kernels.backend import Backend, available_backends, select_backend
 
 PAIRS = ("q8_0/turbo2", "turbo4/turbo3")
 LENGTHS = (2048, 8192, 32768, 131072)

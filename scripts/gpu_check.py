@@ -18,11 +18,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 
-import mlx.core as mx  # noqa: E402
-from kernel_cases import ALL_CASES, run_case  # noqa: E402
-from record import ROOT, record, write  # noqa: E402
+import mlx.core as mx
+from kernel_cases import ALL_CASES, run_case
+from record import ROOT, record, write
 
-from mlx_turbokv.kernels.backend import available_backends, select_backend  # noqa: E402
+from mlx_turbokv.kernels.backend import available_backends, select_backend
 
 SAMPLE = ROOT / "mlx_turbokv" / "evaluate" / "sample.txt"
 

@@ -23,11 +23,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 
-from kernel_cases import ALL_CASES  # noqa: E402
-from record import write  # noqa: E402
+from kernel_cases import ALL_CASES
+from record import write
 
-from mlx_turbokv.doctor.sources import ENTRIES  # noqa: E402
-from mlx_turbokv.evaluate.record import command_line  # noqa: E402
+from mlx_turbokv.doctor.sources import ENTRIES
+from mlx_turbokv.evaluate.record import command_line
 
 ABOUT = ("commit", "mlx_turbokv", "mlx", "mlx_lm", "python", "system", "device", "backend")
 CASE_NAMES = frozenset(str(case) for case in ALL_CASES)

@@ -24,7 +24,7 @@ from mlx_turbokv.evaluate.windows import cut_windows, scored_logits, targets_of
 from mlx_turbokv.loading.models import load
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
-from greedy import compare  # noqa: E402
+from greedy import compare
 
 PAIRS = (("q8_0", "turbo2"), ("turbo4", "turbo3"))
 PROMPTS = (

@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from record import record, write  # noqa: E402
+from record import record, write
 
 HEADS, HEAD_DIM = (32, 8), 128
 PAIRS = ("q8_0/turbo2", "turbo4/turbo3")

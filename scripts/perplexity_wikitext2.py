@@ -16,10 +16,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import click  # noqa: E402
+import click
 
-from mlx_turbokv.cli import perplexity  # noqa: E402
-from mlx_turbokv.cli.entry import run  # noqa: E402
+from mlx_turbokv.cli import perplexity
+from mlx_turbokv.cli.entry import run
 
 CONFIGS = (
     "f16/f16", "q8_0/q8_0",

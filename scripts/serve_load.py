@@ -6,8 +6,8 @@ Starts ``mlx_turbokv serve``, sends the requests, and looks at the server's resi
 warm-up, after the load, and after a second load half as long: memory that grows with requests
 shows as growth between the last two. Exits with 1 if an answer is missing, if the server stops
 serving or does not end in order, or if memory grew. Every prompt is also sent once without load;
-the record says how many answers were the same (rounding differs with the batch's size, and where
-two tokens are nearly equally likely that can turn an answer).
+the record says how many answers were the same (rounding differs with the batch's size, and can
+change an answer where two tokens are nearly equally likely).
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import openai
+from record import write
 
 from mlx_turbokv.evaluate.record import command_line, environment
 
-# a loaded server's memory wavers by freed pages that the allocator keeps
+# the allocator keeps freed pages, so a loaded server's memory varies by some
 GROWTH_LIMIT = 0.05
 WORDS = "the sky sea sun rain wind snow is was and blue green cold warm far near old new".split()
 SERVE = [sys.executable, "-c", "from mlx_turbokv.cli.serve import main; main()"]
 
 
-@dataclass
-class Outcome:
-    """What became of one request."""
+class Outcome(NamedTuple):
+    """Result of one request."""
 
     index: int
     text: str
@@ -49,58 +50,93 @@ def prompt_of(index: int, n_prompts: int) -> str:
     return f"{shared} {' '.join(rng.choices(WORDS, k=rng.randint(2, 60)))}"
 
 
-def ask(client: openai.OpenAI, index: int, options: argparse.Namespace, leave: bool) -> Outcome:
-    """One streamed request; a client that leaves closes the connection after a few tokens."""
-    rng = random.Random(1000 + index)
-    stream = client.completions.create(
-        model="default_model",
-        prompt=prompt_of(index, options.prompts),
-        max_tokens=options.tokens,
-        stream=True,
-    )
-    text, tokens, stay = "", 0, rng.randint(1, max(1, options.tokens // 2))
-    for chunk in stream:
-        text += chunk.choices[0].text
-        tokens += 1
-        if leave and tokens >= stay:
-            stream.close()
-            return Outcome(index, text, True, tokens)
-    return Outcome(index, text, False, tokens)
+class Load:
+    """Requests to one server process."""
 
+    def __init__(self, options: argparse.Namespace, process: subprocess.Popen, port: int) -> None:
+        self.options, self.process = options, process
+        url = f"http://127.0.0.1:{port}/v1"
+        self.client = openai.OpenAI(base_url=url, api_key="none", timeout=600, max_retries=0)
 
-def load(client: openai.OpenAI, options: argparse.Namespace, first: int, n: int) -> list[Outcome]:
-    """Send ``n`` requests from the clients, of which a share disconnects."""
-    rng = random.Random(first)
-    leaving = [rng.random() < options.disconnects for _ in range(n)]
-    with ThreadPoolExecutor(options.clients) as pool:
-        return list(pool.map(lambda i: ask(client, first + i, options, leaving[i]), range(n)))
+    def complete(self, prompt: str, max_tokens: int, **options):
+        """One completion."""
+        return self.client.completions.create(
+            model="default_model", prompt=prompt, max_tokens=max_tokens, **options
+        )
 
+    def ask(self, index: int, disconnect: bool) -> Outcome:
+        """One streamed request; a client that disconnects does so after a few tokens."""
+        prompt = prompt_of(index, self.options.prompts)
+        stream = self.complete(prompt, self.options.tokens, stream=True)
+        most = max(1, self.options.tokens // 2)
+        text, tokens, stay = "", 0, random.Random(1000 + index).randint(1, most)
+        for chunk in stream:
+            text += chunk.choices[0].text
+            tokens += 1
+            if disconnect and tokens >= stay:
+                stream.close()
+                return Outcome(index, text, True, tokens)
+        return Outcome(index, text, False, tokens)
 
-def resident_bytes(pid: int) -> int:
-    """Resident memory of a process, in bytes."""
-    shown = subprocess.run(
-        ["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True, check=True
-    )
-    return int(shown.stdout) * 1024
+    def send(self, first: int, n: int) -> list[Outcome]:
+        """Send ``n`` requests from the clients, of which a share disconnects."""
+        rng = random.Random(first)
+        leaving = [rng.random() < self.options.disconnects for _ in range(n)]
+        with ThreadPoolExecutor(self.options.clients) as pool:
+            return list(pool.map(self.ask, range(first, first + n), leaving))
 
+    def wait_until_ready(self) -> None:
+        """Send a request until the server answers."""
+        while self.process.poll() is None:
+            try:
+                self.complete("a", 1)
+                return
+            except openai.APIConnectionError:
+                time.sleep(0.2)
+        sys.exit("The server did not start.")
 
-def wait_until_ready(client: openai.OpenAI, process: subprocess.Popen) -> None:
-    """Ask until the server answers."""
-    while process.poll() is None:
-        try:
-            client.completions.create(model="default_model", prompt="a", max_tokens=1)
-            return
-        except openai.APIConnectionError:
-            time.sleep(0.2)
-    sys.exit("The server did not start.")
+    def resident_bytes(self) -> int:
+        """Resident memory, once the answers of disconnected clients have ended."""
+        for _ in range(5):
+            self.complete("a", 1)
+            time.sleep(0.5)
+        command = ["ps", "-o", "rss=", "-p", str(self.process.pid)]
+        return int(subprocess.run(command, capture_output=True, check=True).stdout) * 1024
 
-
-def settled_bytes(client: openai.OpenAI, pid: int) -> int:
-    """Resident memory once the answers that nobody waits for have ended."""
-    for _ in range(5):
-        client.completions.create(model="default_model", prompt="a", max_tokens=1)
-        time.sleep(0.5)
-    return resident_bytes(pid)
+    def measure(self) -> dict:
+        """The record: counts, seconds, and memory after each part."""
+        options, alone = self.options, {}
+        for index in range(options.prompts * 3):
+            prompt = prompt_of(index, options.prompts)
+            if prompt not in alone:
+                alone[prompt] = self.ask(index, False).text
+        self.send(0, options.requests // 4)
+        warm = self.resident_bytes()
+        begun = time.monotonic()
+        outcomes = self.send(options.requests, options.requests)
+        seconds = time.monotonic() - begun
+        loaded = self.resident_bytes()
+        self.send(3 * options.requests, options.requests // 2)
+        last = self.resident_bytes()
+        whole = [outcome for outcome in outcomes if not outcome.disconnected]
+        same = sum(o.text == alone[prompt_of(o.index, options.prompts)] for o in whole)
+        return {
+            "command": f"python {command_line()}",
+            **environment(),
+            "policy": options.policy,
+            "requests": len(outcomes),
+            "clients": options.clients,
+            "disconnected": len(outcomes) - len(whole),
+            "answered": len(whole),
+            "answered_as_without_load": same,
+            "seconds": round(seconds, 1),
+            "tokens_received": sum(outcome.tokens for outcome in outcomes),
+            "resident_bytes_after_warm_up": warm,
+            "resident_bytes_after_load": loaded,
+            "resident_bytes_after_more": last,
+            "growth_after_load": round(last / loaded - 1, 4),
+            "still_serving": self.process.poll() is None,
+        }
 
 
 def main() -> None:
@@ -113,7 +149,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--disconnects", type=float, default=0.35, help="share that leaves early")
     parser.add_argument("--policy", default="la-v7")
-    parser.add_argument("--json", help="write the record to this file too")
+    parser.add_argument("--json", type=Path, help="write the record to this file too")
     options = parser.parse_args()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -121,70 +157,19 @@ def main() -> None:
     command = [*SERVE, "--port", str(port), "--policy", options.policy, "--log-level", "WARNING"]
     command += ["--model", options.model] if options.model else []
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    client = openai.OpenAI(
-        base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=600, max_retries=0
-    )
+    load = Load(options, process, port)
     try:
-        wait_until_ready(client, process)
-        record = measure(client, options, process)
+        load.wait_until_ready()
+        record = load.measure()
     finally:
         process.terminate()
-        said = process.communicate(timeout=60)[1]
-    record["exit_status"] = process.returncode
-    record["tracebacks"] = said.count("Traceback")
-    text = json.dumps(record, indent=2)
-    print(text)
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-    sys.exit(0 if passed(record) else 1)
-
-
-def measure(client: openai.OpenAI, options: argparse.Namespace, process: subprocess.Popen) -> dict:
-    """The record: counts, seconds, and memory after each part."""
-    alone = {}
-    for index in range(options.prompts * 3):
-        prompt = prompt_of(index, options.prompts)
-        if prompt not in alone:
-            alone[prompt] = ask(client, index, options, leave=False).text
-    load(client, options, 0, options.requests // 4)
-    warm = settled_bytes(client, process.pid)
-    begun = time.monotonic()
-    outcomes = load(client, options, options.requests, options.requests)
-    seconds = time.monotonic() - begun
-    loaded = settled_bytes(client, process.pid)
-    load(client, options, 3 * options.requests, options.requests // 2)
-    last = settled_bytes(client, process.pid)
-    whole = [outcome for outcome in outcomes if not outcome.disconnected]
-    same = sum(o.text == alone[prompt_of(o.index, options.prompts)] for o in whole)
-    return {
-        "command": f"python {command_line()}",
-        **environment(),
-        "policy": options.policy,
-        "requests": len(outcomes),
-        "clients": options.clients,
-        "disconnected": len(outcomes) - len(whole),
-        "answered": len(whole),
-        "answered_as_without_load": same,
-        "seconds": round(seconds, 1),
-        "tokens_received": sum(outcome.tokens for outcome in outcomes),
-        "resident_bytes_after_warm_up": warm,
-        "resident_bytes_after_load": loaded,
-        "resident_bytes_after_more": last,
-        "growth_after_load": round(last / loaded - 1, 4),
-        "still_serving": process.poll() is None,
-    }
-
-
-def passed(record: dict) -> bool:
-    """Whether the server kept serving, ended in order, and memory stayed."""
-    return (
-        record["still_serving"]
-        and record["answered"] + record["disconnected"] == record["requests"]
-        and record["exit_status"] == 0
-        and record["tracebacks"] == 0
-        and record["growth_after_load"] < GROWTH_LIMIT
-    )
+        errors = process.communicate(timeout=60)[1]
+    record |= {"exit_status": process.returncode, "tracebacks": errors.count("Traceback")}
+    print(json.dumps(record, indent=2))
+    write(options.json, record)
+    in_order = record["still_serving"] and process.returncode == record["tracebacks"] == 0
+    complete = record["answered"] + record["disconnected"] == record["requests"]
+    sys.exit(not (in_order and complete and record["growth_after_load"] < GROWTH_LIMIT))
 
 
 if __name__ == "__main__":

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import mlx.core as mx
-import model_check  # noqa: E402
+import model_check
 import numpy as np
 import pytest
-from model_check import FORCED_TIE, MOST_DIFFERING, forced_failures, forced_text  # noqa: E402
-from teacher_forced import TeacherForcedCache  # noqa: E402
+from model_check import FORCED_TIE, MOST_DIFFERING, forced_failures, forced_text
+from teacher_forced import TeacherForcedCache
 from varied_models import varied_model
 
-from mlx_turbokv import TurboKVCache, make_prompt_cache  # noqa: E402
-from mlx_turbokv.kernels.backend import REFERENCE, Backend  # noqa: E402
+from mlx_turbokv import TurboKVCache, make_prompt_cache
+from mlx_turbokv.kernels.backend import REFERENCE, Backend
 
 N = 40
 PROMPT = np.random.default_rng(0).integers(0, 90, 230).tolist()  # the tail is flushed on the way

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
@@ -82,3 +83,17 @@ def test_texts_with_teacher_forced_codes_and_without(n_equal, gap, cells):
     forced = {"n_tokens": 50, "n_equal": n_equal, "log_probability": 6.2e-5}
     free = {"n_equal": 50 if gap is None else 7, "gap": gap}
     assert text_cells({"forced": forced, "free": free}) == cells
+
+
+def test_options_in_the_docs_exist():
+    found = set()
+    for path in DOCS:
+        blocks = re.findall(r"```bash\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+        for line in "\n".join(blocks).replace("\\\n", "").splitlines():
+            for name, rest in re.findall(r"mlx_turbokv\.(\w+)\)?\"?((?: [^&|;#]+)?)", line):
+                command = importlib.import_module(f"mlx_turbokv.cli.{name}").command
+                known = {option for param in command.params for option in param.opts}
+                used = set(re.findall(r" (--?[a-z][\w-]*)", rest))
+                found |= {(path.name, name, option) for option in used - known}
+    # generate and serve take mlx-lm's own flags too
+    assert {entry for entry in found if entry[1] not in ("generate", "serve")} == set()

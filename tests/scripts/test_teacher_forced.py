@@ -5,9 +5,9 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from teacher_forced import TeacherForcedCache  # noqa: E402
+from teacher_forced import TeacherForcedCache
 
-from mlx_turbokv import TurboKVCache  # noqa: E402
+from mlx_turbokv import TurboKVCache
 
 N = 3000
 PAIRS = [("q8_0", "turbo2"), ("turbo4", "turbo3"), ("turbo6", "turbo5")]
