@@ -1,10 +1,11 @@
 """The packed caches: drop-ins for mlx-lm's, for single sequences and batches."""
 
-from .base import FLUSH_TOKENS, STATE_VERSION, PackedCache
+from .base import STATE_VERSION, PackedCache
 from .batch import BatchTurboKVCache
 from .factory import CacheFactory, attach, detach, make_prompt_cache
 from .rotating import TurboRotatingKVCache
 from .rotating_batch import BatchTurboRotatingKVCache
+from .rows import FLUSH_TOKENS
 from .single import TurboKVCache
 
 __all__ = [

@@ -1,8 +1,4 @@
-"""What the packed caches share: rows that are quantised when written, in a body and a tail.
-
-Whole tiles of 32 tokens collect in a body; the newest tokens are in a tail of at most FLUSH_TOKENS.
-Only the tail is made anew at each token.
-"""
+"""What the packed caches share: mlx-lm's cache protocol over packed rows."""
 
 from __future__ import annotations
 
@@ -15,12 +11,12 @@ from ..attention import hook
 from ..attention.arrays import Handle, KVArray, Source, lazy_keys_and_values
 from ..centring.centre import Centre
 from ..errors import InputError
-from ..kernels.backend import Backend, select_backend
-from ..kernels.packed import PackedKV, empty_tiles
-from ..quant.formats import KVFormat, as_format
-from ..quant.layout import TILE, KVLayout, shared_layout
+from ..kernels.backend import select_backend
+from ..kernels.packed import empty_tiles
+from ..quant.formats import KVFormat
+from ..quant.layout import shared_layout
+from .rows import PackedRows
 
-FLUSH_TOKENS = 256
 STATE_VERSION = 2
 STATE_LENGTH = 11  # values of the state that all packed caches have
 hook.install()
@@ -33,8 +29,8 @@ def loadable(cls: Cache) -> Cache:
     return cls
 
 
-class PackedCache(mlx_lm_cache._BaseCache):
-    """Packed rows of K and V of one layer, and how they grow and shrink.
+class PackedCache(PackedRows, mlx_lm_cache._BaseCache):
+    """Packed K and V of one layer, with what mlx-lm asks of every cache.
 
     Args:
         k_format, v_format: formats or their names.
@@ -45,58 +41,7 @@ class PackedCache(mlx_lm_cache._BaseCache):
         InputError: an unknown format or back-end, or a centre for keys that are not turbo.
     """
 
-    flush_tokens = FLUSH_TOKENS  # tokens in the tail that go into the body
-    centre: Centre | None = None
     handles = False  # whether an update of one token returns Handles
-
-    def __init__(
-        self,
-        k_format: KVFormat | str,
-        v_format: KVFormat | str,
-        backend: str | None = None,
-        centre: Centre | None = None,
-    ) -> None:
-        self.k_format = as_format(k_format)
-        self.v_format = as_format(v_format)
-        if centre is not None and not self.k_format.is_turbo:
-            raise InputError(f"Keys in {self.k_format} cannot be centred: turbo formats can.")
-        self.centre = centre
-        self._backend_name = select_backend(backend).name
-        self._clear()
-
-    def _clear(self) -> None:
-        self.layout: KVLayout | None = None
-        self.body: mx.array = empty_tiles()
-        self.tail: mx.array = empty_tiles()
-        self.n_body = 0
-        self.n_tail = 0
-
-    @property
-    def backend(self) -> Backend:
-        """The back-end that packs and reads this cache."""
-        return select_backend(self._backend_name)
-
-    @property
-    def packed(self) -> PackedKV:
-        """The packed rows as attention reads them.
-
-        Raises:
-            ValueError: the cache is empty.
-        """
-        if self.layout is None:
-            raise ValueError(f"[{type(self).__name__}] the cache is empty.")
-        padding = None if self.centre is None else self._position_padding()
-        return PackedKV(
-            self.layout, self.body, self.n_body, self.tail, self.n_tail, self.centre, padding
-        )
-
-    def _position_padding(self) -> mx.array | None:
-        """Rows before position 0 of each sequence; None where there are none.
-
-        Shapes:
-            returns: [B] int32.
-        """
-        return None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[KVArray, KVArray]:
         """Pack new tokens and return all of K and V.
@@ -123,11 +68,6 @@ class PackedCache(mlx_lm_cache._BaseCache):
         """What attention is given."""
         return Source(self.packed, self.backend)
 
-    def _layout_of(self, keys: mx.array, values: mx.array) -> KVLayout:
-        dtype = str(keys.dtype).removeprefix("mlx.core.")
-        k_head_dim, v_head_dim = keys.shape[-1], values.shape[-1]
-        return shared_layout(self.k_format, self.v_format, k_head_dim, v_head_dim, dtype)
-
     def _check(self, keys: mx.array, values: mx.array) -> None:
         if self.layout is None:
             return
@@ -141,50 +81,6 @@ class PackedCache(mlx_lm_cache._BaseCache):
                 f"continue a cache of (B, H, k_head_dim, v_head_dim) = {expected}."
             )
 
-    def _append(self, keys: mx.array, values: mx.array) -> None:
-        """Pack the new tokens into the tail, or into the body where they fill enough tiles."""
-        n_new = keys.shape[2]
-        total = self.n_tail + n_new
-        if total < self.flush_tokens:
-            self.tail = self._pack(keys, values)
-            self.n_tail = total
-            return
-        n_left = total % TILE
-        n_flushed = n_new - n_left if n_new >= n_left else 0
-        if n_flushed:
-            flushed = self._pack(keys[:, :, :n_flushed], values[:, :, :n_flushed])
-            self.tail, self.n_tail = empty_tiles(), 0
-            self._extend_body(flushed)
-        if n_flushed < n_new:
-            self.tail = self._pack(keys[:, :, n_flushed:], values[:, :, n_flushed:])
-            self.n_tail += n_new - n_flushed
-
-    def _pack(self, keys: mx.array, values: mx.array) -> mx.array:
-        """The tail with these tokens after it."""
-        options = {}
-        if self.centre is not None:
-            left_padding = self._position_padding()
-            options = {"centre": self.centre, "first": self.size(), "left_padding": left_padding}
-        return self.backend.pack(keys, values, self.layout, self.tail, self.n_tail, **options)
-
-    def _extend_body(self, tiles: mx.array) -> None:
-        """Add full tiles to the body."""
-        if self.n_body:
-            body = self.body
-            if body.shape[2] * TILE > self.n_body:
-                body = body[:, :, : self.n_body // TILE]
-            tiles = mx.concatenate([body, tiles], axis=2)
-        self.body = tiles
-        self.n_body = tiles.shape[2] * TILE
-
-    def _set_tiles(self, tiles: mx.array, n: int, layout: KVLayout) -> None:
-        """Hold these tiles and nothing else; ``n`` rows of them are valid."""
-        n_full = n // TILE
-        self.layout = layout
-        self.n_body, self.n_tail = n_full * TILE, n % TILE
-        self.body = mx.contiguous(tiles[:, :, :n_full]) if n_full else empty_tiles()
-        self.tail = mx.contiguous(tiles[:, :, n_full:]) if self.n_tail else empty_tiles()
-
     def keys_and_values(self, dtype: mx.Dtype | None = None) -> tuple[mx.array, mx.array]:
         """All of K and V, lazily dequantised, in ``dtype`` or the model's own.
 
@@ -195,26 +91,6 @@ class PackedCache(mlx_lm_cache._BaseCache):
         own: mx.Dtype = getattr(mx, source.packed.layout.dtype)
         return lazy_keys_and_values(source, dtype or own)
 
-    @property
-    def keys(self) -> mx.array:
-        """The array that holds the newest rows.
-
-        Pipeline-parallel models replace it by itself with a dependency on a message.
-        """
-        return self.tail if self.n_tail else self.body
-
-    @keys.setter
-    def keys(self, array: mx.array) -> None:
-        if self.n_tail:
-            self.tail = array
-        else:
-            self.body = array
-
-    @property
-    def n_rows(self) -> int:
-        """Rows held, padding included."""
-        return self.n_body + self.n_tail
-
     def size(self) -> int:
         """Tokens in the cache, padding included."""
         return self.n_rows
@@ -223,33 +99,9 @@ class PackedCache(mlx_lm_cache._BaseCache):
         """Whether nothing has been written."""
         return self.layout is None
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes resident, stale rows and the tail's free rows included."""
-        rows = self.body.nbytes + self.tail.nbytes
-        if self.centre is None or not rows:
-            return rows
-        return rows + self.centre.nbytes(self.size())
-
     def is_trimmable(self) -> bool:
         """Tokens can be taken off the end."""
         return True
-
-    def trim(self, n: int) -> int:
-        """Take up to ``n`` tokens off the end; returns how many."""
-        n = min(self.n_rows, n)
-        if n <= self.n_tail:
-            self.n_tail -= n
-        else:
-            kept = self.n_rows - n
-            self.n_body, self.n_tail = kept - kept % TILE, kept % TILE
-            first = self.n_body // TILE
-            self.tail = self.body[:, :, first : first + 1]
-        if self.n_tail == 0:
-            self.tail = empty_tiles()
-        if self.n_rows == 0:
-            self._clear()
-        return n
 
     @property
     def state(self) -> list:

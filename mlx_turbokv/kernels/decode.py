@@ -90,7 +90,7 @@ def _launch(
         anchors: of centred keys: pairs of dims that lie apart, whether first keys are bare.
         splits: those of a head; None: n_splits.
     """
-    k, v = tables.sides(layout)
+    k, v = tables.tensor_parameters(layout)
     batch, n_heads, n_kv_heads, n_queries = shape
     n_body, body_stride, n_tail, tail_stride = counts
     causal, has_sinks, has_padding = flags

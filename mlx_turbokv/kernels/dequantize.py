@@ -63,7 +63,7 @@ def _launch(
         anchors: of centred keys: pairs of dims that lie apart, whether first keys are bare,
             whether rows of padding come first.
     """
-    k, v = tables.sides(layout)
+    k, v = tables.tensor_parameters(layout)
     template = [*tables.template(layout, dtype), ("CENTRED", anchors is not None)]
     batch, n_heads = shape
     first, count = heads

@@ -50,7 +50,7 @@ def _launch(
         shape: sequences, KV heads, new tokens.
         tiles: of the tail's buffer, before and after.
     """
-    k, v = tables.sides(layout)
+    k, v = tables.tensor_parameters(layout)
     template = [("T", dtype), ("KB", k.bits), ("KG", k.group), ("KD", k.dim), ("KW", k.width)]
     template += [("VB", v.bits), ("VG", v.group), ("VD", v.dim), ("VW", v.width)]
     template += [("CENTRED", centred)]

@@ -22,7 +22,7 @@ MAX_ORDER = 36
 RAW = {"float16": 0, "bfloat16": 1, "float32": 2}
 
 
-class Side(NamedTuple):
+class TensorParameters(NamedTuple):
     """Template parameters of K or V, as metal/common.h names them.
 
     Args:
@@ -38,18 +38,18 @@ class Side(NamedTuple):
 
 
 @cache
-def sides(layout: KVLayout) -> tuple[Side, Side]:
+def tensor_parameters(layout: KVLayout) -> tuple[TensorParameters, TensorParameters]:
     """K's and V's parameters."""
     return (
-        _side(layout.k_format, layout.k_head_dim, layout.itemsize),
-        _side(layout.v_format, layout.v_head_dim, layout.itemsize),
+        _parameters(layout.k_format, layout.k_head_dim, layout.itemsize),
+        _parameters(layout.v_format, layout.v_head_dim, layout.itemsize),
     )
 
 
-def _side(fmt: KVFormat, head_dim: int, itemsize: int) -> Side:
+def _parameters(fmt: KVFormat, head_dim: int, itemsize: int) -> TensorParameters:
     bits = 8 * itemsize if fmt.is_f16 else fmt.bits
     width = rotation_width(head_dim) if fmt.is_turbo else 0
-    return Side(bits, fmt.group_width(head_dim), head_dim, width)
+    return TensorParameters(bits, fmt.group_width(head_dim), head_dim, width)
 
 
 def uncovered(layout: KVLayout) -> str | None:
@@ -62,14 +62,14 @@ def uncovered(layout: KVLayout) -> str | None:
 
 def template(layout: KVLayout, dtype: mx.Dtype) -> list[tuple[str, object]]:
     """Template values of the kernels that read packed rows; ``dtype`` is that of what they meet."""
-    k, v = sides(layout)
+    k, v = tensor_parameters(layout)
     values = [("T", dtype), ("KB", k.bits), ("KG", k.group), ("KD", k.dim), ("KW", k.width)]
     return values + [("VB", v.bits), ("VG", v.group), ("VD", v.dim), ("RAW", RAW[layout.dtype])]
 
 
 @cache
-def constants(side: Side) -> mx.array:
-    """The tables of one side, evaluated: signs, dense Hadamard matrix, levels, boundaries.
+def constants(tensor: TensorParameters) -> mx.array:
+    """The tables of K or V, evaluated: signs, dense Hadamard matrix, levels, boundaries.
 
     Shapes:
         returns: at least [276] uint32, in the order of metal/common.h.
@@ -78,17 +78,19 @@ def constants(side: Side) -> mx.array:
     rows = np.zeros((MAX_ORDER, 2), np.uint32)
     columns = np.zeros((MAX_ORDER, 2), np.uint32)
     levels = np.zeros(2 * MAX_LEVELS, np.float32)
-    if side.width:
-        sign_bits[:] = _bits(signs(side.width)[None] < 0, 4)[0]
-        order = base_order(side.width)
+    if tensor.width:
+        sign_bits[:] = _bits(signs(tensor.width)[None] < 0, 4)[0]
+        order = base_order(tensor.width)
         matrix = hadamard(order)
         rows[:order] = _bits(matrix < 0, 2)
         columns[:order] = _bits(matrix.T < 0, 2)
-        levels[: 1 << side.bits] = codebook(side.bits, side.group)
-        levels[MAX_LEVELS : MAX_LEVELS + (1 << side.bits) - 1] = boundaries(side.bits, side.group)
+        levels[: 1 << tensor.bits] = codebook(tensor.bits, tensor.group)
+        levels[MAX_LEVELS : MAX_LEVELS + (1 << tensor.bits) - 1] = boundaries(
+            tensor.bits, tensor.group
+        )
     table = [sign_bits, rows.reshape(-1), columns.reshape(-1), levels.view(np.uint32)]
-    if side.width:
-        table.append(_lookup(side.bits, codebook(side.bits, side.group)))
+    if tensor.width:
+        table.append(_lookup(tensor.bits, codebook(tensor.bits, tensor.group)))
     array = mx.array(np.concatenate(table))
     mx.eval(array)  # the server generates in a thread of its own, where nothing new is evaluated
     return array
@@ -162,7 +164,7 @@ def placeholder() -> mx.array:
 @cache
 def no_tiles() -> mx.array:
     """Stands for a body or a tail that is absent."""
-    return constants(Side(8, 32, 8, 0))
+    return constants(TensorParameters(8, 32, 8, 0))
 
 
 _extended: dict[int, tuple[weakref.ref, mx.array]] = {}

@@ -62,7 +62,7 @@ def _variants():
             for dims in (*kernel_cases.DIMS, (40, 40), (192, 192), (320, 320), (512, 256)):
                 for dtype in ("float16", "float32"):
                     formats = KVFormat.parse(k_name), KVFormat.parse(v_name)
-                    k, v = tables.sides(KVLayout(*formats, *dims, dtype))
+                    k, v = tables.tensor_parameters(KVLayout(*formats, *dims, dtype))
                     for n_rows in range(1, 65):
                         for centred in (False, True):
                             rows = decode.rows_at_once(n_rows, max(dims), centred)
