@@ -37,13 +37,13 @@ def examine(
     chosen: list[Variant] | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict:
-    """Check the kernel sources, then every variant; returns a record that report.py prints.
+    """Check the kernel sources, then every variant; returns the record that report.py formats.
 
     Args:
         which: the set of variants: quick, default or full.
         backend: as ``select_backend`` takes it.
         times: whether the variants are timed too.
-        isolated: run kernels in processes of their own; by default on a GPU.
+        isolated: run kernels in a child process; by default on a GPU.
         metal: the folder of kernel sources, in place of the package's.
         chosen: variants in place of a set's.
 
@@ -91,7 +91,7 @@ def _failure(
 
 
 def kernels_named(job: str, message: str, backend: str) -> list[str]:
-    """The kernels that a failure is about: what the message names, else all that the job runs."""
+    """The kernels that failed: those that the message names, else all that the job runs."""
     if backend == "reference":
         return [f"reference {job}"]
     if job not in JOBS:

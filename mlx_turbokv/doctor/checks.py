@@ -1,4 +1,4 @@
-"""Runs one variant: pack, decode and dequantize, each compared with what it should give.
+"""Checks pack, decode and dequantize of one variant against a reference.
 
 A GPU back-end is compared with the reference ops, which run on the CPU; the reference back-end is
 compared with float64 NumPy. Decode and dequantize read rows that the reference packed, so a
@@ -36,7 +36,7 @@ JOBS = ("pack", "decode", "dequantize")
 
 
 class Outcome(NamedTuple):
-    """How one job of one variant went; ``message`` says what is wrong, None where nothing is."""
+    """Result of one job of one variant; ``message`` is the error, None if there is none."""
 
     job: str
     error: float
@@ -64,7 +64,7 @@ def run_variant(
 
 
 class _Case:
-    """Inputs of a variant, the same on every machine, and its three comparisons."""
+    """Inputs of a variant, the same on every machine, and its three checks."""
 
     def __init__(self, variant: Variant) -> None:
         self.variant, self.layout = variant, variant.layout
@@ -85,7 +85,7 @@ class _Case:
         return mx.array(rows.astype(np.float32)).astype(self.dtype)
 
     def _centre(self, n: int) -> None:
-        """Keys get a constant part some times as large as what varies."""
+        """Add a constant part to the keys, larger than what varies."""
         dim = self.variant.k_head_dim
         mu = 4 * self.rng.standard_normal((N_KV_HEADS, dim)).astype(np.float32)
         self.centre = Centre(
@@ -97,7 +97,7 @@ class _Case:
             mx.eval(self.keys)
 
     def _at(self, first: int) -> dict:
-        """What packing rows from ``first`` on is told of the centre."""
+        """Arguments of pack for the centre of rows from ``first`` on."""
         if self.centre is None:
             return {}
         return {"centre": self.centre, "first": first}
@@ -112,7 +112,7 @@ class _Case:
         return PackedKV(self.layout, body, N_BODY, tail, N_TAIL, self.centre)
 
     def pack(self, backend: Backend) -> float:
-        """Rows behind a tail that is kept; returns the share of codes that differ."""
+        """Append rows to a tail; returns the share of codes that differ."""
         layout, n = self.layout, N_BODY + N_TAIL
         with mx.stream(mx.cpu):
             kept = self.keys[:, :, :N_KEPT], self.values[:, :, :N_KEPT]
@@ -215,7 +215,7 @@ class _Case:
         return float(np.linalg.norm(error) / (np.linalg.norm(want) or 1.0))
 
     def dequantize(self, backend: Backend) -> float:
-        """Rows read back; the inverse rotation of a kernel's rows is the CPU's, in float32."""
+        """Read rows back; a kernel's rows are rotated back on the CPU, in float32."""
         packed = self.packed()
         if backend.name == "reference":
             got, want = backend.dequantize(packed, mx.float32), _expected_rows(packed)

@@ -1,4 +1,4 @@
-"""Runs the variants: in a process of their own where a kernel may take the process with it.
+"""Runs the variants, in a child process where a kernel may crash or hang.
 
 A bad kernel can raise, give wrong numbers, end the process or never end. Each is a failure of
 that kernel and variant, and the others still run, in a new process.
@@ -37,7 +37,7 @@ def results(
 
     Args:
         progress: called with a line on what runs.
-        isolated: whether the kernels run in processes of their own.
+        isolated: whether the kernels run in a child process.
     """
     found: list[dict] = []
     failures: Counter[str] = Counter()
@@ -92,7 +92,7 @@ def _events(
 def _child_events(
     variants: list[Variant], backend: str, skip: frozenset[str], times: bool
 ) -> Iterator[dict]:
-    """The events of a process of its own; if it dies, the record of the job that it was at."""
+    """The events of a child process; if it dies, a failure of the job that it was running."""
     order = {"variants": [v.as_json() for v in variants], "backend": backend}
     order |= {"skip": sorted(skip), "times": times}
     child = _start_child()
@@ -172,7 +172,7 @@ def _as_json(outcome: Outcome) -> dict:
 
 
 def child() -> None:
-    """The process of its own: reads its order from stdin, and prints one event a line."""
+    """The child process: reads its order from stdin, prints one event a line."""
     order = json.load(sys.stdin)
     variants = [Variant(**fields) for fields in order["variants"]]
     for event in _events(variants, order["backend"], frozenset(order["skip"]), order["times"]):

@@ -1,4 +1,4 @@
-"""What packing and attention should give, in float64 NumPy: the reference ops are held to it."""
+"""Packing and attention in float64 NumPy, to check the reference ops against."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ MOST_SHOWN = 10
 
 
 def as_markdown(record: dict) -> str:
-    """The report of a record that ``examine`` made."""
+    """A record of ``examine`` as Markdown."""
     verdict = "PASS" if record["passed"] else "FAIL"
     checks = ["job", "variants", "agree", "worst", "accepted"]
     parts = [
@@ -95,7 +95,7 @@ def _checks(record: dict) -> list[list[str]]:
 
 
 def _worst(variants: list[dict], job: str) -> str:
-    """The largest error that was accepted; decode's by dtype, as its tolerances are."""
+    """The largest accepted error; decode's by dtype, like its tolerances."""
     worst: dict[str, float] = {}
     for variant in variants:
         error = variant["jobs"].get(job, {}).get("error")
@@ -142,7 +142,7 @@ def _bandwidths(chip: Chip) -> str:
 
 
 def _least_us(n_bytes: int, chip: Chip) -> str:
-    """Microseconds in which the chip's memory delivers so many bytes."""
+    """Microseconds that the chip's memory needs to read so many bytes."""
     return " or ".join(f"{n_bytes / bandwidth / 1e3:.0f}" for bandwidth in chip.bandwidths)
 
 

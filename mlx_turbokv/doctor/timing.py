@@ -1,4 +1,4 @@
-"""How long the jobs of a variant take, and MLX's own fp16 attention on the same shapes."""
+"""Times of the jobs of a variant, and of MLX's fp16 attention on the same shapes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .variants import Variant
 # tokens, KV heads, query heads
 GPU_SHAPE = (8192, 8, 32)
 CPU_SHAPE = (512, 2, 8)
-# copies of what is read take turns, so that no cache holds them all
+# copies of what is read are used in turn, so that no cache holds them all
 ROTATED_BYTES = 128 * 2**20
 
 
@@ -85,7 +85,7 @@ def _fp16_attention(
 
 
 def _copies(most: int, *arrays: mx.array) -> list[list[mx.array]]:
-    """As many copies of the arrays as ROTATED_BYTES hold, one at least."""
+    """As many copies of the arrays as fit in ROTATED_BYTES, at least one."""
     n_bytes = sum(array.nbytes for array in arrays)
     n = max(1, min(most, ROTATED_BYTES // n_bytes))
     sets = [[array + mx.array(0, array.dtype) for array in arrays] for _ in range(n)]

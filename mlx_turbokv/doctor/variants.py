@@ -1,4 +1,4 @@
-"""Which kernel variants doctor builds: formats on K and on V, head_dims, shapes and edges."""
+"""The kernel variants that doctor checks: formats of K and V, head_dims, shapes and edges."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DTYPES = ("float16", "float16", "bfloat16", "float16", "float32")
 
 @dataclass(frozen=True)
 class Variant:
-    """One pair of formats with the shape that decode is checked on besides the plain one.
+    """One pair of formats, and the shape that decode is checked on besides the plain one.
 
     ``centred``: keys have a large constant part, which is taken out.
     """

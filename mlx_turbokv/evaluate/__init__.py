@@ -1,1 +1,1 @@
-"""Measuring what a cache costs in quality: perplexity, divergence, and the statistics of both."""
+"""Quality and speed of caches: perplexity, KLD, needle, benchmark, calibration."""

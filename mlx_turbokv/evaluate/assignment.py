@@ -1,4 +1,4 @@
-"""Which choice each slot gets, so that the summed cost is least and a budget is kept.
+"""Assign a format to each slot at the least summed cost within a budget.
 
 A slot is K or V of one layer, a choice one of its formats. The problem is the multiple-choice
 knapsack; dynamic programming over the bytes solves it exactly.
@@ -57,7 +57,7 @@ def assign(costs: np.ndarray, sizes: np.ndarray, budgets: Sequence[int]) -> list
 
 
 def _tables(costs: np.ndarray, above: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
-    """Least cost by units used exactly, [room + 1], and the choice of each slot on the way."""
+    """Least cost for each number of units used, [room + 1], and the choice of each slot."""
     best = np.full(room + 1, np.inf)
     best[0] = 0
     chosen = np.zeros((len(costs), room + 1), np.uint8)
@@ -84,7 +84,7 @@ def _trace(chosen: np.ndarray, above: np.ndarray, used: int) -> np.ndarray:
 
 
 def monotone(costs: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Costs that never rise with the size, the nearest such by squares (isotonic regression).
+    """The nearest costs, by squares, that never rise with the size (isotonic regression).
 
     More bits cannot hurt in expectation, but a measurement of few windows may say so. Choices of
     one size are put at one cost; a slot whose costs fall with the size is left as it is, and so is

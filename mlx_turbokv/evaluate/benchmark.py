@@ -46,7 +46,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Point:
-    """What is measured: ``kind`` is "prompt" or "context", ``tokens`` how many are in the cache."""
+    """A point to measure: ``kind`` is "prompt" or "context", ``tokens`` the tokens in the cache."""
 
     kind: str
     tokens: int
@@ -54,7 +54,7 @@ class Point:
 
 @dataclass
 class Trials:
-    """What one configuration gave at one point, trial by trial; seconds and bytes."""
+    """Results of one configuration at one point, trial by trial; seconds and bytes."""
 
     config: Prepared
     prompt_s: list[float] = field(default_factory=list)
@@ -205,7 +205,7 @@ def _kv_caches(caches: list, found: KVLayers) -> list:
 
 
 def _dtype(model: nn.Module, found: KVLayers) -> mx.Dtype:
-    """The type of a model's K and V; the call that shows it is never computed."""
+    """The type of a model's K and V, from a call that is never computed."""
     caches = own_caches(model)
     model(mx.zeros((1, 1), mx.int32), cache=caches)
     return _kv_caches(caches, found)[0].keys.dtype
@@ -232,7 +232,7 @@ def _generate(
 
 
 def _build_times(model: nn.Module, caches: list) -> list[float]:
-    """Seconds of Python that building one decode step takes, nothing computed meanwhile."""
+    """Seconds of Python that building one decode step takes, without computing it."""
     token, times = mx.zeros((1, 1), mx.int32), []
     for _ in range(BUILD_STEPS):
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What a calibration leaves behind: policy files with their evidence, and a record."""
+"""The results of a calibration: policy files with their evidence, and a record."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Calibration:
         self.note, self.progress = note, progress
         self.model = model_record(loaded) | {"fingerprint": weights_digest(loaded.model)}
         self.environment = environment()
-        # What turbo keys are centred by, and the same in words.
+        # What turbo keys are centred by, and its description.
         self.centre: bool | References = not options["no_centre"]
         self.keys = "centred by the bias, if any" if self.centre else "not centred"
 
@@ -134,7 +134,7 @@ class Calibration:
         return settings | {"keys": self.keys}
 
     def _measurements(self, sample: Sample) -> Journal:
-        """What the folder has of this model and text."""
+        """The measurements in the folder, of this model and text."""
         backend = self.options["backend"]
         settings = self._settings(sample, []) | {
             "stride": self.options["ctx_size"] // 2,

@@ -72,7 +72,7 @@ class Journal:
             write_text(self.path, "".join(json.dumps(r) + "\n" for r in records))
 
     def add(self, part: dict) -> None:
-        """Write a finished part down."""
+        """Append a finished part."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         new = not self.path.exists()
         with self.path.open("a", encoding="utf-8") as file:
@@ -82,7 +82,7 @@ class Journal:
         self.parts.append(part)
 
     def done(self) -> None:
-        """The run has ended and its results are kept elsewhere."""
+        """Delete the file: the run has ended and its results are stored."""
         self.path.unlink(missing_ok=True)
 
 
@@ -111,7 +111,7 @@ class Checkpoint(Journal):
         }
 
     def put(self, index: int, results: dict[str, tuple[PositionStats, int]]) -> None:
-        """Write a finished window down."""
+        """Append a finished window."""
         record = {
             name: {"stats": stats.to_json(), "kv_bytes": n} for name, (stats, n) in results.items()
         }

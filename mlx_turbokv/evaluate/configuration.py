@@ -119,7 +119,7 @@ def check_name(name: str) -> None:
 def fitting(
     model: nn.Module, names: Sequence[str], backend: str | None = None
 ) -> tuple[list[str], list[str]]:
-    """The names that fit a model, and a sentence on each that does not."""
+    """The names that fit a model, and why each of the others does not."""
     found, reasons = [], []
     for name in names:
         try:

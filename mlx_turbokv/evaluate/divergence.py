@@ -1,4 +1,4 @@
-"""How far one run's predictions are from another's, position by position.
+"""KL divergence and related distances between two runs' logits, position by position.
 
 Everything is computed from two sets of logits over the same positions, in float32 MLX ops: the
 vocabulary is large, so each quantity costs as few passes over it as it can.
@@ -7,7 +7,7 @@ vocabulary is large, so each quantity costs as few passes over it as it can.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
@@ -48,13 +48,6 @@ class PositionStats:
         dtypes = {"same_top": np.bool_, "top_right": np.bool_}
         return cls(**{k: np.array(x, dtypes.get(k, np.float32)) for k, x in record.items()})
 
-    @classmethod
-    def concatenate(cls, parts: list[PositionStats]) -> PositionStats:
-        """The same statistics over several windows, one after the other."""
-        return cls(
-            **{f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)}
-        )
-
 
 def check_finite(values: np.ndarray, config: str) -> None:
     """Check what was computed from a run's logits.
@@ -69,7 +62,7 @@ def check_finite(values: np.ndarray, config: str) -> None:
 
 
 class Reference:
-    """The reference run's distribution over one window; all that is kept of its logits.
+    """The reference run's distribution over one window, in place of its logits.
 
     Shapes: logits [n, vocabulary], targets [n].
     """

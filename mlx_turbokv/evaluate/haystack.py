@@ -28,7 +28,7 @@ CITIES = (
 
 @dataclass(frozen=True)
 class Case:
-    """One place to hide a needle.
+    """One needle at one depth of one context.
 
     kind: "password" (the paper's turbo-rainbow-42), "number" (a six-digit number of a city), or
         "distractors" (the same, with four other cities' numbers in the text).
@@ -64,7 +64,7 @@ class Prompt:
 def make_cases(
     contexts: Sequence[int], depths: Sequence[float], kinds: Sequence[str], repeats: int = 1
 ) -> list[Case]:
-    """All cases, repeat by repeat, mixed within one: a run cut short has some of every place.
+    """All cases, repeat by repeat, shuffled within one: an interrupted run has every kind.
 
     Raises: InputError for an unknown kind, a depth outside 0 to 1, or a number below 1.
     """
@@ -186,7 +186,7 @@ def _facts(case: Case, rng: random.Random) -> tuple[str, str, str, str, list[str
 
 
 def _hidden(sentences: list[str], facts: list[tuple[float, str]]) -> list[str]:
-    """The sentences with each fact put in at its depth."""
+    """The sentences with each fact inserted at its depth."""
     at: dict[int, list[str]] = {}
     for depth, fact in facts:
         at.setdefault(round(depth * len(sentences)), []).append(fact)

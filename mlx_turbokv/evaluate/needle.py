@@ -1,4 +1,4 @@
-"""Needle in a haystack through several caches: does the model still find what f16 lets it find?
+"""Needle in a haystack: does the model find with a packed cache what it finds with f16?
 
 For each case the prompt goes in once a configuration. Then the model generates greedily, and the
 answer is scored exactly; and the answer is fed as it should be, which gives its log-probability: a
@@ -74,7 +74,7 @@ def ask(
     config: Prepared,
     prefill_step_size: int = 2048,
 ) -> dict:
-    """What one configuration makes of a prompt.
+    """A configuration's answer to a prompt, and its score.
 
     Returns:
         ``found``, the ``response``, ``logp``, the log-probability in nats of the whole answer, and

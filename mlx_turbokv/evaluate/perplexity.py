@@ -26,7 +26,7 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass
 class ConfigResult:
-    """What one configuration gave, window by window.
+    """Results of one configuration, window by window.
 
     config: the configuration.
     windows: statistics of each window's scored positions.
@@ -59,11 +59,11 @@ class Evaluation:
         return len(self.results[0].windows)
 
     def result(self, name: str) -> ConfigResult:
-        """What the configuration of this name gave."""
+        """The results of the configuration of this name."""
         return next(r for r in self.results if r.config.name == name)
 
     def summary(self) -> list[dict]:
-        """One record a configuration: everything the tables and the JSON file say."""
+        """One record a configuration, as the tables and the JSON file use it."""
         return [self._summarise(r) for r in self.results]
 
     def _summarise(self, result: ConfigResult) -> dict:
@@ -119,7 +119,7 @@ def settings_of(
     text_sha256: str,
     versions: dict,
 ) -> dict:
-    """What two runs must share for their windows to belong together."""
+    """The settings that must be equal for two runs to share windows."""
     first = windows[:1]
     return {
         "model": model_name,

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Middle tones, readable on white and on near-black.
+# Readable on white and on near-black.
 COLORS = (
     "#4c8dd6", "#e08a1e", "#3fa66b", "#d1605e", "#9a79c9", "#a58a6f", "#d982b5", "#7f8c99",
     "#b3a636", "#3aa6a6", "#c26b3f", "#6f7fd1",
@@ -23,7 +23,7 @@ GIB = 2**30
 
 
 def require_matplotlib() -> None:
-    """Look for matplotlib.
+    """Check that matplotlib is installed.
 
     Raises: InputError naming the extra that brings it.
     """
@@ -36,7 +36,7 @@ def require_matplotlib() -> None:
 
 
 def new_figure(width: float, height: float, columns: int = 1, rows: int = 1, **options):
-    """(figure, its axes in a 2D array), in inches, drawn without any window."""
+    """A figure, its size in inches, and its axes in a 2D array; no window is opened."""
     require_matplotlib()
     import matplotlib
     from matplotlib.figure import Figure
@@ -65,12 +65,12 @@ def _style(ax: Axes) -> None:
 
 
 def save_png(figure: Figure, path: str) -> None:
-    """Write a PNG on a white ground."""
+    """Write a PNG with a white background."""
     figure.savefig(path, format="png", dpi=150, facecolor="white")
 
 
 def as_svg(figure: Figure, label: str) -> str:
-    """An inline SVG with a transparent ground, whose text takes the page's colour.
+    """An inline SVG with a transparent background and text in the page's colour.
 
     Args:
         label: what a screen reader says of it.
@@ -80,12 +80,12 @@ def as_svg(figure: Figure, label: str) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
     text = re.sub(r'\s(width|height)="[\d.]+pt"', "", text, count=2)
-    # Names inside an SVG are the page's: two figures must not share them.
+    # Two figures of one page must not share ids.
     salt = re.sub(r"\W+", "-", label.lower())
     seen: set[str] = set()
 
     def once(match: re.Match) -> str:
-        # matplotlib repeats a marker's definition; the first one serves.
+        # matplotlib repeats a marker's definition; the first one is enough.
         name = f"{salt}-{match[1]}"
         if name in seen:
             return ""
@@ -94,7 +94,7 @@ def as_svg(figure: Figure, label: str) -> str:
 
     text = re.sub(r'\bid="([^"]+)"', once, text)
     text = re.sub(r'(xlink:href="|href="|url\()#', rf"\1#{salt}-", text)
-    # As wide as drawn where there is room; letters then are as large as the page's.
+    # As wide as drawn where there is room, so that its text has the page's size.
     head = (
         f'<svg role="img" aria-label="{label}" style="--drawn:{1.15 * figure.get_figwidth():.3g}in"'
     )
@@ -102,7 +102,7 @@ def as_svg(figure: Figure, label: str) -> str:
 
 
 def token_axis(ax: Axes, values: list[int]) -> None:
-    """A logarithmic axis of context lengths, marked where they are."""
+    """A logarithmic axis of context lengths, with a tick at each."""
     ax.set_xscale("log", base=2)
     values = sorted(set(values))
     ax.set_xticks(values, [_tokens(n) for n in values])
@@ -140,7 +140,7 @@ def speed_figure(record: dict) -> Figure:
 
 
 def bytes_unit(largest: float) -> tuple[str, int]:
-    """The unit in which a number of bytes reads best, and its size."""
+    """The unit for a number of bytes, and the unit's size."""
     return ("GiB", GIB) if largest >= GIB / 4 else ("MiB", 2**20)
 
 

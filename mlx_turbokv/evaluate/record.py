@@ -1,4 +1,4 @@
-"""What every results file says about the run that made it."""
+"""The environment, model and command that every results file records."""
 
 from __future__ import annotations
 
@@ -97,14 +97,14 @@ def _weights(model: nn.Module) -> list[tuple[str, mx.array]]:
 
 
 def model_record(loaded: Loaded) -> dict:
-    """What a record says of a model: name, file or id, dtype of its K and V."""
+    """A model in a record: name, file or id, dtype of its K and V."""
     dtypes = [x.dtype for _, x in _weights(loaded.model) if mx.issubdtype(x.dtype, mx.floating)]
     # Activations, and so K and V, have the widest type among the weights.
     widest = max(dtypes, key=lambda d: d.size, default=None)
     source = str(loaded.source)
     return {
         "name": loaded.name,
-        # A path would say more about this machine than about the model.
+        # A path would describe this machine, not the model.
         "source": os.path.basename(source.rstrip("/")) if os.path.exists(source) else source,
         "dtype": str(widest).removeprefix("mlx.core."),
         "kv_itemsize": widest.size if widest is not None else None,

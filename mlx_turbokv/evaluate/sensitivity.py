@@ -1,4 +1,4 @@
-"""What a lower format costs, layer by layer, K and V apart.
+"""Sensitivity of each layer's K and V to each format.
 
 One slot (K or V of one KV layer) is changed at a time, everything else stays at the base, and the
 divergence from the f16 run is measured over the same windows. Windows are the outer loop, so the
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import mlx.core as mx
@@ -77,14 +78,14 @@ class Sensitivity:
 
         Shapes: returns [n_layers, 2, n_formats].
         """
-        found = np.full((len(self.base), len(PARTS), len(formats)), np.inf)
-        for layer, pair in enumerate(self.base):
-            for part in range(len(PARTS)):
-                for i, name in enumerate(formats):
-                    change = Change(layer, part, name)
-                    if change in self.kld or pair[part] == name:
-                        found[layer, part, i] = self.added(change).mean()
-        return found
+
+        def mean(change: Change) -> float:
+            known = change in self.kld or self.base[change.layer][change.part] == change.format
+            return self.added(change).mean() if known else np.inf
+
+        shape = len(self.base), len(PARTS), len(formats)
+        slots = product(range(shape[0]), range(shape[1]), formats)
+        return np.array([mean(Change(*slot)) for slot in slots]).reshape(shape)
 
     def predicted(self, pairs: Pairs) -> np.ndarray:
         """The additive prediction of an assignment's KLD, [n_windows]."""
@@ -107,7 +108,7 @@ def all_changes(base: Pairs, formats: Sequence[str]) -> list[Change]:
 
 
 def default_batch() -> int:
-    """Windows at a time: on a GPU one window of a small model leaves most of it idle."""
+    """Windows at a time: one window of a small model does not fill a GPU."""
     return GPU_BATCH if mx.default_device().type == mx.DeviceType.gpu else 1
 
 

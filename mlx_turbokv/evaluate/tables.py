@@ -11,7 +11,7 @@ NONE = "–"
 
 @dataclass(frozen=True)
 class Table:
-    """A table with what belongs above and below it.
+    """A table with its heading and notes.
 
     header: names of the columns.
     rows: cells, one list a row. The last cell of a row shorter than the header may be wider than

@@ -1,4 +1,4 @@
-"""Where the text of an evaluation comes from: a file, the text in the package, or wikitext-2."""
+"""The text of an evaluation: a file, the package's sample, or wikitext-2."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ WIKITEXT_MEMBER = "wikitext-2-raw/wiki.test.raw"
 
 @dataclass(frozen=True)
 class TextSource:
-    """A text and what it is called; sha256 is of its bytes."""
+    """A text with its name and the sha256 of its bytes."""
 
     name: str
     text: str
     sha256: str
 
     def record(self) -> dict:
-        """What a record says of the text."""
+        """The text in a record."""
         return {"name": self.name, "sha256": self.sha256}
 
 

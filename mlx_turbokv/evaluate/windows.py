@@ -113,5 +113,5 @@ def batch_logits(model, windows: np.ndarray, caches: list) -> mx.array:
 
 
 def digest(windows: np.ndarray) -> str:
-    """A name for exactly these windows."""
+    """sha256 of the windows."""
     return hashlib.sha256(np.ascontiguousarray(windows, np.int32).tobytes()).hexdigest()

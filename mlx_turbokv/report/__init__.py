@@ -1,1 +1,1 @@
-"""One page that shows what was measured of a model."""
+"""The HTML report of a model's measurements, and memory plans."""

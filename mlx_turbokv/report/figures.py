@@ -1,4 +1,4 @@
-"""The plots of the report; those of speed and needles are shared with their own commands."""
+"""The plots of the report alone; evaluate/plots.py has those of speed and needles."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LOWEST_KLD = 1e-6
 
 
 def divergence_figure(results: list[dict]) -> Figure:
-    """KLD against bits per value, with the front of what nothing beats in both.
+    """KLD against bits per value, with the Pareto front.
 
     Args:
         results: the configurations of a perplexity record after the reference.
@@ -36,7 +36,7 @@ def divergence_figure(results: list[dict]) -> Figure:
     ax.set_yscale("log")
     ax.plot(*zip(*(points[i] for i in front)), color=GRID, linewidth=1, zorder=1, label="front")
     for i, (row, (x, y)) in enumerate(zip(rows, points)):
-        # Below zero a logarithmic axis has no place.
+        # A logarithmic axis ends above zero.
         error = min(row["kld"]["se"] or 0.0, 0.9 * y)
         color = COLORS[0] if i in front else COLORS[7]
         ax.errorbar(x, y, error, color=color, marker="o", markersize=5, capsize=2, zorder=2)
@@ -98,7 +98,7 @@ def _overlap(a: tuple, b: tuple) -> float:
 
 
 def position_figure(results: list[dict]) -> Figure:
-    """How the loss added grows with the position in the window."""
+    """Added loss against the position in the window."""
     figure, axes = new_figure(7.6, 3.9)
     ax = axes[0, 0]
     ax.axhline(0, color=GRID, linewidth=0.8)

@@ -15,7 +15,7 @@ Section = tuple[str, str, str]  # id, title, HTML
 
 
 def build_page(record: dict) -> str:
-    """The page of a whole record; parts that it has not are left out.
+    """The page of a record; parts that are missing are left out.
 
     Args:
         record: ``model`` and ``environment``, and as many of ``perplexity``, ``needle``, ``plan``,
@@ -59,7 +59,7 @@ def _about(record: dict) -> str:
 
 
 def _summary(record: dict) -> Section:
-    """Each configuration in one line, over all parts."""
+    """One line a configuration, over all parts."""
     table, front = summary.table_of(record)
     return "summary", "Summary", _table(table, front) + _notes(table)
 

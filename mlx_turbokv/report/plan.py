@@ -1,4 +1,4 @@
-"""What a policy would take on a model: bits per value, bytes at given contexts, and what fits."""
+"""Plans: bits per value and bytes of policies on a model, and the context that fits."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def _row(plan: Plan, name: str, policy: Policy, centre: bool | str) -> Row:
 def _unprofitable(
     name: str, formats: list[Pair], shapes: list[KVShape], v_bits: float
 ) -> list[str]:
-    """Says so where protecting a few layers costs more than the next format in all of them."""
+    """A note where protecting a few layers costs more than the next format in all of them."""
     v_formats = [v for _, v in formats]
     if len(set(v_formats)) < 2:
         return []
@@ -190,7 +190,7 @@ def _unprofitable(
 def _centring(
     name: str, model: ModelShape, formats: list[Pair], policy: Policy, centre: bool | str
 ) -> list[str]:
-    """Says whether turbo keys will be centred, and by what."""
+    """A note on whether turbo keys will be centred, and by what."""
     n = sum(k.is_turbo for k, _ in formats)
     if n == 0 or model.key_bias is None:
         return []
@@ -226,6 +226,6 @@ def _bytes_at(formats: list[Pair], model: ModelShape, n: int) -> int:
 
 
 def _most_tokens(formats: list[Pair], model: ModelShape, free: int) -> int | None:
-    """The longest context whose caches fit, or None where windows alone fit for ever."""
+    """The longest context whose caches fit, or None if every context fits."""
     more = bisect_right(range(1, MOST_TOKENS + 1), free, key=lambda n: _bytes_at(formats, model, n))
     return None if more == MOST_TOKENS else more

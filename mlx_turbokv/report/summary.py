@@ -1,4 +1,4 @@
-"""Each configuration of a report in one line, over all that was measured of it."""
+"""The summary of a report: one line a configuration."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..evaluate.tables import Table
 
 
 def table_of(record: dict) -> tuple[Table, set[str]]:
-    """The table, and the configurations that nothing beats in bits and KLD together."""
+    """The table, and the configurations on the Pareto front of bits and KLD."""
     quality = _quality(record)
     found = {r["config"]: r for r in (record.get("needle") or {"summary": []})["summary"]}
     speed = _longest(record.get("bench"))
@@ -48,7 +48,7 @@ def pareto_front(points: list[tuple[float, float]]) -> list[int]:
 
 
 def front_of(results: list[dict]) -> set[str]:
-    """The configurations of a perplexity record that nothing beats in bits and KLD together."""
+    """The configurations of a perplexity record on the Pareto front of bits and KLD."""
     rows = [r for r in results if r["bits_per_value"] is not None]
     points = [(r["bits_per_value"], r["kld"]["mean"]) for r in rows]
     return {rows[i]["config"] for i in pareto_front(points)}
