@@ -31,8 +31,8 @@ ORDER = [
 BASE = {"errors", "files", "log", ""}
 MOST_LINES = 300
 MODULES = {
-    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("__init__").rstrip("."): path
-    for path in sorted(ROOT.rglob("*.py"))
+    ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix("__init__").rstrip("."): p
+    for p in sorted(ROOT.rglob("*.py"))
 }
 
 
