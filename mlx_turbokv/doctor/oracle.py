@@ -5,10 +5,11 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
+from ..kernels.packed import PackedKV
 from ..quant.codebook import boundaries, codebook
 from ..quant.formats import KVFormat
 from ..quant.rotation import rotation_matrix, rotation_width
-from ..quant.tiles import UNITS
+from ..quant.tiles import UNITS, Rows, tiles_to_rows
 
 
 def codes_from_units(units: mx.array, bits: int) -> np.ndarray:
@@ -22,6 +23,14 @@ def codes_from_units(units: mx.array, bits: int) -> np.ndarray:
     codes = (found[..., None] >> (bits * np.arange(per_unit))) & ((1 << bits) - 1)
     codes = codes.reshape(*found.shape[:-1], -1)
     return np.where(codes > 127, codes - 256, codes) if bits == 8 else codes
+
+
+def codes_and_scales(
+    rows: Rows, side: str, bits: int, n_rows: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and fp16 scales of the first rows of ``side``, "k" or "v"."""
+    units, scales = getattr(rows, side), getattr(rows, f"{side}_scales")
+    return codes_from_units(units[:, :, :n_rows], bits), np.array(scales[:, :, :n_rows])
 
 
 def quantized(x: np.ndarray, fmt: KVFormat) -> tuple[np.ndarray, np.ndarray]:
@@ -60,21 +69,61 @@ def dequantized(codes: np.ndarray, scales: np.ndarray, fmt: KVFormat) -> np.ndar
     return _rotated(rows, inverse=True) if fmt.is_turbo else rows
 
 
-def attention(q, k, v, scale: float, seen: np.ndarray, sinks=None) -> np.ndarray:
-    """Softmax attention.
+def rows_of(packed: PackedKV) -> list[np.ndarray]:
+    """K and V of packed rows, float64, from their codes and scales.
 
     Shapes:
-        q: [B, n_heads, L, D]; k, v: [B, n_heads, n, D]; sinks: [n_heads].
-        seen: bool, broadcast to [B, n_heads, L, n].
+        returns: [B, H, n, k_head_dim] and [B, H, n, v_head_dim].
     """
-    scores = np.where(seen, q @ k.swapaxes(-1, -2) * scale, -np.inf)
+    layout, n = packed.layout, packed.n_tokens
+    with mx.stream(mx.cpu):
+        rows = tiles_to_rows(packed.tiles, layout)
+        mx.eval(rows)
+    found = []
+    for side, fmt in (("k", layout.k_format), ("v", layout.v_format)):
+        if fmt.is_f16:
+            with mx.stream(mx.cpu):
+                values = getattr(rows, side)[:, :, :n].view(getattr(mx, layout.dtype))
+            found.append(float64(values))
+        else:
+            found.append(dequantized(*codes_and_scales(rows, side, fmt.bits, n), fmt))
+    if packed.centre is not None:
+        with mx.stream(mx.cpu):
+            found[0] = found[0] + float64(packed.centre.rows(0, n, packed.left_padding))
+    return found
+
+
+def attention(
+    queries: mx.array,
+    packed: PackedKV,
+    scale: float,
+    seen: mx.array | None = None,
+    sinks: mx.array | None = None,
+) -> np.ndarray:
+    """Softmax attention over packed rows.
+
+    Shapes:
+        queries: [B, n_heads, L, D]; sinks: [n_heads]; seen: [L, n] bool.
+        returns: [B, n_heads, L, v_head_dim] float64.
+    """
+    q, rows = float64(queries), rows_of(packed)
+    keys, values = (np.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in rows)
+    scores = q @ keys.swapaxes(-1, -2) * scale
+    if seen is not None:
+        scores = np.where(np.array(seen), scores, -np.inf)
     if sinks is not None:
-        sink = np.broadcast_to(sinks[:, None, None], (*scores.shape[:-1], 1))
+        sink = np.broadcast_to(float64(sinks)[:, None, None], (*scores.shape[:-1], 1))
         scores = np.concatenate([scores, sink], axis=-1)
     top = np.maximum(scores.max(axis=-1, keepdims=True), -1e30)
     weights = np.exp(scores - top)
     total = weights.sum(axis=-1, keepdims=True)
-    return weights[..., : k.shape[2]] @ v / np.where(total == 0, 1, total)
+    return weights[..., : keys.shape[2]] @ values / np.where(total == 0, 1, total)
+
+
+def float64(x: mx.array) -> np.ndarray:
+    """An array of any dtype in float64."""
+    with mx.stream(mx.cpu):
+        return np.array(x.astype(mx.float32)).astype(np.float64)
 
 
 def _turbo(y: np.ndarray, bits: int, width: int) -> tuple[np.ndarray, np.ndarray]:
