@@ -1,127 +1,80 @@
-"""Checks of a GGUF file's lengths before ``gguf.GGUFReader`` reads it.
+"""``gguf.GGUFReader`` with checks for damaged files.
 
-The reader does not check lengths and can loop endlessly on a damaged file. This pass over the
-header visits every length once and never reads past the end of the file.
+The reader does not compare lengths with the file's size, and can loop endlessly on a damaged one.
 """
 
 from __future__ import annotations
 
-import math
-import mmap
 import struct
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGUFReader, GGUFValueType, ReaderField
 
 from ...errors import InputError
 
-_STRING, _ARRAY = 8, 9
-_SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-_MAX_ARRAY_DEPTH = 4
 _MAX_DIMS = 4
+_MAX_ARRAY = 1 << 20  # the reader takes microseconds a value; vocabularies have 300,000 or less
 
 
-class _DamagedError(Exception):
-    """The header is not valid, or longer than the file."""
-
-
-def check_gguf(path: Path) -> None:
-    """Check the header of a GGUF file and the extents of its tensors.
+def checked_reader(path: Path) -> GGUFReader:
+    """Open a GGUF file.
 
     Raises:
         InputError: not a GGUF file, of another version, big-endian, or damaged.
     """
     try:
-        with open(path, "rb") as file:
-            if file.read(4) != b"GGUF":
-                raise InputError(f"{path} is not a GGUF file (it does not begin with 'GGUF').")
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                _Header(data, path).check()
+        with path.open("rb") as file:
+            start = file.read(8)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror or error}).") from error
-    except _DamagedError as error:
+    if start[:4] != b"GGUF":
+        raise InputError(f"{path} is not a GGUF file (it does not begin with 'GGUF').")
+    version = struct.unpack("<I", start[4:].ljust(4, b"\0"))[0]
+    if len(start) == 8 and version not in (2, 3):
+        raise InputError(
+            f"{path} has GGUF version {version}; accepted are 2 and 3 (little-endian)."
+        )
+    try:
+        return _CheckedReader(path)
+    except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
         raise InputError(f"The GGUF file {path} is damaged or cut short: {error}.") from error
 
 
-class _Header:
-    """Reads a header from start to end."""
-
-    def __init__(self, data: mmap.mmap, path: Path) -> None:
-        self.data = data
-        self.size = len(data)
+class _CheckedReader(GGUFReader):
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.at = 4
-        self.alignment = 32
+        super().__init__(path)
 
-    def check(self) -> None:
-        version = self.number("<I")
-        if version not in (2, 3):
-            raise InputError(
-                f"{self.path} has GGUF version {version}; accepted are 2 and 3 (little-endian)."
-            )
-        n_tensors, n_fields = self.number("<Q"), self.number("<Q")
-        for _ in range(n_fields):
-            key = self.text()
-            kind = self.number("<I")
-            if key == b"general.alignment" and kind == 4:
-                self.alignment = self.number("<I")
-                if self.alignment == 0 or self.alignment & (self.alignment - 1):
-                    raise _DamagedError(f"its alignment is {self.alignment}")
-            else:
-                self.value(kind, 0)
-        extents = [self.tensor() for _ in range(n_tensors)]
-        start = -(-self.at // self.alignment) * self.alignment
-        for name, offset, n_bytes in extents:
-            if offset % self.alignment or start + offset + n_bytes > self.size:
-                raise _DamagedError(
-                    f"tensor {name} ends at byte {start + offset + n_bytes:,} of {self.size:,}"
-                )
+    def _get(self, offset: int, dtype: Any, count: int = 1, *order: Any, **options: Any) -> Any:
+        end = int(offset) + np.dtype(dtype).itemsize * int(count)
+        if end > len(self.data):
+            raise ValueError(f"byte {end:,} is wanted of {len(self.data):,}")
+        return super()._get(offset, dtype, count, *order, **options)
 
-    def value(self, kind: int, depth: int) -> None:
-        if kind == _STRING:
-            self.text()
-        elif kind in _SCALAR_BYTES:
-            self.skip(_SCALAR_BYTES[kind])
-        elif kind == _ARRAY and depth < _MAX_ARRAY_DEPTH:
-            inner, length = self.number("<I"), self.number("<Q")
-            if inner in _SCALAR_BYTES:
-                self.skip(length * _SCALAR_BYTES[inner])
-            else:
-                for _ in range(length):
-                    self.value(inner, depth + 1)
-        else:
-            raise _DamagedError(f"a metadata value has the unknown type {kind}")
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+        if raw_type == GGUFValueType.ARRAY:
+            length = int(self._get(orig_offs + 4, np.uint64)[0])
+            if length > _MAX_ARRAY:
+                raise ValueError(f"a metadata field is an array of {length:,} values")
+        return super()._get_field_parts(orig_offs, raw_type)
 
-    def tensor(self) -> tuple[str, int, int]:
-        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
-        name = self.text().decode("utf-8", "replace")
-        n_dims = self.number("<I")
+    def _get_tensor_info_field(self, orig_offs: int) -> ReaderField:
+        field = super()._get_tensor_info_field(orig_offs)
+        n_dims, kind = int(field.parts[2][0]), int(field.parts[4][0])
         if not 1 <= n_dims <= _MAX_DIMS:
-            raise _DamagedError(f"tensor {name} has {n_dims} dimensions")
-        dims = [self.number("<Q") for _ in range(n_dims)]
-        kind, offset = self.number("<I"), self.number("<Q")
-        try:
-            block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-        except (ValueError, KeyError) as error:
+            raise ValueError(f"tensor {field.name} has {n_dims} dimensions")
+        if kind not in GGML_QUANT_SIZES:
             raise InputError(
-                f"Tensor {name} of {self.path} has the unknown type {kind}; accepted are the "
+                f"Tensor {field.name} of {self.path} has the unknown type {kind}; accepted are the "
                 "types of the gguf package."
-            ) from error
-        if dims[0] % block:
-            raise _DamagedError(f"the rows of tensor {name} are no whole blocks of {block}")
-        return name, offset, math.prod(dims) // block * block_bytes
+            )
+        return field
 
-    def number(self, form: str) -> int:
-        start = self.at
-        self.skip(struct.calcsize(form))
-        return struct.unpack_from(form, self.data, start)[0]
-
-    def text(self) -> bytes:
-        length = self.number("<Q")
-        start = self.at
-        self.skip(length)
-        return self.data[start : self.at]
-
-    def skip(self, n_bytes: int) -> None:
-        if self.at + n_bytes > self.size:
-            raise _DamagedError(f"its header wants more than the file's {self.size:,} bytes")
-        self.at += n_bytes
+    def _build_tensors(self, start_offs: int, fields: list[ReaderField]) -> None:
+        for field in fields:
+            offset = int(field.parts[5][0])
+            if offset % int(self.alignment) or start_offs + offset > len(self.data):
+                raise ValueError(f"tensor {field.name} starts at byte {start_offs + offset:,}")
+        super()._build_tensors(start_offs, fields)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InputError
-from .checks import check_gguf
+from .checks import checked_reader
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "phi3")
 ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
@@ -55,14 +55,11 @@ def open_gguf(path: str | Path) -> GGUFFile:
     Raises:
         InputError: missing, unreadable, damaged, or of an architecture not in ARCHITECTURES.
     """
-    from gguf import GGUFReader
-
     path = Path(path)
     if not path.is_file():
         raise InputError(f"There is no GGUF file at {path}.")
-    check_gguf(path)
+    reader = checked_reader(path)
     try:
-        reader = GGUFReader(path)
         metadata = {key: field.contents() for key, field in reader.fields.items()}
     except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
         raise InputError(f"The GGUF file {path} is damaged: {error}.") from error
