@@ -1,0 +1,1 @@
+"""The KV layers of any mlx-lm model, and their shapes."""
