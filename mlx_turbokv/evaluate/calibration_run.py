@@ -18,7 +18,7 @@ from . import calibrate
 from . import calibration_record as records
 from .calibrate import Assigned
 from .checkpoint import Checkpoint, Journal, journal_path
-from .configuration import REFERENCE, Prepared, prepare, prepare_layers
+from .configuration import REFERENCE, Prepared, layer_list, prepare
 from .perplexity import Evaluation, evaluate_windows, settings_of
 from .record import command_line, environment, model_record, weights_digest
 from .sensitivity import default_batch
@@ -189,7 +189,9 @@ class Calibration:
         model, backend = self.loaded.model, self.options["backend"]
         configs = [prepare(model, REFERENCE, backend)]
         for name, policy in policies.items():
-            configs.append(prepare_layers(model, policy.pairs, name, backend, self.centre))
+            configs.append(
+                prepare(model, layer_list(policy.pairs, name), backend, centre=self.centre)
+            )
         configs += [prepare(model, name, backend, centre=self.centre) for name in more]
         settings = self._settings(sample, configs) | {"windows": digest(sample.windows)}
         resume = False if self.options["resume"] is False else None

@@ -177,17 +177,6 @@ def prepare(
     )
 
 
-def prepare_layers(
-    model: nn.Module,
-    pairs: Sequence[tuple[str, str]],
-    name: str,
-    backend: str | None = None,
-    centre: Any = True,
-) -> Prepared:
-    """A configuration from one pair of formats for each KV layer."""
-    return prepare(model, layer_list(pairs, name), backend, name, centre)
-
-
 def layer_list(pairs: Sequence[tuple[str, str]], name: str) -> LayerList:
     """The policy of one pair of formats, by name, for each KV layer."""
     return LayerList(tuple((as_format(k), as_format(v)) for k, v in pairs), name)

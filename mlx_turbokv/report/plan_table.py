@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -14,18 +15,7 @@ MIB = 1 << 20
 
 def plan_table(plan: Plan) -> Table:
     """The plan's rows, with the formats of every layer and the notes below."""
-    free = plan.free_bytes()
-    header = _header(plan.contexts)
-    if plan.memory_bytes is not None:
-        header.append("tokens that fit")
-    rows = []
-    for row in plan.rows:
-        sizes = [row.bytes_at[n] for n in plan.contexts]
-        cells = _cells(row.name, row.k_bits, row.v_bits, row.bits, sizes, free)
-        if plan.memory_bytes is not None:
-            cells.append("" if row.max_tokens is None else f"{row.max_tokens:,}")
-        rows.append(cells)
-    return Table(header, rows, _headline(plan), _notes(plan))
+    return Table(*_cells(as_json(plan)), _headline(plan), _notes(plan))
 
 
 def as_text(plan: Plan) -> str:
@@ -63,30 +53,34 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 
 def table_of_json(record: dict[str, Any]) -> Table:
-    """The table of a plan that ``as_json`` gave."""
-    contexts = [int(n) for n in record["f16_bytes"]]
-    rows, names_by_note = [], {}
+    """The table of a plan that ``as_json`` gave, for the report."""
+    names_by_note: dict[str, list[str]] = {}
     for row in record["rows"]:
-        name, held = row["name"], {int(n): size for n, size in row["bytes"].items()}
-        sizes = [held[n] for n in contexts]
-        rows.append(_cells(name, row["k_bits"], row["v_bits"], row["bits"], sizes))
         for note in row["notes"]:
-            text = note.removeprefix(f"{name}: ")
-            names_by_note.setdefault(text, []).extend([name] if text != note else [])
+            text = note.removeprefix(f"{row['name']}: ")
+            names_by_note.setdefault(text, []).extend([row["name"]] if text != note else [])
     # A note that several rows have in common is given once.
     notes = [f"{', '.join(names)}: {x}" if names else x for x, names in names_by_note.items()]
-    return Table(_header(contexts), rows, notes=[*record["left_alone"], *notes])
+    return Table(*_cells(record), notes=[*record["left_alone"], *notes])
 
 
-def _header(contexts: list[int]) -> list[str]:
-    return ["cache", "K bits", "V bits", "bits", "of f16", *(f"{n:,} tokens" for n in contexts)]
-
-
-def _cells(
-    name: str, k_bits: float, v_bits: float, bits: float, sizes: list[int], free: int | None = None
-) -> list[str]:
-    held = [_size(size) + ("" if free is None or size <= free else " (too much)") for size in sizes]
-    return [name, f"{k_bits:.2f}", f"{v_bits:.2f}", f"{bits:.2f}", f"{bits / 16:.1%}", *held]
+def _cells(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(header, rows) of a plan as JSON; numbers of tokens may be text, as JSON's keys are."""
+    memory, f16_bytes = record["memory_bytes"], record["f16_bytes"]
+    free = math.inf if memory is None else memory - (record["weight_bytes"] or 0)
+    header = ["cache", "K bits", "V bits", "bits", "of f16"]
+    header += [f"{int(n):,} tokens" for n in f16_bytes]
+    header += [] if memory is None else ["tokens that fit"]
+    rows = []
+    for row in record["rows"]:
+        bits = [f"{row[key]:.2f}" for key in ("k_bits", "v_bits", "bits")]
+        sizes = (row["bytes"][n] for n in f16_bytes)
+        held = [_size(n) + (" (too much)" if n > free else "") for n in sizes]
+        cells = [row["name"], *bits, f"{row['bits'] / 16:.1%}", *held]
+        if memory is not None:
+            cells.append("" if row["max_tokens"] is None else f"{row['max_tokens']:,}")
+        rows.append(cells)
+    return header, rows
 
 
 def _json_row(plan: Plan, row: Row) -> dict[str, Any]:

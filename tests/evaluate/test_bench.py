@@ -94,24 +94,16 @@ def test_bad_options_are_named(arguments, message, shape_file):
 
 
 @pytest.mark.parametrize("name", ["f16/f16", "q8_0/turbo2", "mlx-kv4:64"])
-@pytest.mark.parametrize("tokens", [1, 100, 300])
-def test_a_filled_cache_holds_what_a_prompt_would(model, name, tokens):
+@pytest.mark.parametrize(("tokens", "step"), [(1, 8192), (100, 8192), (300, 8192), (300, 37)])
+def test_a_filled_cache_holds_what_a_prompt_would(model, name, tokens, step, monkeypatch):
+    monkeypatch.setattr(benchmark, "FILL_STEP", step)
     config = configuration.prepare(model, name)
     filled, prompted = config.make_caches(), config.make_caches()
     benchmark.fill(filled, kv_layers(model), tokens, mx.float32)
     mx.eval(model(mx.zeros((1, tokens), mx.int32), cache=prompted))
     assert [c.offset for c in filled] == [tokens] * 2
-    assert [c.nbytes for c in filled] == [c.nbytes for c in prompted]
-
-
-def test_filling_in_pieces_gives_the_same_size(model, monkeypatch):
-    config, sizes = configuration.prepare(model, "turbo4/turbo3"), []
-    for step in (37, 8192):
-        monkeypatch.setattr(benchmark, "FILL_STEP", step)
-        caches = config.make_caches()
-        benchmark.fill(caches, kv_layers(model), 290, mx.float32)
-        sizes.append([c.offset for c in caches])
-    assert sizes[0] == sizes[1] == [290, 290]
+    # Spare rows depend on the pieces.
+    assert step < tokens or [c.nbytes for c in filled] == [c.nbytes for c in prompted]
 
 
 @pytest.mark.parametrize("kind", ["prompt", "context"])

@@ -15,7 +15,7 @@ from mlx_turbokv.errors import InputError
 from mlx_turbokv.evaluate import calibrate as module
 from mlx_turbokv.evaluate.calibrate import calibrate, row_sizes, shapes_of
 from mlx_turbokv.evaluate.checkpoint import Journal
-from mlx_turbokv.evaluate.configuration import prepare, prepare_layers
+from mlx_turbokv.evaluate.configuration import layer_list, prepare
 from mlx_turbokv.evaluate.perplexity import evaluate_windows
 from mlx_turbokv.evaluate.record import weights_digest
 from mlx_turbokv.evaluate.sensitivity import Change, all_changes, measure
@@ -38,7 +38,7 @@ def windows():
 
 
 def _kld(model, windows, pairs):
-    configs = [prepare(model, "f16/f16"), prepare_layers(model, pairs, "x")]
+    configs = [prepare(model, "f16/f16"), prepare(model, layer_list(pairs, "x"))]
     return np.array(evaluate_windows(model, windows, configs).summary()[1]["kld_by_window"])
 
 
@@ -88,7 +88,7 @@ def test_policies_keep_their_budget(name):
             for part, fmt in enumerate(pair)
         )
         assert taken == at.n_bytes <= at.budget.n_bytes
-        bits = prepare_layers(tiny, at.pairs, "x").bits
+        bits = prepare(tiny, layer_list(at.pairs, "x")).bits
         assert abs(8 * taken / n_values - bits) < 1e-9
     assert assigned[0].n_bytes <= row_sizes(shapes, ["q8_0", "turbo3"])[:, [0, 1], [0, 1]].sum()
     assert {f for pair in assigned[2].pairs for f in pair} == {"q8_0"}
