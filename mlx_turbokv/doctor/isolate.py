@@ -85,7 +85,7 @@ def _events(
             try:
                 measured = time_variant(variant, implementation)
             except Exception as error:  # larger shapes than those of the checks
-                jobs["times"] = _as_json(_failed("times", f"{type(error).__name__}: {error}"))
+                jobs["times"] = _failed(f"{type(error).__name__}: {error}")
         yield _variant_event(variant, jobs, measured)
 
 
@@ -134,7 +134,7 @@ def _child_events(
             f"no end after {SECONDS_A_JOB} s" if late.is_set() else f"the process ended with {code}"
         )
         message = "\n".join([how, *"".join(errors).splitlines()[-LAST_LINES:]])
-        yield _variant_event(variants[done], {job: _as_json(_failed(job, message))})
+        yield _variant_event(variants[done], {job: _failed(message)})
 
 
 def _start_child() -> Any:
@@ -162,8 +162,8 @@ def _variant_event(variant: Variant, jobs: dict[str, dict], times: dict | None =
     return {"event": "variant", "record": record}
 
 
-def _failed(job: str, message: str) -> Outcome:
-    return Outcome(job, math.nan, message, 0.0)
+def _failed(message: str) -> dict:
+    return {"error": None, "message": message, "seconds": 0.0}
 
 
 def _as_json(outcome: Outcome) -> dict:
