@@ -27,6 +27,13 @@ def metal_host() -> Iterator[HostMetal]:
     host.close()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Every test that is not marked slow is fast."""
+    for item in items:
+        if item.get_closest_marker("slow") is None:
+            item.add_marker(pytest.mark.fast)
+
+
 _found: dict[str, FileCoverage] = {}  # lines of metal/, once a run has ended
 
 
@@ -37,10 +44,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     _found.update(collect(session_folder()))
     if "METAL_HOST_COVERAGE" not in os.environ:
         shutil.rmtree(session_folder())
-    asked = (
-        session.config.args_source is pytest.Config.ArgsSource.ARGS or session.config.option.keyword
-    )
-    if not asked and session.exitstatus == 0 and any(c.missed for c in _found.values()):
+    option = session.config.option
+    by_name = session.config.args_source is pytest.Config.ArgsSource.ARGS
+    some = by_name or option.keyword or option.markexpr
+    if not some and session.exitstatus == 0 and any(c.missed for c in _found.values()):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 

@@ -19,6 +19,8 @@ from mlx_turbokv.cache import TurboKVCache
 from mlx_turbokv.cache.batch import BatchTurboKVCache
 from mlx_turbokv.loading import models
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY = 96
 # log probabilities move by 1e-5 where no code turns, by up to this where rounding turns some
 TURNED_CODES = 0.05

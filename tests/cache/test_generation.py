@@ -16,6 +16,8 @@ from greedy import compare, greedy_tokens
 from mlx_turbokv import TurboKVCache, attach, detach, make_prompt_cache
 from mlx_turbokv.loading.models import load
 
+pytestmark = pytest.mark.slow
+
 NEAR_TIE = 0.2  # nats between the reference's two candidates: a factor of 1.22
 
 

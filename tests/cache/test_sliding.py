@@ -47,6 +47,8 @@ from mlx_turbokv.evaluate.perplexity import evaluate_windows
 from mlx_turbokv.model.caches import own_caches
 from mlx_turbokv.model.kv_layers import kv_layers
 
+pytestmark = pytest.mark.slow
+
 SLIDING = sorted(name for name, (_, reasons) in EXPECTED.items() if WINDOW in reasons)
 RUNNABLE = [name for name in SLIDING if name not in NEEDS_A_GPU]
 # longer than the tiny models' window of 16 tokens, and than all that a rotating cache holds

@@ -17,6 +17,8 @@ from server_process import free_port, wait_until_ready
 from mlx_turbokv import InputError
 from mlx_turbokv.loading import distributed
 
+pytestmark = pytest.mark.slow
+
 LAUNCH = [
     sys.executable, str(Path(sys.executable).parent / "mlx.launch"), "-n", "2", "--backend", "ring",
     "--starting-port", str(20_000 + os.getpid() % 20_000), "--python", sys.executable, "--",

@@ -37,6 +37,7 @@ def host(metal_host, monkeypatch):
     return metal_host
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ALL_CASES, ids=str)
 def test_case_agrees_with_float64(host, case: Case) -> None:
     assert run_case(case, "metal")["failures"] == []

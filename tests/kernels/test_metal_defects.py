@@ -15,6 +15,8 @@ from mlx_turbokv.kernels.packed import PackedKV, empty_tiles
 from mlx_turbokv.quant.formats import KVFormat
 from mlx_turbokv.quant.layout import KVLayout
 
+pytestmark = pytest.mark.slow
+
 LAYOUT = KVLayout(KVFormat.parse("turbo4"), KVFormat.parse("turbo3"), 80, 80, "float16")
 BARRIER = r"threadgroup_barrier\(mem_flags::mem_threadgroup\);"
 SIMD_BARRIER = r"simdgroup_barrier\(mem_flags::mem_threadgroup\);"

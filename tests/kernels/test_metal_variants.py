@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import kernel_cases
+import pytest
 from metal_host import Recorder
 from metal_host.typecheck import check_launches
 
 from mlx_turbokv.kernels import assemble
+
+pytestmark = pytest.mark.slow
 
 KERNELS = ("pack", "decode_partial", "decode_merge", "dequantize")
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from distributed_run import N_TOKENS, run
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).resolve().parents[1] / "helpers" / "distributed_run.py"
 LAUNCH = Path(sys.executable).parent / "mlx.launch"
 

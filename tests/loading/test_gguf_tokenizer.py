@@ -13,6 +13,8 @@ from mlx_turbokv.loading.gguf.pretokenizers import bpe_rules
 from mlx_turbokv.loading.gguf.reader import open_gguf
 from mlx_turbokv.loading.gguf.tokenizer import build_tokenizer
 
+pytestmark = pytest.mark.slow
+
 GPT2_PIECES = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 ORDINARY = st.text(alphabet="the cat's 1234 sat,\n  ON\tit! \u00e9\u4e2d", max_size=60)

@@ -32,6 +32,8 @@ from mlx_turbokv import TurboKVCache, attach, make_prompt_cache
 from mlx_turbokv.model.caches import own_caches
 from mlx_turbokv.model.kv_layers import kv_layers
 
+pytestmark = pytest.mark.slow
+
 ARCHITECTURES = architectures()
 RUNNABLE = [name for name in ARCHITECTURES if name not in NEEDS_A_GPU]
 

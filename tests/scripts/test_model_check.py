@@ -13,6 +13,8 @@ from varied_models import varied_model
 from mlx_turbokv import TurboKVCache, make_prompt_cache
 from mlx_turbokv.kernels.backend import REFERENCE, Backend
 
+pytestmark = pytest.mark.slow
+
 N = 40
 PROMPT = np.random.default_rng(0).integers(0, 90, 230).tolist()  # the tail is flushed on the way
 

@@ -18,6 +18,8 @@ import paper_replay as paper  # noqa: E402
 from mlx_turbokv.errors import InputError  # noqa: E402
 from mlx_turbokv.policy import load_policy  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 
 def _rows(**nll):
     return {

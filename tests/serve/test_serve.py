@@ -26,6 +26,8 @@ from mlx_turbokv.errors import InputError
 from mlx_turbokv.loading import models
 from mlx_turbokv.serve.server import parse
 
+pytestmark = pytest.mark.slow
+
 N_TOKENS = 8
 SERVE = [sys.executable, "-c", "from mlx_turbokv.cli.serve import main; main()"]
 GENERATE = [sys.executable, "-c", "from mlx_turbokv.cli.generate import main; main()"]
