@@ -42,14 +42,24 @@ def metal_host() -> Iterator[HostMetal]:
     host.close()
 
 
-def launch(host: HostMetal, source: str, x: mx.array, shape, dtype, threads: int = 64, n: int = 0):
+def run(
+    host: HostMetal, source: str, x: mx.array, shape, dtype, threads: int = 64, n: int = 0,
+    header: str = "", **options: object,
+) -> mx.array:  # fmt: skip
     """Runs `source` over x in one threadgroup, or over n threads in groups of `threads`."""
-    kernel = host.metal_kernel(name="fixture", input_names=["x"], output_names=["y"], source=source)
+    kernel = host.metal_kernel(
+        name="fixture", input_names=["x"], output_names=["y"], source=source, header=header
+    )
     (y,) = kernel(
         inputs=[x], output_shapes=[shape], output_dtypes=[dtype],
-        grid=(n or threads, 1, 1), threadgroup=(threads, 1, 1),
+        grid=(n or threads, 1, 1), threadgroup=(threads, 1, 1), **options,
     )  # fmt: skip
-    return np.array(y)
+    return y
+
+
+def launch(*args: object, **options: object) -> np.ndarray:
+    """The same, as a NumPy array."""
+    return np.array(run(*args, **options))
 
 
 def numbers(n: int) -> mx.array:
@@ -213,15 +223,9 @@ METAL_FUNC void put(device float* y, uint i, float v) {
   y[i] = v;
 }
 """
-    kernel = metal_host.metal_kernel(
-        name="lines", input_names=["x"], output_names=["y"], header=header,
-        source="uint i = thread_position_in_grid.x; put(y, i / 2, x[i]);",
-    )  # fmt: skip
+    source = "uint i = thread_position_in_grid.x; put(y, i / 2, x[i]);"
     with pytest.raises(HostError, match=r"at metal/shared.h:2, written by thread"):
-        kernel(
-            inputs=[numbers(64)], output_shapes=[(32,)], output_dtypes=[mx.float32],
-            grid=(64, 1, 1), threadgroup=(64, 1, 1),
-        )  # fmt: skip
+        launch(metal_host, source, numbers(64), (32,), mx.float32, header=header)
 
 
 def test_simd_operations(metal_host) -> None:
@@ -266,26 +270,14 @@ def test_half_arithmetic_rounds_each_operation(metal_host) -> None:
 def test_bfloat_rounds_to_nearest_even(metal_host) -> None:
     x = mx.array(np.random.default_rng(1).normal(size=64).astype(np.float32))
     source = "uint i = thread_position_in_grid.x; y[i] = bfloat16_t(x[i]);"
-    kernel = metal_host.metal_kernel(
-        name="round", input_names=["x"], output_names=["y"], source=source
-    )
-    (y,) = kernel(
-        inputs=[x], output_shapes=[(64,)], output_dtypes=[mx.bfloat16],
-        grid=(64, 1, 1), threadgroup=(64, 1, 1),
-    )  # fmt: skip
+    y = run(metal_host, source, x, (64,), mx.bfloat16)
     assert y.dtype == mx.bfloat16
     assert mx.array_equal(y, x.astype(mx.bfloat16))
 
 
 def test_implicit_narrowing_to_bfloat_is_refused(metal_host) -> None:
-    kernel = metal_host.metal_kernel(
-        name="narrow", input_names=["x"], output_names=["y"], source="y[0] = x[0];"
-    )
     with pytest.raises(HostError, match="does not compile as host C"):
-        kernel(
-            inputs=[numbers(8)], output_shapes=[(1,)], output_dtypes=[mx.bfloat16],
-            grid=(1, 1, 1), threadgroup=(1, 1, 1),
-        )  # fmt: skip
+        launch(metal_host, "y[0] = x[0];", numbers(8), (1,), mx.bfloat16, threads=1)
 
 
 def test_inputs_of_every_size_class_and_templates(metal_host) -> None:
@@ -308,15 +300,9 @@ def test_inputs_of_every_size_class_and_templates(metal_host) -> None:
 
 
 def test_initial_values_reach_the_kernel(metal_host) -> None:
-    kernel = metal_host.metal_kernel(
-        name="init", input_names=["x"], output_names=["y"],
-        source="uint i = thread_position_in_grid.x; if (i % 2) { y[i] = x[i]; }",
-    )  # fmt: skip
-    (y,) = kernel(
-        inputs=[numbers(32)], output_shapes=[(32,)], output_dtypes=[mx.float32],
-        grid=(32, 1, 1), threadgroup=(32, 1, 1), init_value=-1,
-    )  # fmt: skip
-    np.testing.assert_array_equal(np.array(y), [i if i % 2 else -1 for i in range(32)])
+    source = "uint i = thread_position_in_grid.x; if (i % 2) { y[i] = x[i]; }"
+    y = launch(metal_host, source, numbers(32), (32,), mx.float32, threads=32, init_value=-1)
+    np.testing.assert_array_equal(y, [i if i % 2 else -1 for i in range(32)])
 
 
 def test_text_that_does_not_compile_is_reported(metal_host) -> None:
