@@ -16,7 +16,7 @@ import mlx.core as mx
 # what makes Metal kernels; None is mx.fast.metal_kernel. Tests put a CPU executor here.
 factory: Callable | None = None
 SHARED_FILES = ("common.h", "hadamard.h")
-# what a kernel's file needs beside those
+# the other files that a kernel needs, in order
 NEEDS = {
     "decode.metal": (
         *("attention.h", "anchor.h", "lut.h", "decode_queries.h", "decode_keys.h"),
@@ -35,7 +35,7 @@ THREAD = "threadgroup_position_in_grid, simdgroup_index_in_threadgroup, thread_i
 
 @cache
 def metal_folder() -> Path:
-    """The folder of the kernel sources: in the wheel, or beside the package in a checkout.
+    """The folder of the kernel sources: in the wheel, or next to the package in a checkout.
 
     Raises:
         FileNotFoundError: the package was installed without it.
