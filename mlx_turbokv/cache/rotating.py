@@ -173,9 +173,9 @@ class TurboRotatingKVCache(RotatingRows):
                 f"[TurboRotatingKVCache] {n} tokens cannot be taken back: the window of "
                 f"{self.max_size} has moved on, and older tokens are gone."
             )
-        n_gone = self.n_dropped
+        n_dropped = self.n_dropped
         super().trim(n)
-        self.n_dropped = n_gone
+        self.n_dropped = n_dropped
         self.n_hidden = min(self.n_hidden, self._n_hidden_next())
         return n
 

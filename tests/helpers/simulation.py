@@ -72,18 +72,18 @@ def rotation(width: int) -> np.ndarray:
     return hadamard(width) * signs[None, :] / np.sqrt(width)
 
 
-class Witness:
-    """What the cache under test stored, asked only where rounding alone decides.
+class StoredCodes:
+    """What the cache under test stored, used to settle near-ties (teacher-forced codes).
 
     Quantisation is chaotic: a code that tips over in one layer moves every later layer, and a
     relative change of 1e-6 in the embeddings moves a window's mean loss by 0.02 with turbo3 K. So
-    two right implementations that round differently end far apart, and comparing their losses
-    would test their luck. Where a value lies within NEAR of the border between two codes, or a
-    scale within NEAR_SCALE of the middle between two half-precision numbers, both answers are
-    right: the simulation then takes the one that fits the witness better. Everywhere else it
-    decides for itself, and `asked / decided` says how often it looked.
+    two right implementations that round differently end far apart. Where a value lies within NEAR
+    of the border between two codes, or a scale within NEAR_SCALE of the middle between two
+    half-precision numbers, both answers are right: the simulation then takes the one that fits the
+    stored rows better. Everywhere else it decides for itself; `asked / decided` is the share of
+    near-ties.
 
-    rows: what was stored, in the model's basis; None is never asked.
+    rows: what was stored, in the model's basis; None settles nothing.
     """
 
     NEAR = 1e-3  # of a step between codes, or of a group's deviation
@@ -104,7 +104,7 @@ class Witness:
         return np.where(tie & (error_other < error_own), other, own)
 
     def half(self, scale: np.ndarray, wanted: np.ndarray | None) -> np.ndarray:
-        """scale in half precision; `wanted` is the scale that the witness seems to have."""
+        """scale in half precision; `wanted` is the scale that the stored rows seem to have."""
         rounded = scale.astype(np.float16)
         towards = np.where(scale >= rounded, np.inf, -np.inf).astype(np.float16)
         other = np.nextafter(rounded, towards).astype(np.float64)
@@ -115,23 +115,23 @@ class Witness:
         return self.choose(distance, own, other, *errors, near=self.NEAR_SCALE)
 
 
-def simulate_q8_0(x: np.ndarray, witness: Witness) -> np.ndarray:
+def simulate_q8_0(x: np.ndarray, stored: StoredCodes) -> np.ndarray:
     """x quantised to int8 with a half-precision scale per 32 values, and back.
 
     The scale is the largest magnitude over 127; codes count steps of the stored scale.
     """
     blocks = x.reshape(*x.shape[:-1], -1, 32)
-    seen = None if witness.rows is None else witness.rows.reshape(blocks.shape)
+    seen = None if stored.rows is None else stored.rows.reshape(blocks.shape)
     exact = np.max(np.abs(blocks), axis=-1, keepdims=True) / 127
     # The largest code is 127 whichever way the scale was rounded.
     wanted = None if seen is None else np.max(np.abs(seen), axis=-1, keepdims=True) / 127
-    d = witness.half(exact, wanted)
+    d = stored.half(exact, wanted)
     steps = np.divide(blocks, d, out=np.zeros_like(blocks), where=d > 0)
     own = np.clip(np.rint(steps), -127, 127)
     other = own + np.where(steps >= own, 1, -1)
     seen = own * d if seen is None else seen
     errors = np.abs(own * d - seen), np.abs(other * d - seen)
-    codes = witness.choose(np.abs(np.abs(steps - own) - 0.5), own, other, *errors)
+    codes = stored.choose(np.abs(np.abs(steps - own) - 0.5), own, other, *errors)
     return (codes * d).reshape(x.shape)
 
 
@@ -152,7 +152,7 @@ def group_scale(y: np.ndarray, c: np.ndarray, rule: str) -> np.ndarray:
 
 
 def simulate_turbo(
-    x: np.ndarray, bits: int, rule: str, group: int | None, witness: Witness
+    x: np.ndarray, bits: int, rule: str, group: int | None, stored: StoredCodes
 ) -> np.ndarray:
     """x rotated, quantised to the nearest of 2**bits levels per group, and back."""
     head_dim = x.shape[-1]
@@ -176,41 +176,41 @@ def simulate_turbo(
     other = np.where(above < below, own + 1, own - 1)
     seen = wanted = None
     fit = group_scale(y, table[own], rule)
-    if witness.rows is not None:
-        seen = rotated(witness.rows)
+    if stored.rows is not None:
+        seen = rotated(stored.rows)
     # Levels lie far apart beside what the scale may be off, so any scale tells them apart.
     goal = fit * table[own] if seen is None else seen
     error_own, error_other = (np.abs(fit * table[c] - goal) for c in (own, other))
-    c = table[witness.choose(np.minimum(below, above), own, other, error_own, error_other)]
+    c = table[stored.choose(np.minimum(below, above), own, other, error_own, error_other)]
     if seen is not None:
         wanted = np.sum(seen * c, axis=-1, keepdims=True) / np.sum(c * c, axis=-1, keepdims=True)
-    scale = witness.half(group_scale(y, c, rule), wanted)
+    scale = stored.half(group_scale(y, c, rule), wanted)
     back = (scale * c).reshape(*x.shape[:-1], -1, width) @ r
     return back.reshape(x.shape)
 
 
-def simulate(x: np.ndarray, fmt: str, rule: str, witness: Witness | None = None) -> np.ndarray:
+def simulate(x: np.ndarray, fmt: str, rule: str, stored: StoredCodes | None = None) -> np.ndarray:
     """x through the format named fmt ('f16', 'q8_0', 'turbo3', 'turbo3:32') and back."""
-    witness = witness or Witness()
+    stored = stored or StoredCodes()
     if fmt == "f16":
         return x
     if fmt == "q8_0":
-        return simulate_q8_0(x, witness)
+        return simulate_q8_0(x, stored)
     name, _, group = fmt.partition(":")
     bits = int(name.removeprefix("turbo"))
-    return simulate_turbo(x, bits, rule, int(group) if group else None, witness)
+    return simulate_turbo(x, bits, rule, int(group) if group else None, stored)
 
 
 class SimulatedCache(KVCache):
-    """mlx-lm's KVCache, holding what a packed cache would hand to attention.
+    """mlx-lm's KVCache, holding what a packed cache returns to attention.
 
-    stored: (keys, values) that the cache under test gives back, for ties only (`Witness`).
+    stored: (keys, values) that the cache under test gives back, for ties only (`StoredCodes`).
     """
 
     def __init__(self, k: str, v: str, k_rule: str = "raw", v_rule: str = "raw", stored=None):
         super().__init__()
         self.formats, self.rules, self.stored = (k, v), (k_rule, v_rule), stored
-        self.witnesses: list[Witness] = []
+        self.near_ties: list[StoredCodes] = []
 
     def update_and_fetch(self, keys, values):
         span = slice(self.offset, self.offset + keys.shape[2])
@@ -218,18 +218,18 @@ class SimulatedCache(KVCache):
         for side, x in enumerate((keys, values)):
             if self.formats[side] != "f16":
                 seen = None if self.stored is None else _exact(self.stored[side][:, :, span])
-                witness = Witness(seen)
-                found = simulate(_exact(x), self.formats[side], self.rules[side], witness)
+                stored = StoredCodes(seen)
+                found = simulate(_exact(x), self.formats[side], self.rules[side], stored)
                 x = mx.array(found.astype(np.float32)).astype(x.dtype)
-                self.witnesses.append(witness)
+                self.near_ties.append(stored)
             through.append(x)
         return super().update_and_fetch(*through)
 
 
 def share_asked(caches: list[SimulatedCache]) -> float:
-    """Share of all decisions of these caches in which a witness was asked."""
-    witnesses = [w for c in caches for w in c.witnesses]
-    return sum(w.asked for w in witnesses) / max(sum(w.decided for w in witnesses), 1)
+    """Share of all decisions of these caches that the stored rows settled."""
+    found = [w for c in caches for w in c.near_ties]
+    return sum(w.asked for w in found) / max(sum(w.decided for w in found), 1)
 
 
 def _exact(x: mx.array) -> np.ndarray:
