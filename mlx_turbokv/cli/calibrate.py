@@ -118,8 +118,7 @@ def check_options(args: dict[str, Any]) -> None:
     args["formats"] = calibrate.check_formats(
         calibrate.FORMATS if names is None else [n for n in names.split(",") if n.strip()]
     )
-    if args["keys"] and args["no_centre"]:
-        raise InputError("--keys and --no-centre cannot be given together.")
+    options.centre_from(args["keys"] or None, args["no_centre"])  # refuses both together
     args["budgets"] = tuple(dict.fromkeys(args["budgets"])) or calibrate.BUDGETS
     for budget in args["budgets"]:
         calibrate.check_budget(budget)

@@ -1,6 +1,6 @@
-"""One rank of test_distributed.py: generates with a split tiny model and writes what it saw.
+"""One rank of test_distributed.py: generates with a split tiny model and writes its results.
 
-mlx.launch -n 2 --backend ring tests/distributed_run.py ARCHITECTURE HOW FOLDER
+mlx.launch -n 2 --backend ring tests/helpers/distributed_run.py ARCHITECTURE HOW FOLDER
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ import json
 import sys
 from pathlib import Path
 
+import mlx_turbokv  # noqa: F401 - before mlx.core, so that OpenBLAS is used
+
+# isort: split
 import mlx.core as mx
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from varied_models import varied_model
-
-import mlx_turbokv  # noqa: F401, I001: before mlx.core, so that OpenBLAS is used
 
 POLICY = "boundary:1,1"
 PROMPT = [(7 * i * i + 3 * i + 1) % 89 for i in range(300)]
@@ -45,7 +46,7 @@ def run(architecture: str, how: str) -> dict:
         mx.array(PROMPT), model, max_tokens=N_TOKENS, prompt_cache=caches, prefill_step_size=64
     )
     tokens = [int(token) for token, _ in steps]
-    # generation runs one step ahead: a rank that leaves before it would break the other's
+    # Generation runs one step ahead: a rank that ends earlier would break the other.
     mx.eval(mx.distributed.all_sum(mx.ones(1)))
     formats = [
         f"{cache.k_format}/{cache.v_format}" if hasattr(cache, "k_format") else "none"

@@ -1,6 +1,6 @@
 """A tiny model as mlx-lm keeps it: a folder with weights, an index, and a tokenizer.
 
-python tests/model_folder.py ARCHITECTURE FOLDER
+python tests/helpers/model_folder.py ARCHITECTURE FOLDER
 """
 
 from __future__ import annotations
