@@ -24,7 +24,7 @@ from functools import cache, cached_property
 from .formats import KVFormat, check_head_dim
 
 TILE = 32
-QUAD = 4
+VEC4 = 4
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 

@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from .formats import KVFormat
-from .layout import QUAD, TILE, KVLayout
+from .layout import TILE, VEC4, KVLayout
 
 # bits of a code: (bits of a unit, codes in a unit)
 UNITS = {
@@ -101,10 +101,10 @@ def rows_to_tiles(rows: Rows, layout: KVLayout) -> mx.array:
     if rows.k_scales.shape[-1]:
         regions.append(_scale_bytes(tiled(rows.k_scales)))
 
-    units_per_quad = QUAD // UNITS[v_bits][1]
-    quads = tiled(rows.v)
-    quads = quads.reshape(*quads.shape[:-1], -1, units_per_quad)
-    streams = mx.moveaxis(quads, -2, -3)  # [..., D/4, tokens, units]
+    units_per_vec4 = VEC4 // UNITS[v_bits][1]
+    vec4s = tiled(rows.v)
+    vec4s = vec4s.reshape(*vec4s.shape[:-1], -1, units_per_vec4)
+    streams = mx.moveaxis(vec4s, -2, -3)  # [..., D/4, tokens, units]
     streams = _units_to_bytes(streams.reshape(*streams.shape[:-2], -1), v_bits)
     columns = streams.reshape(*streams.shape[:-1], -1, 16)
     regions.append(_flat(mx.swapaxes(columns, -3, -2)))
@@ -158,18 +158,18 @@ def _v_units(tiles: mx.array, first: int, last: int, bits: int) -> mx.array:
     """
     batch, n_heads, n_tiles, _ = tiles.shape
     unit_bits, per_unit = UNITS[bits]
-    quad_bytes, ragged = divmod(QUAD * bits, 8)
-    if ragged or 16 % quad_bytes:
+    vec4_bytes, ragged = divmod(VEC4 * bits, 8)
+    if ragged or 16 % vec4_bytes:
         columns = _words(tiles, first, last, 16).reshape(batch, n_heads, n_tiles, bits, -1, 2)
         streams = mx.swapaxes(columns, -3, -2).reshape(batch, n_heads, n_tiles, -1, 2 * bits)
-        quads = _bytes_to_units(streams.view(mx.uint8), bits)
-        quads = quads.reshape(*quads.shape[:-1], TILE, QUAD // per_unit)
-        rows = mx.moveaxis(quads, -3, -2)  # [..., tokens, D/4, units]
+        vec4s = _bytes_to_units(streams.view(mx.uint8), bits)
+        vec4s = vec4s.reshape(*vec4s.shape[:-1], TILE, VEC4 // per_unit)
+        rows = mx.moveaxis(vec4s, -3, -2)  # [..., tokens, D/4, units]
         return rows.reshape(batch, n_heads, n_tiles * TILE, -1)
-    # whole quads in every column: one turn of words brings them in order
-    words = _words(tiles, first, last, quad_bytes)
+    # whole vec4s in every column: one transposition of words brings them in order
+    words = _words(tiles, first, last, vec4_bytes)
     words = words.reshape(
-        batch, n_heads, n_tiles, bits, -1, 16 // quad_bytes, max(1, quad_bytes // 8)
+        batch, n_heads, n_tiles, bits, -1, 16 // vec4_bytes, max(1, vec4_bytes // 8)
     )
     rows = mx.swapaxes(words, -3, -2).reshape(batch, n_heads, n_tiles * TILE, -1)
     return rows.view(_WORD[unit_bits])

@@ -73,7 +73,8 @@ HEADS = ((1, 1, 1), (1, 2, 4), (2, 1, 7), (1, 1, 16), (1, 3, 3), (3, 2, 2), (1, 
 QUERIES = (1, 2, 8)
 TOKENS = ((0, 1), (0, 33), (32, 31), (96, 0), (64, 70), (544, 5))
 SPLITS = (1, 3)
-# causal: lower right; starts: left padding; sinks: attention sinks; stale: NaN after the last row
+# causal: lower right; starts: left padding (recorded runs use this name); sinks: attention sinks;
+# stale: NaN after the last row
 EDGES = ("plain", "causal", "starts", "sinks", "stale")
 
 
@@ -341,11 +342,11 @@ def _decode(case: Case, packed: PackedKV, rng, backend: str, failures: list[str]
     batch, n_kv_heads, gqa = case.heads
     n_heads, dtype = n_kv_heads * gqa, getattr(mx, case.dtype)
     causal = case.edge == "causal" and case.n_queries <= packed.n_tokens
-    sinks = starts = None
+    sinks = left_padding = None
     if case.edge == "starts":
-        starts = mx.array(_left_padding(case, packed.n_tokens))
+        left_padding = mx.array(_left_padding(case, packed.n_tokens))
     scale = case.dims[0] ** -0.5
-    seen = _seen(case.n_queries, packed.n_tokens, causal, starts, batch)
+    seen = _seen(case.n_queries, packed.n_tokens, causal, left_padding, batch)
     with ON_CPU:
         rows = reference.dequantize(packed, mx.float32)
         keys, values = (mx.repeat(x, gqa, axis=1) for x in rows)
@@ -356,7 +357,7 @@ def _decode(case: Case, packed: PackedKV, rng, backend: str, failures: list[str]
         if case.edge == "sinks":
             sinks = _noise(rng, (n_heads,), dtype)
         output = decode.decode(
-            queries, packed, scale, causal, sinks, starts, backend=backend, splits=case.splits
+            queries, packed, scale, causal, sinks, left_padding, backend=backend, splits=case.splits
         )
         truth = _attention64(queries, keys, values, scale, seen, sinks)
         with ON_CPU:
@@ -378,13 +379,13 @@ def _noise(rng, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
     return mx.array(rng.standard_normal(shape).astype(np.float32)).astype(dtype)
 
 
-def _seen(n_queries: int, n: int, causal: bool, starts, batch: int) -> np.ndarray:
+def _seen(n_queries: int, n: int, causal: bool, left_padding, batch: int) -> np.ndarray:
     """The mask of tokens that each query of each sequence attends to: [B, 1, L, n]."""
     seen = np.ones((batch, 1, n_queries, n), bool)
     if causal:
         seen &= np.arange(n) <= np.arange(n - n_queries, n)[:, None]
-    if starts is not None:
-        seen &= np.arange(n) >= np.array(starts)[:, None, None, None]
+    if left_padding is not None:
+        seen &= np.arange(n) >= np.array(left_padding)[:, None, None, None]
     return seen
 
 

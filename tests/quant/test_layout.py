@@ -34,13 +34,13 @@ def write_tile(k_codes, k_scales, v_codes, v_scales, layout: KVLayout) -> np.nda
         start += width
     out.append(np.ascontiguousarray(k_scales.T).view(np.uint8).ravel())
     v_bits = layout.v_code_bits
-    quads = v_codes.reshape(TILE, -1, 4).transpose(1, 0, 2)
+    vec4s = v_codes.reshape(TILE, -1, 4).transpose(1, 0, 2)
     streams = np.packbits(
-        stream_bits(quads.reshape(len(quads), -1), v_bits), axis=-1, bitorder="little"
+        stream_bits(vec4s.reshape(len(vec4s), -1), v_bits), axis=-1, bitorder="little"
     )
     for column in range(v_bits):
-        for quad in streams:
-            out.append(quad[16 * column : 16 * column + 16])
+        for vec4 in streams:
+            out.append(vec4[16 * column : 16 * column + 16])
     out.append(np.ascontiguousarray(v_scales.T).view(np.uint8).ravel())
     return np.concatenate(out)
 
