@@ -5,7 +5,11 @@ Given the K and V of a packed cache it reads the packed rows; anything else goes
 
 from __future__ import annotations
 
+import sys
+
 import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import base
 
 from ..kernels.packed import PaddedCausal
 from ..kernels.tables import int_array
@@ -69,6 +73,30 @@ def with_hidden_columns(
     if mask is None:
         return seen
     return seen & (rows <= mx.arange(n_rows - n_queries, n_rows)[:, None])
+
+
+class AttentionFunctions:
+    """The attention functions that a model calls, as they are now.
+
+    ``Handle``s are only understood by the functions of this module. Whoever replaces attention
+    later, in MLX, in mlx-lm or in the model's own module, is given arrays.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = [sys.modules.get(name) for name in {type(m).__module__ for m in model.modules()}]
+        name = scaled_dot_product_attention.__name__
+        self._functions = [
+            (module, name, getattr(module, name))
+            for module in (mx.fast, base, *modules)
+            if hasattr(module, name)
+        ]
+
+    def unchanged(self) -> bool:
+        """Whether all of them are what they were."""
+        return all(getattr(module, name) is f for module, name, f in self._functions)
+
+    def __deepcopy__(self, memo: dict) -> AttentionFunctions:
+        return self
 
 
 def install() -> None:

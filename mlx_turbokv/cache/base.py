@@ -41,7 +41,8 @@ class PackedCache(PackedRows, mlx_lm_cache._BaseCache):
         InputError: an unknown format or back-end, or a centre for keys that are not turbo.
     """
 
-    handles = False  # whether an update of one token returns Handles
+    # where set, an update of one token returns Handles, as long as these functions are unchanged
+    handles: hook.AttentionFunctions | None = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[KVArray, KVArray]:
         """Pack new tokens and return all of K and V.
@@ -59,10 +60,17 @@ class PackedCache(PackedRows, mlx_lm_cache._BaseCache):
         if self.layout is None:
             self.layout = self._layout_of(keys, values)
         self._append(keys, values)
-        if self.handles and keys.shape[2] == 1:
+        if keys.shape[2] == 1 and self._may_return_handles():
             source, dtype = self._source(), keys.dtype
             return Handle(source, dtype, True), Handle(source, dtype, False)
         return lazy_keys_and_values(self._source(), keys.dtype)
+
+    def _may_return_handles(self) -> bool:
+        """Whether nothing but attention will read what an update returns."""
+        if self.handles is None or "update_and_fetch" in vars(self):
+            return False
+        inherited = type(self).update_and_fetch is PackedCache.update_and_fetch
+        return inherited and self.handles.unchanged()
 
     def _source(self) -> Source:
         """What attention is given."""

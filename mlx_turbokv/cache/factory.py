@@ -9,12 +9,13 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.models.cache import RotatingKVCache
 
+from ..attention.hook import AttentionFunctions
 from ..centring.choose import Choice
 from ..centring.references import References
 from ..errors import InputError
 from ..kernels.backend import select_backend
 from ..log import warn_once
-from ..model.caches import own_caches, put_cache
+from ..model.caches import ModelReference, own_caches, put_cache
 from ..model.kv_layers import KVLayer, KVLayers, kv_layers
 from ..model.probing import only_forwards_kv
 from ..policy import Pair, Policy, Uniform, load_policy
@@ -37,6 +38,7 @@ def make_prompt_cache(
     *,
     compress_sliding: bool = False,
     max_kv_size: int | None = None,
+    handles: bool = True,
 ) -> list[Any]:
     """Caches for one sequence (or one batch) of ``model``: packed where its layers allow it.
 
@@ -53,6 +55,10 @@ def make_prompt_cache(
             and policies don't see them.
         max_kv_size: tokens that a KV layer holds at most; beyond them the oldest go, but for the
             first 4. None lets caches grow. Layers with a window of their own keep that.
+        handles: whether models that only pass K and V on to attention get them without arrays at
+            one token, which is faster. Attention that is replaced later, and caches whose
+            ``update_and_fetch`` is overridden, get arrays anyway; False is for code that holds a
+            cache in an object of its own and reads what it returns.
 
     Returns:
         What mlx-lm's functions take as ``prompt_cache``. A layer whose formats are both f16 keeps
@@ -62,8 +68,10 @@ def make_prompt_cache(
         InputError: unknown format or policy, a policy that does not fit the model, a head_dim
             that a format cannot store, or a max_kv_size below 1.
     """
+    _check_model(model)
     policy = _as_policy(k, v, policy)
-    return CacheFactory(model, policy, backend, None, centre, compress_sliding, max_kv_size)()
+    options = centre, compress_sliding, max_kv_size, handles
+    return CacheFactory(model, policy, backend, None, *options)()
 
 
 def attach(
@@ -76,6 +84,7 @@ def attach(
     *,
     compress_sliding: bool = False,
     max_kv_size: int | None = None,
+    handles: bool = True,
 ) -> nn.Module:
     """Make packed caches the model's own, for every function of mlx-lm that creates caches.
 
@@ -89,12 +98,13 @@ def attach(
     Raises:
         InputError: as ``make_prompt_cache``.
     """
+    _check_model(model)
     previous = vars(model).get("make_cache")
     if isinstance(previous, CacheFactory):
         previous = previous.turbokv_previous
     policy = _as_policy(k, v, policy)
     model.make_cache = CacheFactory(
-        model, policy, backend, previous, centre, compress_sliding, max_kv_size
+        model, policy, backend, previous, centre, compress_sliding, max_kv_size, handles
     )
     return model
 
@@ -118,7 +128,7 @@ class CacheFactory:
         backend: name of the back-end, or None.
         previous: the instance's own ``make_cache`` that this factory stands in for, if it had one.
         centre: as ``make_prompt_cache`` takes it.
-        compress_sliding, max_kv_size: as ``make_prompt_cache`` takes them.
+        compress_sliding, max_kv_size, handles: as ``make_prompt_cache`` takes them.
 
     Raises:
         InputError: the policy or a format does not fit the model, the back-end is missing, or
@@ -134,6 +144,7 @@ class CacheFactory:
         centre: bool | str | os.PathLike | References = True,
         compress_sliding: bool = False,
         max_kv_size: int | None = None,
+        handles: bool = True,
     ) -> None:
         if max_kv_size is not None and max_kv_size < 1:
             raise InputError(f"max_kv_size {max_kv_size} is not accepted: it must be 1 or more.")
@@ -142,7 +153,7 @@ class CacheFactory:
                 f"Key references cannot be used with max_kv_size {max_kv_size}: the keys of a "
                 "window stay whole."
             )
-        self.model = model
+        self._model = ModelReference(model)
         self.policy = policy
         self.backend = backend
         self.turbokv_previous = previous
@@ -159,7 +170,7 @@ class CacheFactory:
         # a window's rows have no positions of their own to turn a reference by
         centre = centre if max_kv_size is None else False
         self._choice = Choice(model, growing, centre, policy)
-        self._only_forwards_kv = False
+        self._attention: AttentionFunctions | None = None
         self._take_formats()
         notes = [*policy.notes(self.layers.n_total), *self.layers.notes(), *self.centring.notes]
         if compress_sliding:
@@ -168,10 +179,17 @@ class CacheFactory:
             notes += Choice(model, sliding, False, policy).of(self.formats).notes
         for note in notes:
             warn_once(note, type(model).__module__)
-        self._only_forwards_kv = only_forwards_kv(model, _with_handles(self()))
+        functions = AttentionFunctions(model)
+        if handles and only_forwards_kv(model, _with_handles(self(), functions)):
+            self._attention = functions
         if max_kv_size is not None and all(x.window for x in self.layers.layers):
             note = "max_kv_size has no effect: no layer keeps all tokens in a KV cache."
             warn_once(note, type(model).__module__)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model; it owns the factory, which refers to it weakly."""
+        return self._model()
 
     def with_policy(self, policy: Policy) -> CacheFactory:
         """A factory for the same model under another policy, without looking at the model again.
@@ -206,7 +224,7 @@ class CacheFactory:
             own = caches[layer.index]
             own = own if layer.sub is None else own.caches[layer.sub]
             put_cache(caches, layer.index, layer.sub, self._cache(layer, own))
-        return _with_handles(caches) if self._only_forwards_kv else caches
+        return _with_handles(caches, self._attention)
 
     def _cache(self, layer: KVLayer, own: Any) -> Any:
         """The cache of a KV layer in place of the model's own."""
@@ -240,11 +258,23 @@ class CacheFactory:
                 check_head_dim(v, layer.shape.v_head_dim)
 
 
-def _with_handles(caches: list[Any]) -> list[Any]:
+def _with_handles(caches: list[Any], functions: AttentionFunctions | None) -> list[Any]:
     for cache in leaves(caches):
         if isinstance(cache, PackedCache):
-            cache.handles = True
+            cache.handles = functions
     return caches
+
+
+def _check_model(model: Any) -> None:
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, (tuple, list)) and model and isinstance(model[0], nn.Module):
+        raise InputError(
+            "A tuple is not accepted as a model: give the model without its tokenizer."
+        )
+    raise InputError(
+        f"{model!r} is not accepted as a model: give a model of mlx-lm, as mlx_lm.load returns it."
+    )
 
 
 def _as_policy(

@@ -117,7 +117,8 @@ class PaddedBatch(PackedCache):
 
     def _hold_newest(self, caches: Sequence[PackedCache], n: int, layout: KVLayout | None) -> None:
         """Hold the newest n rows of these caches, ending at the same row; None if all are empty."""
-        self.handles = all(cache.handles for cache in caches)
+        given = [cache.handles for cache in caches]
+        self.handles = None if None in given else given[0]
         if layout is None:
             return
         n_heads = next(c.keys.shape[1] for c in caches if not c.empty())

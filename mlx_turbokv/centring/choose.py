@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..model.caches import ModelReference
 from ..model.kv_layers import KVLayer, KVLayers, kv_layers, model_skeleton, ranges
 from ..policy import Pair
 from .bias import key_biases
@@ -67,7 +68,8 @@ class Choice:
     """
 
     def __init__(self, model: nn.Module, found: KVLayers, centre: Any, policy: Any) -> None:
-        self.model, self.found, self.centre = model, found, centre
+        self._model = ModelReference(model)
+        self.found, self.centre = found, centre
         self.path = getattr(policy, "path", None)
 
     def of(self, formats: list[Pair]) -> Centring:
@@ -90,7 +92,7 @@ class Choice:
 
     @cached_property
     def _biases(self) -> dict[int, mx.array]:
-        return key_biases(self.model, self.found.layers)
+        return key_biases(self._model(), self.found.layers)
 
     @cached_property
     def _references(self) -> References | None:
@@ -99,10 +101,10 @@ class Choice:
         if isinstance(self.centre, References):
             return self.centre
         if isinstance(self.centre, (str, os.PathLike)):
-            return load_references(self.centre, self.model)
+            return load_references(self.centre, self._model())
         if self.path is not None and paths_for(self.path)[1].is_file():
-            return load_references(self.path, self.model)
-        return vars(self.model).get(ATTRIBUTE)
+            return load_references(self.path, self._model())
+        return vars(self._model()).get(ATTRIBUTE)
 
     @cached_property
     def _misfits(self) -> set[int]:
@@ -117,7 +119,7 @@ class Choice:
         means = references.means if references else {}
         if self.centre is False or not (means or self._biases):
             return {}
-        ropes = find_rope_frequencies(*_whole(self.model, self.found))
+        ropes = find_rope_frequencies(*_whole(self._model(), self.found))
         chosen: dict[int, tuple[mx.array, RopeFrequencies, str]] = {}
         for layer in self.found.layers:
             i = layer.ordinal

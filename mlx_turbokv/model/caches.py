@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import mlx.nn as nn
 from mlx_lm.models.cache import CacheList, KVCache
 
 Position = tuple[int, "int | None"]  # index in the list of caches, index in a CacheList or None
+
+
+class ModelReference:
+    """A weak reference to a model that follows deep copies of it.
+
+    What a model holds keeps it by this: a cycle would keep a dropped model in memory until the next
+    garbage collection.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+
+    def __call__(self) -> nn.Module:
+        """The model.
+
+        Raises:
+            ReferenceError: it is gone.
+        """
+        model = self._model()
+        if model is None:
+            raise ReferenceError("The model that these caches were made for is gone.")
+        return model
+
+    def __deepcopy__(self, memo: dict) -> ModelReference:
+        model = self()
+        return ModelReference(memo.get(id(model), model))
 
 
 def own_caches(model: nn.Module, *args: Any, **kwargs: Any) -> list[Any]:
