@@ -67,15 +67,18 @@ class Handle:
 KVArray = mx.array | Handle  # what attention takes for K and V
 
 
-def lazy_keys_and_values(source: Source, dtype: mx.Dtype) -> tuple[TurboArray, TurboArray]:
+def lazy_keys_and_values(
+    source: Source, k_dtype: mx.Dtype, v_dtype: mx.Dtype
+) -> tuple[TurboArray, TurboArray]:
     """K and V as models see them.
 
     Shapes:
-        returns: [B, H, n, k_head_dim] and [B, H, n, v_head_dim] in ``dtype``; n are the rows that
-            are not hidden.
+        returns: [B, H, n, k_head_dim], [B, H, n, v_head_dim]; n are the rows that are not hidden.
     """
     packed, backend, hidden = source
-    keys, values = backend.dequantize(packed, dtype)
+    keys, values = backend.dequantize(packed, k_dtype)
+    if v_dtype != k_dtype:
+        values = backend.dequantize(packed, v_dtype)[1]
     if hidden.count:
         keys, values = _without(keys, hidden), _without(values, hidden)
     keys, values = TurboArray(keys), TurboArray(values)
@@ -88,7 +91,7 @@ def as_array(x: KVArray) -> mx.array:
     """The array that a handle replaces; arrays as they are."""
     if not isinstance(x, Handle):
         return x
-    return lazy_keys_and_values(x.source, x.dtype)[0 if x.is_keys else 1]
+    return lazy_keys_and_values(x.source, x.dtype, x.dtype)[0 if x.is_keys else 1]
 
 
 def _without(rows: mx.array, hidden: Hidden) -> mx.array:

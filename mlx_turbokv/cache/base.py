@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..kernels.backend import select_backend
 from ..kernels.packed import empty_tiles
 from ..quant.formats import KVFormat
-from ..quant.layout import shared_layout
+from ..quant.layout import TILE, shared_layout
 from .rows import PackedRows
 
 STATE_VERSION = 2
@@ -57,13 +57,16 @@ class PackedCache(PackedRows, mlx_lm_cache._BaseCache):
             ValueError: keys or values differ from the cache's in shape.
         """
         self._check(keys, values)
+        if keys.shape[2] == 0 and self.layout is None:
+            return keys, values
         if self.layout is None:
             self.layout = self._layout_of(keys, values)
-        self._append(keys, values)
+        if keys.shape[2]:
+            self._append(*self._cast(keys, values))
+        source = self._source()
         if keys.shape[2] == 1 and self._may_return_handles():
-            source, dtype = self._source(), keys.dtype
-            return Handle(source, dtype, True), Handle(source, dtype, False)
-        return lazy_keys_and_values(self._source(), keys.dtype)
+            return Handle(source, keys.dtype, True), Handle(source, values.dtype, False)
+        return lazy_keys_and_values(source, keys.dtype, values.dtype)
 
     def _may_return_handles(self) -> bool:
         """Whether nothing but attention will read what an update returns."""
@@ -97,7 +100,7 @@ class PackedCache(PackedRows, mlx_lm_cache._BaseCache):
         """
         source = self._source()
         own: mx.Dtype = getattr(mx, source.packed.layout.dtype)
-        return lazy_keys_and_values(source, dtype or own)
+        return lazy_keys_and_values(source, dtype or own, dtype or own)
 
     def size(self) -> int:
         """Tokens in the cache, padding included."""
@@ -118,7 +121,10 @@ class PackedCache(PackedRows, mlx_lm_cache._BaseCache):
         header = [STATE_VERSION, str(self.k_format), str(self.v_format), centre]
         rows = [None, None, 0, 0, 0, 0, ""]
         if self.layout is not None:
-            body, tail = self.body if self.n_body else None, self.tail if self.n_tail else None
+            # valid tiles alone; kernels, which would copy a slice, never see these
+            n_tiles = self.n_body // TILE
+            body = self.body[:, :, :n_tiles] if n_tiles < self.body.shape[2] else self.body
+            body, tail = body if n_tiles else None, self.tail if self.n_tail else None
             dims = self.layout.k_head_dim, self.layout.v_head_dim
             rows = [body, tail, self.n_body, self.n_tail, *dims, self.layout.dtype]
         return [*header, *rows, *self._extra_state()]

@@ -7,6 +7,7 @@ every sequence keeps the very rows that it would have on its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -145,14 +146,21 @@ def as_list(indices: Sequence[int] | mx.array) -> list[int]:
     return [int(i) for i in numbers]
 
 
-def common_layout(caches: Sequence[PackedCache]) -> KVLayout | None:
+def common_layout(caches: Sequence[Any]) -> KVLayout | None:
     """The layout of all caches that hold rows; None if none does.
 
     Raises:
-        ValueError: the caches differ in formats, shapes or centres.
+        ValueError: the caches differ in class, formats, shapes or centres.
     """
+    for cache in caches:
+        if not isinstance(cache, PackedCache):
+            raise ValueError(
+                f"[batch] a {type(cache).__name__} cannot be in one batch with packed caches; it "
+                "was made before the packed cache was attached, or for another model."
+            )
     formats = {(c.k_format, c.v_format) for c in caches}
-    shapes = {(c.layout, c.keys.shape[1]) for c in caches if not c.empty()}
+    held = [(c.layout, c.keys.shape[1]) for c in caches if c.layout is not None]
+    shapes = {(_stored_layout(layout), n_heads) for layout, n_heads in held}
     if len(formats) > 1 or len(shapes) > 1:
         named = sorted(f"{k}/{v}" for k, v in formats)
         raise ValueError(
@@ -161,7 +169,13 @@ def common_layout(caches: Sequence[PackedCache]) -> KVLayout | None:
         )
     if len({c.centre for c in caches}) > 1:
         raise ValueError("[batch] caches whose keys are centred differently cannot be one batch.")
-    return next(iter(shapes))[0] if shapes else None
+    return held[0][0] if held else None
+
+
+def _stored_layout(layout: KVLayout) -> KVLayout:
+    """A layout without the model's dtype, unless rows are stored in it."""
+    raw = layout.k_format.is_f16 or layout.v_format.is_f16
+    return layout if raw else replace(layout, dtype="float32")
 
 
 def _tiles_ending_at(cache: PackedCache, n: int, layout: KVLayout, n_heads: int) -> mx.array:

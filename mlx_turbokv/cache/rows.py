@@ -16,6 +16,8 @@ from ..quant.formats import KVFormat, as_format
 from ..quant.layout import TILE, KVLayout, shared_layout
 
 FLUSH_TOKENS = 256
+# more stale tiles than this are freed at once; fewer stay until the body is next written
+MOST_STALE_TILES = FLUSH_TOKENS // TILE
 
 
 class PackedRows:
@@ -111,9 +113,18 @@ class PackedRows:
         return rows + self.centre.nbytes(self.n_rows)
 
     def _layout_of(self, keys: mx.array, values: mx.array) -> KVLayout:
-        dtype = str(keys.dtype).removeprefix("mlx.core.")
+        dtype = str(_common_dtype(keys, values)).removeprefix("mlx.core.")
         k_head_dim, v_head_dim = keys.shape[-1], values.shape[-1]
         return shared_layout(self.k_format, self.v_format, k_head_dim, v_head_dim, dtype)
+
+    def _cast(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """New rows in one type: the cache's own where rows are stored as they are (f16)."""
+        raw = self.k_format.is_f16 or self.v_format.is_f16
+        if raw and self.layout is not None:
+            dtype: mx.Dtype = getattr(mx, self.layout.dtype)
+        else:
+            dtype = _common_dtype(keys, values)
+        return keys.astype(dtype), values.astype(dtype)
 
     def _append(self, keys: mx.array, values: mx.array) -> None:
         """Pack the new tokens into the tail, or into the body where they fill enough tiles."""
@@ -168,9 +179,23 @@ class PackedRows:
             kept = self.n_rows - n
             self.n_body, self.n_tail = kept - kept % TILE, kept % TILE
             first = self.n_body // TILE
-            self.tail = self.body[:, :, first : first + 1]
+            self.tail = mx.contiguous(self.body[:, :, first : first + 1])
+            self._free_stale_tiles()
         if self.n_tail == 0:
             self.tail = empty_tiles()
         if self.n_rows == 0:
             self._clear()
         return n
+
+    def _free_stale_tiles(self) -> None:
+        """Copy the body if a large part of it is stale."""
+        n_tiles = self.n_body // TILE
+        if self.body.shape[2] - n_tiles <= MOST_STALE_TILES:
+            return
+        self.body = mx.contiguous(self.body[:, :, :n_tiles]) if n_tiles else empty_tiles()
+        mx.async_eval(self.body, self.tail)
+
+
+def _common_dtype(keys: mx.array, values: mx.array) -> mx.Dtype:
+    """The type that holds both; that of most models' K and V."""
+    return keys.dtype if keys.dtype == values.dtype else mx.result_type(keys, values)

@@ -229,3 +229,115 @@ def test_layout_names_what_it_stores():
     cache = fill(TurboKVCache("turbo4", "turbo3"), *tokens(3), [])
     assert cache.layout == KVLayout(cache.k_format, cache.v_format, 64, 64, "float32")
     assert cache.layout.bits_per_value == (4.25 + 3.25) / 2
+
+
+@pytest.mark.parametrize("pair", [("q8_0", "turbo2"), ("f16", "turbo4"), ("turbo3", "f16")])
+def test_trimming_frees_what_is_taken_back(tmp_path, pair):
+    k, v = tokens(4096)
+    cache = fill(TurboKVCache(*pair), k, v, [])
+    whole, layout = cache.nbytes, cache.layout
+    assert cache.trim(4086) == 4086
+    assert cache.nbytes <= 4 * 2 * layout.tile_words < whole / 50
+    save_prompt_cache(str(tmp_path / "trimmed.safetensors"), [cache])
+    assert (tmp_path / "trimmed.safetensors").stat().st_size <= 8 * layout.tile_words + 4096
+    few = fill(TurboKVCache(*pair), k[:, :, :10], v[:, :, :10], [])
+    for a, b in zip(rows_of(cache), rows_of(few)):
+        assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("n", [4096 - 40, 4096 - 300, 2100, 2048])
+def test_a_saved_cache_holds_no_stale_rows(tmp_path, n):
+    k, v = tokens(4096)
+    cache = fill(TurboKVCache("q8_0", "turbo2"), k, v, [])
+    cache.trim(4096 - n)
+    path = str(tmp_path / "cache.safetensors")
+    save_prompt_cache(path, [cache])
+    (loaded,) = load_prompt_cache(path)
+    assert loaded.nbytes <= 2 * 4 * loaded.layout.tile_words * (n // 32 + 1)
+    for a, b in zip(rows_of(cache), rows_of(loaded)):
+        assert np.array_equal(a, b)
+
+
+DTYPES = (mx.float16, mx.bfloat16, mx.float32)
+# of the largest value: half a step of q8_0, and a rounding to bfloat16 on the way in and out
+DTYPE_TOLERANCE = 1 / 254 + 2**-8
+
+
+@pytest.mark.parametrize("first", DTYPES, ids=str)
+@pytest.mark.parametrize("second", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "pair", [("q8_0", "f16"), ("f16", "q8_0"), ("f16", "f16"), ("q8_0", "q8_0")]
+)
+def test_any_dtype_may_meet_any(first, second, pair):
+    """K in one type and V in another, then the other way round, as mlx-lm's cache takes them."""
+    k, v = tokens(40)
+    ours, theirs = TurboKVCache(*pair), KVCache()
+    for start, stop, kd, vd in (
+        (0, 20, first, second),
+        (20, 39, second, first),
+        (39, 40, mx.float32, first),
+    ):
+        rows = k[:, :, start:stop].astype(kd), v[:, :, start:stop].astype(vd)
+        got = ours.update_and_fetch(*rows)
+        want = theirs.update_and_fetch(*rows)
+    assert [x.dtype for x in got] == [mx.float32, first]
+    for a, b in zip(got, want):
+        a, b = np.array(a.astype(mx.float32)), np.array(b.astype(mx.float32))
+        assert np.abs(a - b).max() <= DTYPE_TOLERANCE * np.abs(b).max()
+
+
+@pytest.mark.parametrize("name", ["f16", "q8_0", "turbo4"])
+def test_a_cache_saved_in_one_dtype_goes_on_in_another(tmp_path, name):
+    k, v = (x.astype(mx.bfloat16) for x in tokens(50))
+    cache = fill(TurboKVCache(name, name), k[:, :, :49], v[:, :, :49], [])
+    expected = fill(TurboKVCache(name, name), k, v, [])
+    path = str(tmp_path / "cache.safetensors")
+    save_prompt_cache(path, [cache])
+    for dtype in DTYPES:
+        (loaded,) = load_prompt_cache(path)
+        loaded.update_and_fetch(k[:, :, 49:].astype(dtype), v[:, :, 49:].astype(dtype))
+        for a, b in zip(loaded.keys_and_values(mx.float32), expected.keys_and_values(mx.float32)):
+            assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["f16", "q8_0", "turbo3"])
+def test_an_update_of_no_tokens_changes_nothing(name):
+    k, v = tokens(5)
+    nothing = k[:, :, :0], v[:, :, :0]
+    cache = TurboKVCache(name, name)
+    assert [x.shape for x in cache.update_and_fetch(*nothing)] == [(1, 2, 0, 64)] * 2
+    assert cache.empty() and cache.offset == 0
+    cache.update_and_fetch(k, v)
+    before = rows_of(cache)
+    got = cache.update_and_fetch(*nothing)
+    assert cache.offset == 5 and [x.shape for x in got] == [(1, 2, 5, 64)] * 2
+    for a, b in zip(rows_of(cache), before):
+        assert np.array_equal(a, b)
+
+
+def test_caches_of_two_kinds_are_not_merged():
+    k, v = tokens(5)
+    packed, plain = fill(TurboKVCache("q8_0", "turbo2"), k, v, []), KVCache()
+    plain.update_and_fetch(k, v)
+    with pytest.raises(ValueError, match="KVCache.*before the packed cache was attached"):
+        TurboKVCache.merge([packed, plain])
+    other = fill(TurboKVCache("q8_0", "turbo3"), k, v, [])
+    with pytest.raises(ValueError, match="different formats"):
+        TurboKVCache.merge([packed, other])
+    batch = TurboKVCache.merge([packed, packed])
+    with pytest.raises(ValueError, match="KVCache"):
+        batch.extend(plain)
+
+
+def test_caches_of_two_dtypes_are_merged_where_rows_are_quantised():
+    k, v = tokens(5)
+    caches = [
+        fill(TurboKVCache("q8_0", "turbo2"), k.astype(dtype), v.astype(dtype), [])
+        for dtype in (mx.float16, mx.bfloat16)
+    ]
+    batch = TurboKVCache.merge(caches)
+    for i, cache in enumerate(caches):
+        for a, b in zip(
+            batch.extract(i).keys_and_values(mx.float32), cache.keys_and_values(mx.float32)
+        ):
+            assert np.array_equal(a, b)
