@@ -1,4 +1,4 @@
-"""The package's logger, and warnings that are given once."""
+"""The package's logger: warnings given once, and failures that have another way out."""
 
 from __future__ import annotations
 
@@ -14,3 +14,8 @@ def warn_once(text: str, scope: Hashable = None) -> None:
     if (scope, text) not in _given:
         _given.add((scope, text))
         logger.warning(text)
+
+
+def log_failure(what: str, error: BaseException) -> None:
+    """Log why something did not work for which there is another way."""
+    logger.info("%s (%s: %s).", what, type(error).__name__, error, exc_info=error)

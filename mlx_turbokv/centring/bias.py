@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..log import log_failure
 from ..model.caches import model_layers, own_caches
 from ..model.kv_layers import KVLayer
 from ..model.probing import RecordingCache
@@ -75,7 +76,8 @@ def _keys_at(module: nn.Module, x: mx.array) -> mx.array | None:
     cache = RecordingCache()
     try:
         module(x, mask=None, cache=cache)
-    except Exception:  # no attention after all, or one that needs more than these
+    except Exception as error:  # no attention after all, or one that needs more than these
+        log_failure(f"The key bias of {type(module).__name__} cannot be read off", error)
         return None
     if cache.keys is None or cache.keys.shape[2] != 1:
         return None

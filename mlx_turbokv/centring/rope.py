@@ -8,6 +8,7 @@ frequencies follow from those arguments, whatever the variant. Nothing is comput
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from ..model.kv_layers import KVLayer
 from ..model.probing import record_one_token
 
 OFFSET = 37  # any number that no model would use by chance
+_lock = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -101,20 +103,22 @@ class RopeCalls:
 
 @contextmanager
 def recorded_rope() -> Iterator[RopeCalls]:
-    """Record the calls of ``mx.fast.rope``."""
-    recorded, rope = RopeCalls(), mx.fast.rope
+    """Record this thread's calls of ``mx.fast.rope``; one thread at a time replaces it."""
+    with _lock:
+        recorded, rope, thread = RopeCalls(), mx.fast.rope, threading.get_ident()
 
-    def record(a, dims, *, traditional, base, scale, offset, freqs=None, **options):
-        arguments = {"traditional": traditional, "base": base, "scale": scale, "offset": offset}
-        result = rope(a, dims, **arguments, freqs=freqs, **options)
-        recorded.calls.append((result, {"dims": dims, **arguments, "freqs": freqs}))
-        return result
+        def record(a, dims, *, traditional, base, scale, offset, freqs=None, **options):
+            arguments = {"traditional": traditional, "base": base, "scale": scale, "offset": offset}
+            result = rope(a, dims, **arguments, freqs=freqs, **options)
+            if threading.get_ident() == thread:
+                recorded.calls.append((result, {"dims": dims, **arguments, "freqs": freqs}))
+            return result
 
-    mx.fast.rope = record
-    try:
-        yield recorded
-    finally:
-        mx.fast.rope = rope
+        mx.fast.rope = record
+        try:
+            yield recorded
+        finally:
+            mx.fast.rope = rope
 
 
 def find_rope_frequencies(model: nn.Module, layers: list[KVLayer]) -> dict[int, RopeFrequencies]:

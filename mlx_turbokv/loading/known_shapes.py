@@ -11,6 +11,7 @@ from mlx_lm.models.cache import ArraysCache, ChunkedKVCache, RotatingKVCache
 from ..cache.summary import leaves
 from ..centring.bias import has_key_bias
 from ..errors import InputError
+from ..log import log_failure
 from ..model.caches import own_caches
 from ..model.kv_layers import KVLayer, KVLayers, kv_layers
 from ..model.shapes import KVShape
@@ -158,7 +159,8 @@ def _uncompressed(model: Any, layers: KVLayers) -> tuple[Uncompressed, ...]:
     try:
         model.set_dtype(mx.bfloat16)
         model(mx.zeros((1, 1), mx.int32), cache=caches)
-    except Exception:  # the model needs more than tokens
+    except Exception as error:  # the model needs more than tokens
+        log_failure(f"{type(model).__name__} cannot be called with tokens alone", error)
         return ()
     found = []
     for index, cache in enumerate(caches):

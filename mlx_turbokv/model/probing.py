@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache
 
+from ..log import log_failure
 from .caches import Position, own_caches, put_cache
 from .shapes import KVShape
 
@@ -46,7 +47,8 @@ def record_one_token(
         for (index, sub), cache in recording.items():
             put_cache(caches, index, sub, cache)
         model(mx.zeros((1, 1), mx.int32), cache=caches)
-    except Exception:  # what a model needs beyond tokens is known to its own loader alone
+    except Exception as error:  # what a model needs beyond tokens is known to its own loader alone
+        log_failure(f"{type(model).__name__} cannot be called with tokens alone", error)
         return {}
     return {position: cache for position, cache in recording.items() if cache.keys is not None}
 
@@ -71,6 +73,7 @@ def only_forwards_kv(model: nn.Module, caches: list[Any]) -> bool:
     """
     try:
         model(mx.zeros((1, 1), mx.int32), cache=caches)
-    except Exception:  # whatever a model or MLX raises where a handle is no array
+    except Exception as error:  # whatever a model or MLX raises where a handle is no array
+        log_failure(f"{type(model).__name__} does more with K and V than attention", error)
         return False
     return True
