@@ -2,14 +2,59 @@
 // group the unbiased one has the lowest KLD: scripts/group_scale.py of commit e1a90eb compares
 // them.
 
+// The constants of quant/quantize.py.
 constant constexpr float FP16_MAX = 65504.0f;
+constant constexpr float FP16_NORMAL = 6.103515625e-5f;  // 2^-14
+constant constexpr float FP16_STEPS = 16777216.0f;       // 2^24, of subnormals in 1
+constant constexpr float FP16_MOST_Q8 = 515.5f;
+constant constexpr float MOST_ROTATED = 1125899906842624.0f;  // 2^50
+constant constexpr float FLOAT_MAX = 3.402823466e38f;
 
-// The bits of a scale in half, saturated; all NaNs have the same bits.
+// Whether a row's type is half.
+template <typename T>
+struct IsHalf {
+  enum { value = 0 };
+};
+template <>
+struct IsHalf<half> {
+  enum { value = 1 };
+};
+
+// The bits of a scale in half, saturated; all NaNs have the same bits. Subnormals, whose bits count
+// from zero, are not left to a conversion that may flush them.
 TKV_FN ushort scale_bits(float scale) {
   if (!(scale == scale)) {
     return ushort(0x7e00);
   }
+  if (scale < FP16_NORMAL) {
+    return ushort(rint(scale * FP16_STEPS));
+  }
   return as_type<ushort>(half(scale > FP16_MAX ? FP16_MAX : scale));
+}
+
+// The bits of the scale that maps the largest magnitude of a q8_0 group to 127. Where half has few
+// digits it is rounded up, so that no code is cut.
+template <typename T>
+TKV_FN ushort q8_scale_bits(float largest) {
+  if (largest < 127.0f * FP16_NORMAL) {
+    const float exact = largest * FP16_STEPS;
+    const int below = int(exact);
+    const int steps = float(below) < exact ? below + 1 : below;
+    return ushort(exact > 0.5f ? (steps + 126) / 127 : 0);
+  }
+  const float scale = largest / 127.0f;
+  return scale_bits(IsHalf<T>::value != 0 && scale > FP16_MOST_Q8 ? FP16_MOST_Q8 : scale);
+}
+
+// A value that can be rotated and squared; an infinity becomes NaN.
+template <typename T>
+TKV_FN float bounded(float x) {
+  if (IsHalf<T>::value != 0) {
+    return x;
+  }
+  const float magnitude = abs(x);
+  const float most = magnitude <= FLOAT_MAX ? MOST_ROTATED : as_type<float>(0x7fc00000u);
+  return magnitude <= MOST_ROTATED ? x : (x < 0.0f ? -most : most);
 }
 
 // q8_0 codes and scales of a row; the scale maps the largest magnitude to 127.
@@ -21,12 +66,12 @@ TKV_FN void quantize_q8(const device T* x, threadgroup uchar* codes, threadgroup
     const bool inside = g * LANES + lane < DIM;
     const float value = inside ? float(x[g * LANES + lane]) : 0.0f;
     const float magnitude = flip_sign(value, as_type<uint>(value) >> 31);
-    const bool not_finite = !(magnitude <= 3.402823466e38f);  // NaN or infinite
+    const bool not_finite = !(magnitude <= FLOAT_MAX);  // NaN or infinite
     float largest = simd_max(not_finite ? 0.0f : magnitude);
     if (simd_any(not_finite)) {
       largest = as_type<float>(0x7fc00000u);
     }
-    const ushort bits = scale_bits(largest / 127.0f);
+    const ushort bits = q8_scale_bits<T>(largest);
     const float step = half_bits(bits);
     float code = step > 0.0f && !not_finite ? rint(value / step) : 0.0f;
     code = code > 127.0f ? 127.0f : (code < -127.0f ? -127.0f : code);
@@ -83,6 +128,7 @@ TKV_FN void quantize_turbo(const device T* x, threadgroup float* row, threadgrou
             anchors.cos_sin_table + anchor_block(anchors.row, anchors.padding) * (DIM / 2);
         y[j] -= anchor_value(anchors.mu, cos_sin, anchors.split_pairs, first + lane + j * LANES);
       }
+      y[j] = bounded<T>(y[j]);
     }
     rotate<WIDTH>(y, constants, row + first, lane);
     simdgroup_barrier(mem_flags::mem_threadgroup);

@@ -48,7 +48,7 @@ def quantized(x: np.ndarray, fmt: KVFormat) -> tuple[np.ndarray, np.ndarray]:
         if fmt.is_turbo:
             code, scale = _turbo(group, fmt.bits, width)
         else:
-            scale = (np.abs(group).max(axis=-1) / 127).astype(np.float16)
+            scale = _q8_scale(np.abs(group).max(axis=-1))
             step = scale.astype(np.float64)[..., None]
             code = np.round(group / np.where(step > 0, step, np.inf)).clip(-127, 127)
         codes.append(code.astype(np.int64))
@@ -124,6 +124,12 @@ def float64(x: mx.array) -> np.ndarray:
     """An array of any dtype in float64."""
     with mx.stream(mx.cpu):
         return np.array(x.astype(mx.float32)).astype(np.float64)
+
+
+def _q8_scale(largest: np.ndarray) -> np.ndarray:
+    """The largest magnitude over 127; upwards where it is no normal fp16 number."""
+    steps = np.where(largest > 2.0**-25, np.ceil(largest / 127 * 2.0**24), 0)
+    return np.where(largest < 127 * 2.0**-14, steps / 2.0**24, largest / 127).astype(np.float16)
 
 
 def _turbo(y: np.ndarray, bits: int, width: int) -> tuple[np.ndarray, np.ndarray]:

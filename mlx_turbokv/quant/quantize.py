@@ -2,6 +2,9 @@
 
 Scales are fp16. The codes of a turbo group are those of its values divided by their root mean
 square; the scale that is stored is <y, y> / <y, c> for values y and levels c, which is unbiased.
+
+Groups that are too loud for fp16 saturate. The smallest scale is SMALLEST_SCALE: what is not above
+half of it, the largest magnitude of a q8_0 group or the scale of a turbo group, is stored as zero.
 """
 
 from __future__ import annotations
@@ -17,6 +20,12 @@ from .rotate import rotate
 from .tiles import UNITS, units_from_codes
 
 FP16_MAX = 65504.0
+FP16_NORMAL = 2.0**-14  # below it fp16 has multiples of SMALLEST_SCALE
+SMALLEST_SCALE = 2.0**-24
+# of q8_0 rows in fp16: the next scale times 127 is no fp16 number
+FP16_MOST_Q8 = 515.5
+# magnitudes of turbo rows are cut to this, so that the squares of no finite row overflow
+MOST_ROTATED = 2.0**50
 _UNSIGNED = {2: mx.uint16, 4: mx.uint32}
 
 
@@ -71,9 +80,10 @@ def quantize(x: mx.array, fmt: KVFormat) -> tuple[mx.array, mx.array]:
     if fmt.is_f16:
         return x.view(_UNSIGNED[x.dtype.size]), mx.zeros((*x.shape[:-1], 0), mx.float16)
     if fmt.is_turbo:
-        codes, scales = _turbo_codes(rotate(x, head_dim), fmt)
+        codes, scales = _turbo_codes(rotate(_bounded(x), head_dim), fmt)
     else:
-        codes, scales = _q8_codes(x.astype(mx.float32))
+        most = FP16_MOST_Q8 if x.dtype == mx.float16 else FP16_MAX
+        codes, scales = _q8_codes(x.astype(mx.float32), most)
     return units_from_codes(codes, fmt.bits), scales
 
 
@@ -114,17 +124,37 @@ def _groups(x: mx.array, width: int) -> mx.array:
     return x.reshape(*x.shape[:-1], -1, width)
 
 
-def _stored(scales: mx.array) -> mx.array:
-    """Scales as fp16; too large ones saturate, NaN stays."""
-    return mx.minimum(scales, FP16_MAX).astype(mx.float16)
+def _stored(scales: mx.array, most: float = FP16_MAX) -> mx.array:
+    """Scales as fp16; those above ``most`` saturate, NaN stays."""
+    return mx.minimum(scales, most).astype(mx.float16)
 
 
-def _q8_codes(x: mx.array) -> tuple[mx.array, mx.array]:
-    """int8 codes, as uint8, of groups of 32; the scale maps the largest magnitude to 127."""
+def _bounded(x: mx.array) -> mx.array:
+    """Values that can be rotated and squared in float32; infinities become NaN."""
+    if x.dtype == mx.float16:
+        return x
+    x = x.astype(mx.float32)
+    return mx.where(mx.isinf(x), mx.nan, mx.clip(x, -MOST_ROTATED, MOST_ROTATED))
+
+
+def _q8_scales(largest: mx.array, most: float) -> mx.array:
+    """fp16 scales that map the largest magnitude of a group to 127.
+
+    Where fp16 has few digits they are rounded up, so that no code is cut: the integers are exact,
+    and no float32 is subnormal, which GPUs may take for zero.
+    """
+    few_digits = largest < 127 * FP16_NORMAL
+    steps = mx.ceil(mx.where(few_digits, largest, 0) / SMALLEST_SCALE).astype(mx.int32)
+    steps = mx.where(largest > SMALLEST_SCALE / 2, (steps + 126) // 127, 0)
+    small = steps.astype(mx.uint16).view(mx.float16)  # subnormals count from zero
+    return mx.where(few_digits, small, _stored(largest / 127, most))
+
+
+def _q8_codes(x: mx.array, most: float) -> tuple[mx.array, mx.array]:
+    """int8 codes, as uint8, of groups of 32, and scales of at most ``most``."""
     groups = _groups(x, 32)
     largest = mx.abs(groups).max(axis=-1)
-    largest = mx.where(mx.isinf(largest), mx.nan, largest)
-    scales = _stored(largest / 127)
+    scales = _q8_scales(mx.where(mx.isinf(largest), mx.nan, largest), most)
     step = scales.astype(mx.float32)[..., None]
     codes = mx.round(groups / mx.where(step > 0, step, mx.inf))
     codes = mx.clip(mx.where(mx.isnan(codes), 0, codes), -127, 127).astype(mx.int8)

@@ -46,6 +46,7 @@ def through_q8(rows: mx.array, stored: mx.array | None = None) -> mx.array:
     groups = _groups(rows)
     seen = None if stored is None else _groups(stored)
     exact = mx.max(mx.abs(groups), -1, keepdims=True) / 127
+    exact = mx.where(exact < 2.0**-14, mx.ceil(exact * 2.0**24) / 2.0**24, exact)  # upwards
     scale = exact.astype(mx.float16).astype(mx.float32)
     if seen is not None:  # the largest code is 127
         scale = _settled(

@@ -123,6 +123,7 @@ def simulate_q8_0(x: np.ndarray, stored: StoredCodes) -> np.ndarray:
     blocks = x.reshape(*x.shape[:-1], -1, 32)
     seen = None if stored.rows is None else stored.rows.reshape(blocks.shape)
     exact = np.max(np.abs(blocks), axis=-1, keepdims=True) / 127
+    exact = np.where(exact < 2.0**-14, np.ceil(exact * 2.0**24) / 2.0**24, exact)  # upwards
     # The largest code is 127 whichever way the scale was rounded.
     wanted = None if seen is None else np.max(np.abs(seen), axis=-1, keepdims=True) / 127
     d = stored.half(exact, wanted)

@@ -135,6 +135,33 @@ def test_scales_saturate_and_zeros_stay_zero(host) -> None:
         assert (np.array(scales)[0, 0, 1] == 0).all()
 
 
+# around the smallest half, half's normal numbers, its largest, and what float32 can square
+SIZES = (1e-45, 1e-38, 2.9e-8, 3e-8, 5e-8, 1e-7, 1e-6, 7.57e-6, 1e-5, 1e-3, 7.6e-3, 7.8e-3)
+SIZES += (65504.0, 1e5, 9e6, 1e9, 1e20, 1e37, 3e38)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_rows_of_every_size_are_packed_as_the_reference_packs_them(host, dtype: str) -> None:
+    layout = _layout("q8_0", "turbo3", dtype=dtype)
+    rng = np.random.default_rng(4)
+    rows = rng.uniform(-1, 1, (1, 1, 3 * len(SIZES), 64)) * np.repeat(SIZES, 3)[:, None]
+    rows[0, 0, ::3, 5] = SIZES
+    rows[0, 0, 1] = 0
+    rows = mx.array(np.clip(rows, -65504, 65504) if dtype == "float16" else rows, mx.float32)
+    rows = rows.astype(getattr(mx, dtype))
+    got, expected = (f(rows, rows, layout) for f in (pack.pack, reference.pack))
+    n = rows.shape[2]
+    got_rows, expected_rows = tiles_to_rows(got, layout), tiles_to_rows(expected, layout)
+    for name in ("k", "k_scales"):
+        a, b = (np.array(getattr(x, name))[:, :, :n] for x in (got_rows, expected_rows))
+        np.testing.assert_array_equal(a, b)
+    # sums in another order
+    a, b = (np.array(x.v_scales.view(mx.uint16)).astype(int) for x in (got_rows, expected_rows))
+    assert np.abs(a - b).max() <= 1 and ((a == 0) == (b == 0)).all()
+    k, v = reference.dequantize(PackedKV(layout, empty_tiles(), 0, got, n), getattr(mx, dtype))
+    assert mx.isfinite(k).all().item() and (dtype == "float16" or mx.isfinite(v).all().item())
+
+
 @pytest.mark.parametrize("mask", [None, "causal", "bool", "additive"])
 def test_many_queries_go_through_rows(host, mask) -> None:
     layout = _layout("turbo4", "turbo3")

@@ -96,9 +96,72 @@ def test_non_finite_values_stay_in_their_row(name, bad):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_scales_beyond_fp16_saturate(name):
-    x = np.full((1, 64), 1e9, np.float32)
+@pytest.mark.parametrize("size", [1e9, 1e25, 3e38])
+def test_scales_beyond_fp16_saturate(name, size):
+    x = size * np.random.default_rng(0).uniform(-1, 1, (8, 64)).astype(np.float32)
+    x[0] = size
     assert np.isfinite(round_trip(x, name)).all()
+
+
+@pytest.mark.parametrize("name", ["q8_0", "turbo4"])
+def test_the_largest_half_is_read_back_finite_in_half(name):
+    x = np.zeros((2, 64), np.float16)
+    x[0, 3], x[1] = 65504, np.random.default_rng(0).uniform(-65504, 65504, 64)
+    result = round_trip(x, name)
+    if name == "q8_0":
+        assert np.isfinite(result.astype(np.float16)).all()
+        assert np.abs(result - x).max() <= 65504 / 127 / 2
+    assert np.isfinite(result).all()
+
+
+SMALLEST_STEP = 2.0**-24  # the smallest half; half of it is the largest magnitude that is lost
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    hnp.arrays(np.float32, (3, 64), elements=st.floats(-1, 1, width=32)),
+    st.floats(-46, 14),
+    st.sampled_from([mx.float32, mx.bfloat16, mx.float16]),
+)
+def test_q8_0_is_off_by_half_a_step_at_any_size(x, exponent, dtype):
+    """The step is the largest magnitude of a group over 127, or the smallest half."""
+    x[:, 0], x[:, 32] = 1, 0.3
+    rows = mx.array(x * np.float32(2.0**exponent)).astype(dtype)
+    fmt = KVFormat.parse("q8_0")
+    units, scales = quantize.quantize(rows, fmt)
+    x = np.array(rows.astype(mx.float32)).astype(np.float64)
+    result = np.array(quantize.values(units, scales, fmt, 64, mx.float32))
+    largest = np.abs(x.reshape(3, 2, 32)).max(-1)
+    step = np.array(scales).astype(np.float64)
+    lost = largest <= SMALLEST_STEP / 2
+    assert not step[lost].any() and step[~lost].all()
+    assert (step[~lost] <= largest[~lost] / 127 * (1 + 2**-11) + SMALLEST_STEP).all()
+    error = np.abs(result - x).reshape(3, 2, 32).max(-1)
+    half_step = np.where(lost, SMALLEST_STEP, step) / 2
+    assert (error <= half_step * (1 + 2**-5)).all()  # 127 steps of a half may be 1/16 step short
+    assert (error <= half_step * (1 + 1e-6))[step < 2**-14].all()
+
+
+@pytest.mark.parametrize("size", [1e-5, 1e-6, 1e-7, 5e-8])
+@pytest.mark.parametrize("name", NAMES)
+def test_small_rows_are_kept(name, size):
+    """Off by what the format is off at size 1, and by half a unit of the scale, a half."""
+    x = np.random.default_rng(3).standard_normal((50, 64)).astype(np.float32)
+    x /= np.sqrt(np.square(x).mean(-1, keepdims=True))
+    usual = np.sqrt(np.square(round_trip(x, name) - (x if name == "q8_0" else rotated(x))).mean(-1))
+    small = (size * x).astype(np.float32)
+    expected = small if name == "q8_0" else rotated(small)
+    error = np.sqrt(np.square(round_trip(small, name) - expected).mean(-1))
+    step = SMALLEST_STEP / 2 if name != "q8_0" else SMALLEST_STEP / np.sqrt(12) * 1.5
+    assert (error <= 1.2 * usual * size + 1.2 * step).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_zeros_stay_zeros_and_what_is_below_half_a_step_becomes_zero(name):
+    for size in (0, 1e-45, 1e-30, 2.0**-28):
+        x = np.full((1, 64), size, np.float32)
+        x[:, ::2] *= -1
+        assert not round_trip(x, name).any()
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
