@@ -10,7 +10,6 @@ import json
 import os
 import re
 import socket
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import CacheList, load_prompt_cache
 
 from ..errors import InputError
+from ..files import check_regular, replacing
 from .summary import leaves
 
 MAKER = "mlx_turbokv"
@@ -48,7 +48,18 @@ def check_target(path: Path) -> None:
     """
     if path.suffix != ".safetensors":
         raise InputError(f"The prompt cache file {path} must have a name ending in .safetensors.")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+    folder = Path(os.path.realpath(path)).parent
+    try:
+        if os.path.lexists(path):
+            check_regular(path)
+    except FileNotFoundError:
+        pass  # a link to a file that is yet to be written
+    except OSError as error:
+        raise InputError(
+            f"The prompt cache file {path} cannot be used ({error.strerror}): give the name of a "
+            "file."
+        ) from error
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise InputError(f"The folder of the prompt cache file {path} cannot be written.")
 
 
@@ -84,17 +95,12 @@ def save_prompt_cache(
     Raises:
         InputError: it cannot be written.
     """
-    path, temporary = Path(path), None
+    prefix = f"{TEMPORARY}{_host()}-{os.getpid()}-"
     try:
-        _remove_abandoned(path.parent)
-        prefix = f"{TEMPORARY}{_host()}-{os.getpid()}-"
-        handle, temporary = tempfile.mkstemp(".safetensors", prefix, path.parent)
-        os.close(handle)
-        mlx_lm_cache.save_prompt_cache(temporary, caches, metadata)
-        os.replace(temporary, path)
+        _remove_abandoned(Path(os.path.realpath(path)).parent)
+        with replacing(path, prefix, ".safetensors") as temporary:
+            mlx_lm_cache.save_prompt_cache(str(temporary), caches, metadata)
     except (OSError, RuntimeError) as error:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
         raise InputError(f"The prompt cache file {path} cannot be written ({error}).") from error
 
 

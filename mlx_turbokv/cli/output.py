@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..files import write_text
+from ..files import parse_json, read_text, write_text
 
 
 def print_status(text: str) -> None:
@@ -40,7 +40,7 @@ def read_json(path: str | Path, what: str) -> dict:
     Raises: InputError for another or an unreadable file.
     """
     try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        record = parse_json(read_text(path))
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}).") from None
     except ValueError:

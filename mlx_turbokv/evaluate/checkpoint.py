@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from ..errors import InputError
-from ..files import write_text
+from ..files import parse_json, write_text
 from ..loading.default_model import cache_dir
 from .divergence import PositionStats
 
@@ -54,7 +54,7 @@ class Journal:
         lines, records = text.splitlines(), []
         for line in lines:
             try:
-                records.append(json.loads(line))
+                records.append(parse_json(line))
             except ValueError:
                 break
         if not records:

@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from ..errors import InputError
-from ..files import replacing
+from ..files import read_bytes, replacing
 from ..loading.default_model import cache_dir
 
 WIKITEXT_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
@@ -45,7 +45,7 @@ def load_text(source: str | None = None) -> TextSource:
         return _decoded("wikitext-2-raw test", _wikitext())
     path = Path(source).expanduser()
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
     except OSError as error:
         raise InputError(
             f"Text file {source} cannot be read ({error.strerror}); give a UTF-8 text file, "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..errors import InputError
+from ..files import parse_json, read_text
 
 
 def read_config(path: Path, source: str) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def read_config(path: Path, source: str) -> dict[str, Any]:
         InputError: missing, unreadable, or not a model's.
     """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(read_text(path))
     except FileNotFoundError as error:
         raise InputError(f"The folder {source} has no config.json.") from error
     except (OSError, ValueError) as error:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import InputError
-from ..files import write_text
+from ..files import parse_json, read_text, write_text
 from ..quant.formats import KVFormat, as_format
 from .policies import LayerList
 
@@ -28,7 +28,7 @@ def read_layer_list(path: str | os.PathLike) -> LayerList:
     """
     path = Path(path)
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = parse_json(read_text(path))
     except OSError as error:
         raise InputError(f"Policy file {str(path)!r} cannot be read: {error.strerror}.") from None
     except ValueError:

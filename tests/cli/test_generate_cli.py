@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import subprocess
 import sys
@@ -265,3 +266,37 @@ def test_the_group_lists_its_commands_without_loading_mlx():
     assert result.stdout.split() == ["True", "False"]
     assert group.get_command(None, "entry") is None
     assert all(group.get_command(None, name).name == name for name in group.list_commands(None))
+
+
+def test_fifos_and_devices_are_refused(call, tmp_path):
+    fifo = tmp_path / "fifo.safetensors"
+    os.mkfifo(fifo)
+    link = tmp_path / "link.safetensors"
+    link.symlink_to("/dev/zero")
+    for path in (fifo, link):
+        _bad(call("-p", "a", "--prompt-cache-file", path), str(path), "not a regular file")
+    policy = tmp_path / "policy.json"
+    os.mkfifo(policy)
+    _bad(call("-p", "a", "--policy", policy), str(policy), "not a regular file")
+    keys = tmp_path / "p.keys.json", tmp_path / "p.keys.safetensors"
+    for path in keys:
+        os.mkfifo(path)
+    _bad(call("-p", "a", "-ctk", "turbo4", "--keys", keys[0]), str(keys[0]))
+    gguf = tmp_path / "model.gguf"
+    os.mkfifo(gguf)
+    _bad(call("-p", "a", model=str(gguf)), str(gguf))
+    _bad(call("-p", "a", "--draft-model", gguf), str(gguf))
+    folder = tmp_path / "model"
+    folder.mkdir()
+    os.mkfifo(folder / "config.json")
+    _bad(call("-p", "a", model=str(folder)), str(folder))
+
+
+def test_a_link_to_a_prompt_cache_stays(call, saved, tmp_path):
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(saved.name)
+    saved.chmod(0o640)
+    before = saved.read_bytes()
+    assert call("-p", "a", "-m", 2, "--prompt-cache-file", link)[0] == 0
+    assert link.is_symlink() and saved.read_bytes() != before
+    assert saved.stat().st_mode & 0o777 == 0o640
