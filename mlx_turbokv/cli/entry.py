@@ -28,7 +28,8 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> NoReturn:
     _log_to_stderr()
     try:
         words = None if args is None else list(args)
-        status = command.main(words, standalone_mode=False, show_default=True)
+        name = os.path.basename(sys.argv[0])
+        status = command.main(words, name, standalone_mode=False, show_default=True)
     except InputError as error:
         _fail(str(error))
     except click.ClickException as error:
