@@ -9,12 +9,10 @@ from mlx_lm.models import cache as mlx_lm_cache
 
 from ..attention import hook
 from ..attention.arrays import Handle, KVArray, Source, lazy_keys_and_values
-from ..centring.centre import Centre
 from ..errors import InputError
 from ..kernels.backend import select_backend
-from ..kernels.packed import empty_tiles
-from ..quant.formats import KVFormat
-from ..quant.layout import TILE, shared_layout
+from ..quant.layout import TILE
+from . import state as checks
 from .rows import PackedRows
 
 STATE_VERSION = 2
@@ -132,30 +130,37 @@ class PackedCache(PackedRows, mlx_lm_cache._BaseCache):
     @state.setter
     def state(self, state: list) -> None:
         version = state[0] if isinstance(state, (list, tuple)) and state else None
+        before = dict(vars(self))
         if type(version) is int and version != STATE_VERSION:
             raise InputError(
                 f"A packed cache of format version {version} cannot be read: this package reads "
                 f"version {STATE_VERSION}."
             )
         try:
-            _, k_format, v_format, centre, body, tail, *counts, dtype = state[:STATE_LENGTH]
-            n_body, n_tail, k_dim, v_dim = counts
-            self.centre = None if centre is None else Centre.from_state(centre)
-            self._clear()
-            self._set_extra_state(list(state[STATE_LENGTH:]))
-        except (TypeError, ValueError, AttributeError) as error:
-            raise InputError(
-                f"This is not the state of a {type(self).__name__}: {error}."
-            ) from None
-        self.k_format, self.v_format = KVFormat.parse(k_format), KVFormat.parse(v_format)
+            if type(version) is not int or len(state) < STATE_LENGTH:
+                raise ValueError("it has no version, or too few values")
+            self._take(list(state))
+        except (TypeError, ValueError) as error:
+            vars(self).clear()
+            vars(self).update(before)
+            text = str(error).rstrip(".")
+            raise InputError(f"This is not the state of a {type(self).__name__}: {text}.") from None
+
+    def _take(self, state: list) -> None:
+        """Hold what a state says.
+
+        Raises:
+            TypeError, ValueError: its values contradict each other.
+        """
+        self.k_format, self.v_format = checks.formats(*state[1:3])
+        rows = checks.rows(self.k_format, self.v_format, state[4:STATE_LENGTH])
+        self.centre = checks.centre(state[3], self.k_format, rows)
+        self._clear()
         if not hasattr(self, "_backend_name"):
             self._backend_name = select_backend().name
-        if dtype:
-            dims = int(k_dim), int(v_dim)
-            self.layout = shared_layout(self.k_format, self.v_format, *dims, dtype)
-            self.body = empty_tiles() if body is None else body
-            self.tail = empty_tiles() if tail is None else tail
-            self.n_body, self.n_tail = int(n_body), int(n_tail)
+        if rows is not None:
+            self.layout, self.body, self.tail, self.n_body, self.n_tail = rows
+        self._set_extra_state(state[STATE_LENGTH:])
 
     def _extra_state(self) -> list:
         """What a kind of cache adds to the state."""
@@ -165,7 +170,7 @@ class PackedCache(PackedRows, mlx_lm_cache._BaseCache):
         """Take what ``_extra_state`` gave.
 
         Raises:
-            TypeError, ValueError, AttributeError: it is something else.
+            TypeError, ValueError: it is something else.
         """
         if extra:
             raise ValueError(f"it has {len(extra)} values too many")

@@ -18,6 +18,7 @@ from ..quant.formats import KVFormat
 from .base import loadable
 from .padding import PaddedBatch, common_layout
 from .single import TurboKVCache
+from .state import counts
 
 
 @loadable
@@ -122,8 +123,12 @@ class BatchTurboKVCache(PaddedBatch):
 
     def _set_extra_state(self, extra: list) -> None:
         left, right = extra
-        self._right_padding = None if right is None else right.tolist()
-        self._set_left_padding(left.tolist())
+        n = None if self.layout is None else self.keys.shape[0]
+        left = counts(left, "left padding", n)
+        self._right_padding = None
+        if right is not None:
+            self._right_padding = counts(right, "right padding", len(left))
+        self._set_left_padding(left)
 
 
 TurboKVCache.batch_class = BatchTurboKVCache

@@ -19,6 +19,7 @@ from ..quant.formats import KVFormat
 from ..quant.layout import TILE
 from .base import PackedCache, loadable
 from .padding import PaddedBatch
+from .state import MOST, count
 
 FLUSH_TOKENS = 64
 # Hidden rows that stay, so that a draft's tokens can be taken back after the window has moved on.
@@ -192,6 +193,8 @@ class TurboRotatingKVCache(RotatingRows):
         return [self.max_size, self.keep, self.n_hidden, self.n_dropped]
 
     def _set_extra_state(self, extra: list) -> None:
-        if not all(type(n) is int for n in extra):
-            raise TypeError("its window is not given in whole numbers")
-        self.max_size, self.keep, self.n_hidden, self.n_dropped = extra
+        max_size, keep, n_hidden, n_dropped = extra
+        self.max_size = count(max_size, "max_size", 1)
+        self.keep = count(keep, "keep", 0, self.max_size - 1)
+        self.n_dropped = count(n_dropped, "n_dropped", 0, MOST - self.n_rows)
+        self.n_hidden = count(n_hidden, "n_hidden", 0, max(0, self.n_rows - self.keep))

@@ -18,6 +18,7 @@ from ..quant.layout import KVLayout
 from .base import PackedCache, loadable
 from .padding import PaddedBatch, common_layout
 from .rotating import RotatingRows, TurboRotatingKVCache
+from .state import MOST, count, counts
 
 
 @loadable
@@ -196,10 +197,15 @@ class BatchTurboRotatingKVCache(PaddedBatch, RotatingRows):
 
     def _set_extra_state(self, extra: list) -> None:
         max_size, n_hidden, padding, dropped, ends = extra
-        self.keep, self.max_size, self.n_hidden = 0, int(max_size), int(n_hidden)
-        self._set_left_padding(padding.tolist())
-        self._n_dropped = dropped.tolist()
-        self._ends = None if ends is None else ends.tolist()
+        self.keep, self.max_size = 0, count(max_size, "max_size", 1)
+        self.n_hidden = count(n_hidden, "n_hidden", 0, self.n_rows)
+        n = None if self.layout is None else self.keys.shape[0]
+        padding = counts(padding, "left padding", n)
+        self._set_left_padding(padding)
+        self._n_dropped = counts(dropped, "n_dropped", len(padding))
+        self._ends = None
+        if ends is not None:
+            self._ends = counts(ends, "ends of sequences", len(padding), -MOST)
 
 
 def _layout_of(caches: Sequence[RotatingRows]) -> KVLayout | None:

@@ -15,9 +15,10 @@ import numpy as np
 
 from ..errors import InputError
 from ..model.caches import own_caches
+from ..model.fingerprint import fingerprint
 from ..model.kv_layers import KVLayer, kv_layers
 from ..model.probing import record_one_token
-from .references import References, fingerprint
+from .references import References
 from .rope import RopeFrequencies, find_rope_frequencies
 
 SINK_TOKENS = 4

@@ -177,8 +177,21 @@ class Centre:
         Raises:
             ValueError: it is no such state, or of another block size.
         """
+        if not isinstance(state, (list, tuple)) or len(state) != 7:
+            raise ValueError("its centre is none")
         block, mu, split_pairs, angles, source, n_sharing, first_key_uncentred = state
-        if int(block) != BLOCK:
-            raise ValueError(f"its keys are centred in blocks of {block}, not {BLOCK}")
-        rope = RopeFrequencies(int(split_pairs), tuple(float(a) for a in np.array(angles)))
-        return cls(mu, rope, str(source), int(n_sharing), bool(first_key_uncentred))
+        if type(block) is not int or block != BLOCK:
+            raise ValueError(f"its keys are centred in blocks of {block!r}, not {BLOCK}")
+        for name, array, ndim in (("mu", mu, 2), ("angles", angles, 1)):
+            if not isinstance(array, mx.array) or array.ndim != ndim or array.size == 0:
+                raise ValueError(f"its centre's {name} have another shape")
+            if not mx.issubdtype(array.dtype, mx.floating) or not mx.isfinite(array).all().item():
+                raise ValueError(f"its centre's {name} are not all finite numbers")
+        if type(split_pairs) is not int or not 0 <= split_pairs <= angles.size:
+            raise ValueError(f"its centre has {split_pairs!r} split pairs of {angles.size}")
+        if type(n_sharing) is not int or n_sharing < 1:
+            raise ValueError(f"its centre is shared by {n_sharing!r} layers")
+        if not isinstance(source, str) or not isinstance(first_key_uncentred, bool):
+            raise ValueError("its centre does not say what it was taken from")
+        rope = RopeFrequencies(split_pairs, tuple(float(a) for a in np.array(angles, np.float32)))
+        return cls(mu, rope, source, n_sharing, first_key_uncentred)

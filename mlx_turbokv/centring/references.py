@@ -6,7 +6,6 @@ what it belongs to. ``calibrate`` writes them beside the policy NAME.json, where
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from dataclasses import dataclass, field
@@ -15,10 +14,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
-from mlx.utils import tree_flatten
 
 from ..errors import InputError
+from ..model.fingerprint import fingerprint
 
 MAKER = "mlx_turbokv key references"
 VERSION = 1
@@ -40,20 +38,6 @@ class References:
     without_rope: frozenset[int]
     model: str
     record: dict[str, Any] = field(default_factory=dict)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """What tells one model from another: its architecture, and the weights of its norms.
-
-    Quantising a model leaves these weights as they are, so its references stay valid.
-    """
-    found = hashlib.sha256(type(model).__module__.encode())
-    weights: Any = tree_flatten(model.parameters())
-    for name, weight in weights:
-        if weight.ndim == 1 and "norm" in name:
-            found.update(name.encode())
-            found.update(np.array(weight.astype(mx.float32)).tobytes())
-    return found.hexdigest()
 
 
 def set_references(model: nn.Module, references: References | None) -> None:

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 
 from ..errors import InputError
-from .rotation import rotation_width
+from .rotation import MAX_HEAD_DIM, rotation_width
 
 Q8_GROUP = 32
 TURBO_BITS = (2, 3, 4, 5, 6)
@@ -106,5 +106,8 @@ def check_head_dim(fmt: KVFormat, head_dim: int) -> None:
     """
     if fmt.is_turbo:
         rotation_width(head_dim)
-    if head_dim % 8 or head_dim <= 0:
-        raise InputError(f"head_dim {head_dim} cannot be packed: a multiple of 8 is needed.")
+    if head_dim % 8 or not 0 < head_dim <= MAX_HEAD_DIM:
+        raise InputError(
+            f"head_dim {head_dim} cannot be packed: a multiple of 8 up to {MAX_HEAD_DIM:,} is "
+            "needed."
+        )

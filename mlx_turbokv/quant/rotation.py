@@ -19,6 +19,7 @@ import numpy as np
 from ..errors import InputError
 
 MAX_WIDTH = 128
+MAX_HEAD_DIM = 1 << 16  # no model comes near it
 # order m: (prime q, Paley's construction). I gives order q + 1, II gives 2 (q + 1).
 PALEY = {12: (11, 1), 20: (19, 1), 28: (13, 2), 36: (17, 2)}
 
@@ -41,7 +42,7 @@ def rotation_width(head_dim: int) -> int:
     Raises:
         InputError: no split of the head into equal groups of at most 128 can be rotated.
     """
-    if head_dim >= 8 and head_dim % 8 == 0:
+    if 8 <= head_dim <= MAX_HEAD_DIM and head_dim % 8 == 0:
         first = -(-head_dim // MAX_WIDTH)
         for n_groups in range(first, 2 * first + 1):
             width = head_dim // n_groups

@@ -1,0 +1,31 @@
+"""What tells one model from another."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+ADAPTERS = ("lora_a", "lora_b", "m")  # LoRA's matrices, and DoRA's magnitudes
+
+
+def fingerprint(model: nn.Module, adapters: bool = False) -> str:
+    """A digest of a model's architecture and of the weights of its norms.
+
+    Quantising a model leaves these weights as they are, so what belongs to the model stays valid.
+
+    Args:
+        adapters: whether the same model with other LoRA adapters counts as another one.
+    """
+    found = hashlib.sha256(type(model).__module__.encode())
+    weights: Any = tree_flatten(model.parameters())
+    for name, weight in weights:
+        is_norm = weight.ndim == 1 and "norm" in name
+        if is_norm or (adapters and name.rpartition(".")[2] in ADAPTERS):
+            found.update(name.encode())
+            found.update(np.array(weight.astype(mx.float32)).tobytes())
+    return found.hexdigest()
