@@ -29,7 +29,7 @@ ORDER = [
     "__main__",
 ]
 # below all folders; the package itself only preloads OpenBLAS
-BASE = {"errors", "files", "log", ""}
+BASE = {"errors", "files", "log", "safetensors", ""}
 MOST_LINES = 300
 MODULES = {
     ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix("__init__").rstrip("."): p

@@ -15,11 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
-from mlx_lm.models.cache import CacheList, load_prompt_cache
+from mlx_lm.models.cache import load_prompt_cache
 
 from ..errors import InputError
-from ..files import check_regular, replacing
+from ..files import check_regular, parse_json, replacing
+from ..model.fingerprint import fingerprint
+from ..model.probing import after_one_token
+from ..safetensors import read_header
+from .file_checks import check_contents, check_header, check_kinds, formats, window
+from .state import MOST
 from .summary import leaves
 
 MAKER = "mlx_turbokv"
@@ -63,7 +69,7 @@ def check_target(path: Path) -> None:
         raise InputError(f"The folder of the prompt cache file {path} cannot be written.")
 
 
-def save(path: Path, saved: Saved, model: str) -> None:
+def save(path: Path, saved: Saved, name: str, model: nn.Module) -> None:
     """Write the file whole or not at all.
 
     Raises:
@@ -71,7 +77,8 @@ def save(path: Path, saved: Saved, model: str) -> None:
     """
     metadata = {
         "maker": MAKER,
-        "model": model,
+        "model": name,
+        "fingerprint": fingerprint(model, adapters=True),
         "tokenizer_config": "{}",
         "tokens": json.dumps(saved.tokens),
         "messages": json.dumps(saved.messages),
@@ -135,93 +142,109 @@ def _is_dead(process: int) -> bool:
     return False
 
 
-def load(path: Path, model: str, fresh: list[Any], same_formats: bool) -> Saved:
+def load(path: Path, name: str, model: nn.Module, fresh: list[Any], same_formats: bool) -> Saved:
     """Read a prompt cache for a model.
 
-    model: what ``save`` was told.
-    fresh: empty caches of the model, as this run would use them.
-    same_formats: whether the file's K and V formats must be those of ``fresh``.
+    Everything in it is checked before anything of it is used: the file may be from anywhere.
+
+    Args:
+        name: of the model, as ``save`` was told.
+        fresh: empty caches of the model, as this run would use them.
+        same_formats: whether the file's K and V formats must be those of ``fresh``.
 
     Raises:
-        InputError: cut short, not a prompt cache of this package, of another model or shape, or
-            of other formats.
+        InputError: cut short, not a prompt cache of this package, of another model or shape, of
+            other formats, or with values that contradict each other.
     """
-    _check_extents(path)
-    try:
-        caches, metadata = load_prompt_cache(str(path), return_metadata=True)
-        # Everything is read now, because saving replaces the file.
-        mx.eval([cache.state for cache in caches])
-        maker = metadata.get("maker") if isinstance(metadata, dict) else None
-    except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is not a prompt cache that can be read ({error}).") from error
-    if maker != MAKER:
+    caches, metadata = _read(path, len(fresh))
+    if metadata.get("maker") != MAKER:
         raise InputError(
             f"{path} was not saved by mlx_turbokv.generate; accepted is a file that it saved."
         )
-    if metadata.get("model") != model:
+    if metadata.get("model") != name:
         raise InputError(
             f"The prompt cache file {path} belongs to the model {metadata.get('model')!r}, not to "
-            f"{model!r}."
+            f"{name!r}."
         )
-    _check_match(path, caches, fresh, same_formats)
+    # files of earlier versions name no fingerprint
+    if metadata.get("fingerprint") not in (None, fingerprint(model, adapters=True)):
+        raise InputError(
+            f"The prompt cache file {path} belongs to another model that is called {name!r} too."
+        )
     try:
-        tokens, messages = json.loads(metadata["tokens"]), json.loads(metadata["messages"])
-    except (KeyError, ValueError) as error:
-        raise InputError(f"The prompt cache file {path} does not say what it holds.") from error
+        check_kinds(caches, fresh)
+        _check_options(path, caches, fresh, same_formats)
+        tokens, messages = _conversation(metadata)
+        check_contents(caches, after_one_token(model), len(tokens))
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"The prompt cache file {path} cannot be used: {error}.") from error
     return Saved(caches, tokens, messages)
 
 
-def _check_extents(path: Path) -> None:
-    """MLX reads a safetensors file's data lazily and doesn't notice that it ends too early."""
+def _read(path: Path, n_layers: int) -> tuple[list[Any], dict[str, Any]]:
+    """The caches of a file and its metadata, before they are compared with a model's."""
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, size)))
-        ends = [value["data_offsets"][1] for key, value in header.items() if key[:2] != "__"]
+        header = read_header(path)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror or error}).") from error
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise InputError(f"{path} is not a prompt cache: it is no safetensors file.") from error
-    if 8 + length + max(ends, default=0) != size:
-        raise InputError(f"The prompt cache file {path} is damaged or cut short.")
-
-
-def _check_match(path: Path, caches: list[Any], fresh: list[Any], same_formats: bool) -> None:
-    if len(caches) != len(fresh):
+    except ValueError as error:
         raise InputError(
-            f"The prompt cache file {path} has {len(caches)} layers and the model {len(fresh)}."
-        )
-    for index, (held, wanted) in enumerate(zip(caches, fresh)):
-        if isinstance(wanted, CacheList) != isinstance(held, CacheList):
-            raise InputError(f"Layer {index} of the prompt cache file {path} is of another kind.")
-    held_leaves, wanted_leaves = list(leaves(caches)), list(leaves(fresh))
-    for held, wanted in zip(held_leaves, wanted_leaves):
-        held_formats, wanted_formats = _formats(held), _formats(wanted)
-        held_window, wanted_window = _window(held), _window(wanted)
-        if held_window != wanted_window:
+            f"{path} is not a prompt cache, or it is damaged or cut short: {error}."
+        ) from error
+    try:
+        check_header(header, n_layers)
+        caches, metadata = load_prompt_cache(str(path), return_metadata=True)
+        # Everything is read now, because saving replaces the file.
+        mx.eval([cache.state for cache in caches])
+        if not isinstance(metadata, dict):
+            raise ValueError("it does not say who made it")
+    except (
+        RuntimeError,
+        ValueError,
+        KeyError,
+        IndexError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+    ) as error:  # mlx-lm takes the file's structure for granted
+        text = " ".join(str(error).split()).rstrip(".")
+        raise InputError(f"{path} is not a prompt cache that can be read ({text}).") from error
+    return caches, metadata
+
+
+def _conversation(metadata: dict[str, Any]) -> tuple[list[int], list[dict[str, str]]]:
+    """The tokens and the messages of a file.
+
+    Raises:
+        ValueError: it does not say them.
+    """
+    texts = metadata.get("tokens"), metadata.get("messages")
+    tokens, messages = (parse_json(x) if isinstance(x, str) else None for x in texts)
+    if not isinstance(tokens, list) or not all(type(x) is int and 0 <= x <= MOST for x in tokens):
+        raise ValueError("it does not list the tokens that it holds")
+    if not isinstance(messages, list) or not all(map(_is_message, messages)):
+        raise ValueError("it does not list the messages that it holds")
+    return tokens, messages
+
+
+def _is_message(message: Any) -> bool:
+    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+        return False
+    return all(isinstance(text, str) for text in message.values())
+
+
+def _check_options(path: Path, caches: list[Any], fresh: list[Any], same_formats: bool) -> None:
+    """The caches have the windows that are asked for, and the formats if they are asked for."""
+    for held, wanted in zip(leaves(caches), leaves(fresh)):
+        if window(held) != window(wanted):
             raise InputError(
-                f"The prompt cache file {path} holds a layer with {held_window} where "
-                f"{wanted_window} is asked for: give the --max-kv-size that it was made with."
+                f"The prompt cache file {path} holds a layer with {window(held)} where "
+                f"{window(wanted)} is asked for: give the --max-kv-size that it was made with."
             )
-        if held_formats != wanted_formats and (
-            same_formats or "/" not in held_formats or "/" not in wanted_formats
-        ):
+        if same_formats and formats(held) != formats(wanted):
             raise InputError(
-                f"The prompt cache file {path} holds {held_formats} where {wanted_formats} is "
+                f"The prompt cache file {path} holds {formats(held)} where {formats(wanted)} is "
                 "asked for; leave the cache options away to go on with the file's own."
             )
-
-
-def _formats(cache: Any) -> str:
-    """``K/V`` of a cache that grows or has a window, or the class of any other."""
-    if type(cache) in (mlx_lm_cache.KVCache, mlx_lm_cache.RotatingKVCache):
-        return "f16/f16"
-    if hasattr(cache, "k_format"):
-        return f"{cache.k_format}/{cache.v_format}"
-    return type(cache).__name__
-
-
-def _window(cache: Any) -> str:
-    """What a cache's window is called."""
-    return f"a window of {cache.max_size} tokens" if hasattr(cache, "max_size") else "no window"

@@ -10,7 +10,7 @@ from typing import Any
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
 from ..cache import files
-from ..cache.summary import summarize
+from ..cache.file_checks import offsets
 from ..errors import InputError
 
 
@@ -65,7 +65,8 @@ class Conversation:
         """
         if self.file is None or not self.file.exists():
             return False
-        saved = files.load(self.file, self.loaded.name, self.caches, same_formats=same_formats)
+        loaded = self.loaded
+        saved = files.load(self.file, loaded.name, loaded.model, self.caches, same_formats)
         self.caches, self.held, self.messages = saved.caches, saved.tokens, saved.messages
         return True
 
@@ -130,5 +131,6 @@ class Conversation:
             return
         if self.messages:
             self.messages.append({"role": "assistant", "content": answer})
-        held = tokens[: summarize(self.caches).tokens]
-        files.save(self.file, files.Saved(self.caches, held, self.messages), self.loaded.name)
+        held = tokens[: max(offsets(self.caches), default=len(tokens))]
+        saved = files.Saved(self.caches, held, self.messages)
+        files.save(self.file, saved, self.loaded.name, self.loaded.model)

@@ -53,6 +53,20 @@ def record_one_token(
     return {position: cache for position, cache in recording.items() if cache.keys is not None}
 
 
+def after_one_token(model: nn.Module) -> list[Any] | None:
+    """The model's own caches after one token, whose shapes say what its layers hold.
+
+    None for a model that cannot be called with tokens alone.
+    """
+    try:
+        caches = own_caches(model)
+        model(mx.zeros((1, 1), mx.int32), cache=caches)
+    except Exception as error:  # what a model needs beyond tokens is known to its own loader alone
+        log_failure(f"{type(model).__name__} cannot be called with tokens alone", error)
+        return None
+    return caches
+
+
 def probe_shapes(model: nn.Module, positions: Iterable[Position]) -> dict[Position, KVShape]:
     """Shapes of what the layers at these positions store.
 
