@@ -1,4 +1,4 @@
-"""The package's logger: warnings given once, and failures that have another way out."""
+"""The package's logger: warnings given once, and failures that are recovered from."""
 
 from __future__ import annotations
 
@@ -17,5 +17,9 @@ def warn_once(text: str, scope: Hashable = None) -> None:
 
 
 def log_failure(what: str, error: BaseException) -> None:
-    """Log why something did not work for which there is another way."""
-    logger.info("%s (%s: %s).", what, type(error).__name__, error, exc_info=error)
+    """Log a failure that is recovered from, once; its traceback at level DEBUG."""
+    text = f"{what} ({type(error).__name__}: {error})."
+    if ("failure", text) not in _given:
+        _given.add(("failure", text))
+        logger.info(text)
+        logger.debug("", exc_info=error)

@@ -1,6 +1,6 @@
 """What is compressed in every architecture of the installed mlx-lm, as tiny models have it.
 
-python scripts/models_table.py && python scripts/readme_figures.py
+python scripts/models_table.py && python scripts/results.py
 """
 
 from __future__ import annotations

@@ -66,6 +66,10 @@ class PackedCache(PackedRows, mlx_lm_cache._BaseCache):
             return Handle(source, keys.dtype, True), Handle(source, values.dtype, False)
         return lazy_keys_and_values(source, keys.dtype, values.dtype)
 
+    def __repr__(self) -> str:
+        formats = f"{self.k_format}/{self.v_format}"
+        return f"{type(self).__name__}({formats}, {self.n_rows} rows, {self.nbytes:,} bytes)"
+
     def _may_return_handles(self) -> bool:
         """Whether nothing but attention will read what an update returns."""
         if self.handles is None or "update_and_fetch" in vars(self):

@@ -1,7 +1,7 @@
 """BatchTurboKVCache: packed K and V of a batch of sequences, a drop-in for mlx-lm's BatchKVCache.
 
 Sequences of different lengths end at the same row, with left padding before them
-(padded_batch.py).
+(padding.py).
 """
 
 from __future__ import annotations

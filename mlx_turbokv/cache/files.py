@@ -246,5 +246,5 @@ def _check_options(path: Path, caches: list[Any], fresh: list[Any], same_formats
         if same_formats and formats(held) != formats(wanted):
             raise InputError(
                 f"The prompt cache file {path} holds {formats(held)} where {formats(wanted)} is "
-                "asked for; leave the cache options away to go on with the file's own."
+                "asked for; omit the cache options to keep the formats of the file."
             )

@@ -1,7 +1,7 @@
 """What packed batches share: sequences that end at the same row, with left padding before them.
 
-Joining, leaving and rolling move rows as they are packed: codes and scales are never made anew, so
-every sequence keeps the very rows that it would have on its own.
+Merging, filtering and shifting move packed rows and never requantise them, so every sequence keeps
+the rows that it would have on its own.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ PACKED = (TurboKVCache, TurboRotatingKVCache)
 class KVSummary:
     """Totals over the KV layers (the packed ones and mlx-lm's own ``KVCache``).
 
-    tokens: that the layers were given; a window holds fewer, and its bytes are of those.
+    tokens: tokens processed; a sliding window stores fewer.
     resident_bytes: everything held, spare rows included.
     f16_bytes: of the same values in 16 bits, without spare rows.
     bits_per_value: of the formats, scales included and spare rows not.

@@ -1,4 +1,4 @@
-"""References from the bias of a model's key projection: always at hand, nothing to calibrate.
+"""Key means from the bias of a model's key projection: always available, nothing to calibrate.
 
 The bias is what an attention layer's keys are where its input is zero, at position 0. That holds
 for separate and fused projections, quantised or not, whatever the order of their outputs. Where
@@ -87,7 +87,9 @@ def _keys_at(module: nn.Module, x: mx.array) -> mx.array | None:
 def _attention_modules(block: nn.Module) -> Iterator[nn.Module]:
     for name, module in block.named_modules():
         leaf = name.rsplit(".", 1)[-1].lower()
-        if name and ("attn" in leaf or "attention" in leaf or "Attention" in type(module).__name__):
+        if not name or not module.children():  # a norm, say
+            continue
+        if "attn" in leaf or "attention" in leaf or "Attention" in type(module).__name__:
             yield module
 
 

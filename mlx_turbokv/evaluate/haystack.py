@@ -1,7 +1,7 @@
 """A sentence hidden in a long text, and the question that asks for it.
 
-A haystack is whole sentences of any text, from a random one on; a needle goes between two of them
-at the wanted depth. Everything random follows from the case's own name, so that each
+A haystack is whole sentences of any text, starting at a random one; a needle goes between two of
+them at the wanted depth. Everything random follows from the case's own name, so that each
 configuration, and a run that is resumed, meets the same prompts.
 """
 

@@ -1,6 +1,6 @@
 """The reference back-end: packing and attention in plain mx ops, on any machine MLX runs on.
 
-The kernels are held against these functions; they share their signatures.
+The kernels are tested against these functions; they share their signatures.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
 The model's own cache factory says what each layer keeps. A plain ``KVCache`` grows with the
 context and is compressed; a ``RotatingKVCache`` holds a sliding window and is compressed if that is
-asked for; everything else is left alone, with a reason. The one thing a factory
-does not tell is that absorbed multi-head latent attention (MLA) keeps latents in its ``KVCache``:
-that is read off the attention modules. Nor does it tell which layers use another layer's K and V
-and leave their own cache empty: a call with one token shows that, and the shapes of K and V.
+asked for; everything else is left alone, with a reason. A factory does not tell that absorbed
+multi-head latent attention (MLA) keeps latents in its ``KVCache``: the attention modules show that.
+Nor does it tell which layers use another layer's K and V and leave their own cache empty: a call
+with one token shows that, and the shapes of K and V.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 After a random rotation the coordinates of a vector in d dimensions have the density
 proportional to (1 - x**2)**((d - 3) / 2) (arXiv 2504.19874, lemma 1). The tables here are that
-density's optimal scalar quantisers, iterated until they stand still, and scaled by sqrt(d) so that
+density's optimal scalar quantisers, iterated until convergence, and scaled by sqrt(d) so that
 a coordinate has unit variance.
 """
 

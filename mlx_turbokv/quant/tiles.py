@@ -1,7 +1,7 @@
-"""Between rows and tiles: the stored layout of layout.py in plain mx ops.
+"""Converts rows to tiles and back: the stored layout of layout.py in MLX operations.
 
-A row here is its *units*: whole numbers of one to four neighbouring codes, the widest that both
-halves of the layout keep together. A layout operation moves units and scales, so nothing is
+A row here is its *units*: integers that hold 1 to 4 packed codes, as many as stay together in both
+K's and V's layout. A layout operation moves units and scales, so nothing is
 quantised twice.
 """
 

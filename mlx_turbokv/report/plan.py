@@ -182,8 +182,8 @@ def _unprofitable(
     if v_bits < uniform:
         return []
     return [
-        f"{name} does not pay: V takes {v_bits:.2f} bits per value over {len(formats)} KV layers, "
-        f"and {rival} in every layer takes {uniform:.2f}."
+        f"{name} takes more bits than {rival} in every layer: V takes {v_bits:.2f} bits per value "
+        f"over {len(formats)} KV layers, and {uniform:.2f} with {rival}."
     ]
 
 

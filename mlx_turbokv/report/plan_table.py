@@ -107,7 +107,7 @@ def _headline(plan: Plan) -> str:
     kinds = "; ".join(_shape_text(shape) for shape in shapes)
     line = f"{model.name}: {len(model.shapes)} KV layers of {model.n_caches}, {heads}{kinds}"
     if model.max_context:
-        line += f", made for {model.max_context:,} tokens"
+        line += f", context of up to {model.max_context:,} tokens"
     return line
 
 
@@ -149,7 +149,7 @@ def _notes(plan: Plan) -> list[str]:
             "what the computation needs besides weights and cache is not counted."
         )
     if plan.model.max_context and any(n > plan.model.max_context for n in plan.contexts):
-        lines.append(f"The model was made for {plan.model.max_context:,} tokens.")
+        lines.append(f"The model's context is {plan.model.max_context:,} tokens.")
     return lines
 
 

@@ -11,6 +11,7 @@ import pytest
 from mlx_lm.models.cache import KVCache
 from varied_models import varied_model
 
+from mlx_turbokv import log
 from mlx_turbokv.centring.bias import key_biases
 from mlx_turbokv.centring.rope import find_rope_frequencies, recorded_rope
 from mlx_turbokv.model.kv_layers import kv_layers
@@ -41,6 +42,7 @@ class Refusing(nn.Module):
     ids=["shapes", "forwards", "layers"],
 )
 def test_a_model_that_cannot_be_called_is_logged(probe, caplog) -> None:
+    log._given.clear()
     with caplog.at_level(logging.INFO, logger="mlx_turbokv"):
         probe(Refusing())
     assert "KeyError: 'image_features'" in caplog.text and "Refusing" in caplog.text
@@ -51,6 +53,7 @@ def test_attention_that_cannot_be_called_alone_is_logged(monkeypatch, caplog) ->
     layers = kv_layers(model).layers
     attention = type(model.layers[0].self_attn)
     monkeypatch.setattr(attention, "__call__", lambda self, *a, **k: 1 / 0)
+    log._given.clear()
     with caplog.at_level(logging.INFO, logger="mlx_turbokv"):
         assert key_biases(model, layers) == {}
     assert "ZeroDivisionError" in caplog.text and attention.__name__ in caplog.text
@@ -87,3 +90,12 @@ def test_calls_of_other_threads_are_not_recorded() -> None:
         assert results[0].shape == x.shape and calls.calls == []
         mx.fast.rope(x, 8, **options)
         assert len(calls.calls) == 1
+
+
+def test_norms_are_not_taken_for_attention(caplog) -> None:
+    """`post_attention_layernorm` has a name like attention's."""
+    log._given.clear()
+    model = varied_model("llama")
+    with caplog.at_level(logging.INFO, logger="mlx_turbokv"):
+        key_biases(model, kv_layers(model).layers)
+    assert caplog.text == ""
