@@ -11,6 +11,15 @@ import mlx.core as mx
 
 from ..quant.layout import TILE, KVLayout
 from . import assemble, tables
+from .checks import (
+    Input,
+    anchor_inputs,
+    check_counts,
+    check_heads,
+    check_inputs,
+    padding_input,
+    tiles_input,
+)
 from .packed import PackedKV
 
 MAX_QUERIES = 8
@@ -93,6 +102,8 @@ def _launch(
     k, v = tables.tensor_parameters(layout)
     batch, n_heads, n_kv_heads, n_queries = shape
     n_body, body_stride, n_tail, tail_stride = counts
+    check_counts("decode", *counts)
+    check_heads("decode", n_heads, n_kv_heads, n_queries)
     causal, has_sinks, has_padding = flags
     n_rows = n_heads // n_kv_heads * n_queries
     rows = rows_at_once(n_rows, max(k.dim, v.dim), anchors is not None)
@@ -138,10 +149,17 @@ def _launch(
         *(int(x) for x in anchors or (0, 0)),
         n_partial,
     )
-    call = _call(
-        factory, backend, partial_options, None if whole else merge_options,
-        (body_stride, tail_stride),
-    )  # fmt: skip
+    heads = batch, n_kv_heads
+    wanted = (
+        Input("queries", (batch, n_heads, n_queries, k.dim), dtype),
+        tiles_input("body", layout, heads, body_stride),
+        tiles_input("tail", layout, heads, tail_stride),
+        padding_input(batch) if has_padding else None,
+        *(None, None, None),
+        *anchor_inputs(layout, heads, anchors is not None, False)[:2],
+        Input("sinks", (max(n_heads, 8),), dtype) if has_sinks else None,
+    )
+    call = _call(factory, backend, partial_options, None if whole else merge_options, wanted)
     return Launch(call, params, tables.constants(k), tables.constants(v))
 
 
@@ -151,9 +169,9 @@ def _call(
     backend: str,
     partial_options: tuple,
     merge_options: tuple | None,
-    strides: tuple[int, int],
+    wanted: tuple[Input | None, ...],
 ) -> Callable:
-    """The launches as one function of arrays; ``factory`` and ``strides`` are parts of the key."""
+    """The launches as one function of arrays, which are ``wanted``; ``factory`` is in the key."""
     partial = assemble.build(
         "decode_partial", "decode.metal", PARTIAL_INPUTS, ("result",), PARTIAL_SOURCE, backend
     )
@@ -162,6 +180,7 @@ def _call(
     )
 
     def launch(*inputs: mx.array) -> mx.array:
+        check_inputs("decode", wanted, inputs)
         (result,) = partial(inputs=list(inputs), **dict(partial_options))
         if merge_options is None:
             return result
@@ -194,6 +213,9 @@ def decode(
     Shapes:
         queries: [B, n_heads, L, k_head_dim]; sinks: [n_heads]; left_padding: [B] int32.
         returns: [B, n_heads, L, v_head_dim], in the queries' dtype.
+
+    Raises:
+        ValueError: a shape, type or count does not fit the others.
     """
     layout, body, n_body, tail, n_tail, centre, _ = packed
     batch, n_heads, n_queries, _ = queries.shape

@@ -11,6 +11,7 @@ import mlx.core as mx
 from ..quant.layout import TILE, KVLayout
 from ..quant.rotate import rotate
 from . import assemble, tables
+from .checks import anchor_inputs, check_counts, check_inputs, check_kept, tiles_input
 from .packed import PackedKV
 
 THREADS = 256
@@ -68,6 +69,9 @@ def _launch(
     batch, n_heads = shape
     first, count = heads
     n_body, body_stride, n_tail, tail_stride = counts
+    check_counts("dequantize", *counts)
+    if first < 0 or count < 1 or first + count > n_heads:
+        raise ValueError(f"[dequantize] there are no heads {first} to {first + count}: {n_heads}.")
     n = n_body + n_tail
     split_pairs, first_key_uncentred, has_padding = anchors or (0, 0, 0)
     params = tables.int_array(
@@ -86,7 +90,15 @@ def _launch(
         "dequantize", "dequantize.metal", INPUTS, ("keys", "values"), SOURCE, backend
     )
 
+    wanted = (
+        tiles_input("body", layout, shape, body_stride),
+        tiles_input("tail", layout, shape, tail_stride),
+        *(None, None, None),
+        *anchor_inputs(layout, shape, anchors is not None, bool(has_padding)),
+    )
+
     def call(*inputs: mx.array) -> tuple[mx.array, mx.array]:
+        check_inputs("dequantize", wanted, inputs)
         keys, values = kernel(
             inputs=list(inputs),
             template=template,
@@ -142,6 +154,7 @@ def dequantize(
     """
     n, whole = packed.n_tokens, packed
     if packed.n_tail % TILE:
+        check_kept("dequantize", packed.n_tail, packed.tail.shape[2])
         whole = packed._replace(n_tail=TILE * packed.tail.shape[2])
     launch = _restoring(assemble.factory, backend, packed.layout, dtype, *_shapes(whole))
     keys, values = launch.call(*launch.inputs(whole))

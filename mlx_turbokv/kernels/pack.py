@@ -11,6 +11,7 @@ import mlx.core as mx
 from ..centring.centre import Centre
 from ..quant.layout import TILE, KVLayout
 from . import assemble, tables
+from .checks import Input, anchor_inputs, check_inputs, check_kept, tiles_input
 
 SOURCE = f"""
 TKV_SHARED(float, row_buffers, pack_groups(larger(KD, VD)) * larger(KD, VD));
@@ -41,6 +42,7 @@ def _launch(
     layout: KVLayout,
     dtype: mx.Dtype,
     centred: bool,
+    has_padding: bool,
     shape: tuple[int, int, int],
     tiles: tuple[int, int],
 ) -> Launch:
@@ -57,8 +59,16 @@ def _launch(
     threads = 128 if max(k.dim, v.dim) > WIDE else 256
     kernel = assemble.build("pack", "pack.metal", INPUTS, ("packed",), SOURCE, backend)
     batch, n_heads, _ = shape
+    wanted = (
+        Input("keys", (*shape, k.dim), dtype),
+        Input("values", (*shape, v.dim), dtype),
+        tiles_input("tail", layout, (batch, n_heads), tiles[0]),
+        *(None, None, None),
+        *anchor_inputs(layout, (batch, n_heads), centred, has_padding),
+    )
 
     def launch(*inputs: mx.array) -> mx.array:
+        check_inputs("pack", wanted, inputs)
         return kernel(
             inputs=list(inputs),
             template=template,
@@ -97,31 +107,36 @@ def pack(
         keys, values: [B, H, L, k_head_dim or v_head_dim].
         tail: [B, H, T, layout.tile_words] uint32; left_padding: [B] int32.
         returns: [B, H, ceil((n_tail + L) / 32), layout.tile_words] uint32.
+
+    Raises:
+        ValueError: a shape, type or count does not fit the others.
     """
     if values.dtype != keys.dtype:
         values = values.astype(keys.dtype)
     batch, n_heads, n_new, _ = keys.shape
     n_tiles = -(-(n_tail + n_new) // TILE)
+    stride = tail.shape[2] if tail is not None and n_tail else 0
+    check_kept("pack", n_tail, stride)
     if tail is None or not n_tail:
         tail = tables.no_tiles()
-    stride = tail.shape[2] if n_tail else 0
+    has_padding = centre is not None and left_padding is not None
     launch = _launch(
         assemble.factory,
         backend,
         layout,
         keys.dtype,
         centre is not None,
+        has_padding,
         (batch, n_heads, n_new),
         (stride, n_tiles),
     )
     anchors = (0, 0, 0, 0, 0)
     if centre is not None:
-        has_padding = int(left_padding is not None)
         anchors = (
             first,
             centre.rope.split_pairs,
             n_heads,
-            has_padding,
+            int(has_padding),
             int(centre.first_key_uncentred),
         )
     return launch.call(

@@ -12,6 +12,14 @@ from ..quant import quantize
 from ..quant.layout import TILE, KVLayout
 from ..quant.rotate import rotate
 from ..quant.tiles import Rows, first_rows_mask, padded, rows_to_tiles, tiles_to_rows
+from .checks import (
+    Input,
+    check_heads,
+    check_inputs,
+    check_new_rows,
+    check_packed,
+    check_padding,
+)
 from .heads import attention_by_heads
 from .packed import PackedKV
 
@@ -40,6 +48,7 @@ def pack(
         tail: [B, H, T, layout.tile_words] uint32; left_padding: [B] int32.
         returns: [B, H, ceil((n_tail + L) / 32), layout.tile_words] uint32.
     """
+    check_new_rows("pack", layout, keys, values, tail, n_tail, centre, left_padding)
     n_full, n_partial = divmod(n_tail, TILE)
     if centre is not None:
         keys = keys.astype(mx.float32) - centre.rows(first, keys.shape[2], left_padding)
@@ -77,6 +86,11 @@ def attention(
         returns: [B, n_heads, L, v_head_dim], in the queries' dtype.
     """
     layout = packed.layout
+    batch, n_kv_heads = check_packed("attention", packed)
+    check_heads("attention", queries.shape[1], n_kv_heads, queries.shape[2])
+    shape = batch, *queries.shape[1:3], layout.k_head_dim
+    check_inputs("attention", [Input("queries", shape, queries.dtype)], [queries])
+    check_padding("attention", left_padding, batch)
     q = queries.astype(mx.float32)
     if layout.k_format.is_turbo:
         q = rotate(q, layout.k_head_dim)
@@ -123,6 +137,7 @@ def dequantize(packed: PackedKV, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
         returns: [B, H, n, k_head_dim] and [B, H, n, v_head_dim] in ``dtype``.
     """
     layout = packed.layout
+    check_packed("dequantize", packed)
     keys, values = _rotated(packed.tiles, packed)
     if layout.k_format.is_turbo:
         keys = rotate(keys, layout.k_head_dim, inverse=True)
