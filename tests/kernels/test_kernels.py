@@ -224,6 +224,25 @@ def test_kv_heads_go_in_slices(host, monkeypatch) -> None:
     assert mx.abs(whole - sliced).max().item() <= THROUGH_ROWS
 
 
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("v_format", ["f16", "q8_0"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_attention_to_one_token_is_its_value_rounded_to_nearest(
+    host, dtype: str, v_format: str, splits: int
+) -> None:
+    layout, kind = _layout("q8_0", v_format, dtype=dtype), getattr(mx, dtype)
+    rows, values = _rows((1, 2, 1, 64), 3, kind), _rows((1, 2, 1, 64), 4, mx.float32)
+    if dtype == "float16" and v_format == "f16":
+        values = mx.concatenate([values[..., :32], 6e-8 * values[..., 32:]], -1)  # subnormals
+    packed = PackedKV(
+        layout, empty_tiles(), 0, reference.pack(rows, values.astype(kind), layout), 1
+    )
+    got = decode.decode(_rows((1, 4, 1, 64), 5, kind), packed, 0.125, splits=splits)
+    (_, expected) = reference.dequantize(packed, mx.float32)
+    expected = np.repeat(np.array(expected.astype(kind).astype(mx.float32)), 2, axis=1)
+    np.testing.assert_array_equal(np.array(got.astype(mx.float32)), expected)
+
+
 @pytest.mark.parametrize(("splits", "launches"), [(None, 2), (2, 3)])
 def test_a_decode_step_is_two_launches_or_three(host, splits: int | None, launches: int) -> None:
     layout = _layout("q8_0", "turbo2")

@@ -57,7 +57,17 @@ struct Buffer {
   uint32_t kind;  // 0 input, 1 output to fill with NaN, 2 output that MLX has filled
   char* at;
   size_t bytes;
+  size_t second;  // where the second half of the bytes lies, far away; 0: after the first
+
+  size_t half() const { return second != 0 ? bytes / 2 : bytes; }
+  size_t span() const { return second != 0 ? second + bytes - half() : bytes; }
 };
+
+// Memory that takes up what is written to alone.
+void* sparse(size_t bytes) {
+  return mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+}
 
 // Device buffers: on the heap under AddressSanitizer, else in one range with guard zones.
 class Device {
@@ -81,7 +91,7 @@ class Device {
 #endif
 #else
     for (Buffer& b : buffers) {
-      b.at = static_cast<char*>(malloc(b.bytes));
+      b.at = static_cast<char*>(b.second == 0 ? malloc(b.bytes) : sparse(b.span()));
     }
 #endif
   }
@@ -90,7 +100,11 @@ class Device {
     munmap(base_, bytes_);
 #else
     for (Buffer& b : buffers_) {
-      free(b.at);
+      if (b.second == 0) {
+        free(b.at);
+      } else {
+        munmap(b.at, b.span());
+      }
     }
 #endif
   }
@@ -115,13 +129,16 @@ void serve() {
     b.name = get_text();
     b.kind = get<uint32_t>();
     b.bytes = get<uint64_t>();
+    b.second = get<uint64_t>();
   }
   Device device(buffers);
   for (Buffer& b : buffers) {
     if (b.kind == 1) {
-      poison(b.at, b.bytes);
+      poison(b.at, b.half());
+      poison(b.at + b.second, b.bytes - b.half());
     } else {
-      must_read(b.at, b.bytes);
+      must_read(b.at, b.half());
+      must_read(b.at + b.second, b.bytes - b.half());
     }
   }
   failure.clear();
@@ -166,7 +183,8 @@ void serve() {
   must_write(&base, sizeof(base));
   for (Buffer& b : buffers) {
     if (n == 0 && b.kind != 0) {
-      must_write(b.at, b.bytes);
+      must_write(b.at, b.half());
+      must_write(b.at + b.second, b.bytes - b.half());
     }
   }
 }

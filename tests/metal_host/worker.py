@@ -30,6 +30,8 @@ class Buffer:
     name: str
     data: np.ndarray
     kind: int  # 0 input, 1 output, 2 output with initial values
+    # bytes from the first to the second half of the data, under AddressSanitizer; 0: no gap
+    second: int = 0
 
 
 class Worker:
@@ -64,7 +66,7 @@ class Worker:
         parts = [_text(str(library)), struct.pack("<6I", *grid, *group)]
         parts.append(struct.pack("<IQI", ORDERS[order], seed, len(buffers)))
         for b in buffers:
-            parts.append(_text(b.name) + struct.pack("<IQ", b.kind, b.data.nbytes))
+            parts.append(_text(b.name) + struct.pack("<IQQ", b.kind, b.data.nbytes, b.second))
         parts += [b.data.tobytes() for b in buffers if b.kind != 1]
         try:
             process.stdin.write(b"".join(parts))

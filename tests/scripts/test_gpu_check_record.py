@@ -42,7 +42,7 @@ def folder(tmp_path):
     cases = sorted(script.CASE_NAMES)
     for kind in ("cases", "memcheck", "racecheck"):
         for i in range(2):
-            rows = [{"case": case, "decode_ratio": 0.5, "failures": []} for case in cases[i::2]]
+            rows = [{"case": case, "decode_of_bound": 0.5, "failures": []} for case in cases[i::2]]
             command = f"scripts/gpu_check.py --shard {i}/2 --out {kind}{i}.json"
             shard = {"command": command, "kernels": rows, "not_run": [], "failures": []}
             write(tmp_path, f"{kind}{i}", shard, log=CLEAN.get(kind, ""))
