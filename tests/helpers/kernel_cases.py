@@ -72,10 +72,11 @@ SPLITS = (1, 3)
 # causal: lower right; starts: left padding (recorded runs use this name); sinks: attention sinks;
 # stale: NaN after the last row
 EDGES = ("plain", "causal", "starts", "sinks", "stale")
-# all scores about -136, less than what 2^x of float32 reaches; with sinks as low; queries of zeros;
-# queries and values 1,000 times as loud
+# all scores about -136, less than what 2^x of float32 reaches, also with sinks as low; queries of
+# zeros; queries and values 1,000 times as loud. Apart from these: sinks above all scores
+# (high_sinks), and values close to the smallest scale (quiet_values)
 EXTREMES = ("below", "below_sinks", "zero_queries", "loud_queries", "loud_values")
-SCORE_BELOW, LOUD = -136.0, 1000.0
+SCORE_BELOW, LOUD, QUIET, ABOVE = -136.0, 1000.0, 1e-6, 30.0
 
 
 def all_pairs(values: dict[str, tuple], seed: int = 0) -> list[dict]:
@@ -188,10 +189,16 @@ EXTREME += [
     Case("f16", "q8_0", (64, 64), "bfloat16", edge=edge, splits=3)
     for edge in ("below_sinks", "loud_queries", "loud_values")
 ]
-EXTREME.append(Case("turbo4", "turbo3", (64, 64), "float32", edge="below_sinks"))
-# more blocks of anchors than the first table has
-LONGEST = [Case("turbo4", "turbo3", (64, 64), heads=(1, 1, 1), tokens=(8224, 5),
-                centred="apart", splits=5)]  # fmt: skip
+EXTREME += [
+    Case("turbo4", "turbo3", (64, 64), "float32", edge=edge)
+    for edge in ("below_sinks", "high_sinks")
+]
+EXTREME.append(Case("turbo4", "turbo3", (64, 64), "bfloat16", edge="quiet_values", splits=3))
+# as many blocks of anchors as the first table has, and more
+LONGEST = [
+    Case("turbo4", "turbo3", (64, 64), heads=(1, 1, 1), tokens=tokens, centred="apart", splits=5)
+    for tokens in ((8192, 0), (8224, 5))
+]
 ALL_CASES = SANITIZE_CASES + PAIRS + CENTRED + NARROW + MANY + LONG
 ALL_CASES += CENTRED_BATCH + EXTREME + LONGEST
 
@@ -254,6 +261,8 @@ def _packed(
     values = _rows_of(case, case.dims[1], n_body + n_tail, rng)
     if case.edge == "loud_values":
         values = mx.clip(LOUD * values, -6e4, 6e4)
+    if case.edge == "quiet_values":
+        values = QUIET * values
     if case.edge.startswith("below"):
         keys = keys + _direction(case, keys.dtype)
     body = tail = empty_tiles()
@@ -394,8 +403,8 @@ def _decode(case: Case, packed: PackedKV, rng, backend: str, failures: list[str]
     if case.edge.startswith("below"):
         queries = queries - _direction(case, dtype)
     if case.edge.endswith("sinks"):
-        low = SCORE_BELOW if case.edge.startswith("below") else 0.0
-        sinks = _noise(rng, (n_heads,), dtype) + mx.array(low, dtype)
+        level = {"below_sinks": SCORE_BELOW, "high_sinks": ABOVE}.get(case.edge, 0.0)
+        sinks = _noise(rng, (n_heads,), dtype) + mx.array(level, dtype)
     output = decode.decode(
         queries, packed, scale, causal, sinks, left_padding, backend=backend, splits=case.splits
     )
