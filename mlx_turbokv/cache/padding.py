@@ -174,8 +174,7 @@ def common_layout(caches: Sequence[Any]) -> KVLayout | None:
 
 def _stored_layout(layout: KVLayout) -> KVLayout:
     """A layout without the model's dtype, unless rows are stored in it."""
-    raw = layout.k_format.is_f16 or layout.v_format.is_f16
-    return layout if raw else replace(layout, dtype="float32")
+    return layout if layout.is_raw else replace(layout, dtype="float32")
 
 
 def _tiles_ending_at(cache: PackedCache, n: int, layout: KVLayout, n_heads: int) -> mx.array:

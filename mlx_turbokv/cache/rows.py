@@ -119,11 +119,13 @@ class PackedRows:
 
     def _cast(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """New rows in one type: the cache's own where rows are stored as they are (f16)."""
-        raw = self.k_format.is_f16 or self.v_format.is_f16
-        if raw and self.layout is not None:
-            dtype: mx.Dtype = getattr(mx, self.layout.dtype)
-        else:
+        dtype = keys.dtype
+        if self.layout is not None and self.layout.is_raw:
+            dtype = getattr(mx, self.layout.dtype)
+        elif values.dtype != dtype:
             dtype = _common_dtype(keys, values)
+        if keys.dtype == dtype == values.dtype:  # a step's usual case: nothing is built
+            return keys, values
         return keys.astype(dtype), values.astype(dtype)
 
     def _append(self, keys: mx.array, values: mx.array) -> None:

@@ -66,6 +66,11 @@ class KVLayout:
         return ITEMSIZE[self.dtype]
 
     @cached_property
+    def is_raw(self) -> bool:
+        """Whether rows of K or V are stored in the model's dtype (f16)."""
+        return self.k_format.is_f16 or self.v_format.is_f16
+
+    @cached_property
     def k_row_bytes(self) -> int:
         """Bytes of one K row."""
         return self.k_format.row_bytes(self.k_head_dim, self.itemsize)
