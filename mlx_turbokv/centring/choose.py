@@ -111,7 +111,10 @@ class Choice:
         """Layers whose KV heads are not those of the references: the model was split."""
         means = self._references.means if self._references else {}
         shapes = {x.ordinal: x.shape for x in self.found.layers if x.ordinal in means and x.shape}
-        return {i for i, shape in shapes.items() if means[i].shape[0] != shape.n_kv_heads}
+        return {
+            i for i, shape in shapes.items()
+            if means[i].shape != (shape.n_kv_heads, shape.k_head_dim)
+        }  # fmt: skip
 
     @cached_property
     def _centres(self) -> dict[int, Centre]:

@@ -16,7 +16,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import InputError
+from ..files import parse_json, read_text, replacing, write_text
 from ..model.fingerprint import fingerprint
+from ..safetensors import read_header
 
 MAKER = "mlx_turbokv key references"
 VERSION = 1
@@ -77,9 +79,10 @@ def save_references(path: str | os.PathLike, references: References) -> None:
         "record": references.record,
     }
     try:
-        arrays = {f"layer.{i}": mean for i, mean in references.means.items()}
-        mx.save_safetensors(str(arrays_file), arrays)
-        json_file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        with replacing(arrays_file, suffix=".safetensors") as temporary:
+            arrays = {f"layer.{i}": mean for i, mean in references.means.items()}
+            mx.save_safetensors(str(temporary), arrays)
+        write_text(json_file, json.dumps(record, indent=1) + "\n")
     except (OSError, RuntimeError) as error:
         raise InputError(f"The key references {json_file} cannot be written ({error}).") from error
 
@@ -88,7 +91,8 @@ def load_references(path: str | os.PathLike, model: nn.Module) -> References:
     """Read references, and check that they are of ``model``.
 
     Raises:
-        InputError: a file is missing or damaged, or belongs to another model.
+        InputError: a file is missing or damaged, has values that are wrong, or belongs to another
+            model.
     """
     arrays_file, json_file = paths_for(path)
     for file in (json_file, arrays_file):
@@ -97,18 +101,59 @@ def load_references(path: str | os.PathLike, model: nn.Module) -> References:
                 f"There are no key references at {file}; calibrate --keys writes them."
             )
     try:
-        record = json.loads(json_file.read_text(encoding="utf-8"))
-        if record["maker"] != MAKER or record["version"] != VERSION:
-            raise ValueError(f"maker {record['maker']!r}, version {record['version']}")
-        arrays: Any = mx.load(str(arrays_file))
-        means = {int(i): arrays[f"layer.{i}"].astype(mx.float32) for i in record["layers"]}
-        mx.eval(means)
-        without_rope = frozenset(int(i) for i in record["unturned"])
-        references = References(means, without_rope, record["model"], record["record"])
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        references = _read(json_file, arrays_file)
+    except (OSError, ValueError, RuntimeError) as error:
+        text = " ".join(str(error).split()).rstrip(".")
         raise InputError(
-            f"{json_file} holds no key references that can be read ({error})."
+            f"{json_file} holds no key references that can be read ({text})."
         ) from error
     if references.model != fingerprint(model):
         raise InputError(f"The key references {json_file} belong to another model.")
     return references
+
+
+def _read(json_file: Path, arrays_file: Path) -> References:
+    """References from their two files.
+
+    Raises:
+        OSError, ValueError, RuntimeError: a file cannot be read, or is not what it must be.
+    """
+    record = parse_json(read_text(json_file))
+    if not isinstance(record, dict):
+        raise ValueError("it is no object")
+    maker, version = record.get("maker"), record.get("version")
+    if maker != MAKER or type(version) is not int or version != VERSION:
+        raise ValueError(f"it has maker {_short(maker)} and version {_short(version)}")
+    layers, unturned = (_ordinals(record, key) for key in ("layers", "unturned"))
+    if not layers or not set(unturned) <= set(layers):
+        raise ValueError("its layers are none, or not those that are unturned")
+    name, details = record.get("model"), record.get("record")
+    if not isinstance(name, str) or not isinstance(details, dict):
+        raise ValueError("it does not say its model, or where it comes from")
+    header = read_header(arrays_file).arrays
+    if set(header) != {f"layer.{i}" for i in layers}:
+        raise ValueError(f"{arrays_file.name} has other layers")
+    arrays: Any = mx.load(str(arrays_file))
+    means = {}
+    for i in layers:
+        dtype, shape = header[f"layer.{i}"]
+        if dtype not in ("F32", "F16", "BF16") or len(shape) != 2 or 0 in shape or shape[1] % 2:
+            raise ValueError(f"the mean of layer {i} is {dtype} {shape}")
+        means[i] = arrays[f"layer.{i}"].astype(mx.float32)
+        if not mx.isfinite(means[i]).all().item():
+            raise ValueError(f"the mean of layer {i} has values that are not finite")
+    return References(means, frozenset(unturned), name, details)
+
+
+def _ordinals(record: dict[str, Any], key: str) -> list[int]:
+    numbers = record.get(key)
+    if not isinstance(numbers, list) or not all(type(i) is int and i >= 0 for i in numbers):
+        raise ValueError(f"its {key} are no list of numbers")
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"its {key} name one twice")
+    return numbers
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"

@@ -103,7 +103,7 @@ def load_config(model: str | os.PathLike[str] | None = None) -> tuple[dict[str, 
     source, name = _locate(model)
     if source.endswith(".gguf"):
         file = open_gguf(source)
-        return config_from_gguf(file), name or _gguf_name(file), source
+        return config_from_gguf(file), name or file.name, source
     path = Path(source)
     if path.is_dir():
         path = path / "config.json"
@@ -179,16 +179,19 @@ def _locate(model: str | os.PathLike[str] | None) -> tuple[str, str | None]:
 
 def _load_gguf(path: Path, form: Form | None) -> Loaded:
     from .gguf.model import model_from_gguf
-    from .gguf.reader import open_gguf
+    from .gguf.reader import config_from_gguf, open_gguf
     from .gguf.tokenizer import build_tokenizer
 
     file = open_gguf(path)
     if form is None:
         form = cpu_form(sum(int(tensor.n_elements) for tensor in file.tensors.values()))
     tokenizer = build_tokenizer(file.metadata)
+    n_tokens, n_rows = len(tokenizer.get_vocab()), config_from_gguf(file)["vocab_size"]
+    if n_tokens > n_rows:
+        raise file.error(f"has {n_tokens:,} tokens and an embedding of {n_rows:,}.")
     model, config = model_from_gguf(file, packed=form.packed, dtype=form.dtype)
     context = config["max_position_embeddings"]
-    return Loaded(model, tokenizer, _gguf_name(file), config, context, str(path))
+    return Loaded(model, tokenizer, file.name, config, context, str(path))
 
 
 def _load_mlx_lm(
@@ -231,10 +234,6 @@ def _load_errors(source: str, adapter_path: str | None = None) -> Iterator[None]
         with_adapters = f" with adapters {adapter_path}" if adapter_path else ""
         what = f"{error!r}" if isinstance(error, KeyError) else first_line(error)
         raise InputError(f"The model {source}{with_adapters} cannot be loaded ({what}).") from error
-
-
-def _gguf_name(file: Any) -> str:
-    return file.metadata.get("general.name") or file.path.stem
 
 
 def _source_name(source: str) -> str:

@@ -1,5 +1,6 @@
 """Where centres come from, and what they do for a model whose keys need them."""
 
+import json
 import logging
 from functools import cache
 
@@ -256,6 +257,61 @@ def test_references_are_checked(tmp_path):
         save_references(tmp_path / "missing" / "p", found)
     with pytest.raises(InputError, match="at least one of more than 4 tokens"):
         calibrate_keys(model(), np.zeros((1, 4), np.int32))
+
+
+REFERENCES = [
+    ("a list", lambda record: [record]),
+    ("no layers", lambda record: record | {"layers": []}),
+    ("layers of text", lambda record: record | {"layers": ["0"]}),
+    ("a layer twice", lambda record: record | {"layers": [0, 0, 1, 2]}),
+    ("a negative layer", lambda record: record | {"layers": [-1, 0, 1]}),
+    ("another layer", lambda record: record | {"layers": [0, 1, 2, 3]}),
+    ("unturned of a number", lambda record: record | {"unturned": 1}),
+    ("unturned of others", lambda record: record | {"unturned": [7]}),
+    ("a model of a number", lambda record: record | {"model": 3}),
+    ("a record of text", lambda record: record | {"record": "text"}),
+    ("version true", lambda record: record | {"version": True}),
+    ("no maker", lambda record: {k: v for k, v in record.items() if k != "maker"}),
+]
+
+
+@pytest.mark.parametrize("change", [x[1] for x in REFERENCES], ids=[x[0] for x in REFERENCES])
+def test_references_with_wrong_values_are_refused(tmp_path, change):
+    save_references(tmp_path / "p", calibrate_keys(model(), windows()))
+    file = tmp_path / "p.keys.json"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    with pytest.raises(InputError, match="no key references that can be read"):
+        load_references(tmp_path / "p", model())
+
+
+@pytest.mark.parametrize(
+    "mean",
+    [
+        mx.full((2, 32), float("nan")),
+        mx.full((2, 32), -float("inf")),
+        mx.ones((2, 32), mx.int32),
+        mx.ones((64,)),
+        mx.ones((2, 31)),
+        mx.ones((0, 32)),
+    ],
+    ids=["nan", "inf", "integers", "flat", "odd", "empty"],
+)
+def test_references_whose_means_are_wrong_are_refused(tmp_path, mean):
+    found = calibrate_keys(model(), windows())
+    save_references(tmp_path / "p", References({**found.means, 1: mean}, frozenset(), found.model))
+    with pytest.raises(InputError, match="the mean of layer 1"):
+        load_references(tmp_path / "p", model())
+
+
+def test_references_are_written_whole_or_not_at_all(tmp_path):
+    found = calibrate_keys(model(), windows())
+    (tmp_path / "there").mkdir()
+    for name in ("p.keys.json", "p.keys.safetensors"):
+        (tmp_path / name).symlink_to(tmp_path / "there" / name)
+    save_references(tmp_path / "p", found)
+    assert all((tmp_path / name).is_symlink() for name in ("p.keys.json", "p.keys.safetensors"))
+    assert load_references(tmp_path / "p", model()).means.keys() == found.means.keys()
+    assert len(list((tmp_path / "there").iterdir())) == 2
 
 
 def test_references_of_other_heads_are_left_out():

@@ -10,7 +10,7 @@ import numpy as np
 
 from ...errors import InputError
 from ..config import build_model, parameters
-from .reader import ROPE_FACTORS, GGUFFile, config_from_gguf
+from .reader import ROPE_FACTORS, GGUFFile, config_from_gguf, rope_factors
 from .repack import BITS, GROUP_SIZE, repack
 
 _NUMPY = {mx.float32: np.float32, mx.float16: np.float16}
@@ -187,14 +187,12 @@ def _use_rope_factors(file: GGUFFile, model: Any, config: dict[str, Any]) -> Non
         raise file.error(
             f"has the tensor {long_and_short[0]}, which is only known for the architecture phi3."
         )
-    tensor = file.tensors.get(ROPE_FACTORS[0])
-    if tensor is None:
+    if ROPE_FACTORS[0] not in file.tensors:
         return
-    factors = np.asarray(tensor.data, dtype=np.float64)
-    if file.architecture != "llama" or factors.shape != (config["head_dim"] // 2,):
-        raise InputError(
-            f"The tensor {ROPE_FACTORS[0]} of {file.path} has shape {factors.shape}; accepted is "
-            f"one value for each of {config['head_dim'] // 2} pairs of architecture llama."
+    if file.architecture != "llama":
+        raise file.error(
+            f"has the tensor {ROPE_FACTORS[0]}, which is only known for the architecture llama."
         )
+    factors = rope_factors(file, ROPE_FACTORS[0], config["head_dim"])
     for layer in model.layers:
         layer.self_attn.rope = FactoredRoPE(config["head_dim"], config["rope_theta"], factors)

@@ -7,6 +7,7 @@ from typing import Any
 
 from ...errors import InputError
 from .pretokenizers import BpeRules, bpe_rules
+from .vocabulary import Vocabulary
 
 # Token types of the GGUF specification.
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
@@ -33,52 +34,57 @@ def build_tokenizer(metadata: dict[str, Any]) -> Any:
     )
     from transformers import PreTrainedTokenizerFast
 
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    if not tokens:
-        raise InputError("The GGUF file holds no vocabulary (tokenizer.ggml.tokens).")
-    kind = metadata.get("tokenizer.ggml.model")
-    if kind == "gpt2":
-        core, add_bos = _byte_level_bpe(tokens, metadata)
-        detokenizer: Any = BPEStreamingDetokenizer
-    elif kind == "llama":
-        core, add_bos = _sentencepiece_bpe(tokens, metadata)
-        prefixed = metadata.get("tokenizer.ggml.add_space_prefix", True)
-        detokenizer = partial(SPMStreamingDetokenizer, trim_space=prefixed)
-    else:
-        raise InputError(
-            f"The GGUF file's tokenizer model is {kind!r}; accepted are 'gpt2' (byte-level BPE) "
-            "and 'llama' (SentencePiece BPE)."
+    vocabulary = Vocabulary.read(metadata)
+    try:
+        if vocabulary.kind == "gpt2":
+            core, add_bos = _byte_level_bpe(vocabulary)
+            detokenizer: Any = BPEStreamingDetokenizer
+        elif vocabulary.kind == "llama":
+            core, add_bos = _sentencepiece_bpe(vocabulary)
+            prefixed = vocabulary.flags.get("add_space_prefix", True)
+            detokenizer = partial(SPMStreamingDetokenizer, trim_space=prefixed)
+        else:
+            raise InputError(
+                f"The GGUF file's tokenizer model is {str(vocabulary.kind)[:60]!r}; accepted are "
+                "'gpt2' (byte-level BPE) and 'llama' (SentencePiece BPE)."
+            )
+        _add_special_tokens(core, vocabulary)
+        _add_bos_and_eos(core, vocabulary, add_bos)
+        roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown",
+                 "pad_token": "padding"}  # fmt: skip
+        names = {name: vocabulary.token(role) for name, role in roles.items()}
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=core,
+            clean_up_tokenization_spaces=False,
+            **{name: text for name, text in names.items() if text is not None},
         )
-    roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    names = {role: _token_at(tokens, metadata, key) for role, key in roles.items()}
-    _add_special_tokens(core, tokens, metadata)
-    _add_bos_and_eos(core, tokens, metadata, names, add_bos)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        clean_up_tokenization_spaces=False,
-        **{role: text for role, text in names.items() if text is not None},
-    )
-    tokenizer.chat_template = metadata.get("tokenizer.chat_template")
-    return TokenizerWrapper(tokenizer, detokenizer, eos_token_ids=_end_ids(tokens, metadata))
+        tokenizer.chat_template = vocabulary.chat_template
+        return TokenizerWrapper(tokenizer, detokenizer, eos_token_ids=_end_ids(vocabulary))
+    except InputError:
+        raise
+    except Exception as error:  # tokenizers raises no narrower class
+        text = " ".join(str(error).split())[:200]
+        raise InputError(f"The GGUF file's vocabulary makes no tokenizer ({text}).") from error
 
 
-def _byte_level_bpe(tokens: list[str], metadata: dict[str, Any]):
+def _byte_level_bpe(vocabulary: Vocabulary):
     from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
     from tokenizers.models import BPE
 
-    rules: BpeRules = bpe_rules(metadata.get("tokenizer.ggml.pre") or "default")
-    merges = metadata.get("tokenizer.ggml.merges")
-    if not merges:
+    rules: BpeRules = bpe_rules(vocabulary.pre)
+    if not vocabulary.merges:
         raise InputError("The GGUF file's BPE vocabulary has no merges (tokenizer.ggml.merges).")
-    vocabulary = {token: i for i, token in enumerate(tokens)}
+    ids = {token: i for i, token in enumerate(vocabulary.tokens)}
     pairs = []
-    for merge in merges:
+    for merge in vocabulary.merges:
         left, _, right = merge.partition(" ")
-        if not right or left + right not in vocabulary:
-            raise InputError(f"The GGUF file's BPE merge {merge!r} makes no token of its list.")
-        if left in vocabulary and right in vocabulary:
+        if not right or left + right not in ids:
+            raise InputError(
+                f"The GGUF file's BPE merge {merge[:60]!r} makes no token of its list."
+            )
+        if left in ids and right in ids:
             pairs.append((left, right))
-    core = Tokenizer(BPE(vocabulary, pairs, ignore_merges=rules.ignore_merges))
+    core = Tokenizer(BPE(ids, pairs, ignore_merges=rules.ignore_merges))
     if rules.nfc:
         core.normalizer = normalizers.NFC()
     core.pre_tokenizer = pre_tokenizers.Sequence(
@@ -89,13 +95,13 @@ def _byte_level_bpe(tokens: list[str], metadata: dict[str, Any]):
     return core, rules.add_bos
 
 
-def _sentencepiece_bpe(tokens: list[str], metadata: dict[str, Any]):
+def _sentencepiece_bpe(vocabulary: Vocabulary):
     from tokenizers import Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
 
-    scores = metadata.get("tokenizer.ggml.scores")
-    types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
-    if not scores or len(scores) != len(tokens):
+    tokens, scores = vocabulary.tokens, vocabulary.scores
+    types = vocabulary.types or [1] * len(tokens)
+    if len(scores) != len(tokens):
         raise InputError(
             "The GGUF file's SentencePiece vocabulary needs one score a token "
             "(tokenizer.ggml.scores)."
@@ -108,7 +114,7 @@ def _sentencepiece_bpe(tokens: list[str], metadata: dict[str, Any]):
         byte_fallback=_BYTE in types,
     )
     core = Tokenizer(bpe)
-    has_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    has_prefix = vocabulary.flags.get("add_space_prefix", True)
     prefix = [normalizers.Prepend(_SPACE)] if has_prefix else []
     strip = [decoders.Strip(" ", 1, 0)] if has_prefix else []
     core.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", _SPACE)])
@@ -133,55 +139,47 @@ def _merges_from_scores(
     return [(left, right) for _, left, right in ranked]
 
 
-def _add_special_tokens(core, tokens: list[str], metadata: dict[str, Any]) -> None:
+def _add_special_tokens(core, vocabulary: Vocabulary) -> None:
     from tokenizers import AddedToken
 
-    types = metadata.get("tokenizer.ggml.token_type") or []
     # The original Phi-3 tokenizer removes white space after its turn markers.
-    name = str(metadata.get("general.name", "")).lower()
-    strips = metadata.get("tokenizer.ggml.model") == "llama" and ("phi-3" in name or "phi3" in name)
-    for token, kind in zip(tokens, types):
+    name = vocabulary.name.lower()
+    strips = vocabulary.kind == "llama" and ("phi-3" in name or "phi3" in name)
+    found: dict[bool, list[Any]] = {True: [], False: []}
+    for token, kind in zip(vocabulary.tokens, vocabulary.types):
         if kind not in (_CONTROL, _USER_DEFINED, _UNKNOWN) or not token:
             continue
         special = kind != _USER_DEFINED
         rstrip = strips and token not in ("<s>", "<unk>", "<|endoftext|>")
         added = AddedToken(token, special=special, normalized=False, rstrip=rstrip)
-        (core.add_special_tokens if special else core.add_tokens)([added])
+        found[special].append(added)
+    # each call compiles all added tokens anew
+    core.add_special_tokens(found[True])
+    core.add_tokens(found[False])
 
 
-def _add_bos_and_eos(core, tokens, metadata, names, add_bos_default: bool) -> None:
+def _add_bos_and_eos(core, vocabulary: Vocabulary, add_bos_default: bool) -> None:
     from tokenizers.processors import TemplateProcessing
 
-    add_bos = metadata.get("tokenizer.ggml.add_bos_token", add_bos_default)
-    add_eos = metadata.get("tokenizer.ggml.add_eos_token", False)
-    before = [names["bos_token"]] if add_bos and names["bos_token"] else []
-    after = [names["eos_token"]] if add_eos and names["eos_token"] else []
+    bos, eos = vocabulary.token("bos"), vocabulary.token("eos")
+    add_bos = vocabulary.flags.get("add_bos_token", add_bos_default)
+    add_eos = vocabulary.flags.get("add_eos_token", False)
+    before = [bos] if add_bos and bos else []
+    after = [eos] if add_eos and eos else []
     if not before and not after:
         return
     core.post_processor = TemplateProcessing(
         single=[*before, "$A", *after],
         pair=[*before, "$A", *after, *before, "$B", *after],
-        special_tokens=[(t, tokens.index(t)) for t in {*before, *after}],
+        special_tokens=[(t, vocabulary.tokens.index(t)) for t in {*before, *after}],
     )
 
 
-def _token_at(tokens: list[str], metadata: dict[str, Any], role: str) -> str | None:
-    index = metadata.get(f"tokenizer.ggml.{role}_token_id")
-    if index is None or not 0 <= index < len(tokens):
-        return None
-    return tokens[index]
-
-
-def _end_ids(tokens: list[str], metadata: dict[str, Any]) -> list[int]:
-    ids = {
-        metadata[f"tokenizer.ggml.{role}_token_id"]
-        for role in ("eos", "eot", "eom")
-        if _token_at(tokens, metadata, role) is not None
-    }
-    types = metadata.get("tokenizer.ggml.token_type") or []
+def _end_ids(vocabulary: Vocabulary) -> list[int]:
+    ids = {vocabulary.ids[role] for role in ("eos", "eot", "eom") if role in vocabulary.ids}
     endings = set(_END_OF_TURN)
     ids.update(
-        i for i, (token, kind) in enumerate(zip(tokens, types))
+        i for i, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types))
         if kind in (_CONTROL, _USER_DEFINED) and token in endings
     )  # fmt: skip
     return sorted(ids)
