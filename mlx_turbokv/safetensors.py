@@ -46,7 +46,8 @@ def read_header(path: Path) -> Header:
         header = parse_json(file.read(length), _without_duplicates)
     if not isinstance(header, dict):
         raise ValueError("its header is no object")
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # MLX writes null where there is none
     if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
         raise ValueError("its metadata is not text by name")
     arrays, extents = {}, []
