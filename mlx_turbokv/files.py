@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+_TRIAL_BYTES = 1 << 14
+
 
 @contextmanager
 def replacing(
@@ -48,14 +50,40 @@ def replacing(
         temporary.unlink(missing_ok=True)
 
 
+def check_can_write(path: str | os.PathLike) -> None:
+    """Find out before a long run whether ``path`` can be written: a file beside it is tried.
+
+    Raises:
+        OSError: it is no regular file, its folder is missing or read-only, or the disk is full.
+    """
+    target = Path(os.path.realpath(path))
+    if os.path.lexists(target):
+        check_regular(target)
+    trial = target.with_name(f".{secrets.token_hex(4)}.trial")
+    try:
+        with trial.open("xb") as file:
+            file.write(bytes(_TRIAL_BYTES))
+    finally:
+        trial.unlink(missing_ok=True)
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write ``text`` in UTF-8; the old file stays whole until the new one is complete.
 
     Raises:
         OSError: the file cannot be written.
     """
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: str | os.PathLike, data: bytes) -> None:
+    """Write ``data``; the old file stays whole until the new one is complete.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
 

@@ -66,7 +66,7 @@ def make_prompt_cache(
 
     Raises:
         InputError: unknown format or policy, a policy that does not fit the model, a head_dim
-            that a format cannot store, or a max_kv_size below 1.
+            that a format cannot store, or a max_kv_size below 5.
     """
     _check_model(model)
     policy = _as_policy(k, v, policy)
@@ -132,7 +132,7 @@ class CacheFactory:
 
     Raises:
         InputError: the policy or a format does not fit the model, the back-end is missing, or
-            max_kv_size is below 1.
+            max_kv_size is below 5.
     """
 
     def __init__(
@@ -146,8 +146,11 @@ class CacheFactory:
         max_kv_size: int | None = None,
         handles: bool = True,
     ) -> None:
-        if max_kv_size is not None and max_kv_size < 1:
-            raise InputError(f"max_kv_size {max_kv_size} is not accepted: it must be 1 or more.")
+        if max_kv_size is not None and max_kv_size <= KEPT_TOKENS:
+            raise InputError(
+                f"max_kv_size {max_kv_size} is not accepted: it must be {KEPT_TOKENS + 1} or more, "
+                f"as the first {KEPT_TOKENS} tokens are kept."
+            )
         if max_kv_size is not None and not isinstance(centre, bool):
             raise InputError(
                 f"Key references cannot be used with max_kv_size {max_kv_size}: the keys of a "
@@ -233,7 +236,7 @@ class CacheFactory:
         windowed = layer.window is not None or self.max_kv_size is not None
         window, keep = layer.window, getattr(own, "keep", 0)
         if window is None and self.max_kv_size is not None:
-            window, keep = self.max_kv_size, min(KEPT_TOKENS, self.max_kv_size - 1)
+            window, keep = self.max_kv_size, KEPT_TOKENS
             own = RotatingKVCache(window, keep)
         # one mask serves all windows, and mlx-lm's columns are in another order than ours
         if is_f16 and not (windowed and self._packs_windows):

@@ -20,7 +20,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import load_prompt_cache
 
 from ..errors import InputError
-from ..files import check_regular, parse_json, replacing
+from ..files import check_can_write, check_regular, parse_json, replacing
 from ..model.fingerprint import fingerprint
 from ..model.probing import after_one_token
 from ..safetensors import read_header
@@ -54,19 +54,15 @@ def check_target(path: Path) -> None:
     """
     if path.suffix != ".safetensors":
         raise InputError(f"The prompt cache file {path} must have a name ending in .safetensors.")
-    folder = Path(os.path.realpath(path)).parent
     try:
-        if os.path.lexists(path):
+        if os.path.exists(path):
             check_regular(path)
-    except FileNotFoundError:
-        pass  # a link to a file that is yet to be written
+        check_can_write(path)
     except OSError as error:
         raise InputError(
-            f"The prompt cache file {path} cannot be used ({error.strerror}): give the name of a "
-            "file."
+            f"The prompt cache file {path} cannot be written ({error.strerror}): give the name of "
+            "a file in a folder that exists, on a disk with room."
         ) from error
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise InputError(f"The folder of the prompt cache file {path} cannot be written.")
 
 
 def save(path: Path, saved: Saved, name: str, model: nn.Module) -> None:

@@ -11,18 +11,27 @@ import click
 from ..errors import InputError
 from . import options
 from .entry import console_script
-from .output import Progress, format_record, print_status, read_json, write_json
-from .runs import config_names, deadline_of, fitting_names, get_record, load_model
+from .output import (
+    Progress,
+    format_record,
+    print_status,
+    read_json,
+    try_write_json,
+    write_json,
+    write_result,
+)  # fmt: skip
+from .runs import config_names, deadline_of, fitting_names, get_record, load_model, policies_of
+from .values import COUNT, SEED, refuse
 
 WHAT = "speed and memory by cache configuration"
 DEFAULT_CONFIGS = ("f16/f16", "mlx-kv8:64", "q8_0/turbo2", "turbo4/turbo3")
 FAILED_STATUS = 1
+WEIGHT_BITS = ("2", "3", "4", "5", "6", "8", "16")
 # Two runs that agree in these keys may share their rows.
 _SETTINGS = (
     "model", "weights", "configs", "centred", "generation_tokens", "num_trials",
     "prefill_step_size", "seed", "environment",
 )  # fmt: skip
-_COUNT = options.COUNT
 
 
 @click.command("bench")
@@ -32,24 +41,27 @@ _COUNT = options.COUNT
     help="In place of a model: random weights of phi-4, Qwen2.5-7B, Llama-3.1-8B, Qwen3.5-27B or "
     "a config.json.",
 )  # fmt: skip
-@click.option("--weight-bits", default=4, help="Of random weights: 2 to 8; 16: not quantised.")
 @click.option(
-    "--dtype", metavar="TYPE",
+    "--weight-bits", default="4", type=click.Choice(WEIGHT_BITS),
+    help="Of random weights; 16: not quantised.",
+)  # fmt: skip
+@click.option(
+    "--dtype", type=click.Choice(options.DTYPES),
     help="The type to run in, a model's weights dequantised.  [default: as the model is, random "
     "weights in bfloat16]",
 )  # fmt: skip
-@click.option("--seed", default=0, help="Of random weights and prompts.")
+@click.option("--seed", default=0, type=SEED, help="Of random weights and prompts.")
 @click.option(
-    "-p", "--prompt-tokens", multiple=True, type=_COUNT,
+    "-p", "--prompt-tokens", multiple=True, type=COUNT,
     help="Length of a random prompt; repeatable.  [default: 512, if there is no --context]",
 )  # fmt: skip
 @click.option(
-    "--context", "contexts", multiple=True, type=_COUNT,
+    "--context", "contexts", multiple=True, type=COUNT,
     help="Time generation alone after so many tokens; repeatable. The cache is filled with random "
     "K and V, packed by the cache itself, without running the model.",
 )  # fmt: skip
-@click.option("-g", "--generation-tokens", default=128, type=_COUNT, help="Generated.")
-@click.option("-n", "--num-trials", default=5, type=_COUNT, help="Timed trials.")
+@click.option("-g", "--generation-tokens", default=128, type=COUNT, help="Generated.")
+@click.option("-n", "--num-trials", default=5, type=COUNT, help="Timed trials.")
 @options.prefill_step_size
 @options.configs(
     "As in perplexity; repeatable. The first is what the others are compared with.  "
@@ -68,14 +80,13 @@ def command(**args: Any) -> int:
 
     As mlx_lm.benchmark, but trials of the configurations alternate within one run.
     """
-    record = get_record(args, WHAT, _measure)
-    print(render(record, args["output"]))
+    record = get_record(args, WHAT, _measure, render)
     for line in record["not_measured"]:
         print_status(f"Not measured within the time limit: {line}.")
-    if args["plot"]:
-        from ..evaluate.plots import save_png, speed_figure
+    if args["plot"] is not None:
+        from ..evaluate.plots import as_png, speed_figure
 
-        save_png(speed_figure(record), args["plot"])
+        write_result(args["plot"], as_png(speed_figure(record)))
     return FAILED_STATUS if any("error" in row for row in record["rows"]) else 0
 
 
@@ -86,8 +97,10 @@ def _measure(args: dict[str, Any]) -> dict:
     from ..evaluate.benchmark import Point, Settings
 
     deadline = deadline_of(args)
-    centre = options.centre_from(args["keys"], args["no_centre"])
     names = config_names(args["configs"] or DEFAULT_CONFIGS, reference=False)
+    _check_options(args)
+    centre = options.centre_from(args["keys"], args["no_centre"], policies_of(names))
+    options.check_backend(args["backend"])
     prompts = args["prompt_tokens"] or (() if args["contexts"] else (512,))
     points = [Point("context", n) for n in args["contexts"]]
     points += [Point("prompt", n) for n in prompts]
@@ -101,6 +114,23 @@ def _measure(args: dict[str, Any]) -> dict:
         model, about, names, list(dict.fromkeys(points)), settings, args["backend"],
         args["json_path"], not args["no_resume"], args["seed"], deadline, centre,
     )  # fmt: skip
+
+
+def _check_options(args: dict[str, Any]) -> None:
+    """Raises: InputError for options that contradict each other or would change nothing."""
+    from ..loading.random_model import shape_config
+
+    if args["shape"] is None:
+        refuse(["weight_bits"], "without --shape")
+    else:
+        if args["model"] is not None:
+            raise InputError("--model and --shape cannot be given together.")
+        refuse(["adapter_path", "trust_remote_code"], "with --shape")
+        shape_config(args["shape"])
+    if args["json_path"] is None:
+        refuse(["no_resume"], "without --json")
+    if args["contexts"] and not args["prompt_tokens"]:
+        refuse(["prefill_step_size"], "without --prompt-tokens")
 
 
 def measure(
@@ -122,7 +152,9 @@ def measure(
         _add_finished_rows(record, json_path, points)
     done = {(row["kind"], row["tokens"]) for row in record["rows"]}
     steps = (settings.num_trials + 1) * len(configs)
-    with Progress(steps * len(points)) as progress:
+    kept = "the same command goes on after the last whole point"
+    kept = kept if json_path is not None else "nothing is kept without --json"
+    with Progress(steps * len(points), interrupted=kept) as progress:
         for i, point in enumerate(points):
             label = f"{point.kind} {point.tokens:,}"
             if (point.kind, point.tokens) in done:
@@ -137,7 +169,7 @@ def measure(
 
             record["rows"] += measure_point(model, point, configs, settings, deadline, tick)
             if json_path is not None:
-                write_json(json_path, record)
+                try_write_json(json_path, record)
     if json_path is not None:
         write_json(json_path, record)
     return record
@@ -152,17 +184,14 @@ def _model(args: dict[str, Any]) -> tuple[Any, dict, int]:
 
     dtype, shape = args["dtype"], args["shape"]
     if shape is None:
-        if dtype is not None:
-            random_model.check_dtype(dtype)
         loaded = load_model(args)
         mx.random.seed(args["seed"])
         model, config = loaded.model, loaded.config
         about = {"model": model_record(loaded), "weights": "its own weights"}
     else:
-        if args["model"] is not None:
-            raise InputError("--model and --shape cannot be given together.")
         config, name = random_model.shape_config(shape)
-        bits, dtype = args["weight_bits"], dtype or "bfloat16"
+        bits, dtype = int(args["weight_bits"]), dtype or "bfloat16"
+        print_status(f"Drawing random weights of {name}.")
         model = random_model.random_model(config, bits, dtype=dtype, seed=args["seed"])
         about = {
             "model": {"name": name, "source": os.path.basename(shape), "dtype": dtype},

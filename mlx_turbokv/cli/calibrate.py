@@ -8,10 +8,12 @@ from typing import Any
 import click
 
 from ..errors import InputError
+from ..quant.formats import as_format
 from . import options
 from .entry import console_script
-from .output import Progress, format_record, print_status, write_json
-from .runs import load_model
+from .output import Progress, check_folder, format_record, print_status, write_json
+from .runs import load_model, policies_of, print_record
+from .values import COUNT, exclude, refuse
 
 NO_TEXT = "none"
 RECORD = "calibration.json"
@@ -26,11 +28,14 @@ RECORD = "calibration.json"
     "--held-out", metavar="FILE|wikitext-2|none",
     help="Another text, to check the policies on.  [default: wikitext-2]",
 )  # fmt: skip
-@click.option("-c", "--ctx-size", default=512, help="Tokens a window.")
+@click.option("-c", "--ctx-size", default=512, type=COUNT, help="Tokens a window.")
 @click.option(
-    "--chunks", default=4, help="Windows to calibrate on; their scored halves do not overlap."
+    "--chunks",
+    default=4,
+    type=COUNT,
+    help="Windows to calibrate on; their scored halves do not overlap.",
 )
-@click.option("--held-out-chunks", default=16, help="Windows to check on.")
+@click.option("--held-out-chunks", default=16, type=COUNT, help="Windows to check on.")
 @click.option(
     "--budget", "budgets", multiple=True, metavar="BITS|CONFIG",
     help="Bits per value that K and V together may take, or a configuration whose bits are meant; "
@@ -45,7 +50,7 @@ RECORD = "calibration.json"
     help="The formats of the other layers while one is measured.",
 )  # fmt: skip
 @click.option(
-    "--refine", type=click.IntRange(0), default=0, metavar="N",
+    "--refine", type=click.IntRange(0, 1000), default=0, metavar="N",
     help="Measure again around each policy, one step up and down, and take what is better; at "
     "most N times.",
 )  # fmt: skip
@@ -54,7 +59,7 @@ RECORD = "calibration.json"
     help="Configurations to check along with the policies; repeatable.",
 )  # fmt: skip
 @click.option(
-    "--batch-size", type=options.COUNT,
+    "--batch-size", type=COUNT,
     help="Windows at a time.  [default: 4 on a GPU, else 1]",
 )  # fmt: skip
 @options.backend
@@ -85,21 +90,29 @@ def command(**args: Any) -> None:
     from ..evaluate.text import load_text
 
     check_options(args)
+    folder = Path(args["folder"])
+    if folder.exists():
+        check_folder(folder, "--folder")
     source, held_out = load_text(args["text"]), args["held_out"]
-    other = None if held_out == NO_TEXT else load_text(held_out)
+    other = None if held_out == NO_TEXT else load_text(held_out, "--held-out")
     if other is not None and other.sha256 == source.sha256:
         raise InputError(
             f"The held-out text is the calibration text ({source.name}): give another, or 'none'."
         )
-    folder = Path(args["folder"])
-    folder.mkdir(parents=True, exist_ok=True)
+    options.check_backend(args["backend"])
+    check_folder(folder, "--folder")
     loaded = load_model(args)
     from ..evaluate.calibration_run import Calibration
     from ..evaluate.tables import calibration_table
 
-    record = Calibration(loaded, folder, args, print_status, Progress).run(source, other)
-    write_json(folder / RECORD, record)
-    print(format_record(record, calibration_table, args["output"]))
+    def measure() -> dict:
+        record = Calibration(loaded, folder, args, print_status, Progress).run(source, other)
+        write_json(folder / RECORD, record)
+        return record
+
+    record = print_record(
+        measure, lambda record: format_record(record, calibration_table, args["output"])
+    )
     if args["output"] == "text":
         print("\n" + "\n".join(str(folder / at["policy"]) for at in record["policies"]))
 
@@ -118,7 +131,9 @@ def check_options(args: dict[str, Any]) -> None:
     args["formats"] = calibrate.check_formats(
         calibrate.FORMATS if names is None else [n for n in names.split(",") if n.strip()]
     )
-    options.centre_from(args["keys"] or None, args["no_centre"])  # refuses both together
+    exclude("keys", "no_centre")
+    if args["held_out"] == NO_TEXT:
+        refuse(["held_out_chunks", "compare"], "with --held-out none")
     args["budgets"] = tuple(dict.fromkeys(args["budgets"])) or calibrate.BUDGETS
     for budget in args["budgets"]:
         calibrate.check_budget(budget)
@@ -129,6 +144,12 @@ def check_options(args: dict[str, Any]) -> None:
     parse_policy(args["base"])
     for name in args["compare"]:
         check_name(name)
+    budgets = [name for name in args["budgets"] if not calibrate.is_number(name)]
+    policies = policies_of([args["base"], *args["compare"], *budgets])
+    formats = [as_format(name) for name in args["formats"]]
+    formats += [k for policy in policies for k in policy.k_formats()]
+    if not any(fmt.is_turbo for fmt in formats):
+        refuse(["keys", "no_centre"], "where no format is turbo")
     for chunks in (args["chunks"], args["held_out_chunks"]):
         check_sizes(args["ctx_size"], chunks)
 

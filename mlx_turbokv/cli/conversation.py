@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 from ..cache import files
 from ..cache.file_checks import offsets
 from ..errors import InputError
+from ..loading.default_model import cache_dir
+from .output import KEPT, shorten
 
 
 def prompt_text(prompt: str) -> str:
@@ -21,8 +24,10 @@ def prompt_text(prompt: str) -> str:
     """
     if prompt != "-":
         return prompt.replace("\\n", "\n").replace("\\t", "\t")
+    if sys.stdin is None:
+        raise InputError("--prompt - reads standard input, which is closed: give the text.")
     try:
-        return sys.stdin.read()
+        return sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError("Standard input is not text in UTF-8.") from error
 
@@ -34,10 +39,12 @@ def template_arguments(text: str | None) -> dict[str, Any]:
     """
     try:
         arguments = json.loads(text or "{}")
-    except ValueError as error:
-        raise InputError(f"--chat-template-config {text!r} is not JSON ({error}).") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"--chat-template-config {shorten(repr(text), 80)} is not JSON ({error})."
+        ) from error
     if not isinstance(arguments, dict):
-        raise InputError(f"--chat-template-config {text!r} is not a JSON object.")
+        raise InputError(f"--chat-template-config {shorten(repr(text), 80)} is not a JSON object.")
     return arguments
 
 
@@ -133,4 +140,14 @@ class Conversation:
             self.messages.append({"role": "assistant", "content": answer})
         held = tokens[: max(offsets(self.caches), default=len(tokens))]
         saved = files.Saved(self.caches, held, self.messages)
-        files.save(self.file, saved, self.loaded.name, self.loaded.model)
+        model = self.loaded.name, self.loaded.model
+        try:
+            files.save(self.file, saved, *model)
+        except InputError as error:
+            other = cache_dir() / KEPT / f"{time.strftime('%Y%m%d-%H%M%S')}-{self.file.name}"
+            try:
+                other.parent.mkdir(parents=True, exist_ok=True)
+                files.save(other, saved, *model)
+            except (InputError, OSError):
+                raise error from None
+            raise InputError(f"{str(error).rstrip('.')}; it is kept in {other}.") from error

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import click
 
 from . import options
 from .entry import console_script
-from .output import print_status
+from .output import check_writable, print_status, write_json
+from .runs import print_record
+from .values import exclude
 
 FAILED_STATUS = 1
 
@@ -17,10 +16,7 @@ FAILED_STATUS = 1
 @click.command("doctor")
 @click.option("--quick", is_flag=True, help="Two pairs of formats at head_dim 64 and 128.")
 @click.option("--full", is_flag=True, help="Every pair of formats, every format at every head_dim.")
-@click.option(
-    "--backend", type=click.Choice(options.BACKENDS), default="auto",
-    help="Which kernels to check; a named one that is missing is an error.",
-)  # fmt: skip
+@options.backend
 @click.option("--no-times", is_flag=True, help="Check the kernels, do not time them.")
 @click.option("--json", "json_file", metavar="FILE", help="Write the whole record there too.")
 def command(quick: bool, full: bool, backend: str, no_times: bool, json_file: str | None) -> int:
@@ -31,19 +27,20 @@ def command(quick: bool, full: bool, backend: str, no_times: bool, json_file: st
     """
     from ..loading import blas
 
+    exclude("quick", "full")
     blas.require_mlx()
-    from ..doctor import examine
+    from .. import doctor
     from ..doctor.report import as_markdown
 
-    if quick and full:
-        raise click.UsageError("--quick and --full cannot be given together")
-    if json_file is not None:
-        Path(json_file).touch()  # an error now, not after minutes
+    check_writable(json_file)
+    options.check_backend(backend)
     size = "quick" if quick else "full" if full else "default"
-    record = examine(size, backend, times=not no_times, progress=print_status)
-    click.echo(as_markdown(record))
+    record = print_record(
+        lambda: doctor.examine(size, backend, times=not no_times, progress=print_status),
+        as_markdown,
+    )
     if json_file is not None:
-        Path(json_file).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_json(json_file, record)
     return 0 if record["passed"] else FAILED_STATUS
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
 import logging
 import os
 import sys
@@ -12,10 +15,12 @@ import click
 
 from ..errors import InputError
 from ..log import logger
+from .output import shorten, silence_stdout
 
 USAGE_STATUS = 2
 INTERRUPT_STATUS = 130
 PIPE_STATUS = 141
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 
 
 def run(command: click.Command, args: Sequence[str] | None = None) -> NoReturn:
@@ -27,24 +32,31 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> NoReturn:
     """
     _log_to_stderr()
     try:
-        words = None if args is None else list(args)
+        words = list(sys.argv[1:] if args is None else args)
+        _check_text(words)
+        _replace_unprintable()
         name = os.path.basename(sys.argv[0])
         status = command.main(words, name, standalone_mode=False, show_default=True)
+        sys.stdout.flush()
     except InputError as error:
         _fail(str(error))
     except click.ClickException as error:
         _fail(_one_sentence(error))
-    except (click.Abort, KeyboardInterrupt):
-        print("Interrupted.", file=sys.stderr)
+    except (click.Abort, KeyboardInterrupt) as error:
+        more = f": {error}" if str(error) else ""
+        print(f"Interrupted{more}.", file=sys.stderr)
         sys.exit(INTERRUPT_STATUS)
     except BrokenPipeError:
-        # Python flushes stdout once more on its way out, which would fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence_stdout()
         sys.exit(PIPE_STATUS)
-    except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
-        if error.filename is None:
+    except OSError as error:
+        if error.filename is not None:
+            _fail(f"{error.filename} cannot be used ({error.strerror}).")
+        if error.errno not in _DISK_ERRORS:
             raise
-        _fail(f"{error.filename} cannot be used ({error.strerror}).")
+        with contextlib.suppress(OSError):
+            silence_stdout()
+        _fail(f"The output cannot be written ({error.strerror}).")
     sys.exit(status if isinstance(status, int) else 0)
 
 
@@ -53,14 +65,30 @@ def console_script(command: click.Command) -> Callable[[], NoReturn]:
     return lambda: run(command)
 
 
+def _check_text(words: list[str]) -> None:
+    """Raises: InputError for an argument of bytes that are not UTF-8."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"The argument {ascii(word)} is not text in UTF-8.") from None
+
+
+def _replace_unprintable() -> None:
+    """What a terminal's encoding lacks is printed as a question mark."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
 def _fail(message: str) -> NoReturn:
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
     print(f"Error: {message}", file=sys.stderr)
     sys.exit(USAGE_STATUS)
 
 
 def _one_sentence(error: click.ClickException) -> str:
-    message = " ".join(error.format_message().split())
+    message = shorten(" ".join(error.format_message().split()))
     context = getattr(error, "ctx", None)
     if context is not None and isinstance(error, click.UsageError):
         message = f"{message.rstrip('.')}; see {context.command_path} --help."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,19 +11,19 @@ from typing import Any
 import click
 
 from ..errors import InputError
-from . import options
+from . import options, sampling
 from .entry import console_script
+from .values import COUNT, MOST_TOKENS, refuse
 
+KEPT_TOKENS = 4  # by a cache with --max-kv-size, before those that it drops
 # Options of mlx_lm.generate that are accepted, with the values that are; None: any.
-_UNIT = click.FloatRange(0, 1)
 _MLX_LM_OPTIONS: dict[str, Any] = {
     "prompt": None, "system_prompt": None, "prefill_response": None, "ignore_chat_template": None,
-    "chat_template_config": None, "extra_eos_token": None, "max_tokens": int,
-    "temp": click.FloatRange(0), "top_p": _UNIT, "min_p": _UNIT, "top_k": click.IntRange(0),
-    "xtc_probability": _UNIT, "xtc_threshold": click.FloatRange(0, 0.5),
-    "min_tokens_to_keep": options.COUNT, "seed": int, "verbose": bool, "max_kv_size": options.COUNT,
-    "prefill_step_size": options.COUNT, "num_draft_tokens": options.COUNT,
+    "chat_template_config": None, "extra_eos_token": None, "max_tokens": int, "verbose": bool,
+    "max_kv_size": click.IntRange(KEPT_TOKENS + 1, MOST_TOKENS), "prefill_step_size": COUNT,
+    "num_draft_tokens": COUNT, **sampling.TYPES,
 }  # fmt: skip
+_OF_CHAT = ("system_prompt", "prefill_response", "chat_template_config")
 _MORE_HELP = {
     "extra_eos_token": "; repeatable.",
     "max_tokens": "; -1: no limit.",
@@ -78,6 +79,8 @@ def command(**args: Any) -> None:
     is_distributed = distributed.n_processes() > 1
     if is_distributed:
         _check_distributed(args)
+    else:
+        refuse(["pipeline"], "in one process: start several with mlx.launch")
     _generate(args, is_distributed)
     if is_distributed:
         distributed.barrier()
@@ -94,6 +97,13 @@ def _check_options(args: dict[str, Any]) -> None:
             f"--max-tokens {args['max_tokens']} is not accepted: give at least 1, or -1 for no "
             "limit."
         )
+    sampling.check(args)
+    if args["ignore_chat_template"]:
+        refuse(_OF_CHAT, "with --ignore-chat-template")
+    if args["draft_model"] is None:
+        refuse(["num_draft_tokens"], "without --draft-model")
+    if args["max_kv_size"] is not None:
+        refuse(["keys"], "with --max-kv-size: the keys of a window stay whole")
     if args["prompt_cache_file"] is not None:
         if args["draft_model"] is not None:
             raise InputError("--prompt-cache-file and --draft-model cannot go together.")
@@ -119,12 +129,16 @@ def _generate(args: dict[str, Any], is_distributed: bool) -> None:
     from .conversation import Conversation, prompt_text, template_arguments
 
     arguments = template_arguments(args["chat_template_config"])
-    centre = options.centre_from(args["keys"], args["no_centre"])
     asked = {name: args[name] for name in options.CACHE_ARGUMENTS}
     policy = options.policy_from(**asked)
+    centre = options.centre_from(args["keys"], args["no_centre"], [policy])
+    options.check_backend(args["backend"])
     text = prompt_text(args["prompt"])
     loaded = _load(args, is_distributed)
     _add_end_tokens(loaded, args["extra_eos_token"])
+    sampling.check_vocabulary(loaded, args)
+    if not loaded.tokenizer.has_chat_template:
+        refuse(_OF_CHAT, f"with {loaded.name}, which has no chat template")
     caches = make_prompt_cache(
         loaded.model,
         policy=policy,
@@ -148,6 +162,7 @@ def _generate(args: dict[str, Any], is_distributed: bool) -> None:
     generated, answer = _stream(args, loaded, caches, tokens[n_common:], draft)
     if args["verbose"]:
         print(summarize(caches[: len(loaded.model.layers)]).line(name))
+    sys.stdout.flush()
     conversation.save(tokens + generated, (args["prefill_response"] or "") + answer)
 
 
@@ -169,7 +184,8 @@ def _load(args: dict[str, Any], is_distributed: bool) -> Any:
 def _add_end_tokens(loaded: Any, tokens: tuple[str, ...]) -> None:
     vocabulary = loaded.tokenizer.get_vocab()
     for token in tokens:
-        if token not in vocabulary and not token.isdigit():
+        is_number = re.fullmatch("[0-9]{1,9}", token) and int(token) < len(vocabulary)
+        if token not in vocabulary and not is_number:
             raise InputError(
                 f"--extra-eos-token {token!r} is no token of {loaded.name}; give a token's text "
                 "or its number."
@@ -226,10 +242,10 @@ def _stream(
     from mlx_lm.sample_utils import make_sampler
 
     verbose, tokenizer = args["verbose"], loaded.tokenizer
-    sampling = ("temp", "top_p", "min_p", "min_tokens_to_keep", "top_k", "xtc_probability",
-                "xtc_threshold")  # fmt: skip
+    names = ("temp", "top_p", "min_p", "min_tokens_to_keep", "top_k", "xtc_probability",
+             "xtc_threshold")  # fmt: skip
     sampler = make_sampler(
-        **{name: args[name] for name in sampling},
+        **{name: args[name] for name in names},
         xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
     )
     if verbose:

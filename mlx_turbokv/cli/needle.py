@@ -10,15 +10,17 @@ import click
 from ..errors import InputError
 from . import options
 from .entry import console_script
-from .output import Progress, format_record, print_status, write_json
+from .output import Progress, format_record, print_status, write_json, write_result
 from .runs import (
     config_names,
     deadline_of,
     fitting_names,
     get_record,
     load_model,
+    policies_of,
     warn_about_context,
 )  # fmt: skip
+from .values import COUNT, UNIT, exclude
 
 WHAT = "needle in a haystack by cache configuration"
 DEFAULT_CONTEXTS = (512, 1024, 2048, 4096)
@@ -32,19 +34,19 @@ DEFAULT_CONFIGS = ("q8_0/q8_0", "q8_0/turbo3", "q8_0/turbo2", "la-v7", "turbo4/t
     help="The haystack: any UTF-8 text; one too short for a context is repeated.",
 )  # fmt: skip
 @click.option(
-    "-c", "--context", "contexts", multiple=True, type=options.COUNT,
+    "-c", "--context", "contexts", multiple=True, type=COUNT,
     help="Tokens of the prompt and its answer; repeatable.  [default: 512, 1024, 2048, 4096]",
 )  # fmt: skip
-@click.option("--depths", default=5, type=options.COUNT, help="How many, evenly spaced.")
+@click.option("--depths", default=5, type=COUNT, help="How many, evenly spaced.")
 @click.option(
-    "--depth", "depth_list", multiple=True, type=float, help="A depth from 0 to 1 instead."
+    "--depth", "depth_list", multiple=True, type=UNIT, help="A depth from 0 to 1 instead."
 )
 @click.option(
     "--needle", "kinds", multiple=True, metavar="KIND",
     help="password (turbo-rainbow-42), number, or distractors (a number among four others); "
     "repeatable.  [default: all three]",
 )  # fmt: skip
-@click.option("-n", "--repeats", default=1, type=options.COUNT, help="Runs with other text.")
+@click.option("-n", "--repeats", default=1, type=COUNT, help="Runs with other text.")
 @options.configs(
     f"As in perplexity; repeatable; f16/f16 is put first.  [default: {', '.join(DEFAULT_CONFIGS)}]"
 )
@@ -57,14 +59,13 @@ def command(**args: Any) -> None:
 
     The f16 cache is always measured too, to tell misses of the model from misses of the cache.
     """
-    record = get_record(args, WHAT, _measure)
-    print(render(record, args["output"]))
+    record = get_record(args, WHAT, _measure, render)
     if record["not_measured"]:
         print_status(f"Not measured within the time limit: {record['not_measured']} cases.")
-    if args["plot"]:
-        from ..evaluate.plots import needle_figure, save_png
+    if args["plot"] is not None:
+        from ..evaluate.plots import as_png, needle_figure
 
-        save_png(needle_figure(record), args["plot"])
+        write_result(args["plot"], as_png(needle_figure(record)))
 
 
 def _measure(args: dict[str, Any]) -> dict:
@@ -72,8 +73,9 @@ def _measure(args: dict[str, Any]) -> dict:
     from ..evaluate.text import load_text
 
     deadline = deadline_of(args)
-    centre = options.centre_from(args["keys"], args["no_centre"])
+    exclude("depths", "depth_list")
     names = config_names(args["configs"] or DEFAULT_CONFIGS)
+    centre = options.centre_from(args["keys"], args["no_centre"], policies_of(names))
     depths = list(args["depth_list"]) or even_depths(args["depths"])
     contexts = list(dict.fromkeys(args["contexts"] or DEFAULT_CONTEXTS))
     cases = make_cases(contexts, depths, list(args["kinds"] or KINDS), args["repeats"])
@@ -114,6 +116,7 @@ def measure(
     }
     journal = Journal(journal_path("needle", settings, json_path), settings, resume)
     haystack = Haystack(loaded.tokenizer, source.text)
+    haystack.check(cases)
     started = time.perf_counter()
     with Progress(len(cases) * len(configs)) as progress:
         records = run_cases(

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from .. import policy as policies
 from ..errors import InputError
 from ..quant.formats import FORMAT_NAMES, KVFormat
+from .values import COUNT, Number, exclude, given
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 DEFAULT_POLICY = "la-v7"
 DTYPES = ("float32", "float16", "bfloat16")
 BACKENDS = ("auto", "metal", "cuda", "reference")
-COUNT = click.IntRange(1)
+BACKEND_VARIABLE = "TURBOKV_BACKEND"
 CACHE_ARGUMENTS = ("cache_type_k", "cache_type_v", "policy", "boundary", "layer_adaptive")
 CACHE_HELP = (
     "Without cache options: K q8_0 and V by Boundary V (la-v7: q8_0 in the first and last two KV "
@@ -37,6 +40,26 @@ class FormatType(click.ParamType):
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> KVFormat:
         return value if isinstance(value, KVFormat) else KVFormat.parse(value)
+
+
+class BackendType(click.ParamType):
+    """A back-end by name, of the command line or of the environment variable."""
+
+    name = "backend"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return f"[{'|'.join(BACKENDS)}]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if (name := value.strip().lower()) not in BACKENDS:
+            from_environment = ctx is not None and ctx.get_parameter_source("backend") is (
+                ParameterSource.ENVIRONMENT
+            )
+            where = BACKEND_VARIABLE if from_environment else "--backend"
+            raise InputError(
+                f"{where} {value!r} is not accepted: give one of {', '.join(BACKENDS)}."
+            )
+        return name
 
 
 def combined(*options: Callable[[F], F]) -> Callable[[F], F]:
@@ -67,8 +90,9 @@ dtype = click.option(
     "float32 on a CPU under Linux]",
 )  # fmt: skip
 backend = click.option(
-    "--backend", type=click.Choice(BACKENDS), default="auto",
-    help="Which kernels to run; a named one that is missing is an error.",
+    "--backend", type=BackendType(), default="auto", envvar=BACKEND_VARIABLE,
+    help="Which kernels to run; a named one that is missing is an error. Also by the environment "
+    f"variable {BACKEND_VARIABLE}.",
 )  # fmt: skip
 prefill_step_size = click.option(
     "--prefill-step-size", default=2048, type=COUNT,
@@ -126,7 +150,7 @@ from_record = click.option(
     "--from", "from_path", metavar="FILE", help="Show this record; measure nothing."
 )
 time_limit = click.option(
-    "--time-limit", type=click.FloatRange(0), metavar="SECONDS",
+    "--time-limit", type=Number(0), metavar="SECONDS",
     help="Start nothing after this time; what was not measured is listed.",
 )  # fmt: skip
 resume = click.option(
@@ -141,15 +165,65 @@ def configs(help: str) -> Callable[[F], F]:
     return click.option("--config", "configs", multiple=True, metavar="CONFIG", help=help)
 
 
-def centre_from(keys: str | None = None, no_centre: bool = False) -> bool | str:
+def centre_from(
+    keys: str | None = None,
+    no_centre: bool = False,
+    used_by: Iterable[policies.Policy] | None = None,
+) -> bool | str:
     """What ``make_prompt_cache`` takes as ``centre``.
 
+    Args:
+        used_by: the policies that are asked for; None where that is known later.
+
     Raises:
-        InputError: --keys with --no-centre.
+        InputError: --keys with --no-centre, one of them where no K format is turbo, or a file of
+            references that is missing.
     """
     if keys is not None and no_centre:
         raise InputError("--keys and --no-centre cannot be given together.")
-    return keys if keys is not None else not no_centre
+    if keys is None and not no_centre:
+        return True
+    option = "--no-centre" if keys is None else "--keys"
+    if used_by is not None and not any(k.is_turbo for p in used_by for k in p.k_formats()):
+        raise InputError(
+            f"{option} has no effect where no K format is turbo: give one, such as -ctk turbo4 or "
+            "--config turbo4/turbo3."
+        )
+    if keys is None:
+        return False
+    from ..centring.references import paths_for
+
+    if not os.path.basename(keys.rstrip("/")).strip("."):
+        raise InputError(f"--keys {keys!r} is not a file's name: calibrate --keys writes one.")
+    for file in reversed(paths_for(keys)):
+        if not os.path.isfile(file):
+            raise InputError(
+                f"There are no key references at {file}; calibrate --keys writes them."
+            )
+    return keys
+
+
+def check_backend(name: str) -> str:
+    """The name of a back-end that this machine has, checked before a model is loaded.
+
+    Raises:
+        InputError: it is missing here.
+    """
+    from ..kernels.backend import select_backend
+
+    select_backend(name)
+    return name
+
+
+def check_output(output: str, markdown: bool) -> str:
+    """What --output and --markdown ask for together.
+
+    Raises:
+        InputError: they contradict each other.
+    """
+    if markdown and given("output") and output != "markdown":
+        exclude("markdown", "output")
+    return "markdown" if markdown else output
 
 
 def policy_from(

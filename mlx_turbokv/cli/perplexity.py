@@ -10,7 +10,8 @@ import click
 from . import options
 from .entry import console_script
 from .output import Progress, check_writable, format_record, print_status, write_json
-from .runs import config_names, load_model, warn_about_context
+from .runs import config_names, load_model, policies_of, print_record, warn_about_context
+from .values import COUNT
 
 WHAT = "perplexity and divergence by cache configuration"
 DEFAULT_CTX = 512
@@ -22,8 +23,8 @@ DEFAULT_CTX = 512
     "--text", "-f", metavar="FILE|sample|wikitext-2",
     help="A UTF-8 text file, the package's own sample, or wikitext-2-raw's test split (default).",
 )  # fmt: skip
-@click.option("-c", "--ctx-size", default=DEFAULT_CTX, help="Tokens a window.")
-@click.option("--chunks", type=int, help="Windows to score.  [default: all of the text]")
+@click.option("-c", "--ctx-size", default=DEFAULT_CTX, type=COUNT, help="Tokens a window.")
+@click.option("--chunks", type=COUNT, help="Windows to score.  [default: all of the text]")
 @options.configs(
     "K/V (q8_0/turbo3), a policy (la-v7 or a JSON file), K/V@POLICY, POLICY:K, or mlx-kvN:GROUP "
     "for mlx-lm's own quantised cache; repeatable. f16/f16 is put first, as the reference. "
@@ -43,19 +44,21 @@ def command(**args: Any) -> None:
     from ..evaluate.windows import check_sizes
 
     names = config_names(args["configs"] or DEFAULT_CONFIGS)
-    centre = options.centre_from(args["keys"], args["no_centre"])
+    output = options.check_output(args["output"], args["markdown"])
+    centre = options.centre_from(args["keys"], args["no_centre"], policies_of(names))
     ctx_size, chunks, json_path = args["ctx_size"], args["chunks"], args["json_path"]
     check_sizes(ctx_size, chunks)
     check_writable(json_path)
     source = load_text(args["text"])
     loaded = load_model(args)
     warn_about_context(loaded, ctx_size)
-    record = measure(
-        loaded, source, names, ctx_size, chunks, args["backend"], json_path, args["resume"],
-        centre, args["compress_sliding"],
+    print_record(
+        lambda: measure(
+            loaded, source, names, ctx_size, chunks, args["backend"], json_path, args["resume"],
+            centre, args["compress_sliding"],
+        ),
+        lambda record: format_record(record, perplexity_table, output),
     )  # fmt: skip
-    output = "markdown" if args["markdown"] else args["output"]
-    print(format_record(record, perplexity_table, output))
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,14 @@ import click
 from ..errors import InputError
 from . import options
 from .entry import console_script
+from .values import Number, refuse
 
 DEFAULT_CONTEXTS = (4096, 32768, 131072)
 # Rows shown by default: the uniform steps, Boundary V, and its wider form.
 COMPARED = ("f16/f16", "q8_0/q8_0", "q8_0/turbo3", "q8_0/turbo2", "la-v7", "mode-10")
+_SIZE = click.IntRange(1, 10_000)
+_MEMORY = Number(0, 1e9, min_open=True)
+_WEIGHT_BITS = Number(0, 64, min_open=True)
 
 
 @click.command("plan", epilog=options.CACHE_HELP)
@@ -25,20 +29,20 @@ COMPARED = ("f16/f16", "q8_0/q8_0", "q8_0/turbo3", "q8_0/turbo2", "la-v7", "mode
     "SmolLM2-135M-Instruct where not given.",
 )  # fmt: skip
 @click.option(
-    "-c", "--context", "contexts", multiple=True, type=int, metavar="N",
+    "-c", "--context", "contexts", multiple=True, type=click.IntRange(1, 1 << 40), metavar="N",
     help="Context length in tokens; repeatable.  [default: 4096, 32768, 131072]",
 )  # fmt: skip
 @options.configs(
     "A row: K/V, a policy, or K/V@POLICY; repeatable. Without it and without cache options, "
     "six rows are shown."
 )
-@click.option("--kv-layers", type=int, metavar="N", help="In place of a model: its KV layers.")
-@click.option("--kv-heads", default=8, help="With --kv-layers.")
-@click.option("--head-dim", default=128, help="With --kv-layers.")
-@click.option("--v-head-dim", type=int, help="With --kv-layers, where V's differs from K's.")
-@click.option("--memory", type=float, metavar="GB", help="Show what fits in this many GiB.")
+@click.option("--kv-layers", type=_SIZE, metavar="N", help="In place of a model: its KV layers.")
+@click.option("--kv-heads", default=8, type=_SIZE, help="With --kv-layers.")
+@click.option("--head-dim", default=128, type=_SIZE, help="With --kv-layers.")
+@click.option("--v-head-dim", type=_SIZE, help="With --kv-layers, where V's differs from K's.")
+@click.option("--memory", type=_MEMORY, metavar="GB", help="Show what fits in this many GiB.")
 @click.option(
-    "--weight-bits", type=float, metavar="N",
+    "--weight-bits", type=_WEIGHT_BITS, metavar="N",
     help="Bits per weight, for --memory; by default as the config says, else 16.",
 )  # fmt: skip
 @options.combined(options.output, options.markdown, options.policy)
@@ -51,30 +55,40 @@ def command(**args: Any) -> None:
     from ..report.plan import GIB, make_plan
     from ..report.plan_table import as_json, as_markdown, as_text
 
-    memory = args["memory"]
-    if memory is not None and memory <= 0:
-        raise InputError(f"Memory {memory} is not accepted: it must be more than 0.")
-    centre = options.centre_from(args["keys"], args["no_centre"])
+    memory, output = args["memory"], options.check_output(args["output"], args["markdown"])
+    _check_options(args)
     rows = [(name, parse_policy(name)) for name in args["configs"]]
     asked = {name: args[name] for name in options.CACHE_ARGUMENTS}
     if any(value is not None for value in asked.values()):
         policy = options.policy_from(**asked)
         rows.insert(0, (_label(policy, asked), policy))
+    rows = rows or [(name, parse_policy(name)) for name in COMPARED]
+    centre = options.centre_from(args["keys"], args["no_centre"], [policy for _, policy in rows])
     shape, weight_bytes = _shape(args)
     plan = make_plan(
         shape,
-        rows or [(name, parse_policy(name)) for name in COMPARED],
+        rows,
         args["contexts"] or DEFAULT_CONTEXTS,
         None if memory is None else int(memory * GIB),
         weight_bytes,
         centre,
     )
-    if args["output"] == "json":
-        click.echo(json.dumps(as_json(plan), indent=1))
-    elif args["output"] == "markdown" or args["markdown"]:
-        click.echo(as_markdown(plan))
+    if output == "json":
+        print(json.dumps(as_json(plan), indent=1))
     else:
-        click.echo(as_text(plan))
+        print(as_markdown(plan) if output == "markdown" else as_text(plan))
+
+
+def _check_options(args: dict[str, Any]) -> None:
+    """Raises: InputError for options that contradict each other or would change nothing."""
+    if args["kv_layers"] is None:
+        refuse(["kv_heads", "head_dim", "v_head_dim"], "without --kv-layers")
+    else:
+        if args["model"] is not None:
+            raise InputError("--model and --kv-layers cannot be given together.")
+        refuse(["compress_sliding", "weight_bits"], "with --kv-layers")
+    if args["memory"] is None:
+        refuse(["weight_bits"], "without --memory")
 
 
 def _shape(args: dict[str, Any]) -> tuple[Any, int | None]:
@@ -84,8 +98,6 @@ def _shape(args: dict[str, Any]) -> tuple[Any, int | None]:
 
     model, weight_bits = args["model"], args["weight_bits"]
     if args["kv_layers"] is not None:
-        if model is not None:
-            raise InputError("--model and --kv-layers cannot be given together.")
         sizes = (args[name] for name in ("kv_layers", "kv_heads", "head_dim", "v_head_dim"))
         return hypothetical_shape(*sizes), None
     config = known_config(model) if model and not os.path.exists(model) else None

@@ -9,11 +9,11 @@ from typing import Any
 import click
 
 from ..errors import InputError
-from ..files import write_text
 from . import options
 from .entry import console_script
-from .output import check_writable, print_status, read_json, write_json
-from .runs import config_names, fitting_names, load_model
+from .output import check_folder, print_status, read_json, write_json, write_result
+from .runs import config_names, fitting_names, load_model, not_whole, policies_of
+from .values import COUNT, refuse
 
 PARTS = ("perplexity", "needle", "plan", "bench")
 CALIBRATION = "calibration"
@@ -33,6 +33,13 @@ SIZES = {
     "generation_tokens": (64, 8),
     "num_trials": (5, 2),
 }
+# Options of one part, by parameter.
+PART_OPTIONS = {
+    "perplexity": ("ctx_size", "chunks"),
+    "needle": ("needle_contexts", "depths"),
+    "plan": (),
+    "bench": ("prompt_tokens", "generation_tokens", "num_trials"),
+}
 
 
 @click.command("report")
@@ -47,55 +54,92 @@ SIZES = {
 @options.configs("Compared with f16/f16 in every part; repeatable.")
 @click.option("--skip", multiple=True, type=click.Choice(PARTS), help="Leave a part out.")
 @click.option("--calibrate", metavar="FILE", help="A record of calibrate: adds its sensitivities.")
-@click.option("-c", "--ctx-size", type=options.COUNT, help="perplexity: tokens a window.  [512]")
-@click.option("--chunks", type=options.COUNT, help="perplexity: windows.  [16; quick: 2]")
+@click.option("-c", "--ctx-size", type=COUNT, help="perplexity: tokens a window.  [512]")
+@click.option("--chunks", type=COUNT, help="perplexity: windows.  [16; quick: 2]")
 @click.option(
-    "--needle-context", "needle_contexts", multiple=True, type=options.COUNT,
+    "--needle-context", "needle_contexts", multiple=True, type=COUNT,
     help="needle: repeatable.  [512, 1024, 2048, 4096; quick: 512]",
 )  # fmt: skip
-@click.option("--depths", type=options.COUNT, help="needle: how many.  [5; quick: 3]")
+@click.option("--depths", type=COUNT, help="needle: how many.  [5; quick: 3]")
 @click.option(
-    "-p", "--prompt-tokens", multiple=True, type=options.COUNT,
+    "-p", "--prompt-tokens", multiple=True, type=COUNT,
     help="bench: repeatable.  [512, 4096; quick: 256]",
 )  # fmt: skip
-@click.option("-g", "--generation-tokens", type=options.COUNT, help="bench.  [64; quick: 8]")
-@click.option("-n", "--num-trials", type=options.COUNT, help="bench.  [5; quick: 2]")
+@click.option("-g", "--generation-tokens", type=COUNT, help="bench.  [64; quick: 8]")
+@click.option("-n", "--num-trials", type=COUNT, help="bench.  [5; quick: 2]")
 @options.combined(options.centre, options.backend)
 @click.option("--no-resume", is_flag=True, help="Measure everything anew.")
 def command(**args: Any) -> None:
     """Measure quality, needles, memory and speed of a model's cache, and write one HTML page."""
     for name, (full, quick) in SIZES.items():
         args[name] = args[name] or (quick if args["quick"] else full)
+    _check_options(args)
     folder = Path(args["folder"])
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file: --out takes a folder.")
-    calibration = args["calibrate"] and read_json(args["calibrate"], CALIBRATION)
-    folder.mkdir(parents=True, exist_ok=True)
-    page_path = folder / "report.html"
-    check_writable(str(page_path))
-    record = _Report(args, folder).measure()
+    report = _Report(args, folder)
+    calibration = _calibration(args["calibrate"])
+    check_folder(folder, "--out")
+    report.load()
+    record = report.measure()
     record["calibrate"] = calibration
     write_json(folder / "report.json", record)
     from ..report.page import build_page
 
-    page = build_page(record)
-    write_text(page_path, page)
+    page, page_path = build_page(record), folder / "report.html"
+    write_result(page_path, page)
     print(f"{page_path}: {len(page.encode()):,} bytes")
 
 
+def _check_options(args: dict[str, Any]) -> None:
+    """Raises: InputError for options that would change nothing, or a missing matplotlib."""
+    from ..evaluate.plots import require_matplotlib
+    from ..evaluate.windows import check_sizes
+
+    require_matplotlib()
+    for part in args["skip"]:
+        refuse(PART_OPTIONS[part], f"with --skip {part}")
+    if set(args["skip"]) == set(PARTS):
+        raise InputError("--skip leaves no part: at least one must be measured.")
+    check_sizes(args["ctx_size"], args["chunks"])
+
+
+def _calibration(path: str | None) -> dict | None:
+    """The record of --calibrate.
+
+    Raises: InputError for a file that a page cannot be made of.
+    """
+    if path is None:
+        return None
+    from ..report.page import check_calibration
+
+    record = read_json(path, CALIBRATION)
+    try:
+        check_calibration(record)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise not_whole(path, CALIBRATION, error) from error
+    return record
+
+
 class _Report:
-    """The parts of one report."""
+    """The parts of one report; what needs no model is checked first."""
 
     def __init__(self, args: dict[str, Any], folder: Path) -> None:
-        from ..evaluate.configuration import prepare
-        from ..evaluate.record import environment, model_record
         from ..evaluate.text import load_text
 
         self.args, self.folder = args, folder
-        self.centre = options.centre_from(args["keys"], args["no_centre"])
         self.names = config_names(args["configs"] or QUALITY_CONFIGS)
         self.few = config_names(args["configs"] or FEW_CONFIGS)
+        self.centre = options.centre_from(
+            args["keys"], args["no_centre"], policies_of(self.names)
+        )  # fmt: skip
+        options.check_backend(args["backend"])
         self.source = load_text(args["text"])
+
+    def load(self) -> None:
+        """Load the model, and check every part against it before the first is measured."""
+        from ..evaluate.configuration import prepare
+        from ..evaluate.record import environment, model_record
+
+        args = self.args
         self.loaded = load_model(args)
         self.model, self.environment = model_record(self.loaded), environment()
         self.names = fitting_names(self.loaded.model, self.names, args)
@@ -111,6 +155,26 @@ class _Report:
             ).centred
             for name in self.names
         }  # fmt: skip
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        """Raises: InputError for a text or context that is too short for a part."""
+        from ..evaluate.haystack import Haystack
+        from ..evaluate.windows import cut_windows
+
+        skip, args, tokenizer = self.args["skip"], self.args, self.loaded.tokenizer
+        if "perplexity" not in skip:
+            cut_windows(tokenizer, self.source.text, args["ctx_size"], args["chunks"])
+        if "needle" not in skip:
+            Haystack(tokenizer, self.source.text).check(self._cases())
+
+    def _cases(self) -> list:
+        from ..evaluate.haystack import KINDS, make_cases
+        from .needle import even_depths
+
+        return make_cases(
+            list(self.args["needle_contexts"]), even_depths(self.args["depths"]), KINDS
+        )  # fmt: skip
 
     def measure(self) -> dict:
         """The whole record; each part is also written to its own file."""
@@ -170,11 +234,10 @@ class _Report:
         )  # fmt: skip
 
     def _needle(self) -> dict:
-        from ..evaluate.haystack import KINDS, make_cases
+        from ..evaluate.haystack import KINDS
         from . import needle
 
-        depths = needle.even_depths(self.args["depths"])
-        contexts = list(self.args["needle_contexts"])
+        contexts, depths = self.args["needle_contexts"], needle.even_depths(self.args["depths"])
         settings = self.about | {
             "contexts": sorted(set(contexts)), "depths": depths, "kinds": sorted(KINDS),
             "repeats": 1, "not_measured": 0,
@@ -182,7 +245,7 @@ class _Report:
         return self._finished(
             "needle", needle.WHAT, settings, "summary", self.few
         ) or needle.measure(
-            self.loaded, self.source, self.few, make_cases(contexts, depths, KINDS),
+            self.loaded, self.source, self.few, self._cases(),
             self.args["backend"], self._path("needle"), self.resume, centre=self.centre,
         )  # fmt: skip
 

@@ -6,7 +6,11 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from .output import check_writable, print_status, read_json
+from ..errors import InputError
+from ..policy import Policy
+from . import options
+from .output import NotWrittenError, check_outputs, print_result, print_status, read_json
+from .values import refuse_all_but
 
 Options = dict[str, Any]
 
@@ -24,6 +28,13 @@ def config_names(names: Iterable[str], reference: bool = True) -> list[str]:
     return found
 
 
+def policies_of(names: Iterable[str]) -> list[Policy]:
+    """The policies of configurations; mlx-lm's own quantised cache has none."""
+    from ..evaluate.configuration import is_mlx_lm, parse_policy
+
+    return [parse_policy(name) for name in names if not is_mlx_lm(name)]
+
+
 def load_model(args: Options) -> Any:
     """The ``models.Loaded`` of --model, --adapter-path, --trust-remote-code and --dtype.
 
@@ -31,6 +42,9 @@ def load_model(args: Options) -> Any:
     """
     # MLX is imported by models, after the CPU's BLAS was found.
     from ..loading import models
+
+    if "backend" in args:
+        options.check_backend(args["backend"])
 
     return models.load(
         args["model"],
@@ -74,17 +88,50 @@ def deadline_of(args: Options) -> float | None:
     return None if limit is None else time.perf_counter() + limit
 
 
-def get_record(args: Options, what: str, measure: Callable[[Options], dict]) -> dict:
-    """The record of --from, or that of a new run.
+def get_record(
+    args: Options,
+    what: str,
+    measure: Callable[[Options], dict],
+    render: Callable[[dict, str], str],
+) -> dict:
+    """Print and return the record of --from, or that of a new run.
 
-    Raises: InputError for a path that cannot be written, or a plot that cannot be drawn.
+    Raises: InputError for a path that cannot be written, a plot that cannot be drawn, options that
+        would measure beside --from, or a file that is no whole record.
     """
-    check_writable(args["json_path"])
-    check_writable(args["plot"])
-    if args["from_path"] is not None:
-        return read_json(args["from_path"], what)
-    if args["plot"] and not args["json_path"]:
+    from_path = args["from_path"]
+    if from_path is not None:
+        refuse_all_but(("from_path", "output", "plot"), "with --from, which measures nothing")
+    check_outputs(args["json_path"], args["plot"])
+    if args["plot"] is not None:
         from ..evaluate.plots import require_matplotlib
 
-        require_matplotlib()  # before the run: without --json nothing would be kept of it
-    return measure(args)
+        require_matplotlib()
+    if from_path is None:
+        return print_record(lambda: measure(args), lambda record: render(record, args["output"]))
+    record = read_json(from_path, what)
+    try:
+        text = render(record, args["output"])
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise not_whole(from_path, what, error) from error
+    return print_record(lambda: record, lambda _: text)
+
+
+def not_whole(path: str, what: str, error: Exception) -> InputError:
+    """The error for a record that lacks something."""
+    return InputError(f"{path} is not a whole record of {what} ({type(error).__name__}: {error}).")
+
+
+def print_record(get: Callable[[], dict], render: Callable[[dict], str]) -> dict:
+    """Print a new record, also where its file could not be written; return it.
+
+    Raises: InputError where a file could not be written, after the results were printed.
+    """
+    try:
+        record = get()
+    except NotWrittenError as error:
+        if isinstance(error.record, dict):
+            print_result(render(error.record), error.record)
+        raise
+    print_result(render(record), record)
+    return record

@@ -44,12 +44,17 @@ def command(
     from ..loading import blas
 
     blas.require_mlx()
-    from ..serve.server import parse, serve
+    from ..serve import server
 
     policy = options.policy_from(**cache)
-    centre = options.centre_from(keys, no_centre)
-    serve(
-        parse(ctx.args), policy, backend=backend, centre=centre, compress_sliding=compress_sliding
+    centre = options.centre_from(keys, no_centre, [policy])
+    options.check_backend(backend)
+    server.serve(
+        server.parse(ctx.args),
+        policy,
+        backend=backend,
+        centre=centre,
+        compress_sliding=compress_sliding,
     )
 
 

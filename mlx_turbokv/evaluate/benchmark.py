@@ -26,6 +26,7 @@ from .configuration import Prepared
 FILL_STEP = 8192  # rows written at a time into a cache that is filled without the model
 BUILD_STEPS = 16
 Tick = Callable[[int, int, str], None]
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -85,13 +86,20 @@ def measure_point(
     trials = [Trials(c) for c in configs]
     runner = (_Contexts if point.kind == "context" else _Prompts)(model, point.tokens, settings)
     total = (settings.num_trials + 1) * len(trials)
+
+    def say(done: int, trial: Trials) -> Callable[[str], None]:
+        return lambda what: tick(done, total, f"{trial.config.name}: {what}") if tick else None
+
     for i in range(settings.num_trials + 1):
         if i > 1 and deadline is not None and time.perf_counter() > deadline:
             break
         for j, trial in enumerate(trials, 1):
             if trial.error is None:
                 try:
-                    (runner.run if i > 0 else runner.warm_up)(trial)
+                    if i > 0:
+                        runner.run(trial)
+                    else:
+                        runner.warm_up(trial, say(j - 1, trial))
                 except (RuntimeError, NotImplementedError, InputError) as error:
                     trial.error = (str(error).splitlines() or [type(error).__name__])[0]
             if tick:
@@ -108,7 +116,8 @@ class _Prompts:
         self.prompt = mx.random.randint(0, settings.vocab_size, (tokens,))
         mx.eval(self.prompt)
 
-    def warm_up(self, trial: Trials) -> None:
+    def warm_up(self, trial: Trials, say: Say) -> None:
+        say("first trial, not timed")
         trial.build_s = _build_times(self.model, self._generate(trial)[0])
 
     def run(self, trial: Trials) -> None:
@@ -138,10 +147,11 @@ class _Contexts:
             raise InputError("This model has no KV layer, so there is no context to fill.")
         self.caches: dict[str, list] = {}
 
-    def warm_up(self, trial: Trials) -> None:
+    def warm_up(self, trial: Trials, say: Say) -> None:
         before = _start_of_peak()
         caches = self.caches[trial.config.name] = trial.config.make_caches()
-        fill(caches, self.found, self.tokens, _dtype(self.model, self.found))
+        fill(caches, self.found, self.tokens, _dtype(self.model, self.found), say)
+        say("first trial, not timed")
         _start_of_peak()
         self._generate(caches)
         trial.peak_bytes = mx.get_peak_memory() - before
@@ -175,8 +185,13 @@ def _start_of_peak() -> int:
     return mx.get_active_memory()
 
 
-def fill(caches: list, found: KVLayers, tokens: int, dtype: mx.Dtype) -> None:
+def fill(
+    caches: list, found: KVLayers, tokens: int, dtype: mx.Dtype, say: Say = lambda _: None
+) -> None:
     """Write ``tokens`` random rows of K and V into each KV layer; recurrent states stay empty.
+
+    Args:
+        say: is told how far it is.
 
     Raises: InputError if the model's shapes cannot be learnt.
     """
@@ -188,6 +203,7 @@ def fill(caches: list, found: KVLayers, tokens: int, dtype: mx.Dtype) -> None:
             )
         for start in range(0, tokens, FILL_STEP):
             n = min(FILL_STEP, tokens - start)
+            say(f"filling layer {layer.ordinal + 1} of {len(found.layers)}, token {start:,}")
             shape = (1, layer.shape.n_kv_heads, n)
             k = mx.random.normal((*shape, layer.shape.k_head_dim), dtype)
             v = mx.random.normal((*shape, layer.shape.v_head_dim), dtype)

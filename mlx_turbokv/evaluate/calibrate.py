@@ -22,6 +22,7 @@ from .configuration import check_name, kv_shapes, prepare
 from .sensitivity import PARTS, Change, Pairs, Sensitivity, all_changes, measure
 
 FORMATS = ("q8_0", "turbo6", "turbo5", "turbo4", "turbo3", "turbo2")
+MOST_BITS = 16
 BUDGETS = ("la-v7", "4.5", "3.6")
 ROUNDING = 1e-6  # bytes: a budget given as a decimal number must not lose one to its last digit
 
@@ -77,9 +78,10 @@ def check_budget(text: str) -> None:
     bits = _number(text)
     if bits is None:
         check_name(text)
-    elif not 0 < bits < np.inf:
+    elif not 0 < bits <= MOST_BITS:
         raise InputError(
-            f"Budget {text} is not accepted: give bits per value above 0, or a configuration."
+            f"--budget {text} is not accepted: give bits per value above 0 and at most "
+            f"{MOST_BITS}, or a configuration."
         )
 
 
@@ -103,6 +105,11 @@ def as_budget(model: nn.Module, shapes: Sequence[KVShape], text: str) -> Budget:
     bits = _number(text) or prepare(model, text).bits or 0.0
     n_values = sum(shape.n_values for shape in shapes)
     return Budget(text, int(bits * n_values / 8 + ROUNDING))
+
+
+def is_number(text: str) -> bool:
+    """Whether a budget is bits per value, and not a configuration."""
+    return _number(text) is not None
 
 
 def _number(text: str) -> float | None:

@@ -135,10 +135,9 @@ class Calibration:
 
     def _measurements(self, sample: Sample) -> Journal:
         """The measurements in the folder, of this model and text."""
-        backend = self.options["backend"]
         settings = self._settings(sample, []) | {
             "stride": self.options["ctx_size"] // 2,
-            "backend": select_backend(None if backend == "auto" else backend).name,
+            "backend": select_backend(self.options["backend"]).name,
         }
         path = self.folder / MEASUREMENTS
         kept = Journal(path, settings, self.options["resume"])

@@ -13,6 +13,7 @@ from pathlib import Path
 from ..errors import InputError
 from ..files import parse_json, write_text
 from ..loading.default_model import cache_dir
+from ..log import warn_once
 from .divergence import PositionStats
 
 
@@ -41,6 +42,7 @@ class Journal:
         # As they read back from the file: tuples become lists.
         self.settings = json.loads(json.dumps(settings))
         self.parts: list[dict] = []
+        self._failed = False  # what the file has may end within a line
         exists = self.path.is_file()
         if resume and not exists:
             raise InputError(f"There is no unfinished run to resume at {self.path}.")
@@ -50,7 +52,7 @@ class Journal:
             self._read()
 
     def _read(self) -> None:
-        text = self.path.read_text(encoding="utf-8")
+        text = self.path.read_text(encoding="utf-8", errors="replace")
         lines, records = text.splitlines(), []
         for line in lines:
             try:
@@ -60,7 +62,12 @@ class Journal:
         if not records:
             self.path.unlink()
             return
-        found = records[0].get("settings") or {}
+        are_parts = all(isinstance(record, dict) for record in records)
+        if not are_parts or not isinstance(records[0].get("settings"), dict):
+            raise InputError(
+                f"{self.path} holds no finished parts that can be read; --no-resume starts anew."
+            )
+        found = records[0]["settings"]
         names = [k for k in {**found, **self.settings} if found.get(k) != self.settings.get(k)]
         if names:
             raise InputError(
@@ -69,17 +76,35 @@ class Journal:
             )
         self.parts = records[1:]
         if len(records) < len(lines) or not text.endswith("\n"):
-            write_text(self.path, "".join(json.dumps(r) + "\n" for r in records))
+            self._rewrite()
 
     def add(self, part: dict) -> None:
-        """Append a finished part."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        new = not self.path.exists()
-        with self.path.open("a", encoding="utf-8") as file:
-            if new:
-                file.write(json.dumps({"settings": self.settings}) + "\n")
-            file.write(json.dumps(part) + "\n")
+        """Append a finished part; where the disk fails, say so, and try again with the next."""
         self.parts.append(part)
+        if self._failed or not self.path.exists():
+            self._rewrite()
+            return
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(part) + "\n")
+        except OSError as error:
+            self._fail(error)
+
+    def _rewrite(self) -> None:
+        records = [{"settings": self.settings}, *self.parts]
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self.path, "".join(json.dumps(r) + "\n" for r in records))
+            self._failed = False
+        except OSError as error:
+            self._fail(error)
+
+    def _fail(self, error: OSError) -> None:
+        self._failed = True
+        warn_once(
+            f"Warning: {self.path} cannot be written ({error.strerror}): finished parts stay in "
+            "memory, and are written with a later one."
+        )
 
     def done(self) -> None:
         """Delete the file: the run has ended and its results are stored."""

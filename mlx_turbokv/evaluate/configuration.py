@@ -90,9 +90,19 @@ def parse_policy(name: str) -> Policy:
     if "/" in text and not parametrised:
         return Uniform(*_pair(text, name))
     # boundary:2,2:f16 has colons of its own, and takes K by K/V@boundary:...
+    if text.lower().startswith("mlx-kv"):
+        raise InputError(
+            f"Unknown configuration {name!r}: mlx-lm's quantised cache is mlx-kvN or "
+            "mlx-kvN:GROUP, N one of 2, 3, 4 and 8, and GROUP one of 32, 64 and 128."
+        )
     if ":" in text and not parametrised:
         policy, _, k = text.partition(":")
+        _known_policy(policy, name)
         return load_policy(policy, as_format(k))
+    return _known_policy(text, name)
+
+
+def _known_policy(text: str, name: str) -> Policy:
     try:
         return load_policy(text)
     except InputError:
@@ -106,13 +116,18 @@ def _pair(text: str, name: str) -> Pair:
     return as_format(parts[0]), as_format(parts[1])
 
 
+def is_mlx_lm(name: str) -> bool:
+    """Whether a configuration is mlx-lm's own quantised cache."""
+    return _MLX_LM_NAME.fullmatch(name.strip().lower()) is not None
+
+
 def check_name(name: str) -> None:
     """Check a configuration's name before any model is loaded.
 
     Raises:
         InputError: as `parse_policy`.
     """
-    if not _MLX_LM_NAME.fullmatch(name.strip().lower()):
+    if not is_mlx_lm(name):
         parse_policy(name)
 
 
@@ -161,7 +176,7 @@ def prepare(
     factory = CacheFactory(
         model,
         policy,
-        None if backend == "auto" else backend,
+        backend,
         centre=centre,
         compress_sliding=compress_sliding,
     )

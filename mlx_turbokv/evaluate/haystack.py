@@ -12,12 +12,13 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import InputError
 
 KINDS = ("password", "number", "distractors")
 N_DISTRACTORS = 4
+MOST_CASES = 100_000
 LONGEST_SENTENCE = 60  # words; longer ones are cut, so that depths and lengths stay fine-grained
 CITIES = (
     "Bergen", "Bogota", "Cairo", "Dakar", "Dublin", "Genoa", "Hanoi", "Havana", "Izmir", "Jaipur",
@@ -61,6 +62,19 @@ class Prompt:
     answer: str
 
 
+class _Start(NamedTuple):
+    """What follows from a case's name: its facts, the first sentence, distractors' places."""
+
+    needle: str
+    question: str
+    lead: str
+    answer: str
+    answer_tokens: list[int]
+    distractors: list[str]
+    start: int
+    places: list[float]
+
+
 def make_cases(
     contexts: Sequence[int], depths: Sequence[float], kinds: Sequence[str], repeats: int = 1
 ) -> list[Case]:
@@ -76,6 +90,8 @@ def make_cases(
             raise InputError(f"Depth {depth:g} is not accepted: it must be from 0 to 1.")
     if repeats < 1:
         raise InputError(f"Repeats {repeats} are not accepted: at least 1 is needed.")
+    if (n := len(contexts) * len(depths) * len(kinds) * repeats) > MOST_CASES:
+        raise InputError(f"{n:,} cases are not accepted: at most {MOST_CASES:,} can be run.")
     cases = {
         Case(kind, context, depth, repeat)
         for repeat in range(repeats) for depth in depths for kind in kinds for context in contexts
@@ -116,29 +132,56 @@ class Haystack:
 
         Raises: InputError if not even one sentence of the haystack fits.
         """
-        rng = random.Random(case.name)
-        needle, question, lead, answer, distractors = _facts(case, rng)
-        answer_tokens = self._answer_tokens(lead, answer)
-        start = rng.randrange(len(self.sentences))
-        places = [rng.random() for _ in distractors]
-        room = case.context - len(answer_tokens)
-        bare = len(self._tokens([needle, *distractors], question, lead))
+        at = self._start(case)
+        room = case.context - len(at.answer_tokens)
+        bare = len(self._tokens([at.needle, *at.distractors], at.question, at.lead))
         chosen, used = [], bare
-        for i in range(start, start + 100 * len(self.sentences)):
+        for i in range(at.start, at.start + 100 * len(self.sentences)):
             used += self.lengths[i % len(self.sentences)]
-            if used > room:
+            if chosen and used > room:
                 break
             chosen.append(self.sentences[i % len(self.sentences)])
         while chosen:
-            facts = [(case.depth, needle), *zip(places, distractors)]
-            tokens = self._tokens(_hidden(chosen, facts), question, lead)
+            tokens = self._around(case, at, chosen)
             if len(tokens) <= room:
-                return Prompt(tokens, answer_tokens, answer)
+                return Prompt(tokens, at.answer_tokens, at.answer)
             chosen.pop()
-        raise InputError(
-            f"A context of {case.context} tokens is too short for a needle: the question alone "
-            f"takes {bare + len(answer_tokens)}."
+        raise self._too_short([case])
+
+    def check(self, cases: Sequence[Case]) -> None:
+        """Check that every case has room for its needle and one sentence, before any is run.
+
+        Raises: InputError.
+        """
+        short = [case for case in cases if self._least(case) > case.context]
+        if short:
+            raise self._too_short([c for c in cases if c.context in {s.context for s in short}])
+
+    def _too_short(self, cases: Sequence[Case]) -> InputError:
+        context = min(case.context for case in cases)
+        least = max(self._least(case) for case in cases if case.context == context)
+        return InputError(
+            f"A context of {context} tokens is too short for a needle: with its question, its "
+            f"answer and one sentence of the text it takes up to {least} tokens here."
         )
+
+    def _least(self, case: Case) -> int:
+        """Tokens of a case with one sentence of the text."""
+        at = self._start(case)
+        first = [self.sentences[at.start]]
+        return len(self._around(case, at, first)) + len(at.answer_tokens)
+
+    def _start(self, case: Case) -> _Start:
+        rng = random.Random(case.name)
+        needle, question, lead, answer, distractors = _facts(case, rng)
+        start = rng.randrange(len(self.sentences))
+        places = [rng.random() for _ in distractors]
+        answer_tokens = self._answer_tokens(lead, answer)
+        return _Start(needle, question, lead, answer, answer_tokens, distractors, start, places)
+
+    def _around(self, case: Case, at: _Start, sentences: list[str]) -> list[int]:
+        facts = [(case.depth, at.needle), *zip(at.places, at.distractors)]
+        return self._tokens(_hidden(sentences, facts), at.question, at.lead)
 
     def _tokens(self, sentences: list[str], question: str, lead: str) -> list[int]:
         body = " ".join(sentences)

@@ -31,7 +31,7 @@ def require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise InputError(
-            "Plots need matplotlib, which is not installed: pip install 'mlx_turbokv[plot]'."
+            "Plots need matplotlib, which is not installed: pip install matplotlib."
         ) from None
 
 
@@ -64,9 +64,11 @@ def _style(ax: Axes) -> None:
     ax.set_axisbelow(True)
 
 
-def save_png(figure: Figure, path: str) -> None:
-    """Write a PNG with a white background."""
-    figure.savefig(path, format="png", dpi=150, facecolor="white")
+def as_png(figure: Figure) -> bytes:
+    """A PNG with a white background."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, facecolor="white")
+    return buffer.getvalue()
 
 
 def as_svg(figure: Figure, label: str) -> str:

@@ -138,7 +138,6 @@ def measure(
     """
     base, changes = list(base), list(changes)
     batch = batch or default_batch()
-    backend = None if backend == "auto" else backend
     factory = CacheFactory(model, layer_list(base, "base"), backend, centre=centre)
     # A format that does not fit is refused here, before anything is measured.
     makers: dict[str, Callable[[], list]] = {

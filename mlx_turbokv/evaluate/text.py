@@ -32,8 +32,11 @@ class TextSource:
         return {"name": self.name, "sha256": self.sha256}
 
 
-def load_text(source: str | None = None) -> TextSource:
+def load_text(source: str | None = None, option: str = "--text") -> TextSource:
     """The text named by `source`: a file, 'sample', or 'wikitext-2' (also None).
+
+    Args:
+        option: what it was given by, for messages.
 
     Raises: InputError for a missing, unreadable or empty file, and where wikitext-2 cannot be
     fetched.
@@ -42,7 +45,7 @@ def load_text(source: str | None = None) -> TextSource:
         data = (files("mlx_turbokv.evaluate") / "sample.txt").read_bytes()
         return _decoded("sample", data)
     if source is None or source == "wikitext-2":
-        return _decoded("wikitext-2-raw test", _wikitext())
+        return _decoded("wikitext-2-raw test", _wikitext(option))
     path = Path(source).expanduser()
     try:
         data = read_bytes(path)
@@ -56,7 +59,7 @@ def load_text(source: str | None = None) -> TextSource:
 
 def _decoded(name: str, data: bytes) -> TextSource:
     try:
-        text = data.decode("utf-8")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise InputError(f"Text file {name} is not UTF-8 text.") from None
     if not text.strip():
@@ -64,17 +67,17 @@ def _decoded(name: str, data: bytes) -> TextSource:
     return TextSource(name, text, hashlib.sha256(data).hexdigest())
 
 
-def _wikitext() -> bytes:
+def _wikitext(option: str) -> bytes:
     kept = cache_dir() / "wikitext-2-raw-test.txt"
     if kept.is_file():
         data = kept.read_bytes()
         if hashlib.sha256(data).hexdigest() == WIKITEXT_SHA256:
             return data
-    data = _fetch_wikitext()
+    data = _fetch_wikitext(option)
     if hashlib.sha256(data).hexdigest() != WIKITEXT_SHA256:
         raise InputError(
             f"The fetched wikitext-2 is not the expected file (sha256 {WIKITEXT_SHA256[:12]}…); "
-            "give a text with --text FILE or --text sample."
+            f"{_advice(option)}."
         )
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +88,7 @@ def _wikitext() -> bytes:
     return data
 
 
-def _fetch_wikitext() -> bytes:
+def _fetch_wikitext(option: str) -> bytes:
     from huggingface_hub import hf_hub_download
 
     try:
@@ -95,5 +98,10 @@ def _fetch_wikitext() -> bytes:
     except Exception as error:  # the hub's client raises many kinds of errors
         raise InputError(
             f"Wikitext-2 could not be fetched from the hub ({type(error).__name__}); "
-            "give a text with --text FILE or --text sample."
+            f"{_advice(option)}."
         ) from None
+
+
+def _advice(option: str) -> str:
+    other = "none" if option == "--held-out" else "sample"
+    return f"give a text with {option} FILE or {option} {other}"

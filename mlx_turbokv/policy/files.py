@@ -33,10 +33,19 @@ def read_layer_list(path: str | os.PathLike) -> LayerList:
         raise InputError(f"Policy file {str(path)!r} cannot be read: {error.strerror}.") from None
     except ValueError:
         raise InputError(f"Policy file {str(path)!r} is not JSON text.") from None
-    if not isinstance(document, dict) or document.get("version") != VERSION:
-        found = document.get("version") if isinstance(document, dict) else None
+    if not isinstance(document, dict):
         raise InputError(
-            f"Policy file {str(path)!r} has version {found!r}: version {VERSION} is accepted."
+            f"Policy file {str(path)!r} is not a JSON object: one with 'version' and 'layers' is "
+            "accepted."
+        )
+    if "version" not in document:
+        raise InputError(
+            f'Policy file {str(path)!r} names no version: "version": {VERSION} is accepted.'
+        )
+    if document["version"] != VERSION:
+        raise InputError(
+            f"Policy file {str(path)!r} has version {document['version']!r}: version {VERSION} is "
+            "accepted."
         )
     layers = document.get("layers")
     if not isinstance(layers, list) or not layers:

@@ -12,7 +12,7 @@ To add a policy: a frozen dataclass with one method, ``pair``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from ..errors import InputError
 from ..quant.formats import KVFormat, as_format
@@ -42,6 +42,11 @@ class Policy:
     def notes(self, n_layers: int) -> list[str]:
         """Sentences worth telling about this policy on ``n_layers`` KV layers."""
         return []
+
+    def k_formats(self) -> set[KVFormat]:
+        """Every format that a layer's keys may get."""
+        names = [x.name for x in fields(self) if x.name == "k" or x.name.endswith("_k")]
+        return {as_format(f) for f in (getattr(self, name) for name in names) if f is not None}
 
     def formats(self, n_layers: int) -> list[Pair]:
         """The pair of formats of every KV layer, in order.
@@ -179,6 +184,9 @@ class LayerList(Policy):
                 f"{n_layers}."
             )
 
+    def k_formats(self) -> set[KVFormat]:
+        return {as_format(k) for k, _ in self.pairs}
+
     def pair(self, ordinal: int, n_layers: int) -> Pair:
         return self.pairs[ordinal]
 
@@ -202,6 +210,9 @@ class Preset(Policy):
             f"Policy {self.label} protects {self.protected} KV layers, and this model has "
             f"{n_layers}: every layer is a boundary layer."
         ]
+
+    def k_formats(self) -> set[KVFormat]:
+        return self.inner.k_formats()
 
     def pair(self, ordinal: int, n_layers: int) -> Pair:
         return self.inner.pair(ordinal, n_layers)

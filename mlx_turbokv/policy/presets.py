@@ -80,7 +80,7 @@ def from_environment(
 
 
 _PARAMETRISED = re.compile(
-    r"(?:boundary:(?P<first>\d+),(?P<last>\d+)|last:(?P<n>\d+))(?::(?P<formats>[^/]+(?:/[^/]+)?))?"
+    r"(?:boundary:(?P<first>[0-9]{1,9}),(?P<last>[0-9]{1,9})|last:(?P<n>[0-9]{1,9}))(?::(?P<formats>[^/]+(?:/[^/]+)?))?"
 )
 
 

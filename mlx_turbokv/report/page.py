@@ -49,6 +49,11 @@ def build_page(record: dict) -> str:
     )
 
 
+def check_calibration(record: dict) -> None:
+    """Raises: what a record of calibrate lacks, of any kind."""
+    _sensitivity({"calibrate": record})
+
+
 def _about(record: dict) -> str:
     environment = record["environment"]
     return (

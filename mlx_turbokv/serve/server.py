@@ -24,6 +24,15 @@ from ..loading import distributed, models
 from ..policy import Policy
 
 NO_LIMIT = 1 << 63
+MOST_TOKENS = 1 << 24
+# What mlx_lm.server's numbers may be.
+_RANGES = {
+    "port": (0, 65535), "temp": (0, 1000), "top_p": (0, 1), "min_p": (0, 1), "top_k": (0, NO_LIMIT),
+    "max_tokens": (1, NO_LIMIT), "num_draft_tokens": (1, MOST_TOKENS),
+    "decode_concurrency": (1, 4096), "prompt_concurrency": (1, 4096),
+    "prefill_step_size": (1, MOST_TOKENS), "prompt_cache_size": (0, NO_LIMIT),
+    "prompt_cache_bytes": (0, NO_LIMIT),
+}  # fmt: skip
 logger = logging.getLogger(__name__)
 
 
@@ -69,14 +78,33 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     Raises:
         InputError: an unknown option or a value that is not accepted.
     """
-    options = server_parser().parse_args(list(arguments))
+    try:
+        options = server_parser().parse_args(list(arguments))
+    except (ArithmeticError, KeyError, RecursionError) as error:
+        # what the types of mlx_lm.server's options raise beside what argparse expects
+        raise InputError(
+            "--prompt-cache-bytes takes a number of bytes, or one with M, MB, G or GB, and "
+            f"--chat-template-args a JSON object ({type(error).__name__})."
+        ) from error
     if options.kv_bits is not None:
         raise InputError(
             f"--kv-bits {options.kv_bits} is mlx-lm's own quantised cache; the packed cache's "
             "formats are given with -ctk and -ctv."
         )
-    if not 0 <= options.port < 1 << 16:
-        raise InputError(f"--port {options.port} is not accepted: give 0 to 65535.")
+    for name, (least, most) in _RANGES.items():
+        value = getattr(options, name)
+        if value is not None and not least <= value <= most:
+            limits = f"{least} to {most}" if most < NO_LIMIT else f"{least} or more"
+            raise InputError(f"--{name.replace('_', '-')} {value} is not accepted: give {limits}.")
+    if not isinstance(options.chat_template_args, dict):
+        raise InputError("--chat-template-args is not a JSON object.")
+    words = [word.split("=")[0] for word in arguments]
+    if options.draft_model is None and "--num-draft-tokens" in words:
+        raise InputError("--num-draft-tokens has no effect without --draft-model.")
+    if options.chat_template and options.use_default_chat_template:
+        raise InputError(
+            "--chat-template and --use-default-chat-template cannot be given together."
+        )
     return options
 
 

@@ -92,7 +92,7 @@ def test_not_verbose_prints_the_text_alone(call):
 
 
 def test_prompt_from_standard_input(call, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("the"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the")))
     assert _answer(call("-p", "-", "-m", 6)[1]) == _answer(call("-p", "the", "-m", 6)[1])
 
 

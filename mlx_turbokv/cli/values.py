@@ -1,0 +1,86 @@
+"""Types of the options' values, and what options must not be given together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from ..errors import InputError
+
+MOST_TOKENS = 1 << 24
+COUNT = click.IntRange(1, MOST_TOKENS)
+SEED = click.IntRange(0, (1 << 64) - 1)
+# The coldest temperature above 0 whose inverse keeps logits finite in 16 bits.
+COLDEST, HOTTEST = 0.001, 1000
+
+
+class Number(click.FloatRange):
+    """A finite number in a range."""
+
+    name = "number"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return number
+
+
+class Temperature(Number):
+    """0, or a number that logits can be divided by."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        number = super().convert(value, param, ctx)
+        if number != 0 and not COLDEST <= number <= HOTTEST:
+            self.fail(f"{value} is neither 0 nor from {COLDEST} to {HOTTEST}", param, ctx)
+        return number
+
+
+UNIT = Number(0, 1)
+
+
+def given(name: str) -> str | None:
+    """The option of this parameter as it is called, if the command line has it."""
+    ctx = click.get_current_context(silent=True)
+    if ctx is None or ctx.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+        return None
+    param = next(p for p in ctx.command.params if p.name == name)
+    if param.secondary_opts and ctx.params.get(name) is False:
+        return max(param.secondary_opts, key=len)
+    return max(param.opts, key=len)
+
+
+def refuse(names: Collection[str], why: str) -> None:
+    """Refuse options that would change nothing.
+
+    Args:
+        names: their parameters' names.
+        why: ends the sentence "--x has no effect ...".
+
+    Raises:
+        InputError: one of them was given.
+    """
+    for name in names:
+        if option := given(name):
+            raise InputError(f"{option} has no effect {why}.")
+
+
+def refuse_all_but(names: Collection[str], why: str) -> None:
+    """As ``refuse``, for every option of the command but these."""
+    ctx = click.get_current_context()
+    refuse([p.name for p in ctx.command.params if p.name and p.name not in names], why)
+
+
+def exclude(first: str, second: str) -> None:
+    """Raises: InputError where both parameters' options were given."""
+    one, other = given(first), given(second)
+    if one and other:
+        raise InputError(f"{one} and {other} cannot be given together.")
