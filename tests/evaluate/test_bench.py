@@ -80,8 +80,6 @@ def test_a_hybrid_has_its_recurrent_layers():
     ("arguments", "message"),
     [
         (["--shape", "no-such-shape"], "accepted are phi-4"),
-        (["--weight-bits", "7"], "Weight bits 7"),
-        (["--dtype", "int8"], "'int8' is not accepted"),
         (["--config", "q7/turbo2"], "accepted"),
         (["--model", "x"], "cannot be given together"),
     ],
@@ -115,7 +113,10 @@ def test_every_configuration_gets_every_trial_in_turn(kind, name):
     rows = benchmark.measure_point(
         model, Point(kind, 40), configs, QUICK, tick=lambda *a: ticks.append(a[2])
     )
-    assert ticks == ["f16/f16", "q8_0/turbo2"] * 3
+    assert [name for name in ticks if ":" not in name] == ["f16/f16", "q8_0/turbo2"] * 3
+    said = [name for name in ticks if ":" in name]  # before anything of it has run
+    assert ticks[0] in said and any(name.endswith("first trial, not timed") for name in said)
+    assert any("filling layer 1 of" in name for name in said) is (kind == "context")
     for row in rows:
         assert len(row["generation_tps"]["trials"]) == 2
         assert row["generation_tps"]["min"] <= row["generation_tps"]["median"]

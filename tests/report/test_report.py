@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from characters import loaded
 from click.testing import CliRunner
+from command_calls import refused
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import tiny_config, tiny_model
@@ -23,6 +25,7 @@ from mlx_turbokv.report import figures, page  # noqa: E402
 
 TEXT = " ".join(f"Sentence {i} says that {i} follows {i - 1}." for i in range(1, 120))
 LAYERS = 4
+SKIP_OTHERS = ("--skip", "perplexity", "--skip", "plan", "--skip", "bench")
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +43,11 @@ def _run(patch, out, *more):
     model = tiny_model("llama", num_hidden_layers=LAYERS, head_dim=64)
     config = tiny_config("llama", num_hidden_layers=LAYERS, head_dim=64)
     patch.setattr("mlx_turbokv.loading.models.load", lambda *a, **k: loaded(model, config))
-    arguments = ["--out", str(out), "--text", str(out / "text.txt"), "--quick", "-c", "64",
-                 "--needle-context", "700", "--depths", "1", "-p", "20", "-g", "2", "-n", "1",
-                 "--config", "q8_0/turbo2", "--config", "la-v7", *more]  # fmt: skip
+    needle = [] if "needle" in more else ["--needle-context", "700", "--depths", "1"]
+    ctx = [] if "perplexity" in more else ["-c", "64"]
+    bench = [] if "bench" in more else ["-p", "20", "-g", "2", "-n", "1"]
+    arguments = ["--out", str(out), "--text", str(out / "text.txt"), "--quick", *ctx, *needle,
+                 *bench, "--config", "q8_0/turbo2", "--config", "la-v7", *more]  # fmt: skip
     return CliRunner().invoke(report.command, arguments)
 
 
@@ -173,13 +178,31 @@ def test_names_are_escaped(folder):
     assert "<b>" not in html and "&lt;b&gt;&amp;model" in html and "&lt;text&gt;" in html
 
 
-def test_without_matplotlib_the_json_is_written(folder, tmp_path, monkeypatch):
-    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "report.html").unlink()
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    result = _run(monkeypatch, tmp_path)
-    assert isinstance(result.exception, InputError) and "mlx_turbokv[plot]" in str(result.exception)
-    assert (tmp_path / "report.json").is_file() and not (tmp_path / "report.html").exists()
+def test_without_matplotlib_nothing_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    said = refused("report", "--out", tmp_path / "new", "--text", "sample")
+    assert said.endswith("pip install matplotlib.") and list(tmp_path.iterdir()) == []
+
+
+def test_a_needle_that_does_not_fit_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("The sea was calm that day. " * 400)
+    result = _run(monkeypatch, tmp_path, "--needle-context", "40")
+    said = str(result.exception)
+    assert isinstance(result.exception, InputError) and "A context of 40 tokens" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+    least = int(re.search(r"takes up to (\d+) tokens", said)[1])
+    result = _run(monkeypatch, tmp_path, "--needle-context", str(least), *SKIP_OTHERS)
+    assert result.exception is None
+    result = _run(monkeypatch, tmp_path, "--needle-context", str(least - 1), *SKIP_OTHERS)
+    assert str(least) in str(result.exception)
+
+
+def test_a_part_of_a_calibration_record_is_refused_before_anything_is_measured(tmp_path):
+    file = tmp_path / "c.json"
+    file.write_text('{"what": "calibration", "sensitivity": []}')
+    arguments = ("--out", tmp_path / "new", "--text", "sample", "--calibrate", file)
+    assert "is not a whole record of calibration" in refused("report", *arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["c.json"]
 
 
 @pytest.mark.parametrize(
@@ -227,7 +250,7 @@ def test_parts_with_other_centring_are_measured_anew(folder, tmp_path, monkeypat
     record = json.loads((tmp_path / "perplexity.json").read_text())
     record["results"][1]["centred"] = "keys centred by something else"
     (tmp_path / "perplexity.json").write_text(json.dumps(record))
-    result = _run(monkeypatch, tmp_path, "--skip", "needle", "--skip", "bench", "--no-centre")
+    result = _run(monkeypatch, tmp_path, "--skip", "needle", "--skip", "bench")
     assert result.exception is None, result.output
     again = json.loads((tmp_path / "perplexity.json").read_text())
     assert again["results"][1]["centred"] == "keys not centred"
