@@ -22,7 +22,7 @@ from .configuration import check_name, kv_shapes, prepare
 from .sensitivity import PARTS, Change, Pairs, Sensitivity, all_changes, measure
 
 FORMATS = ("q8_0", "turbo6", "turbo5", "turbo4", "turbo3", "turbo2")
-MOST_BITS = 16
+MOST_BITS = 128
 BUDGETS = ("la-v7", "4.5", "3.6")
 ROUNDING = 1e-6  # bytes: a budget given as a decimal number must not lose one to its last digit
 
@@ -80,7 +80,7 @@ def check_budget(text: str) -> None:
         check_name(text)
     elif not 0 < bits <= MOST_BITS:
         raise InputError(
-            f"--budget {text} is not accepted: give bits per value above 0 and at most "
+            f"Budget {text} is not accepted: give bits per value above 0 and at most "
             f"{MOST_BITS}, or a configuration."
         )
 

@@ -93,7 +93,7 @@ def parse_policy(name: str) -> Policy:
     if text.lower().startswith("mlx-kv"):
         raise InputError(
             f"Unknown configuration {name!r}: mlx-lm's quantised cache is mlx-kvN or "
-            "mlx-kvN:GROUP, N one of 2, 3, 4 and 8, and GROUP one of 32, 64 and 128."
+            "mlx-kvN:GROUP, accepted are N 2, 3, 4 and 8, and GROUP 32, 64 and 128."
         )
     if ":" in text and not parametrised:
         policy, _, k = text.partition(":")

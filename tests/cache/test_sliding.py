@@ -325,10 +325,11 @@ def test_max_kv_size_leaves_own_windows_and_f16_layers_in_bounds() -> None:
     ]  # fmt: skip
     assert [c.max_size for c in caches] == [16, 40, 16, 40, 16, 40]
     assert np.isfinite(np.array(run_session(model, caches, CUTS, 30))).all()
-    with pytest.raises(InputError, match="max_kv_size 0"):
-        attach(model, max_kv_size=0)
-    (one, *_) = make_prompt_cache(shared_model("llama"), max_kv_size=3)
-    assert (one.max_size, one.keep) == (3, 2)
+    for size in (0, 3, 4):  # the first four tokens are kept
+        with pytest.raises(InputError, match=f"max_kv_size {size}"):
+            attach(model, max_kv_size=size)
+    (one, *_) = make_prompt_cache(shared_model("llama"), max_kv_size=5)
+    assert (one.max_size, one.keep) == (5, 4)
 
 
 def test_max_kv_size_that_can_do_nothing_says_so(caplog: pytest.LogCaptureFixture) -> None:

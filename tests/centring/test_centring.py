@@ -363,11 +363,13 @@ def test_kernels_keep_the_model_too(edge, metal_host, monkeypatch):
     assert divergence(logits[0], 35) < KEPT and divergence(logits[1], 12) < KEPT
 
 
-def test_options_of_the_commands():
+def test_options_of_the_commands(tmp_path):
     from mlx_turbokv.cli.options import centre_from
 
     assert centre_from() is True and centre_from(no_centre=True) is False
-    assert centre_from("means.keys.json") == "means.keys.json"
+    for name in ("means.keys.json", "means.keys.safetensors"):
+        (tmp_path / name).touch()
+    assert centre_from(str(tmp_path / "means.keys.json")) == str(tmp_path / "means.keys.json")
     with pytest.raises(InputError, match="--keys and --no-centre cannot be given together"):
         centre_from("means.keys.json", True)
 

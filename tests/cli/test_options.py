@@ -103,7 +103,7 @@ NUMBERS = [
     ("calibrate", "--ctx-size", ("3", str(2**40))),
     ("calibrate", "--chunks", ("0",)),
     ("calibrate", "--held-out-chunks", ("0",)),
-    ("calibrate", "--budget", ("nan", "inf", "-1", "0", "1e300", "17")),
+    ("calibrate", "--budget", ("nan", "inf", "-1", "0", "1e300", "129")),
     ("calibrate", "--refine", ("-1",)),
     ("calibrate", "--batch-size", ("0", str(2**40))),
     ("plan", "--context", ("0", "-5", str(2**64))),

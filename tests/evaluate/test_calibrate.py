@@ -165,7 +165,8 @@ def call(capsys, small, tmp_path, monkeypatch):
     def call(out, *args, text="a.txt", held_out="b.txt"):
         held_out = held_out if held_out == "none" else str(folder / held_out)
         given = ["--model", model, "--text", str(folder / text), "--held-out", held_out]
-        given += ["-c", "32", "--chunks", "3", "--held-out-chunks", "2", "--folder", str(out)]
+        given += ["-c", "32", "--chunks", "3", "--folder", str(out)]
+        given += [] if held_out == "none" else ["--held-out-chunks", "2"]
         with pytest.raises(SystemExit) as ended:
             run(command, [*given, *map(str, args)])
         captured = capsys.readouterr()
@@ -263,7 +264,7 @@ def test_the_type_to_run_in(call, tmp_path):
         (["--base", "q9/q9"], "q9"),
         (["--base", "mlx-kv4"], "mlx-kv4"),
         (["--compare", "q9/q9"], "q9"),
-        (["--chunks", "0"], "Chunks 0"),
+        (["--chunks", "0"], "--chunks"),
         (["--keys", "--no-centre"], "--no-centre"),
         (["--resume"], "no unfinished run"),
         (["--held-out", "a.txt", "--text", "a.txt"], "calibration text"),

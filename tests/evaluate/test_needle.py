@@ -266,18 +266,18 @@ def test_the_command_writes_a_record_and_a_heatmap(call, tmp_path):
     assert again.exception is None and "| q8_0/turbo2 |" in again.output
 
 
-def test_a_missing_matplotlib_is_named_and_the_record_is_kept(call, tmp_path, monkeypatch):
+def test_a_missing_matplotlib_is_named_before_the_run(call, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     out, plot = tmp_path / "n.json", ["--depths", 1, "--plot", tmp_path / "n.png"]
     for result in (call(*plot), call(*plot, "--json", out)):
         assert isinstance(result.exception, InputError)
-        assert "mlx_turbokv[plot]" in str(result.exception)
-    assert json.loads(out.read_text())["summary"]
+        assert str(result.exception).endswith("pip install matplotlib.")
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--needle", "pin"], ["--depth", "2"], ["--config", "q7/turbo2"], ["--from", "missing.json"]],
+    [["--needle", "pin"], ["--needle", ""], ["--config", "q7/turbo2"], ["--from", "missing.json"]],
 )
 def test_the_command_refuses_before_it_loads_a_model(arguments):
     assert isinstance(CliRunner().invoke(cli.command, arguments).exception, InputError)

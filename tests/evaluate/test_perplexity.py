@@ -276,7 +276,7 @@ def test_unusable_text_files(tmp_path, content):
     [
         ["--text", "no-such-file.txt"],
         ["--config", "q7/turbo2"],
-        ["--chunks", "0", "--text", "sample"],
+        ["--ctx-size", "3", "--text", "sample"],
         ["--text", "sample", "--json", "no-such-folder/out.json"],
     ],
 )
