@@ -79,6 +79,7 @@ def test_sequences_begin_where_they_did_after_a_filter(
     before = step(batch, *first)  # what was worked out for three sequences is not for two
     outputs = [step(cache, *(x[i : i + 1] for x in first)) for i, cache in enumerate(alone)]
     np.testing.assert_allclose(before, np.concatenate(outputs), rtol=0, atol=ATOL)
+    assert batch.offset.tolist() == [n + 1 for n in lengths]
     batch.filter(kept)
     longest = max(lengths[i] for i in kept)
     assert batch.left_padding.tolist() == [longest - lengths[i] for i in kept]

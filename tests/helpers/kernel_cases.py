@@ -73,10 +73,16 @@ SPLITS = (1, 3)
 # stale: NaN after the last row
 EDGES = ("plain", "causal", "starts", "sinks", "stale")
 # all scores about -136, less than what 2^x of float32 reaches, also with sinks as low; queries of
-# zeros; queries and values 1,000 times as loud. Apart from these: sinks above all scores
-# (high_sinks), and values close to the smallest scale (quiet_values)
+# zeros; queries and values 1,000 times as loud
 EXTREMES = ("below", "below_sinks", "zero_queries", "loud_queries", "loud_values")
-SCORE_BELOW, LOUD, QUIET, ABOVE = -136.0, 1000.0, 1e-6, 30.0
+SCORE_BELOW, LOUD, QUIET, ABOVE = -136.0, 1000.0, 2e-7, 30.0
+# and, in one case each: sinks above all scores (high_sinks); values close to the smallest scale
+# (quiet_values); a key 1,000 times as loud that only the last query sees (future); one dim of V
+# rotated has all, and later tokens' weights are as large as they may become, or too large (spiked);
+# many tokens of which each is 2^-14 of the loudest one (crowd)
+ROUND = 512  # tokens that all SIMD groups handle at a time
+SPIKED_SCORES = np.log(2) * np.array([0, 3.9, 5.9])  # MARGIN is 4
+CROWD_SCORE = 14 * np.log(2)
 
 
 def all_pairs(values: dict[str, tuple], seed: int = 0) -> list[dict]:
@@ -194,6 +200,11 @@ EXTREME += [
     for edge in ("below_sinks", "high_sinks")
 ]
 EXTREME.append(Case("turbo4", "turbo3", (64, 64), "bfloat16", edge="quiet_values", splits=3))
+EXTREME += [
+    Case("f16", "turbo6", (64, 64), heads=(1, 1, 1), tokens=(n, 5), edge=edge)
+    for n, edge in ((1088, "spiked"), (8192, "crowd"))
+]
+EXTREME.append(Case("turbo4", "turbo3", (64, 64), n_queries=2, edge="future"))
 # as many blocks of anchors as the first table has, and more
 LONGEST = [
     Case("turbo4", "turbo3", (64, 64), heads=(1, 1, 1), tokens=tokens, centred="apart", splits=5)
@@ -244,6 +255,24 @@ def _direction(case: Case, dtype: mx.Dtype) -> mx.array:
     return mx.array(signs * np.sqrt(-SCORE_BELOW / dim**0.5)).astype(dtype)
 
 
+def _designed(case: Case, values: mx.array, rng) -> tuple[np.ndarray, mx.array]:
+    """Scores and values of the edges spiked and crowd; scores differ, so that roundings do.
+
+    Shapes:
+        values: [B, H, n, v_head_dim]; returns: [n], and the values.
+    """
+    n = values.shape[2]
+    scores, token = -0.05 * rng.random(n), np.arange(n)
+    if case.edge == "spiked":
+        spike = rotation_matrix(case.dims[1])[3] * case.dims[1] ** 0.5
+        values = mx.broadcast_to(mx.array(spike).astype(values.dtype), values.shape)
+        return scores + SPIKED_SCORES[token // ROUND], values
+    # a loud token for each SIMD group, whose references differ
+    loud = (token < ROUND) & (token % 64 == 5)
+    same = mx.broadcast_to(values[:, :, :1], values.shape)
+    return scores + CROWD_SCORE * loud, mx.where(mx.array(loud)[:, None], values, same)
+
+
 def _left_padding(case: Case, n: int) -> np.ndarray | None:
     """Rows before the first token of each sequence; the last sequence has no token."""
     if case.edge != "starts":
@@ -263,6 +292,12 @@ def _packed(
         values = mx.clip(LOUD * values, -6e4, 6e4)
     if case.edge == "quiet_values":
         values = QUIET * values
+    if case.edge == "future":
+        keys = mx.where(mx.arange(keys.shape[2])[:, None] == keys.shape[2] - 1, LOUD, 1) * keys
+    if case.edge in ("spiked", "crowd"):
+        scores, values = _designed(case, values, rng)
+        rows = mx.array(scores / case.dims[0] ** 0.5)[:, None]
+        keys = mx.broadcast_to(rows, keys.shape).astype(keys.dtype)
     if case.edge.startswith("below"):
         keys = keys + _direction(case, keys.dtype)
     body = tail = empty_tiles()
@@ -389,7 +424,7 @@ def _decode(case: Case, packed: PackedKV, rng, backend: str, failures: list[str]
     """Attention against float64 over the rows that are stored."""
     batch, n_kv_heads, gqa = case.heads
     n_heads, dtype = n_kv_heads * gqa, getattr(mx, case.dtype)
-    causal = case.edge == "causal" and case.n_queries <= packed.n_tokens
+    causal = case.edge in ("causal", "future") and case.n_queries <= packed.n_tokens
     sinks = left_padding = None
     if case.edge == "starts":
         left_padding = mx.array(_left_padding(case, packed.n_tokens))
@@ -398,6 +433,8 @@ def _decode(case: Case, packed: PackedKV, rng, backend: str, failures: list[str]
     queries = _noise(rng, (batch, n_heads, case.n_queries, case.dims[0]), dtype)
     if case.edge == "zero_queries":
         queries = mx.zeros_like(queries)
+    if case.edge in ("spiked", "crowd"):  # so that the scores are those of _designed
+        queries = mx.ones_like(queries)
     if case.edge == "loud_queries":
         queries = LOUD * queries
     if case.edge.startswith("below"):

@@ -1,4 +1,4 @@
-"""Offsets of heads and rows beyond 2^31 elements, on buffers whose second half lies far away."""
+"""Offsets of heads and rows beyond 2^32 elements, on buffers whose second half lies far away."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mlx_turbokv.quant.layout import KVLayout
 
 DIM, N_HEADS = 64, 2
 LAYOUT = KVLayout(KVFormat.parse("turbo4"), KVFormat.parse("q8_0"), DIM, DIM, "float16")
-FAR = 2**31 + 2**20  # elements
+FAR = 2**32 + 2**20  # elements, more than 32 bits count with or without a sign
 FAR_TILES = FAR // LAYOUT.tile_words + 1
 FAR_ROWS = FAR // DIM + 1
 
