@@ -42,6 +42,7 @@ def cases(*words: str, most: int = 6) -> Tests:
 
 FAR: Tests = ("tests/kernels/test_far_offsets.py",), ""
 AFTER: Tests = ("tests/cache/test_after_operations.py",), ""
+KEPT: Tests = AFTER[0], "kept"
 SIZES: Tests = ("tests/kernels/test_kernels.py",), "every_size or saturate or broken_values"
 MEMORY: Tests = ("tests/kernels/test_shared_memory.py",), ""
 ONE_TOKEN: Tests = ("tests/kernels/test_kernels.py",), "one_token"
@@ -222,10 +223,10 @@ PLANTED = [
     Defect("dropped tokens forgotten by extract", CACHE + "rotating_batch.py",
            "            cache.n_dropped = self._n_dropped[idx]\n", "", AFTER),
     Defect("kept tokens next to the window", CACHE + "rotating_batch.py",
-           "c.keep + c._n_unreachable() if c.n_dropped else 0", "0", AFTER),
+           "c.keep + c._n_unreachable() if c.n_dropped else 0", "0", KEPT),
     Defect("rows between kept tokens and window", CACHE + "rotating_batch.py",
            "c.keep + c._n_unreachable() if c.n_dropped else 0", "c.keep if c.n_dropped else 0",
-           AFTER),
+           KEPT),
     Defect("skipped tokens not counted", CACHE + "rotating_batch.py",
            "[c.n_dropped + skip for c, skip in zip(caches, skipped)]",
            "[c.n_dropped for c in caches]", AFTER),

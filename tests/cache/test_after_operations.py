@@ -146,6 +146,16 @@ def test_what_is_taken_out_of_a_rotating_batch_sees_its_window(lengths) -> None:
         same_rows(taken, alone, min(n + 1, 16))
 
 
+@pytest.mark.parametrize("lengths", [(30, 25), (25, 30), (30, 9), (150, 140), (200, 17)])
+def test_a_rotating_batch_of_fewer_hides_what_each_window_has_passed(lengths) -> None:
+    """Rows that leave at the front with padding are no longer counted as hidden."""
+    for i, n in enumerate(lengths):
+        batch = TurboRotatingKVCache.merge([window(n, 16) for n in lengths])
+        batch.filter([i])
+        same_rows(batch, window(n, 16), min(n, 16))
+        same_rows(batch.extract(0), window(n, 16), min(n, 16))
+
+
 @pytest.mark.parametrize("lengths", [(10, 300), (300, 300), (17, 40), (300, 4)])
 @pytest.mark.parametrize("keep", [1, 4, 15])
 def test_kept_tokens_leave_a_batch_with_the_window(lengths, keep: int) -> None:
@@ -167,6 +177,28 @@ def test_kept_tokens_leave_a_batch_with_the_window(lengths, keep: int) -> None:
         np.testing.assert_allclose(step(batch, *new), np.concatenate(expected), rtol=0, atol=ATOL)
     for i, cache in enumerate(bare):
         same_rows(batch.extract(i), cache, 16)
+
+
+@pytest.mark.parametrize("keep", [1, 4, 15])
+def test_what_a_batch_takes_back_never_reaches_the_kept_tokens(keep: int) -> None:
+    """As many tokens as it allows: the window before them is whole."""
+    k, v = tokens(0, 340)
+    cache = TurboRotatingKVCache(*PAIR, 16, keep, backend="reference")
+    for start, stop in ((0, 300), *((i, i + 1) for i in range(300, 340))):
+        cache.update_and_fetch(k[:, :, start:stop], v[:, :, start:stop])
+    assert cache.n_dropped
+    batch = TurboRotatingKVCache.merge([cache, cache])
+    n = batch.n_rows - 15
+    with pytest.raises(ValueError, match="cannot be taken back"):
+        batch.trim(n + 1)
+    assert batch.trim(n) == n and batch.offset.tolist() == [340 - n] * 2
+    bare = TurboRotatingKVCache(*PAIR, 16, backend="reference")
+    bare.update_and_fetch(k[:, :, : 340 - n], v[:, :, : 340 - n])
+    new = tokens(5, 1)
+    expected = step(bare, *new)
+    output = step(batch, *(mx.repeat(x, 2, axis=0) for x in new))
+    for found in output:
+        np.testing.assert_allclose(found, expected[0], rtol=0, atol=ATOL)
 
 
 def remaining(cache, n: int, kept: mx.array, new: tuple, kind) -> None:
