@@ -37,7 +37,7 @@ import kernel_variants as variants
 import mlx.core as mx
 from record import record, write
 
-from mlx_turbokv.kernels.backend import Backend, available_backends, select_backend
+from mlx_turbokv.kernels.backend import Backend, select_backend
 
 PAIRS = ("q8_0/turbo2", "turbo4/turbo3")
 LENGTHS = (2048, 8192, 32768, 131072)
@@ -270,10 +270,10 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--refcheck", action="store_true", help="compare with the reference")
     parser.add_argument("--warm", metavar="I/N", default=None, help="only compile, every n-th")
-    parser.add_argument("--backend", default=None)
+    parser.add_argument("--backend", default=None, help="default: TURBOKV_BACKEND, else auto")
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
-    backend = select_backend(args.backend or available_backends()[0])
+    backend = select_backend(select_backend(args.backend).name)  # by name: it must cover all
     lengths = tuple(int(n) for n in args.lengths.split(","))
     wanted = list(groups(args.parts.split(","), args.pairs.split(","), lengths, backend))
     if args.warm:

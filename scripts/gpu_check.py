@@ -22,7 +22,7 @@ import mlx.core as mx
 from kernel_cases import ALL_CASES, run_case
 from record import ROOT, record, write
 
-from mlx_turbokv.kernels.backend import available_backends, select_backend
+from mlx_turbokv.kernels.backend import select_backend
 
 SAMPLE = ROOT / "mlx_turbokv" / "evaluate" / "sample.txt"
 
@@ -46,7 +46,7 @@ def check_kernels(backend: str, cases, seconds: float) -> tuple[list[dict], list
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--backend", default=None, help="metal or cuda; default: what is here")
+    parser.add_argument("--backend", help="metal or cuda; default: TURBOKV_BACKEND, else auto")
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th case from i on")
     parser.add_argument("--seconds", type=float, default=400, help="time for the kernel cases")
     parser.add_argument("--model", default=None, help="a GGUF file or folder of the default model")
@@ -56,8 +56,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=None, help="where to write the JSON record")
     args = parser.parse_args()
 
-    backend = args.backend or available_backends()[0]
-    if select_backend(backend).name == "reference":
+    backend = select_backend(args.backend).name
+    if backend == "reference":
         print("no GPU back-end here", file=sys.stderr)
         return 1
     shard, n_shards = (int(x) for x in args.shard.split("/"))

@@ -8,10 +8,11 @@ from typing import Any
 import click
 
 from ..errors import InputError
+from ..files import write_text
 from ..quant.formats import as_format
 from . import options
 from .entry import console_script
-from .output import Progress, check_folder, format_record, print_status, write_json
+from .output import Progress, as_json, check_folder, format_record, print_status, write_folder
 from .runs import load_model, policies_of, print_record
 from .values import COUNT, exclude, refuse
 
@@ -106,8 +107,14 @@ def command(**args: Any) -> None:
     from ..evaluate.tables import calibration_table
 
     def measure() -> dict:
-        record = Calibration(loaded, folder, args, print_status, Progress).run(source, other)
-        write_json(folder / RECORD, record)
+        calibration = Calibration(loaded, folder, args, print_status, Progress)
+        record = calibration.run(source, other)
+
+        def write(folder: Path) -> None:
+            calibration.write(record, folder)
+            write_text(folder / RECORD, as_json(record) + "\n")
+
+        write_folder(folder, write, record)
         return record
 
     record = print_record(

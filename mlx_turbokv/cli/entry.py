@@ -15,7 +15,7 @@ import click
 
 from ..errors import InputError
 from ..log import logger
-from .output import shorten, silence_stdout
+from .output import InterruptedRunError, shorten, silence_stdout
 
 USAGE_STATUS = 2
 INTERRUPT_STATUS = 130
@@ -43,7 +43,9 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> NoReturn:
     except click.ClickException as error:
         _fail(_one_sentence(error))
     except (click.Abort, KeyboardInterrupt) as error:
-        more = f": {error}" if str(error) else ""
+        # click raises Abort from the KeyboardInterrupt that it catches
+        cause = error.__cause__ if isinstance(error, click.Abort) else error
+        more = f": {cause}" if isinstance(cause, InterruptedRunError) else ""
         print(f"Interrupted{more}.", file=sys.stderr)
         sys.exit(INTERRUPT_STATUS)
     except BrokenPipeError:

@@ -135,7 +135,7 @@ def write_result(path: str | Path, data: str | bytes) -> None:
 def _kept(wanted: str, error: OSError, name: str, data: bytes) -> NotWrittenError:
     """Keep what could not be written: in the cache folder, that of temporary files, or here."""
     said = f"{wanted} cannot be written ({error.strerror})"
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}-{name}"
+    name = f"{_stamp()}-{name}"
     for folder in (lambda: cache_dir() / KEPT, lambda: Path(tempfile.gettempdir()), Path.cwd):
         try:
             path = folder() / name
@@ -149,6 +149,36 @@ def _kept(wanted: str, error: OSError, name: str, data: bytes) -> NotWrittenErro
     except UnicodeDecodeError:
         return NotWrittenError(f"{said}, nor can any other file.")
     return NotWrittenError(f"{said}, nor can any other file: the result is printed above.")
+
+
+def write_folder(folder: Path, write: Callable[[Path], None], record: Any) -> None:
+    """Write several files of a result.
+
+    Args:
+        write: writes them into a folder.
+        record: what is printed if they cannot be written.
+
+    Raises: NotWrittenError: they could not be written, and where they are kept.
+    """
+    try:
+        write(folder)
+        return
+    except (OSError, InputError) as error:
+        cause = error
+    said = str(cause).rstrip(".")
+    other = cache_dir() / KEPT / f"{_stamp()}-{folder.name}"
+    try:
+        other.mkdir(parents=True)
+        write(other)
+        error = NotWrittenError(f"{said}; all files are kept in {other}.")
+    except (OSError, InputError):
+        error = NotWrittenError(f"{said}, nor can {other}: free some room and run it again.")
+    error.record = record
+    raise error from cause
+
+
+def _stamp() -> str:
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
 def write_json(path: str | Path, record: Any) -> None:

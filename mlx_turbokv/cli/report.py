@@ -9,9 +9,10 @@ from typing import Any
 import click
 
 from ..errors import InputError
+from ..files import write_text
 from . import options
 from .entry import console_script
-from .output import check_folder, print_status, read_json, write_json, write_result
+from .output import as_json, check_folder, print_status, read_json, try_write_json, write_folder
 from .runs import config_names, fitting_names, load_model, not_whole, policies_of
 from .values import COUNT, refuse
 
@@ -81,11 +82,15 @@ def command(**args: Any) -> None:
     report.load()
     record = report.measure()
     record["calibrate"] = calibration
-    write_json(folder / "report.json", record)
     from ..report.page import build_page
 
     page, page_path = build_page(record), folder / "report.html"
-    write_result(page_path, page)
+
+    def write(folder: Path) -> None:
+        write_text(folder / "report.json", as_json(record) + "\n")
+        write_text(folder / page_path.name, page)
+
+    write_folder(folder, write, record)
     print(f"{page_path}: {len(page.encode()):,} bytes")
 
 
@@ -260,7 +265,7 @@ class _Report:
         most = self.loaded.max_context or PLAN_CONTEXTS[-1]
         contexts = [n for n in PLAN_CONTEXTS if n <= most] or PLAN_CONTEXTS[:1]
         plan = json.loads(json.dumps(as_json(make_plan(shape, rows, contexts))))
-        write_json(self._path("plan"), plan)
+        try_write_json(self._path("plan"), plan)
         return plan
 
     def _bench(self) -> dict:

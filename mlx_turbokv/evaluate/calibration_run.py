@@ -36,7 +36,7 @@ class Sample(NamedTuple):
 
 
 class Calibration:
-    """One run: measure, assign, refine, check, and write the policy files.
+    """One run: measure, assign, refine and check; then write the policy files.
 
     Args:
         loaded: a `models.Loaded`.
@@ -57,6 +57,7 @@ class Calibration:
     ):
         self.loaded, self.folder, self.options = loaded, folder, options
         self.note, self.progress = note, progress
+        self.pairs: dict[str, list[tuple[str, str]]] = {}  # by policy file, once it has run
         self.model = model_record(loaded) | {"fingerprint": weights_digest(loaded.model)}
         self.environment = environment()
         # What turbo keys are centred by, and its description.
@@ -64,7 +65,7 @@ class Calibration:
         self.keys = "centred by the bias, if any" if self.centre else "not centred"
 
     def run(self, source: TextSource, other: TextSource | None) -> dict:
-        """Calibrate on one text, check on another; write the policy files, return the record."""
+        """Calibrate on one text, check on another; returns the record."""
         options, model = self.options, self.loaded.model
         formats, stride = options["formats"], options["ctx_size"] // 2
         shapes = calibrate.shapes_of(model)
@@ -114,12 +115,18 @@ class Calibration:
             "command": command_line(),
             "environment": self.environment,
         }
-        pairs = {name: policy.pairs for name, policy in policies.items()}
-        records.write_policies(self.folder, pairs, record)
-        if isinstance(self.centre, References):
-            for name in names:
-                save_references(self.folder / name, self.centre)
+        self.pairs = {name: policy.pairs for name, policy in policies.items()}
         return record
+
+    def write(self, record: dict, folder: Path) -> None:
+        """Write the policy files of what ``run`` returned, and the key references beside them.
+
+        Raises: InputError where the folder cannot be written.
+        """
+        records.write_policies(folder, self.pairs, record)
+        if isinstance(self.centre, References):
+            for name in self.pairs:
+                save_references(folder / name, self.centre)
 
     def _sample(self, source: TextSource, chunks: int | None, stride: int | None = None) -> Sample:
         n_ctx = self.options["ctx_size"]

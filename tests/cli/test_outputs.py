@@ -155,6 +155,26 @@ def test_bench_and_needle_keep_records_and_plots(model, tmp_path):
     assert len(json.loads(_kept(said).read_text())["cases"]) == 1
 
 
+def test_a_calibration_is_kept_whole(tmp_path, own_cache, monkeypatch):
+    text = ("--text", small_texts(tmp_path), "--held-out", "none", "-c", 32, "--chunks", 2)
+    options = (*text, "--budget", 5, "--formats", "turbo4,q8_0", "--keys")
+    model = write_small_gguf(tmp_path)
+    folder = tmp_path / "full"
+    out, said, err = _fails_after_the_run(
+        model, tmp_path, "calibrate", "--model", model, *options, "--folder", folder
+    )
+    kept = Path(said.split("kept in ")[1].removesuffix("."))
+    names = {"bits-5.json", "bits-5.keys.json", "bits-5.keys.safetensors", "calibration.json"}
+    assert {path.name for path in kept.iterdir()} == names and own_cache in kept.parents
+    assert "bits-5" in out and "stay in memory" in err
+
+
+def small_texts(folder: Path) -> Path:
+    path = folder / "small.txt"
+    path.write_text(TEXT.lower())
+    return path
+
+
 def test_a_result_is_printed_where_no_file_can_be_written(tmp_path, capsys, monkeypatch):
     with full_disk(), pytest.raises(output.NotWrittenError, match="printed above"):
         output.write_json(tmp_path / "a.json", {"what": "x", "n": 123})
