@@ -16,6 +16,7 @@ from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, KVCache,
 
 from ..safetensors import Header
 from .base import PackedCache
+from .rotating import TurboRotatingKVCache
 from .state import MOST, count
 from .summary import PACKED, leaves
 
@@ -116,6 +117,24 @@ def check_contents(caches: list[Any], own: list[Any] | None, n_tokens: int) -> N
                 _check_leaf(leaf, models[sub] if models else None, n_tokens)
             except ValueError as error:
                 raise ValueError(f"its layer {index} does not fit: {error}") from None
+    _check_agreement(caches)
+
+
+def _check_agreement(caches: list[Any]) -> None:
+    """Models make one mask for all windows of a size, and one for all chunks."""
+    found: dict[tuple[str, int | None], tuple[Any, ...]] = {}
+    for leaf in leaves(caches):
+        if isinstance(leaf, TurboRotatingKVCache):
+            counts = leaf.keep, leaf.n_hidden, leaf.n_dropped, leaf.n_rows
+        elif type(leaf) is RotatingKVCache and leaf.keys is not None:
+            counts = leaf.keep, leaf._idx, leaf.offset, leaf.keys.shape[2]
+        elif type(leaf) is ChunkedKVCache and leaf.keys is not None:
+            counts = leaf.chunk_size, leaf.start_position
+        else:
+            continue
+        kind = type(leaf).__name__, getattr(leaf, "max_size", None)
+        if found.setdefault(kind, counts) != counts:
+            raise ValueError("its windows are not of the same tokens in all layers")
 
 
 def _check_leaf(held: Any, own: Any, n_tokens: int) -> None:
@@ -131,6 +150,10 @@ def _check_leaf(held: Any, own: Any, n_tokens: int) -> None:
         shape = _plain_shape(held)
     else:
         return
+    if isinstance(held, ChunkedKVCache):
+        chunk = count(held.chunk_size, "its chunk", 1)
+        if own is not None and chunk != own.chunk_size:
+            raise ValueError(f"its chunk has {chunk:,} tokens, and the model's {own.chunk_size:,}")
     keys, values = getattr(own, "keys", None), getattr(own, "values", None)
     if shape is not None and keys is not None and values is not None:
         wanted = (1, keys.shape[1], keys.shape[3], values.shape[3])
@@ -167,7 +190,6 @@ def _plain_shape(cache: Any) -> tuple[int, ...] | None:
         start = 0
         if isinstance(cache, ChunkedKVCache):
             start = count(cache.start_position, "its start", 0, offset)
-            count(cache.chunk_size, "its chunk", 1)
         count(offset - start, "its offset", 0, n)
     return *keys.shape[:2], keys.shape[3], values.shape[3]
 

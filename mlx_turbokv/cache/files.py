@@ -19,7 +19,7 @@ import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import load_prompt_cache
 
-from ..errors import InputError
+from ..errors import InputError, short
 from ..files import check_can_write, check_regular, parse_json, replacing
 from ..model.fingerprint import fingerprint
 from ..model.probing import after_one_token
@@ -159,8 +159,8 @@ def load(path: Path, name: str, model: nn.Module, fresh: list[Any], same_formats
         )
     if metadata.get("model") != name:
         raise InputError(
-            f"The prompt cache file {path} belongs to the model {metadata.get('model')!r}, not to "
-            f"{name!r}."
+            f"The prompt cache file {path} belongs to the model {short(metadata.get('model'))}, "
+            f"not to {name!r}."
         )
     # files of earlier versions name no fingerprint
     if metadata.get("fingerprint") not in (None, fingerprint(model, adapters=True)):
@@ -205,7 +205,7 @@ def _read(path: Path, n_layers: int) -> tuple[list[Any], dict[str, Any]]:
         AttributeError,
         OverflowError,
     ) as error:  # mlx-lm takes the file's structure for granted
-        text = " ".join(str(error).split()).rstrip(".")
+        text = " ".join(str(error).split()).rstrip(".")[:300]
         raise InputError(f"{path} is not a prompt cache that can be read ({text}).") from error
     return caches, metadata
 

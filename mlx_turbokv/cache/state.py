@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from ..centring.centre import Centre
+from ..errors import short
 from ..kernels.packed import empty_tiles
 from ..quant.formats import KVFormat
 from ..quant.layout import ITEMSIZE, TILE, KVLayout, shared_layout
@@ -153,5 +154,4 @@ def _short(value: Any) -> str:
     """A value in a few words."""
     if isinstance(value, mx.array):
         return f"an array {value.shape} {_dtype(value)}"
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"
+    return short(value)

@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..errors import InputError
+from ..errors import InputError, short
 from ..files import parse_json, read_text, replacing, write_text
 from ..model.fingerprint import fingerprint
 from ..safetensors import read_header
@@ -103,7 +103,7 @@ def load_references(path: str | os.PathLike, model: nn.Module) -> References:
     try:
         references = _read(json_file, arrays_file)
     except (OSError, ValueError, RuntimeError) as error:
-        text = " ".join(str(error).split()).rstrip(".")
+        text = " ".join(str(error).split()).rstrip(".")[:300]
         raise InputError(
             f"{json_file} holds no key references that can be read ({text})."
         ) from error
@@ -123,7 +123,7 @@ def _read(json_file: Path, arrays_file: Path) -> References:
         raise ValueError("it is no object")
     maker, version = record.get("maker"), record.get("version")
     if maker != MAKER or type(version) is not int or version != VERSION:
-        raise ValueError(f"it has maker {_short(maker)} and version {_short(version)}")
+        raise ValueError(f"it has maker {short(maker)} and version {short(version)}")
     layers, unturned = (_ordinals(record, key) for key in ("layers", "unturned"))
     if not layers or not set(unturned) <= set(layers):
         raise ValueError("its layers are none, or not those that are unturned")
@@ -152,8 +152,3 @@ def _ordinals(record: dict[str, Any], key: str) -> list[int]:
     if len(set(numbers)) < len(numbers):
         raise ValueError(f"its {key} name one twice")
     return numbers
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import InputError, short
 from ..files import parse_json, read_text, write_text
 from ..quant.formats import KVFormat, as_format
 from .policies import LayerList
@@ -42,10 +42,10 @@ def read_layer_list(path: str | os.PathLike) -> LayerList:
         raise InputError(
             f'Policy file {str(path)!r} names no version: "version": {VERSION} is accepted.'
         )
-    if document["version"] != VERSION:
+    found = document["version"]
+    if type(found) is not int or found != VERSION:
         raise InputError(
-            f"Policy file {str(path)!r} has version {document['version']!r}: version {VERSION} is "
-            "accepted."
+            f"Policy file {str(path)!r} has version {short(found)}: version {VERSION} is accepted."
         )
     layers = document.get("layers")
     if not isinstance(layers, list) or not layers:

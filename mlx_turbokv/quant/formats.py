@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from ..errors import InputError
+from ..errors import InputError, short
 from .rotation import MAX_HEAD_DIM, rotation_width
 
 Q8_GROUP = 32
@@ -49,7 +49,8 @@ class KVFormat:
         if match := _TURBO.fullmatch(text):
             return cls("turbo", int(match[1]), int(match[2]) if match[2] else None)
         raise InputError(
-            f"Unknown KV format {name!r}: accepted are {', '.join(FORMAT_NAMES)} and turboN:32."
+            f"Unknown KV format {short(name)}: accepted are {', '.join(FORMAT_NAMES)} and "
+            "turboN:32."
         )
 
     def __str__(self) -> str:

@@ -157,8 +157,10 @@ def _change_arrays(arrays: dict, rng: random.Random) -> None:
         arrays[name], arrays[other] = arrays[other], arrays[name]
     elif action == 3:
         arrays[name + rng.choice([".0", ".1.2", ".999999"])] = arrays[name]
-    elif action in (4, 5, 6):
+    elif action in (4, 5):
         arrays[name] = _scalar(rng)
+    elif action == 6:
+        _nudge(arrays, rng)
     elif action == 7:
         sizes = [n for n in (1, 2, 4) if len(content) % n == 0]
         itemsize = rng.choice(sizes)
@@ -176,6 +178,16 @@ def _change_arrays(arrays: dict, rng: random.Random) -> None:
         arrays[name] = dtype, shape, (garbage * len(content))[: len(content)]
 
 
+def _nudge(arrays: dict, rng: random.Random) -> None:
+    """Another whole number near the one that is there."""
+    names = [name for name, (dtype, shape, _) in arrays.items() if dtype == "I32" and not shape]
+    if names:
+        name = rng.choice(names)
+        (number,) = struct.unpack("<i", arrays[name][2])
+        number += rng.choice([1, -1, 8, -8, 32, -32, 64, 256])
+        arrays[name] = "I32", [], struct.pack("<i", min(number, 2**31 - 1))
+
+
 def _scalar(rng: random.Random) -> tuple[str, list[int], bytes]:
     kind = rng.randrange(5)
     if kind == 0:
@@ -186,7 +198,11 @@ def _scalar(rng: random.Random) -> tuple[str, list[int], bytes]:
         text = rng.choice(TEXTS)
         return "I32", [len(text)], struct.pack(f"<{len(text)}i", *map(ord, text))
     if kind == 3:
-        return "I64", [], struct.pack("<q", rng.choice(INTEGERS) if rng.random() < 0.8 else -(2**63))
+        return (
+            "I64",
+            [],
+            struct.pack("<q", rng.choice(INTEGERS) if rng.random() < 0.8 else -(2**63)),
+        )
     number = rng.choice([n for n in INTEGERS if n < 2**31])
     return "I32", [], struct.pack("<i", number * rng.choice([1, 1, -1]))
 
@@ -287,4 +303,6 @@ def _change_tensors(parts: gguf_edit.Parts, rng: random.Random) -> None:
     elif action == 6:
         parts.n_tensors = rng.choice([0, len(parts.tensors) + 1, 2**20, 2**63])
     else:
-        parts.data = rng.choice([b"", parts.data[: len(parts.data) // 2], b"\xff" * len(parts.data)])
+        parts.data = rng.choice(
+            [b"", parts.data[: len(parts.data) // 2], b"\xff" * len(parts.data)]
+        )

@@ -68,7 +68,9 @@ def cache_files(folder: Path, backend: str) -> Use:
         caches = make_prompt_cache(model, **kwargs)
         mx.eval(model(mx.array([TOKENS]), cache=caches))
         path = folder / f"base-{i}.safetensors"
-        files.save(path, files.Saved(caches, TOKENS, [{"role": "user", "content": "a"}]), "m", model)
+        files.save(
+            path, files.Saved(caches, TOKENS, [{"role": "user", "content": "a"}]), "m", model
+        )
         bases.append((path, model, kwargs))
 
     def use(rng: random.Random) -> None:

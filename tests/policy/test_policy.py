@@ -204,6 +204,7 @@ def test_a_failed_write_leaves_the_old_policy_file_whole(tmp_path, monkeypatch) 
         ("[]", "is not a JSON object"),
         ("{}", "names no version"),
         ("[" * 100_000, "is not JSON"),
+        ('{"version": true, "layers": [{"k": "f16", "v": "f16"}]}', "version True"),
         ('{"version": 2, "layers": []}', "version 2"),
         ('{"version": 1, "layers": []}', "no list"),
         ('{"version": 1, "layers": [{"k": "q8_0"}]}', "layer 0"),

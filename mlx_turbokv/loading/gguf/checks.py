@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGUFReader, GGUFValueType, ReaderField
 
-from ...errors import InputError
+from ...errors import InputError, short
 
 _MAX_DIMS = 4
 _MAX_FIELDS = 1 << 14  # files have some dozens
@@ -51,7 +51,9 @@ def checked_reader(path: Path) -> GGUFReader:
         RecursionError,
         struct.error,
     ) as error:
-        raise InputError(f"The GGUF file {path} is damaged or cut short: {error}.") from error
+        raise InputError(
+            f"The GGUF file {path} is damaged or cut short: {str(error)[:300]}."
+        ) from error
 
 
 class _CheckedReader(GGUFReader):
@@ -116,11 +118,11 @@ class _CheckedReader(GGUFReader):
         field = super()._get_tensor_info_field(orig_offs)
         n_dims, kind = int(field.parts[2][0]), int(field.parts[4][0])
         if not 1 <= n_dims <= _MAX_DIMS or not all(0 < n < 1 << 31 for n in field.parts[3]):
-            raise ValueError(f"tensor {field.name} has no dimensions that can be")
+            raise ValueError(f"tensor {short(field.name)} has no dimensions that can be")
         if kind not in GGML_QUANT_SIZES:
             raise InputError(
-                f"Tensor {field.name} of {self.path} has the unknown type {kind}; accepted are the "
-                "types of the gguf package."
+                f"Tensor {short(field.name)} of {self.path} has the unknown type {kind}; accepted "
+                "are the types of the gguf package."
             )
         return field
 
@@ -128,10 +130,12 @@ class _CheckedReader(GGUFReader):
         for field in fields:
             offset = int(field.parts[5][0])
             if offset % int(self.alignment) or start_offs + offset > len(self.data):
-                raise ValueError(f"tensor {field.name} starts at byte {start_offs + offset:,}")
+                raise ValueError(
+                    f"tensor {short(field.name)} starts at byte {start_offs + offset:,}"
+                )
         super()._build_tensors(start_offs, fields)
         end = start_offs
         for tensor in sorted(self.tensors, key=lambda tensor: tensor.data_offset):
             if tensor.data_offset < end:
-                raise ValueError(f"tensor {tensor.name} overlaps another")
+                raise ValueError(f"tensor {short(tensor.name)} overlaps another")
             end = tensor.data_offset + tensor.n_bytes

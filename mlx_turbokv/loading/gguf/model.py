@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ...errors import InputError
+from ...errors import InputError, short
 from ..config import build_model, parameters
 from .reader import ROPE_FACTORS, GGUFFile, config_from_gguf, rope_factors
 from .repack import BITS, GROUP_SIZE, repack
@@ -54,7 +54,8 @@ def model_from_gguf(
             continue
         if name not in targets:
             raise file.error(
-                f"has the tensor {name}, which mlx-lm's {file.architecture} has no place for."
+                f"has the tensor {short(name)}, which mlx-lm's {file.architecture} has no place "
+                "for."
             )
         weights.update(reader.read(name, tensor, targets[name]))
     _fill_absent_biases(model, weights, reader.dtype)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...errors import InputError
+from ...errors import InputError, short
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,6 @@ def bpe_rules(name: str) -> BpeRules:
     if rules is None:
         known = ", ".join(sorted([*_RULES, *_SAME_AS]))
         raise InputError(
-            f"The GGUF file's pre-tokenizer {name!r} is not known; accepted are {known}."
+            f"The GGUF file's pre-tokenizer {short(name)} is not known; accepted are {known}."
         )
     return rules

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import InputError
+from ...errors import InputError, short
 from .checks import checked_reader
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "phi3")
@@ -59,7 +59,7 @@ class GGUFFile:
         value = self._one("a whole number", key, default)
         if type(value) is not int or not 1 <= value <= most:
             raise self.error(
-                f"has {_short(value)} as {self.architecture}.{key}; accepted are whole numbers "
+                f"has {short(value)} as {self.architecture}.{key}; accepted are whole numbers "
                 f"from 1 to {most:,}."
             )
         return value
@@ -74,7 +74,7 @@ class GGUFFile:
         is_number = type(value) in (int, float) and math.isfinite(value)
         if not is_number or not 0 < value < _LARGEST:
             raise self.error(
-                f"has {_short(value)} as {self.architecture}.{key}; accepted are numbers above 0."
+                f"has {short(value)} as {self.architecture}.{key}; accepted are numbers above 0."
             )
         return float(value)
 
@@ -118,7 +118,8 @@ def open_gguf(path: str | Path) -> GGUFFile:
         )
     if file.architecture not in ARCHITECTURES:
         raise file.error(
-            f"has the architecture {file.architecture!r}; accepted are {', '.join(ARCHITECTURES)}."
+            f"has the architecture {short(file.architecture)}; accepted are "
+            f"{', '.join(ARCHITECTURES)}."
         )
     return file
 
@@ -230,7 +231,7 @@ def _rope_scaling(file: GGUFFile, rope_dims: int) -> dict[str, Any] | None:
         return {"type": "longrope", "short_factor": factors["long_factor"], **factors}
     kind, linear = file.get("rope.scaling.type"), file.get("rope.scale_linear")
     if not isinstance(kind, (str, type(None))):
-        raise file.error(f"has {_short(kind)} as {file.architecture}.rope.scaling.type.")
+        raise file.error(f"has {short(kind)} as {file.architecture}.rope.scaling.type.")
     factor_key = "rope.scaling.factor" if file.get("rope.scaling.factor") else "rope.scale_linear"
     if kind in (None, "none") and linear not in (None, 1.0):
         kind = "linear"
@@ -238,7 +239,7 @@ def _rope_scaling(file: GGUFFile, rope_dims: int) -> dict[str, Any] | None:
         return None
     if is_phi3 or kind not in ("linear", "yarn"):
         raise file.error(
-            f"scales RoPE by {_short(kind)}; accepted are 'linear' and 'yarn' (and the factors of "
+            f"scales RoPE by {short(kind)}; accepted are 'linear' and 'yarn' (and the factors of "
             "longrope for phi3)."
         )
     scaling = {"type": kind, "factor": file.number(factor_key)}
@@ -264,8 +265,3 @@ def rope_factors(file: GGUFFile, name: str, rope_dims: int) -> np.ndarray:
     if not np.all(np.isfinite(factors) & (factors > 0)):
         raise file.error(f"has factors of RoPE in {name} that are not all above 0.")
     return factors
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"

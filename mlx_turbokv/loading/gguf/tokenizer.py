@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from ...errors import InputError
+from ...errors import InputError, short
 from .pretokenizers import BpeRules, bpe_rules
 from .vocabulary import Vocabulary
 
@@ -45,7 +45,7 @@ def build_tokenizer(metadata: dict[str, Any]) -> Any:
             detokenizer = partial(SPMStreamingDetokenizer, trim_space=prefixed)
         else:
             raise InputError(
-                f"The GGUF file's tokenizer model is {str(vocabulary.kind)[:60]!r}; accepted are "
+                f"The GGUF file's tokenizer model is {short(vocabulary.kind)}; accepted are "
                 "'gpt2' (byte-level BPE) and 'llama' (SentencePiece BPE)."
             )
         _add_special_tokens(core, vocabulary)
@@ -80,7 +80,7 @@ def _byte_level_bpe(vocabulary: Vocabulary):
         left, _, right = merge.partition(" ")
         if not right or left + right not in ids:
             raise InputError(
-                f"The GGUF file's BPE merge {merge[:60]!r} makes no token of its list."
+                f"The GGUF file's BPE merge {short(merge)} makes no token of its list."
             )
         if left in ids and right in ids:
             pairs.append((left, right))

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ...errors import InputError
+from ...errors import InputError, short
 
 MOST_CHARACTERS = 1024  # of a token: SentencePiece's merges take its every split
 ROLES = ("bos", "eos", "eot", "eom", "unknown", "padding")
@@ -106,6 +106,5 @@ class _Fields:
 
 
 def _wrong(key: str, value: Any) -> InputError:
-    text = repr(value[:3] if isinstance(value, list) else value)
-    text = text if len(text) <= 60 else f"{text[:60]}…"
+    text = short(value[:3] if isinstance(value, list) else value)
     return InputError(f"The GGUF file's field {key} has another type than it must have: {text}.")
