@@ -42,6 +42,8 @@ def replacing(
     # 0o666 less the umask, as open() creates files
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
+        if mode is not None:  # nobody may read it meanwhile who could not read the old one
+            os.chmod(temporary, mode | stat.S_IWUSR)
         yield temporary
         if mode is not None:
             os.chmod(temporary, mode)

@@ -38,6 +38,16 @@ def test_an_existing_file_keeps_its_mode(tmp_path, mode):
     assert path.read_text() == "new" and path.stat().st_mode & 0o777 == mode
 
 
+def test_a_private_file_is_never_readable_by_others(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    path.chmod(0o400)
+    with replacing(path) as temporary:
+        assert temporary.stat().st_mode & 0o777 == 0o600
+        temporary.write_text("new")
+    assert path.stat().st_mode & 0o777 == 0o400 and path.read_text() == "new"
+
+
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
 def test_a_new_file_follows_the_umask(tmp_path, umask):
     before = os.umask(umask)
