@@ -82,6 +82,17 @@ TKV_FN float raw_value(uint bits) {
   return as_type<float>(RAW == 1 ? bits << 16 : bits);
 }
 
+// Whether a type is half, and its largest number.
+constant constexpr float FP16_MAX = 65504.0f;
+template <typename T>
+struct IsHalf {
+  enum { value = 0 };
+};
+template <>
+struct IsHalf<half> {
+  enum { value = 1 };
+};
+
 // The half in the low 16 bits.
 TKV_FN float half_bits(uint bits) {
   return float(as_type<half>(ushort(bits & 0xffffu)));

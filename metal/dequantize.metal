@@ -89,6 +89,16 @@ TKV_FN void rotated_anchors(threadgroup float* anchors, threadgroup float* scrat
   }
 }
 
+// A value read back; of quantised rows what is beyond half's largest number is cut to it, and NaN
+// stays.
+template <typename T, int BITS>
+TKV_FN float read_back(float x) {
+  if (IsHalf<T>::value != 0 && BITS <= 8) {
+    return x > FP16_MAX ? FP16_MAX : (x < -FP16_MAX ? -FP16_MAX : x);
+  }
+  return x;
+}
+
 // `first_centred`: the first token with an anchor. `next_block`: the first token of the second
 // block.
 template <typename T, int BITS, int GROUP, int DIM, int RAW, bool IS_K, bool CENTRED>
@@ -125,10 +135,10 @@ TKV_FN void dequantize_tensor(const device uint* codes, device T* out,
       threadgroup const float* from = anchors + (token < next_block ? 0 : DIM) + vec4 * 4;
       a = float4(from[0], from[1], from[2], from[3]);
     }
-    o[0] = T(v.x * scale + a.x);
-    o[1] = T(v.y * scale + a.y);
-    o[2] = T(v.z * scale + a.z);
-    o[3] = T(v.w * scale + a.w);
+    o[0] = T(read_back<T, BITS>(v.x * scale + a.x));
+    o[1] = T(read_back<T, BITS>(v.y * scale + a.y));
+    o[2] = T(read_back<T, BITS>(v.z * scale + a.z));
+    o[3] = T(read_back<T, BITS>(v.w * scale + a.w));
   }
 }
 

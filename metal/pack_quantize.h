@@ -3,22 +3,11 @@
 // them.
 
 // The constants of quant/quantize.py.
-constant constexpr float FP16_MAX = 65504.0f;
 constant constexpr float FP16_NORMAL = 6.103515625e-5f;  // 2^-14
 constant constexpr float FP16_STEPS = 16777216.0f;       // 2^24, of subnormals in 1
 constant constexpr float FP16_MOST_Q8 = 515.5f;
 constant constexpr float MOST_ROTATED = 1125899906842624.0f;  // 2^50
 constant constexpr float FLOAT_MAX = 3.402823466e38f;
-
-// Whether a row's type is half.
-template <typename T>
-struct IsHalf {
-  enum { value = 0 };
-};
-template <>
-struct IsHalf<half> {
-  enum { value = 1 };
-};
 
 // The bits of a scale in half, saturated; all NaNs have the same bits. Subnormals, whose bits count
 // from zero, are not left to a conversion that may flush them.

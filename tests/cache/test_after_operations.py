@@ -14,6 +14,7 @@ from mlx_turbokv.centring.centre import Centre
 from mlx_turbokv.centring.rope import RopeFrequencies
 from mlx_turbokv.kernels import assemble
 from mlx_turbokv.kernels.packed import PaddedCausal
+from mlx_turbokv.quant.layout import TILE
 
 N_HEADS, DIM = 2, 64
 PAIR = ("turbo4", "turbo6")
@@ -64,7 +65,7 @@ def same_rows(cache, other, n: int) -> None:
         np.testing.assert_allclose(a, b[:, :, -n:], rtol=0, atol=ROWS_ATOL)
 
 
-@pytest.mark.parametrize("backend", ["reference", "metal"])
+@pytest.mark.parametrize("backend", ["reference", pytest.param("metal", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("kept", [[0, 1], [1, 0], [2, 0], [1]])
 @pytest.mark.parametrize("n_new", [1, 3])
@@ -199,6 +200,38 @@ def test_what_a_batch_takes_back_never_reaches_the_kept_tokens(keep: int) -> Non
     output = step(batch, *(mx.repeat(x, 2, axis=0) for x in new))
     for found in output:
         np.testing.assert_allclose(found, expected[0], rtol=0, atol=ATOL)
+
+
+@pytest.mark.parametrize("keep", [1, 4, 15])
+def test_a_window_takes_back_as_many_tokens_as_leave_it_whole(keep: int) -> None:
+    """Rows between the kept tokens and the next tile are gone, though they are held."""
+    k, v = tokens(0, 340)
+    cache = TurboRotatingKVCache(*PAIR, 16, keep, backend="reference")
+    for start, stop in ((0, 300), *((i, i + 1) for i in range(300, 340))):
+        cache.update_and_fetch(k[:, :, start:stop], v[:, :, start:stop])
+    assert cache.n_dropped
+    n = cache.n_rows - (TILE - keep) - 15  # the last 15, the kept ones among them
+    with pytest.raises(ValueError, match="cannot be taken back"):
+        cache.trim(n + 1)
+    assert cache.trim(n) == n and cache.offset == 340 - n
+    few = TurboRotatingKVCache(*PAIR, 16, keep, backend="reference")
+    few.update_and_fetch(k[:, :, : 340 - n], v[:, :, : 340 - n])
+    for seed in (5, 6, 7):
+        new = tokens(seed, 1)
+        np.testing.assert_allclose(step(cache, *new), step(few, *new), rtol=0, atol=ATOL)
+
+
+def test_positions_go_on_where_a_window_of_one_is_taken_back_whole() -> None:
+    k, v = tokens(0, 340)
+    cache = TurboRotatingKVCache(*PAIR, 1, backend="reference")
+    for start, stop in ((0, 300), *((i, i + 1) for i in range(300, 340))):
+        cache.update_and_fetch(k[:, :, start:stop], v[:, :, start:stop])
+    n = cache.n_rows
+    assert cache.n_dropped and cache.trim(n) == n and cache.offset == 340 - n
+    new = tokens(5, 1)
+    alone = TurboRotatingKVCache(*PAIR, 1, backend="reference")
+    np.testing.assert_allclose(step(cache, *new), step(alone, *new), rtol=0, atol=ATOL)
+    assert cache.offset == 341 - n
 
 
 def remaining(cache, n: int, kept: mx.array, new: tuple, kind) -> None:

@@ -162,6 +162,22 @@ def test_rows_of_every_size_are_packed_as_the_reference_packs_them(host, dtype: 
     assert mx.isfinite(k).all().item() and (dtype == "float16" or mx.isfinite(v).all().item())
 
 
+@pytest.mark.parametrize("formats", [("q8_0", "q8_0"), ("turbo4", "turbo3")])
+def test_rows_beyond_half_stay_finite_on_their_way_to_many_queries(host, formats) -> None:
+    """Rows of a bfloat16 model, which go through half; what is beyond its largest is cut to it."""
+    layout = _layout(*formats, dtype="bfloat16")
+    keys, values = _rows((1, 1, 40, 64), 0, mx.bfloat16), _rows((1, 1, 40, 64), 1, mx.bfloat16)
+    tiles = pack.pack(keys, 1e6 * values, layout)
+    packed = PackedKV(layout, empty_tiles(), 0, tiles, 40)
+    for rows in dequantize.rotated_rows(packed, mx.float16, 0, 1, "metal"):
+        assert mx.isfinite(rows).all().item()
+    if formats[1] != "q8_0":
+        return  # the inverse rotation of what attention gives is in half as well
+    queries = _rows((1, 1, 12, 64), 2, mx.bfloat16)
+    got = dispatch.attention(queries, packed, 0.125, backend=backend.select_backend("metal"))
+    assert mx.isfinite(got).all().item()
+
+
 @pytest.mark.parametrize("mask", [None, "causal", "bool", "additive"])
 def test_many_queries_go_through_rows(host, mask) -> None:
     layout = _layout("turbo4", "turbo3")
@@ -176,6 +192,34 @@ def test_many_queries_go_through_rows(host, mask) -> None:
     expected = reference.attention(queries.astype(mx.float32), packed, 0.125, mask)
     error = mx.linalg.norm(got.astype(mx.float32) - expected) / mx.linalg.norm(expected)
     assert error.item() <= THROUGH_ROWS
+
+
+def test_sinks_of_another_type_are_cast(host) -> None:
+    layout = _layout("q8_0", "turbo2")
+    tiles = reference.pack(_rows((1, 2, 20, 64)), _rows((1, 2, 20, 64), 1), layout)
+    packed = PackedKV(layout, empty_tiles(), 0, tiles, 20)
+    queries, sinks = _rows((1, 4, 1, 64), 2), _rows((4,), 3, mx.float32)
+    got = decode.decode(queries, packed, 0.125, sinks=sinks)
+    same = decode.decode(queries, packed, 0.125, sinks=sinks.astype(mx.float16))
+    np.testing.assert_array_equal(np.array(got), np.array(same))
+    without = decode.decode(queries, packed, 0.125)
+    assert mx.abs(got - without).max().item() > 0.01
+
+
+@pytest.mark.parametrize("mask", [None, "causal"])
+def test_centred_keys_with_padding_that_is_not_hidden_keep_their_positions(host, mask) -> None:
+    layout, padding = _layout("turbo4", "turbo3"), mx.array([0, 45], mx.int32)
+    mu = 4 * _rows((1, 64), 7, mx.float32)
+    centre = Centre(mu, RopeFrequencies.from_arguments(64, 64, False, 1e4), "test")
+    keys = _rows((2, 1, 70, 64)) + centre.rows(0, 70, padding).astype(mx.float16)
+    at = {"centre": centre, "first": 0, "left_padding": padding}
+    tiles = reference.pack(keys, _rows((2, 1, 70, 64), 1), layout, **at)
+    packed = PackedKV(layout, empty_tiles(), 0, tiles, 70, centre, padding)
+    queries = _rows((2, 2, 2, 64), 2)
+    got = dispatch.attention(queries, packed, 0.125, mask, backend=backend.select_backend("metal"))
+    expected = reference.attention(queries.astype(mx.float32), packed, 0.125, mask)
+    error = mx.linalg.norm(got.astype(mx.float32) - expected) / mx.linalg.norm(expected)
+    assert error.item() <= 3 * THROUGH_ROWS  # scores of up to 30
 
 
 def test_few_queries_with_a_mask_and_starts(host) -> None:

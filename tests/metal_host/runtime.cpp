@@ -65,8 +65,8 @@ struct Buffer {
 
 // Memory that takes up what is written to alone.
 void* sparse(size_t bytes) {
-  return mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
-              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  return mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+              -1, 0);
 }
 
 // Device buffers: on the heap under AddressSanitizer, else in one range with guard zones.
