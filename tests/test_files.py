@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 
+from mlx_turbokv.cli.output import read_json
+from mlx_turbokv.errors import InputError
+from mlx_turbokv.evaluate.text import load_text
 from mlx_turbokv.files import parse_json, read_bytes, read_text, replacing, write_text
+from mlx_turbokv.loading.config import read_config
+from mlx_turbokv.policy import load_policy
 
 
 def test_a_file_is_replaced_with_the_mode_of_a_new_file(tmp_path):
@@ -94,6 +100,23 @@ def test_only_files_are_read(tmp_path, read):
     with pytest.raises(OSError) as missing:
         read(tmp_path / "none")
     assert missing.value.errno == errno.ENOENT
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        load_text,
+        lambda path: read_json(path, "x"),
+        lambda path: read_config(Path(path), path),
+        load_policy,
+    ],
+    ids=["text", "record", "config", "policy"],
+)
+def test_inputs_of_commands_are_files(tmp_path, read):
+    fifo = tmp_path / "fifo.json"
+    os.mkfifo(fifo)
+    with pytest.raises(InputError, match="not a regular file"):
+        read(str(fifo))
 
 
 def test_text_is_utf_8_with_or_without_a_byte_order_mark(tmp_path):

@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import InputError
+from ..files import check_regular
 from ..log import warn_once
 from . import blas, default_model
 from .config import first_line, max_context, parameters, read_config
@@ -74,6 +75,7 @@ def load(
         loaded.name = name or loaded.name
         if adapter_path is not None:
             with _load_errors("from GGUF", adapter_path):
+                _check_files(adapter_path)
                 load_adapters(loaded.model, adapter_path)
             loaded.model.eval()
     else:
@@ -201,6 +203,8 @@ def _load_mlx_lm(
     from mlx_lm.utils import dequantize_model, get_total_parameters
 
     with _load_errors(source, adapter_path):
+        for folder in (source, adapter_path):
+            _check_files(folder)
         found: Any = mlx_lm.load(source, adapter_path=adapter_path, return_config=True, **options)
     model, tokenizer, config = found
     form = form or cpu_form(get_total_parameters(model))
@@ -210,6 +214,18 @@ def _load_mlx_lm(
         model = dequantize_model(model)
     mx.eval(model.parameters())
     return Loaded(model, tokenizer, _source_name(source), config, max_context(config), source)
+
+
+def _check_files(folder: str | None) -> None:
+    """Look for FIFOs and devices in a folder: mlx-lm would wait for what they give.
+
+    Raises:
+        OSError: there is one.
+    """
+    if folder is not None and Path(folder).is_dir():
+        for path in Path(folder).iterdir():
+            if path.exists() and not path.is_dir():
+                check_regular(path)
 
 
 @contextmanager

@@ -290,6 +290,14 @@ def test_fifos_and_devices_are_refused(call, tmp_path):
     folder.mkdir()
     os.mkfifo(folder / "config.json")
     _bad(call("-p", "a", model=str(folder)), str(folder))
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    os.mkfifo(folder / "model.safetensors")
+    _bad(call("-p", "a", model=str(folder)), str(folder))
+    adapters = tmp_path / "adapters"
+    adapters.mkdir()
+    os.mkfifo(adapters / "adapter_config.json")
+    _bad(call("-p", "a", "--adapter-path", adapters), str(adapters))
 
 
 def test_a_link_to_a_prompt_cache_stays(call, saved, tmp_path):

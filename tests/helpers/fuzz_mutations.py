@@ -185,7 +185,8 @@ def _nudge(arrays: dict, rng: random.Random) -> None:
         name = rng.choice(names)
         (number,) = struct.unpack("<i", arrays[name][2])
         number += rng.choice([1, -1, 8, -8, 32, -32, 64, 256])
-        arrays[name] = "I32", [], struct.pack("<i", min(number, 2**31 - 1))
+        number = max(-(2**31), min(number, 2**31 - 1))
+        arrays[name] = "I32", [], struct.pack("<i", number)
 
 
 def _scalar(rng: random.Random) -> tuple[str, list[int], bytes]:
