@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_turbokv import InputError
+from mlx_turbokv import InputError, KVFormat
+from mlx_turbokv.quant.formats import check_head_dim
 from mlx_turbokv.quant.rotate import rotate
 from mlx_turbokv.quant.rotation import hadamard, rotation_matrix, rotation_width, signs
 
@@ -85,3 +86,12 @@ def test_half_rows_are_rotated_to_half_precision(head_dim: int, inverse: bool) -
     got = rotate(mx.array(x), head_dim, inverse, mx.float16)
     assert got.dtype == mx.float16
     assert np.abs(np.array(got) - expected).max() <= 2**-10 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("head_dim", [(1 << 16) + 8, (1 << 40) + 8, 1 << 62])
+def test_a_huge_head_dim_is_refused_at_once(head_dim):
+    """Sizes may come from a file: every split of the head would be tried."""
+    with pytest.raises(InputError, match="cannot be rotated"):
+        rotation_width(head_dim)
+    with pytest.raises(InputError, match="cannot be packed"):
+        check_head_dim(KVFormat.parse("q8_0"), head_dim)
