@@ -7,7 +7,8 @@ from typing import Any
 import click
 
 from ..errors import InputError
-from .values import COUNT, SEED, UNIT, Number, Temperature, refuse
+from .output import print_status
+from .values import COUNT, SEED, UNIT, Number, Temperature, given, refuse
 
 TYPES: dict[str, Any] = {
     "temp": Temperature(0), "top_p": UNIT, "min_p": UNIT, "top_k": click.IntRange(0),
@@ -27,9 +28,10 @@ def check(args: dict[str, Any]) -> None:
     for name, needed in _NEED.items():
         if args[needed] == 0:
             refuse([name], f"without --{needed.replace('_', '-')}")
-    if args["temp"] == 0:
-        names = [name for name, off in OFF.items() if args[name] not in off]
-        refuse(names, "at --temp 0, which takes the likeliest token: give a --temp above 0")
+    names = [name for name, off in OFF.items() if args[name] not in off]
+    if options := [given(name) for name in names if args["temp"] == 0 and given(name)]:
+        # mlx_lm.generate takes them without a word, so scripts may have them
+        print_status(f"{', '.join(map(str, options))}: no effect at --temp 0, the default.")
 
 
 def check_vocabulary(loaded: Any, args: dict[str, Any]) -> None:

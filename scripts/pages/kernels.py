@@ -246,6 +246,7 @@ def gpu_check() -> str:
         table(["kernel cases", "run", "not run", "failures"], ran), *failures,
         errors,
         "## The default model on both back-ends",
+        *([f"Of commit {record['model']['commit']}."] if "commit" in record["model"] else []),
         "Largest difference of a window's loss, in nats, with teacher-forced codes and without.",
         table(["K/V", "windows", "teacher-forced", "free", "codes that differ", "no near-tie"],
               losses),
