@@ -33,6 +33,9 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import mlx_turbokv  # noqa: E402, F401 - before mlx.core, so that OpenBLAS is used
+
+# isort: split
 import kernel_variants as variants
 import mlx.core as mx
 from record import record, write

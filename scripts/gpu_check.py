@@ -18,6 +18,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 
+import mlx_turbokv  # noqa: E402, F401 - before mlx.core, so that OpenBLAS is used
+
+# isort: split
 import mlx.core as mx
 from kernel_cases import ALL_CASES, run_case
 from record import ROOT, record, write

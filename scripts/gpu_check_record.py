@@ -23,6 +23,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 
+import mlx_turbokv  # noqa: E402, F401 - before mlx.core, so that OpenBLAS is used
+
+# isort: split
 from kernel_cases import ALL_CASES
 from record import write
 

@@ -19,6 +19,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import mlx_turbokv  # noqa: F401 - before mlx.core, so that OpenBLAS is used
+
+# isort: split
 import mlx_lm
 import mlx_lm.utils
 import pytest
