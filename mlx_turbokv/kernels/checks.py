@@ -137,6 +137,16 @@ def check_kept(op: str, n_tail: int, tail_tiles: int) -> None:
         raise ValueError(f"[{op}] {n_tail} rows do not lie in a tail of {tail_tiles} tiles.")
 
 
+def check_sinks(op: str, sinks: mx.array, n_heads: int) -> None:
+    """Check that there is one sink a query head.
+
+    Raises:
+        ValueError: there are more or fewer.
+    """
+    if sinks.shape != (n_heads,):
+        raise ValueError(f"[{op}] sinks {sinks.shape} do not fit {n_heads} query heads.")
+
+
 def check_heads(op: str, n_heads: int, n_kv_heads: int, n_queries: int) -> None:
     """Check numbers of query heads, KV heads and queries.
 

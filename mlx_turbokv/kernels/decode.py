@@ -17,6 +17,7 @@ from .checks import (
     check_counts,
     check_heads,
     check_inputs,
+    check_sinks,
     padding_input,
     tiles_input,
 )
@@ -247,6 +248,7 @@ def decode(
 def _sinks(sinks: mx.array | None, queries: mx.array) -> mx.array:
     if sinks is None:
         return queries  # never read
+    check_sinks("decode", sinks, queries.shape[1])
     if sinks.dtype != queries.dtype:
         sinks = sinks.astype(queries.dtype)
     return tables.at_least_eight(sinks)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+from .checks import check_sinks
+
 # bytes of dequantised K and V that one attention call may hold
 TRANSIENT_BYTES = 128 * 2**20
 scaled_dot_product_attention = mx.fast.scaled_dot_product_attention
@@ -36,6 +38,8 @@ def attention_by_heads(
     Shapes:
         queries: [B, n_heads, L, k_head_dim]; returns: [B, n_heads, L, v_head_dim].
     """
+    if sinks is not None:
+        check_sinks("attention", sinks, queries.shape[1])
     gqa_factor = queries.shape[1] // n_kv_heads
     step = heads_at_once(n_kv_heads, bytes_each, TRANSIENT_BYTES)
     outputs = []

@@ -109,16 +109,19 @@ def test_queries_that_do_not_fit_are_refused(backend, given):
 
 @pytest.mark.parametrize("n", [1, 9, 12])
 def test_sinks_of_other_heads_are_refused(backend, n):
-    if backend.decode is None:
-        pytest.skip("MLX's attention checks sinks")
     many = RIGHT._replace(body=tiles(4, heads=5), tail=tiles(2, heads=5), centre=None)
     with pytest.raises(ValueError):
         attend(backend, queries(heads=10), many, sinks=mx.zeros((n,), mx.float16))
 
 
+@pytest.mark.parametrize("n", [1, 5, 8])
+def test_sinks_of_fewer_than_eight_heads_are_counted_too(backend, n):
+    with pytest.raises(ValueError):
+        attend(backend, queries(), RIGHT, sinks=mx.zeros((n,), mx.float16))
+
+
+@pytest.mark.parametrize("backend", ["traced", "called"], indirect=True)
 def test_heads_that_are_not_there_are_refused(backend):
-    if backend.rotated_rows is None:
-        pytest.skip("the reference has no such function")
     for first, count in ((0, HEADS + 1), (HEADS, 1), (-1, 2), (0, 0)):
         with pytest.raises(ValueError):
             backend.rotated_rows(RIGHT, mx.float16, first, count)
