@@ -14,7 +14,7 @@ class _Command(click.Command):
     """Adds mlx_lm.server's options to the help."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from ..serve.server import server_parser
+        from ..serve.options import server_parser
 
         super().format_options(ctx, formatter)
         rows = []
@@ -44,13 +44,14 @@ def command(
     from ..loading import blas
 
     blas.require_mlx()
+    from ..serve import options as server_options
     from ..serve import server
 
     policy = options.policy_from(**cache)
     centre = options.centre_from(keys, no_centre, [policy])
     options.check_backend(backend)
     server.serve(
-        server.parse(ctx.args),
+        server_options.parse(ctx.args),
         policy,
         backend=backend,
         centre=centre,

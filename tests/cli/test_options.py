@@ -31,7 +31,7 @@ def _options(name: str) -> list[tuple[str, bool]]:
         if isinstance(param, click.Option) and "--help" not in param.opts:
             found += [(opt, param.is_flag) for opt in (*param.opts, *param.secondary_opts)]
     if name == "serve":
-        from mlx_turbokv.serve.server import server_parser
+        from mlx_turbokv.serve.options import server_parser
 
         for action in server_parser()._actions:
             if action.dest != "help":

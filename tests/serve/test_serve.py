@@ -24,7 +24,7 @@ from server_process import free_port, wait_until_ready
 from mlx_turbokv import load_policy, make_prompt_cache
 from mlx_turbokv.errors import InputError
 from mlx_turbokv.loading import models
-from mlx_turbokv.serve.server import parse
+from mlx_turbokv.serve.options import parse
 
 pytestmark = pytest.mark.slow
 

@@ -1,0 +1,83 @@
+"""The options of serve that are mlx_lm.server's: their parser, and what they may be."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from mlx_lm import server
+
+from ..errors import InputError
+from .patching import patched
+
+NO_LIMIT = 1 << 63
+MOST_TOKENS = 1 << 24
+# What mlx_lm.server's numbers may be.
+_RANGES = {
+    "port": (0, 65535), "temp": (0, 1000), "top_p": (0, 1), "min_p": (0, 1), "top_k": (0, NO_LIMIT),
+    "max_tokens": (1, NO_LIMIT), "num_draft_tokens": (1, MOST_TOKENS),
+    "decode_concurrency": (1, 4096), "prompt_concurrency": (1, 4096),
+    "prefill_step_size": (1, MOST_TOKENS), "prompt_cache_size": (0, NO_LIMIT),
+    "prompt_cache_bytes": (0, NO_LIMIT),
+}  # fmt: skip
+
+
+class _ParserReadyError(Exception):
+    """Ends mlx_lm.server's main function when its parser is complete."""
+
+
+def server_parser() -> argparse.ArgumentParser:
+    """The parser of mlx_lm.server's own options; its errors are InputErrors."""
+    found: list[Any] = []
+
+    def parse_args(parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        found.append(parser)
+        raise _ParserReadyError
+
+    def error(message: str) -> NoReturn:
+        raise InputError(f"{message[:1].upper()}{message[1:]}; see mlx_turbokv serve --help.")
+
+    with patched(argparse.ArgumentParser, parse_args=parse_args):
+        with contextlib.suppress(_ParserReadyError):
+            server.main()
+    parser = found[0]
+    parser.error = error
+    return parser
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the options of mlx_lm.server.
+
+    Raises:
+        InputError: an unknown option or a value that is not accepted.
+    """
+    try:
+        options = server_parser().parse_args(list(arguments))
+    except (ArithmeticError, KeyError, RecursionError) as error:
+        # what the types of mlx_lm.server's options raise beside what argparse expects
+        raise InputError(
+            "--prompt-cache-bytes takes a number of bytes, or one with M, MB, G or GB, and "
+            f"--chat-template-args a JSON object ({type(error).__name__})."
+        ) from error
+    if options.kv_bits is not None:
+        raise InputError(
+            f"--kv-bits {options.kv_bits} is mlx-lm's own quantised cache; the packed cache's "
+            "formats are given with -ctk and -ctv."
+        )
+    for name, (least, most) in _RANGES.items():
+        value = getattr(options, name)
+        if value is not None and not least <= value <= most:
+            limits = f"{least} to {most}" if most < NO_LIMIT else f"{least} or more"
+            raise InputError(f"--{name.replace('_', '-')} {value} is not accepted: give {limits}.")
+    if not isinstance(options.chat_template_args, dict):
+        raise InputError("--chat-template-args is not a JSON object.")
+    words = [word.split("=")[0] for word in arguments]
+    if options.draft_model is None and "--num-draft-tokens" in words:
+        raise InputError("--num-draft-tokens has no effect without --draft-model.")
+    if options.chat_template and options.use_default_chat_template:
+        raise InputError(
+            "--chat-template and --use-default-chat-template cannot be given together."
+        )
+    return options
