@@ -6,6 +6,7 @@ one call into it as `source`; nothing is spliced into the text.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -103,10 +104,14 @@ def _build(
 ) -> Callable:
     if maker is None:
         maker = mx.fast.metal_kernel if backend == "metal" else mx.fast.cuda_kernel
+    header = header_text(file, backend)
+    name = f"turbokv_{name}"
+    if backend == "cuda":  # MLX keeps compiled kernels in a folder, by name alone
+        name += f"_{hashlib.sha256((header + source).encode()).hexdigest()[:8]}"
     return maker(
-        name=f"turbokv_{name}",
+        name=name,
         input_names=list(input_names),
         output_names=list(output_names),
         source=source,
-        header=header_text(file, backend),
+        header=header,
     )
