@@ -4,6 +4,7 @@
     python scripts/bench_kernels.py --refcheck --out benchmarks/bench_kernels.json
     python scripts/bench_kernels.py --parts kv_bits --out benchmarks/bench_kv_bits.json
     python scripts/bench_kernels.py --parts lengths,rows --pairs turbo4/turbo3 --lengths 131072
+    python scripts/bench_kernels.py --parts lengths,batches --against ../before --out turns.json
 
 Variants take turns in one run. ``us`` is microseconds of a call, MLX's launches included, in a
 chain in which each call's query is the last call's output, as layers follow one another;
@@ -15,8 +16,13 @@ is hidden as far as the GPU's work takes as long; where it takes longer, ``us`` 
 work (compare ``submit_us``). Building a call's graph in Python comes before and is timed apart, as
 ``build_us``.
 
+``--against FOLDER`` times the package of another tree in turns with this one, in a process of its
+own; a row's ``against`` has what it took, and ``against_over_this`` is the median over rounds of
+its time over this tree's. Both record fp16: how far that is from 1 is what the machine drifts.
+
 Kernels compile at their first call. ``--warm i/n`` only compiles, every n-th variant, so that
-processes with a MLX_PTX_CACHE_DIR each can share the work; the run then gets all their files.
+processes with a MLX_PTX_CACHE_DIR each can share the work; the run then gets all their files
+(bench_against.py does so for another tree, whose files go to ``against`` in that folder).
 """
 
 from __future__ import annotations
@@ -24,248 +30,127 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from statistics import mean, median
-from typing import Any, NamedTuple
+from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import mlx_turbokv  # noqa: E402, F401 - before mlx.core, so that OpenBLAS is used
+import mlx_turbokv  # noqa: E402 - before mlx.core, so that OpenBLAS is used
 
 # isort: split
-import kernel_variants as variants
+import bench_timing as timing
 import mlx.core as mx
+from bench_groups import LENGTHS, PAIRS, PARTS, Group, groups
+from bench_sides import Here, Other, Turn, serve
 from record import record, write
 
-from mlx_turbokv.kernels.backend import Backend, select_backend
+from mlx_turbokv.errors import InputError
+from mlx_turbokv.kernels.backend import select_backend
 
-PAIRS = ("q8_0/turbo2", "turbo4/turbo3")
-LENGTHS = (2048, 8192, 32768, 131072)
-MOST_K, MOST_V = ("q8_0", "turbo6", "turbo4", "turbo3"), ("turbo4", "turbo3", "turbo2")
-HEADS, HEAD_DIM = (32, 8), 128
-SHAPES = (((28, 4), 128), ((40, 10), 128), ((9, 3), 64), ((16, 8), 256))
-CENTRED_TOKENS = 32768
-CHUNK_TOKENS = 2048  # a prefill's step
 WARM_TOKENS = 4096  # kernels do not depend on lengths
-# `rows` joins `lengths`: dequantising first, then MLX's own attention
-PARTS = ("lengths", "rows", "pairs", "shapes", "centred", "pack", "dequantize", "kv_bits")
-STEP_CALLS = 32
-# the timed steps of a chain take about so long, within so many steps
-CHAIN_SECONDS, FEWEST_STEPS, MOST_STEPS = 8e-3, 3, 16
-COPY_BYTES, COPIES, COPY_STEPS = 2**30, 10, 5
 
 
-class Group(NamedTuple):
-    """What takes turns: variants of one shape by name; ratios are against fp16, if it is there."""
-
-    part: str
-    job: str
-    heads: tuple[int, int]
-    head_dim: int
-    tokens: int
-    make: dict[str, Callable[[variants.Inputs], variants.Variant]]
-
-
-def groups(parts, pairs, lengths, backend: Backend) -> Iterator[Group]:
-    """What each part compares."""
-
-    def attention(part: str, heads, dim: int, tokens: int, names) -> Group:
-        make = {"fp16": variants.fp16_attention}
+def bench(
+    here: Here, index: int, rounds: int, refcheck: bool, copy_speed: float,
+    other: Other | None = None,
+) -> list[dict]:  # fmt: skip
+    """One row a variant of a group; of both trees, whose turns alternate."""
+    sides = [here] if other is None else [here, other]
+    for side in sides:
+        side.prepare(index)
+    group, names = here.group, list(here.made)
+    turns = [{name: [] for name in names} for _ in sides]
+    for i in range(rounds):
         for name in names:
-            if name.startswith("kv_bits"):
-                make[name] = partial(variants.kv_bits_attention, bits=int(name[-1]))
-            else:
-                pair, _, how = name.partition(" ")
-                make[name] = partial(variants.packed_attention, pair, backend=backend, how=how)
-        return Group(part, "decode", heads, dim, tokens, make)
-
-    if backend.name == "reference":
-        parts = set(parts) - {"rows", "dequantize"}
-    if "lengths" in parts:
-        rows = [f"{pair} rows" for pair in pairs] if "rows" in parts else []
-        for n in lengths:
-            yield attention("lengths", HEADS, HEAD_DIM, n, [*pairs, *rows])
-    if "pairs" in parts:
-        names = [f"{k}/{v}" for k in MOST_K for v in MOST_V]
-        yield attention("pairs", HEADS, HEAD_DIM, max(lengths), names)
-    if "shapes" in parts:
-        for heads, dim in SHAPES:
-            yield attention("shapes", heads, dim, max(lengths), pairs)
-    if "centred" in parts:
-        centred = [f"{pair} centred" for pair in pairs if pair.startswith("turbo")]
-        names = [*pairs, *centred]
-        yield attention("centred", HEADS, HEAD_DIM, min(CENTRED_TOKENS, max(lengths)), names)
-    if "kv_bits" in parts:
-        for n in lengths:
-            yield attention("kv_bits", HEADS, HEAD_DIM, n, [*pairs, "kv_bits8", "kv_bits4"])
-    if "pack" in parts:
-        for tokens, job, packing in (
-            (CHUNK_TOKENS, "pack", variants.pack_chunk),
-            (1, "append", variants.pack_token),
-        ):
-            make = {pair: partial(packing, pair, backend=backend) for pair in pairs}
-            make = {"fp16": variants.fp16_append, **make}
-            yield Group("pack", job, HEADS, HEAD_DIM, tokens, make)
-    if "dequantize" in parts:
-        make = {pair: partial(variants.dequantized_rows, pair, backend=backend) for pair in pairs}
-        n = min(CENTRED_TOKENS, max(lengths))
-        yield Group("dequantize", "dequantize", HEADS, HEAD_DIM, n, make)
-
-
-class Times(NamedTuple):
-    """Seconds of one call of a chain: until it is done, to build its graph, to submit it."""
-
-    done: float
-    built: float
-    submitted: float
-
-
-def run_steps(ends: list[Any]) -> tuple[list[float], float]:
-    """Submit steps as mlx-lm's generation does: the next one, then wait for the last one.
-
-    The first step runs alone, and nothing is submitted while the last one runs, so times are of the
-    steps between: n steps give n - 2.
-
-    Args:
-        ends: results of each step, arrays or trees of them, not evaluated; emptied on the way, so
-            that no result is held longer than needed.
-
-    Returns: seconds of each step but the first and the last, and the CPU time that submitting
-        took of this thread, of all steps together. Waiting is not in it.
-    """
-    cpu_time, done = 0.0, []
-    for i, end in enumerate(ends):
-        start = time.thread_time()
-        mx.async_eval(end)
-        cpu_time += time.thread_time() - start
-        if i > 0:
-            mx.eval(ends[i - 1])
-            done.append(time.perf_counter())
-            ends[i - 1] = None
-    mx.eval(ends.pop())
-    return [after - before for before, after in pairwise(done)], cpu_time
-
-
-def chain_of(
-    variant: variants.Variant, starts: list[Any], n_steps: int, chained: bool
-) -> list[Any]:
-    """What each step of a chain ends in, not evaluated: its last call's result, or all of them.
-
-    Args:
-        starts: what calls get for a last result: one for all steps, or one for each.
-        chained: whether a call gets the last one's result; if not, all get the start.
-    """
-    ends, last = [], None
-    for step in range(n_steps):
-        if step < len(starts):
-            last = starts[step]
-        results = []
-        for i in range(step * STEP_CALLS, (step + 1) * STEP_CALLS):
-            results.append(variant.call(i, last))
-            if chained:
-                last = results.pop()
-        ends.append(last if chained else results)
-    return ends
-
-
-def timed(variant: variants.Variant, n_steps: int, chained: bool) -> Times:
-    """Times of a chain of ``n_steps`` timed steps, between a first and a last one."""
-    n_steps += 2
-    n_calls = n_steps * STEP_CALLS
-    starts = [variant.start() for _ in range(n_steps if variant.in_place else 1)]
-    mx.eval(starts)
-    begin = time.perf_counter()
-    ends = chain_of(variant, starts, n_steps, chained)
-    built = time.perf_counter() - begin
-    del starts
-    steps, submitted = run_steps(ends)
-    return Times(mean(steps) / STEP_CALLS, built / n_calls, submitted / n_calls)
-
-
-def steps_of(variant: variants.Variant) -> int:
-    """How many timed steps make a chain of CHAIN_SECONDS; compiles what is not compiled yet."""
-    timed(variant, 1, variant.chained)
-    seconds = STEP_CALLS * timed(variant, FEWEST_STEPS, variant.chained).done
-    return max(FEWEST_STEPS, min(MOST_STEPS, round(CHAIN_SECONDS / seconds)))
-
-
-def bench(group: Group, rounds: int, refcheck: bool, copy_speed: float) -> list[dict]:
-    """One row a variant of the group."""
-    inputs = variants.noise(group.heads, group.head_dim, group.tokens)
-    made = {name: make(inputs) for name, make in group.make.items()}
-    n_steps = {name: steps_of(variant) for name, variant in made.items()}
-    chain = {name: [] for name in made}
-    apart = {name: [] for name in made}
-    for _ in range(rounds):
-        for name, variant in made.items():
-            chain[name].append(timed(variant, n_steps[name], variant.chained))
-            if variant.chained and group.job == "decode":
-                apart[name].append(timed(variant, n_steps[name], False).done)
-    times = {name: [t.done for t in found] for name, found in chain.items()}
+            for j, side in list(enumerate(sides))[:: -1 if i % 2 else 1]:
+                turns[j][name].append(side.turn(name))
     rows = []
-    for name, variant in made.items():
-        t = median(times[name])
+    for name in names:
+        found = [
+            figures(own, name, here.made[name].n_bytes, copy_speed, side if refcheck else None)
+            for own, side in zip(turns, sides)
+        ]
         row = {
             "part": group.part, "job": group.job, "tokens": group.tokens,
-            "heads": list(group.heads), "head_dim": group.head_dim, "variant": name,
-            "us": round(t * 1e6, 2), "low_us": round(min(times[name]) * 1e6, 2),
-            "high_us": round(max(times[name]) * 1e6, 2),
-            "build_us": round(median(t.built for t in chain[name]) * 1e6, 2),
-            "submit_us": round(median(t.submitted for t in chain[name]) * 1e6, 2),
-            "steps": n_steps[name], "bytes": variant.n_bytes,
-            "gb_per_s": round(variant.n_bytes / t / 1e9, 1),
-            "share_of_copy": round(variant.n_bytes / t / copy_speed, 4),
+            "heads": list(group.heads), "head_dim": group.head_dim, "batch": group.batch,
+            "queries": group.queries, "variant": name, "steps": here.steps[name], **found[0],
         }  # fmt: skip
-        if "fp16" in times:
-            row["fp16_over_this"] = round(median(times["fp16"]) / t, 3)
-        if apart[name]:
-            row["apart_us"] = round(median(apart[name]) * 1e6, 2)
-        if refcheck and variant.check:
-            row["error"], row["error_allowed"] = variant.check()
+        if other is not None:
+            ratios = [b.chain.done / a.chain.done for a, b in zip(*(t[name] for t in turns))]
+            row |= {"against": found[1], "against_over_this": round(median(ratios), 3)}
         print(line(row), flush=True)
         rows.append(row)
     return rows
+
+
+def figures(
+    turns: dict[str, list[Turn]], name: str, n_bytes: int, copy_speed: float,
+    checked: Here | Other | None,
+) -> dict:  # fmt: skip
+    """What a tree's turns say of a variant, and its error, if that is ``checked``."""
+    chain = [turn.chain for turn in turns[name]]
+    times = [t.done for t in chain]
+    t = median(times)
+    found = {
+        "us": round(t * 1e6, 2), "low_us": round(min(times) * 1e6, 2),
+        "high_us": round(max(times) * 1e6, 2),
+        "build_us": round(median(t.built for t in chain) * 1e6, 2),
+        "submit_us": round(median(t.submitted for t in chain) * 1e6, 2),
+        "bytes": n_bytes, "gb_per_s": round(n_bytes / t / 1e9, 1),
+        "share_of_copy": round(n_bytes / t / copy_speed, 4),
+    }  # fmt: skip
+    if "fp16" in turns:
+        found["fp16_over_this"] = round(median(u.chain.done for u in turns["fp16"]) / t, 3)
+    apart = [turn.apart for turn in turns[name] if turn.apart is not None]
+    if apart:
+        found["apart_us"] = round(median(apart) * 1e6, 2)
+    error = checked and checked.check(name)
+    if error:
+        found["error"], found["error_allowed"] = error
+    return found
 
 
 def line(row: dict) -> str:
     """A row as text."""
     heads = ",".join(map(str, row["heads"]))
     shape = f"{row['job']} {heads} D={row['head_dim']} n={row['tokens']}"
+    shape += "".join(f" {k[0].upper()}={row[k]}" for k in ("batch", "queries") if row[k] > 1)
     apart = f", apart {row['apart_us']:.1f}" if "apart_us" in row else ""
     ratio = f", {row['fp16_over_this']:.2f}x fp16" if "fp16_over_this" in row else ""
     error = f", error {row['error']:.1e}" if "error" in row else ""
+    against = ""
+    if "against" in row:
+        against = f"; against: {row['against']['us']:.1f} us, {row['against_over_this']:.3f}x"
     return (
         f"{shape:34} {row['variant']:22} {row['us']:8.1f} us ({row['low_us']:.1f} to "
         f"{row['high_us']:.1f}{apart}, build {row['build_us']:.1f}, submit "
         f"{row['submit_us']:.1f}), {row['gb_per_s']:.0f} GB/s, "
-        f"{row['share_of_copy']:.0%} of copying{ratio}{error}"
+        f"{row['share_of_copy']:.0%} of copying{ratio}{error}{against}"
     )
 
 
-def copy_speeds() -> dict[str, float]:
-    """Bytes a second, read and written, of ways to copy a large array on this device.
-
-    Each copy reads the last one's result; they are submitted as calls are.
-    """
-    found = {}
-    for name, dtype in (("uint8", mx.uint8), ("uint32", mx.uint32), ("float32", mx.float32)):
-        x, one = mx.zeros((COPY_BYTES // dtype.size,), dtype), mx.array(1, dtype)
-        mx.eval(x, one)
-        n_bytes, ends = 2 * COPIES * x.nbytes, []
-        for _ in range(COPY_STEPS + 2):
-            for _ in range(COPIES):
-                x = x + one
-            ends.append(x)
-        del x
-        found[f"{name} + 1"] = n_bytes / median(run_steps(ends)[0])
-        mx.clear_cache()
-    return found
+def wrong(row: dict) -> bool:
+    """Whether an error of a row is above what is accepted."""
+    sides = row, row.get("against", {})
+    return any(not side.get("error", 0) <= side.get("error_allowed", 0) for side in sides)
 
 
-def main() -> int:
+def warm(wanted: list[Group], share: int, n_shares: int) -> int:
+    """Compiles every n-th of the kernels that the groups need."""
+    makes = {}
+    for group in wanted:
+        shape = group.job, group.heads, group.head_dim, group.batch, group.queries
+        for name in group.make:
+            makes[(*shape, min(group.tokens, WARM_TOKENS), name)] = group, name
+    for group, name in list(makes.values())[share::n_shares]:
+        start = time.perf_counter()
+        variant = group.make[name](group.inputs(WARM_TOKENS))
+        mx.eval(variant.call(0, variant.start()))
+        print(f"{group.job} {group.heads} {name}: {time.perf_counter() - start:.1f} s", flush=True)
+    return 0
+
+
+def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", default=",".join(PARTS[:-1]), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--pairs", default=",".join(PAIRS), help="K/V pairs, comma-separated")
@@ -274,40 +159,45 @@ def main() -> int:
     parser.add_argument("--refcheck", action="store_true", help="compare with the reference")
     parser.add_argument("--warm", metavar="I/N", default=None, help="only compile, every n-th")
     parser.add_argument("--backend", default=None, help="default: TURBOKV_BACKEND, else auto")
+    parser.add_argument("--against", type=Path, help="the folder of a tree to time in turns")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=None)
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     backend = select_backend(select_backend(args.backend).name)  # by name: it must cover all
     lengths = tuple(int(n) for n in args.lengths.split(","))
     wanted = list(groups(args.parts.split(","), args.pairs.split(","), lengths, backend))
     if args.warm:
         return warm(wanted, *(int(i) for i in args.warm.split("/")))
-    speeds = copy_speeds()
+    here, other = Here(wanted), None
+    if args.serve:
+        serve(here, {"mlx_turbokv": mlx_turbokv.__version__})
+        return 0
+    if args.against is not None:
+        options = {"parts": args.parts, "pairs": args.pairs, "lengths": args.lengths}
+        options["backend"] = backend.name
+        try:
+            other = Other(args.against, [f"--{key}={value}" for key, value in options.items()])
+        except InputError as error:
+            parser.error(str(error))
+    speeds = timing.copy_speeds()
     copy_speed, rows = max(speeds.values()), []
     report = record(
-        backend=backend.name, rounds=args.rounds, calls_a_step=STEP_CALLS,
+        backend=backend.name, rounds=args.rounds, calls_a_step=timing.STEP_CALLS,
         copy_gb_per_s=round(copy_speed / 1e9, 1),
-        copies_gb_per_s={name: round(speed / 1e9, 1) for name, speed in speeds.items()}, rows=rows,
+        copies_gb_per_s={name: round(speed / 1e9, 1) for name, speed in speeds.items()},
+        **({} if other is None else {"against": other.about}), rows=rows,
     )  # fmt: skip
     print({k: v for k, v in report.items() if k != "rows"}, flush=True)
-    for group in wanted:
-        rows += bench(group, args.rounds, args.refcheck, copy_speed)
+    for index in range(len(wanted)):
+        rows += bench(here, index, args.rounds, args.refcheck, copy_speed, other)
         mx.clear_cache()
         write(args.out, report)  # after each group: an interrupted run keeps what it measured
-    wrong = [r for r in rows if not r.get("error", 0) <= r.get("error_allowed", 0)]
-    for row in wrong:
+    if other is not None:
+        other.close()
+    failed = [row for row in rows if wrong(row)]
+    for row in failed:
         print(f"FAILED {line(row)}", file=sys.stderr)
-    return 1 if wrong else 0
-
-
-def warm(wanted: list[Group], share: int, n_shares: int) -> int:
-    """Compiles every n-th of the kernels that the groups need."""
-    makes = {(g.job, g.heads, g.head_dim, name): (g, name) for g in wanted for name in g.make}
-    for group, name in list(makes.values())[share::n_shares]:
-        start, n = time.perf_counter(), min(group.tokens, WARM_TOKENS)
-        variant = group.make[name](variants.noise(group.heads, group.head_dim, n))
-        mx.eval(variant.call(0, variant.start()))
-        print(f"{group.job} {group.heads} {name}: {time.perf_counter() - start:.1f} s", flush=True)
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -36,10 +36,10 @@ KV_BITS_ERROR = 1e-2
 
 
 class Inputs(NamedTuple):
-    """Rows of one shape, and one query.
+    """Rows of one shape, and queries.
 
     Shapes:
-        keys, values: [1, n_kv_heads, n, head_dim]; queries: [1, n_heads, 1, head_dim]; float16.
+        keys, values: [B, n_kv_heads, n, head_dim]; queries: [B, n_heads, L, head_dim]; float16.
     """
 
     keys: mx.array
@@ -69,11 +69,11 @@ class Variant:
     in_place: bool = False
 
 
-def noise(heads: tuple[int, int], dim: int, n: int) -> Inputs:
+def noise(heads: tuple[int, int], dim: int, n: int, batch: int = 1, n_queries: int = 1) -> Inputs:
     """Normal noise, the same every time."""
     mx.random.seed(0)
-    shapes = (heads[1], n), (heads[1], n), (heads[0], 1)
-    rows = [mx.random.normal((1, *shape, dim)).astype(mx.float16) for shape in shapes]
+    shapes = (heads[1], n), (heads[1], n), (heads[0], n_queries)
+    rows = [mx.random.normal((batch, *shape, dim)).astype(mx.float16) for shape in shapes]
     mx.eval(rows)
     return Inputs(*rows)
 
@@ -88,7 +88,7 @@ def copies(*arrays: mx.array) -> list[list[mx.array]]:
 
 
 def packed_attention(pair: str, x: Inputs, backend: Backend, how: str = "") -> Variant:
-    """Attention over packed rows.
+    """Attention over packed rows, causal where there are several queries.
 
     Args:
         how: centred, for centred keys; rows, for dequantising first and MLX's own attention.
@@ -103,13 +103,13 @@ def packed_attention(pair: str, x: Inputs, backend: Backend, how: str = "") -> V
         )  # as large without their centre as others
     first = backend.pack(keys, x.values, layout, **({"centre": centre} if centre else {}))
     views = [PackedKV(layout, body, n, empty_tiles(), 0, centre) for (body,) in copies(first)]
-    scale = dim**-0.5
+    scale, mask = dim**-0.5, mask_of(x)
 
     def call(i: int, queries: mx.array) -> mx.array:
         view = views[i % len(views)]
         if how == "rows":
-            return dispatch._dequantized(queries, view, scale, None, None, backend)
-        return dispatch.attention(queries, view, scale, backend=backend)
+            return dispatch._dequantized(queries, view, scale, mask, None, backend.rotated_rows)
+        return dispatch.attention(queries, view, scale, mask, backend=backend)
 
     def check() -> tuple[float, float]:
         rows = reference.dequantize(views[0]._replace(body=views[0].body[:, :1]), mx.float32)
@@ -119,12 +119,12 @@ def packed_attention(pair: str, x: Inputs, backend: Backend, how: str = "") -> V
 
 
 def fp16_attention(x: Inputs) -> Variant:
-    """MLX's fused attention over fp16 rows."""
-    sets, scale = copies(x.keys, x.values), x.keys.shape[-1] ** -0.5
+    """MLX's fused attention over fp16 rows, causal where there are several queries."""
+    sets, scale, mask = copies(x.keys, x.values), x.keys.shape[-1] ** -0.5, mask_of(x)
 
     def call(i: int, queries: mx.array) -> mx.array:
         keys, values = sets[i % len(sets)]
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale)
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
 
     return Variant(call, lambda: x.queries, x.keys.nbytes + x.values.nbytes)
 
@@ -235,6 +235,11 @@ def layout_of(pair: str, dim: int) -> KVLayout:
     return KVLayout(*(KVFormat.parse(name) for name in pair.split("/")), dim, dim, "float16")
 
 
+def mask_of(x: Inputs) -> str | None:
+    """The mask of a generation step: causal where it has several queries."""
+    return "causal" if x.queries.shape[2] > 1 else None
+
+
 def _gqa_factor(x: Inputs) -> int:
     return x.queries.shape[1] // x.keys.shape[1]
 
@@ -251,14 +256,17 @@ def _attention_error(output, queries, keys, values, gqa_factor: int) -> tuple[fl
     """Relative error of the heads that read KV head 0, against float64 over the rows it holds.
 
     Shapes:
-        output, queries: [1, n_heads, 1, D]; keys, values: [1, 1, n, D], dequantised.
+        output, queries: [B, n_heads, L, D]; keys, values: [B, 1, n, D], dequantised.
     """
     q, scale = queries[:, :gqa_factor], keys.shape[-1] ** -0.5
     scores = _float64(q) @ _float64(keys).swapaxes(-1, -2) * scale
+    n_queries, n = scores.shape[-2:]
+    scores[..., np.tri(n_queries, n, n - n_queries) == 0] = -np.inf  # the last query sees all
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     want = weights @ _float64(values) / weights.sum(axis=-1, keepdims=True)
     half = (rows.astype(mx.float16) for rows in (keys, values))
-    plain = _relative(mx.fast.scaled_dot_product_attention(q, *half, scale=scale), want)
+    mask = "causal" if n_queries > 1 else None
+    plain = _relative(mx.fast.scaled_dot_product_attention(q, *half, scale=scale, mask=mask), want)
     return _relative(output[:, :gqa_factor], want), max(ERROR_RATIO * plain, ERROR_FLOOR)
 
 

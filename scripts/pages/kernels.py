@@ -21,6 +21,10 @@ def _shape(rows: list[dict]) -> str:
     return f"{heads[0]} query and {heads[1]} KV heads, head_dim {dim}"
 
 
+def _heads(row: dict) -> str:
+    return f"({row['heads'][0]}, {row['heads'][1]})"
+
+
 def _by_length(rows: list[dict]) -> str:
     """µs by context and variant, and the ratio to fp16."""
     names = list(dict.fromkeys(r["variant"] for r in rows))
@@ -80,7 +84,15 @@ def kernels() -> str:
     if "shapes" in parts:
         text += ["## By shape", _shares(
             parts["shapes"],
-            lambda r: f"({r['heads'][0]}, {r['heads'][1]}), D = {r['head_dim']}: {r['variant']}",
+            lambda r: f"{_heads(r)}, D = {r['head_dim']}: {r['variant']}",
+        )]  # fmt: skip
+    if "batches" in parts:
+        text += [f"## By batch, {parts['batches'][0]['tokens']:,} tokens each", _shares(
+            parts["batches"], lambda r: f"{_heads(r)}, {r['batch']} sequences: {r['variant']}",
+        )]  # fmt: skip
+    if "queries" in parts:
+        text += [f"## Several queries, {parts['queries'][0]['tokens']:,} tokens", _shares(
+            parts["queries"], lambda r: f"{r['queries']} queries: {r['variant']}",
         )]  # fmt: skip
     if "centred" in parts:
         title = f"## Centred keys, {parts['centred'][0]['tokens']:,} tokens"
