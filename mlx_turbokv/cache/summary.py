@@ -22,17 +22,19 @@ class KVSummary:
     """Totals over the KV layers (the packed ones and mlx-lm's own ``KVCache``).
 
     tokens: tokens processed; a sliding window stores fewer.
+    row_bytes: of the tokens' rows and what is subtracted from them, without spare rows.
+    f16_bytes: of the same rows in 16 bits.
     resident_bytes: everything held, spare rows included.
-    f16_bytes: of the same values in 16 bits, without spare rows.
-    bits_per_value: of the formats, scales included and spare rows not.
+    bits_per_value: of the formats, scales included.
     pairs: number of layers by ``K/V`` formats.
     backend: of the packed layers, or None without any.
     centred: number of layers whose keys are centred, by what they are centred by.
     """
 
     tokens: int
-    resident_bytes: int
+    row_bytes: int
     f16_bytes: int
+    resident_bytes: int
     bits_per_value: float
     pairs: dict[str, int]
     backend: str | None
@@ -45,10 +47,22 @@ class KVSummary:
         centred = f"{describe(self.centred)}, " if turbo_keys else ""
         backend = f"{self.backend} back-end" if self.backend else "mlx-lm's own cache"
         return (
-            f"KV cache: {self.tokens} tokens, {self.resident_bytes:,} bytes resident, "
-            f"{self.f16_bytes:,} bytes in f16, {self.bits_per_value:.2f} bits per value, "
-            f"{policy} ({pairs} layers), {centred}{backend}"
+            f"KV cache: {self.size()} of {mib(self.f16_bytes)}, {mib(self.resident_bytes)} "
+            f"resident, {self.bits_per_value:.2f} bits per value, {policy} ({pairs} layers), "
+            f"{centred}{backend}"
         )
+
+    def size(self) -> str:
+        """Tokens, and the size of their rows beside that of the same rows in f16."""
+        percent = 100 * self.row_bytes / self.f16_bytes if self.f16_bytes else 100.0
+        return f"{self.tokens:,} tokens, {mib(self.row_bytes)}, {percent:.1f}% of f16"
+
+
+def mib(n_bytes: int) -> str:
+    """A number of bytes in MiB, with three digits or more."""
+    size = n_bytes / (1 << 20)
+    digits = 1 if size >= 100 else 2 if size >= 1 else 4
+    return f"{size:,.{digits}f} MiB"
 
 
 def leaves(caches: Iterable[Any]) -> Iterator[Any]:
@@ -75,13 +89,20 @@ def summarize(caches: list[Any]) -> KVSummary:
     centres = [c.centre for c in layers if isinstance(c, TurboKVCache)]
     return KVSummary(
         tokens=max((int(c.offset) for c in layers), default=0),
-        resident_bytes=sum(c.nbytes for c in layers),
+        row_bytes=round(n_bits / 8) + sum(map(_centre_bytes, layers)),
         f16_bytes=int(n_values) * F16_BYTES,
+        resident_bytes=sum(c.nbytes for c in layers),
         bits_per_value=n_bits / n_values if n_values else 0.0,
         pairs=dict(pairs),
         backend=backends[0] if backends else None,
         centred=dict(Counter(centre.source for centre in centres if centre is not None)),
     )
+
+
+def _centre_bytes(cache: Any) -> int:
+    """Bytes of what is subtracted from a cache's keys."""
+    centre = getattr(cache, "centre", None)
+    return 0 if centre is None or cache.empty() else centre.nbytes(cache.n_rows)
 
 
 def _rows(cache: Any, packed: bool) -> list[tuple[int, float]]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import sys
 
 import click
 
 from .. import __version__
-from .entry import console_script
+from .command import HELP_NAMES
+from .entry import console_script, run
 
 COMMANDS = (
     "bench", "calibrate", "doctor", "generate", "needle", "perplexity", "plan", "report", "serve",
@@ -26,10 +28,19 @@ class LazyGroup(click.Group):
         return importlib.import_module(f"{__name__}.{cmd_name}").command
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=LazyGroup, invoke_without_command=True, context_settings=HELP_NAMES)
 @click.version_option(__version__, package_name="mlx_turbokv")
-def group() -> None:
+@click.pass_context
+def group(ctx: click.Context) -> None:
     """A packed, layer-aware KV cache for mlx-lm models."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
 main = console_script(group)
+
+
+def run_as_module(name: str) -> None:
+    """Run a command as ``python -m mlx_turbokv.NAME`` does, under the name of its script."""
+    sys.argv[0] = f"mlx_turbokv.{name}"  # what records and messages call it
+    run(importlib.import_module(f"{__name__}.{name}").command)

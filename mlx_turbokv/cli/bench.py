@@ -10,6 +10,7 @@ import click
 
 from ..errors import InputError
 from . import options
+from .command import Command
 from .entry import console_script
 from .output import (
     Progress,
@@ -34,7 +35,7 @@ _SETTINGS = (
 )  # fmt: skip
 
 
-@click.command("bench")
+@click.command("bench", cls=Command)
 @options.model
 @click.option(
     "--shape", metavar="NAME|FILE",

@@ -11,6 +11,7 @@ from ..errors import InputError
 from ..files import write_text
 from ..quant.formats import as_format
 from . import options
+from .command import Command
 from .entry import console_script
 from .output import Progress, as_json, check_folder, format_record, print_status, write_folder
 from .runs import load_model, policies_of, print_record
@@ -20,7 +21,7 @@ NO_TEXT = "none"
 RECORD = "calibration.json"
 
 
-@click.command("calibrate")
+@click.command("calibrate", cls=Command)
 @options.combined(options.model, options.dtype)
 @click.option(
     "--text", "-f", default="sample", metavar="FILE|sample", help="The text to calibrate on."

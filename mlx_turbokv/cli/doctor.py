@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from . import options
+from .command import Command
 from .entry import console_script
 from .output import check_writable, print_status, write_json
 from .runs import print_record
@@ -13,7 +14,7 @@ from .values import exclude
 FAILED_STATUS = 1
 
 
-@click.command("doctor")
+@click.command("doctor", cls=Command)
 @click.option("--quick", is_flag=True, help="Two pairs of formats at head_dim 64 and 128.")
 @click.option("--full", is_flag=True, help="Every pair of formats, every format at every head_dim.")
 @options.backend

@@ -13,53 +13,13 @@ import click
 from ..errors import InputError
 from . import options, sampling
 from .entry import console_script
-from .values import COUNT, MOST_TOKENS, refuse
+from .mlx_lm_options import MlxLmCommand
+from .values import refuse
 
-KEPT_TOKENS = 4  # by a cache with --max-kv-size, before those that it drops
-# Options of mlx_lm.generate that are accepted, with the values that are; None: any.
-_MLX_LM_OPTIONS: dict[str, Any] = {
-    "prompt": None, "system_prompt": None, "prefill_response": None, "ignore_chat_template": None,
-    "chat_template_config": None, "extra_eos_token": None, "max_tokens": int, "verbose": bool,
-    "max_kv_size": click.IntRange(KEPT_TOKENS + 1, MOST_TOKENS), "prefill_step_size": COUNT,
-    "num_draft_tokens": COUNT, **sampling.TYPES,
-}  # fmt: skip
 _OF_CHAT = ("system_prompt", "prefill_response", "chat_template_config")
-_MORE_HELP = {
-    "extra_eos_token": "; repeatable.",
-    "max_tokens": "; -1: no limit.",
-    "max_kv_size": ": beyond it the oldest tokens are dropped, except the first 4.",
-}
 
 
-class _Command(click.Command):
-    """Adds the options of mlx_lm.generate: names, defaults and help are those of its parser."""
-
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        from ..loading import blas
-
-        blas.require_mlx()
-        from mlx_lm.generate import setup_arg_parser
-
-        present = {param.name for param in self.params}
-        for action in setup_arg_parser()._actions:
-            if action.dest not in _MLX_LM_OPTIONS or action.dest in present:
-                continue
-            help = action.help or ""
-            more = _MORE_HELP.get(action.dest)
-            option = click.Option(
-                list(action.option_strings),
-                is_flag=action.nargs == 0,
-                multiple=action.nargs == "+",
-                type=_MLX_LM_OPTIONS[action.dest],
-                default=action.default,
-                show_default="default" not in help and action.nargs is None,
-                help=help.rstrip(".") + more if more else help,
-            )
-            self.params.append(option)
-        return super().get_params(ctx)
-
-
-@click.command("generate", cls=_Command, epilog=options.CACHE_HELP)
+@click.command("generate", cls=MlxLmCommand, mlx_lm="generate", epilog=options.CACHE_HELP)
 @options.model
 @click.option(
     "--prompt-cache-file", type=click.Path(dir_okay=False, path_type=Path),

@@ -9,6 +9,7 @@ import click
 
 from ..errors import InputError
 from . import options
+from .command import Command
 from .entry import console_script
 from .output import Progress, format_record, print_status, write_json, write_result
 from .runs import (
@@ -27,7 +28,7 @@ DEFAULT_CONTEXTS = (512, 1024, 2048, 4096)
 DEFAULT_CONFIGS = ("q8_0/q8_0", "q8_0/turbo3", "q8_0/turbo2", "la-v7", "turbo4/turbo3")
 
 
-@click.command("needle")
+@click.command("needle", cls=Command)
 @options.combined(options.model, options.dtype)
 @click.option(
     "--text", "-f", default="sample", metavar="FILE|sample|wikitext-2",

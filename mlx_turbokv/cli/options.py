@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import click
 from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 
 from .. import policy as policies
 from ..errors import InputError
@@ -41,11 +42,21 @@ class FormatType(click.ParamType):
     ) -> KVFormat:
         return value if isinstance(value, KVFormat) else KVFormat.parse(value)
 
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        return [CompletionItem(name) for name in FORMAT_NAMES if name.startswith(incomplete)]
+
 
 class BackendType(click.ParamType):
     """A back-end by name, of the command line or of the environment variable."""
 
     name = "backend"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        return [CompletionItem(name) for name in BACKENDS if name.startswith(incomplete)]
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
         return f"[{'|'.join(BACKENDS)}]"

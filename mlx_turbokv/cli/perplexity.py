@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from . import options
+from .command import Command
 from .entry import console_script
 from .output import Progress, check_writable, format_record, print_status, write_json
 from .runs import config_names, load_model, policies_of, print_record, warn_about_context
@@ -17,7 +18,7 @@ WHAT = "perplexity and divergence by cache configuration"
 DEFAULT_CTX = 512
 
 
-@click.command("perplexity")
+@click.command("perplexity", cls=Command)
 @options.combined(options.model, options.dtype)
 @click.option(
     "--text", "-f", metavar="FILE|sample|wikitext-2",

@@ -10,6 +10,7 @@ import click
 
 from ..errors import InputError
 from . import options
+from .command import Command
 from .entry import console_script
 from .values import Number, refuse
 
@@ -21,7 +22,7 @@ _MEMORY = Number(0, 1e9, min_open=True)
 _WEIGHT_BITS = Number(0, 64, min_open=True)
 
 
-@click.command("plan", epilog=options.CACHE_HELP)
+@click.command("plan", cls=Command, epilog=options.CACHE_HELP)
 @click.option(
     "--model", metavar="ID|FOLDER|FILE|NAME",
     help="A hub id (its config alone is fetched), a folder, a config.json or .gguf file, or one "

@@ -11,6 +11,7 @@ import click
 from ..errors import InputError
 from ..files import write_text
 from . import options
+from .command import Command
 from .entry import console_script
 from .output import as_json, check_folder, print_status, read_json, try_write_json, write_folder
 from .runs import config_names, fitting_names, load_model, not_whole, policies_of
@@ -43,7 +44,7 @@ PART_OPTIONS = {
 }
 
 
-@click.command("report")
+@click.command("report", cls=Command)
 @options.combined(options.model, options.dtype)
 @click.option(
     "--out", "folder", default="turbokv-report", metavar="FOLDER",

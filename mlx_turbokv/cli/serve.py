@@ -7,10 +7,11 @@ from typing import Any
 import click
 
 from . import options
+from .command import Command
 from .entry import console_script
 
 
-class _Command(click.Command):
+class _Command(Command):
     """Adds mlx_lm.server's options to the help."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -7,6 +7,7 @@ fp16 scale for each group of values.
 
 from __future__ import annotations
 
+import difflib
 import re
 from dataclasses import dataclass
 
@@ -17,6 +18,10 @@ Q8_GROUP = 32
 TURBO_BITS = (2, 3, 4, 5, 6)
 FORMAT_NAMES = ("f16", "q8_0", *(f"turbo{bits}" for bits in TURBO_BITS))
 _TURBO = re.compile(r"turbo([2-6])(?::(32))?")
+# names of llama.cpp (q4_0, iq4_nl, bf16), of floats (fp8_e4m3), of turbo formats (tbq3_0), or bits
+_OTHER = re.compile(
+    r"(?:[a-z]{1,6}|)_?([1-9]\d?)(?:[-_ ]?bits?|_[a-z0-9_]{1,6}|:\d{1,3})?", re.ASCII
+)
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,10 @@ class KVFormat:
             return cls("q8_0", 8)
         if match := _TURBO.fullmatch(text):
             return cls("turbo", int(match[1]), int(match[2]) if match[2] else None)
+        nearest = _nearest(text)
+        hint = f"the nearest is {nearest}; " if nearest else ""
         raise InputError(
-            f"Unknown KV format {short(name)}: accepted are {', '.join(FORMAT_NAMES)} and "
+            f"Unknown KV format {short(name)}: {hint}accepted are {', '.join(FORMAT_NAMES)} and "
             "turboN:32."
         )
 
@@ -92,6 +99,19 @@ class KVFormat:
     def bits_per_value(self, head_dim: int) -> float:
         """Bits that one value takes, its share of the scales included."""
         return 8 * self.row_bytes(head_dim) / head_dim
+
+
+def _nearest(text: str) -> str | None:
+    """The format of about as many bits as one of llama.cpp's or another's, or of a like name."""
+    if match := _OTHER.fullmatch(text):
+        bits = int(match[1])
+        if bits in (16, 32):
+            return "f16"
+        if 7 <= bits <= 8:
+            return "q8_0"
+        if bits <= 6:
+            return f"turbo{max(bits, TURBO_BITS[0])}"
+    return next(iter(difflib.get_close_matches(text[:60], FORMAT_NAMES, 1)), None)
 
 
 def as_format(value: KVFormat | str) -> KVFormat:

@@ -28,7 +28,7 @@ def _options(name: str) -> list[tuple[str, bool]]:
     command = command_of(name)
     found = []
     for param in command.get_params(click.Context(command)):
-        if isinstance(param, click.Option) and "--help" not in param.opts:
+        if isinstance(param, click.Option) and not {"--help", "--version"} & set(param.opts):
             found += [(opt, param.is_flag) for opt in (*param.opts, *param.secondary_opts)]
     if name == "serve":
         from mlx_turbokv.serve.options import server_parser

@@ -1,0 +1,119 @@
+"""The class of the commands: help in groups, --version, and answers to flags of other caches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from .. import __version__
+from ..errors import InputError
+
+HELP_NAMES = {"help_option_names": ["-h", "--help"]}
+# Parameters by the section of the help that lists them; others are in the last but one.
+_SECTIONS = {
+    "Model": "model adapter_path trust_remote_code eos_token draft_model num_draft_tokens pipeline "
+    "dtype shape weight_bits kv_layers kv_heads head_dim v_head_dim",
+    "Prompt": "prompt system_prompt prefill_response ignore_chat_template chat_template_config "
+    "extra_eos_token prefill_step_size prompt_cache_file text",
+    "Sampling": "max_tokens temp top_p min_p top_k xtc_probability xtc_threshold "
+    "min_tokens_to_keep seed",
+    "Cache": "cache_type_k cache_type_v policy boundary layer_adaptive sink recent "
+    "compress_sliding keys no_centre max_kv_size backend configs",
+}
+_OUTPUT = (
+    "output markdown json_path json_file plot folder from_path verbose resume no_resume time_limit"
+)
+_BITS = {8: "q8_0", 6: "turbo6", 5: "turbo5", 4: "turbo4", 3: "turbo3", 2: "turbo2"}
+_ELSEWHERE = ("--image", "--quantize-activations", "-qa", "--use-default-chat-template")
+
+
+class Command(click.Command):
+    """A command whose help is in groups, with -h and --version."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs["context_settings"] = {**HELP_NAMES, **(kwargs.get("context_settings") or {})}
+        super().__init__(*args, **kwargs)
+        click.version_option(__version__, package_name="mlx_turbokv")(self)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click does; a flag of another cache is answered with what to type instead."""
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            if answer := _instead(error.option_name, given, ctx):
+                raise InputError(answer) from error
+            raise
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options by section."""
+        sections = {name: params.split() for name, params in _SECTIONS.items()}
+        rows: dict[str, list[tuple[str, str]]] = {
+            name: [] for name in (*sections, "Options", "Output", "Other")
+        }
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                rows[_section_of(param, sections)].append(record)
+        for name, records in rows.items():
+            if records:
+                with formatter.section(name):
+                    formatter.write_dl(records)
+
+
+def _section_of(param: click.Parameter, sections: dict[str, list[str]]) -> str:
+    if {"--help", "--version"} & set(param.opts):
+        return "Other"
+    if param.name in _OUTPUT.split():
+        return "Output"
+    return next((name for name, params in sections.items() if param.name in params), "Options")
+
+
+def instead_of_kv_bits(value: str | None, where: str = "") -> str:
+    """What to type in place of mlx-lm's --kv-bits, as a sentence.
+
+    Args:
+        value: its bits as they were given, if they were.
+        where: ends the sentence.
+    """
+    bits = int(value) if value and value.isdecimal() and len(value) < 3 else 4
+    name = _BITS.get(bits, "turbo4")
+    said = f" {value}" if value and len(value) < 20 else ""
+    return (
+        f"--kv-bits{said} is mlx-lm's own quantised cache: give -ctk {name} -ctv {name} "
+        f"instead{where}."
+    )
+
+
+def _instead(option: str, args: Sequence[str], ctx: click.Context) -> str | None:
+    """What to type instead of an option that there is none of; None of an unknown one."""
+    names = {param.name for param in ctx.command.params}
+    if option == "--kv-bits":
+        if "configs" in names and "cache_type_k" not in names:
+            return (
+                "--kv-bits is not an option here: give --config turbo4/turbo4 for a packed cache, "
+                "or --config mlx-kv4:64 for mlx-lm's own with 4 bits."
+            )
+        return instead_of_kv_bits(_value_of(option, args))
+    if option in ("--kv-group-size", "--quantized-kv-start"):
+        return (
+            f"{option} belongs to mlx-lm's --kv-bits: omit it, or give -ctk and -ctv a format "
+            "with a scale for every 32 values, such as turbo4:32."
+        )
+    if option in _ELSEWHERE and ctx.command.name == "generate":
+        return (
+            f"{option} is not taken here: mlx_turbokv run -- mlx_lm.generate {option} has it, with "
+            "packed caches."
+        )
+    return None
+
+
+def _value_of(option: str, args: Sequence[str]) -> str | None:
+    for word, following in zip(args, [*args[1:], None]):
+        if word == option:
+            return following
+        if word.startswith(f"{option}="):
+            return word.partition("=")[2]
+    return None

@@ -1,0 +1,75 @@
+"""Help in groups, and what is said of flags and formats that are another program's."""
+
+from __future__ import annotations
+
+import click
+import pytest
+from command_calls import COMMANDS, call, command_of, refused
+
+from mlx_turbokv import KVFormat
+from mlx_turbokv.errors import InputError
+from mlx_turbokv.quant.formats import FORMAT_NAMES
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_is_in_one_group_of_the_help(name):
+    text = call(name, "-h").out
+    assert text == call(name, "--help").out
+    command = command_of(name)
+    for param in command.get_params(click.Context(command)):
+        if isinstance(param, click.Option) and not param.hidden:
+            shown = max(param.opts, key=len)
+            lines = [line.split("  ")[1] for line in text.splitlines() if line[:3] == "  -"]
+            assert sum(shown in line.replace(",", " ").split() for line in lines) == 1, shown
+    assert "version" in call(name, "--version").out
+
+
+def test_the_groups_of_generate():
+    lines = call("generate", "-h").out.splitlines()
+    groups = [line[:-1] for line in lines if line[-1:] == ":" and line[:1] != " "]
+    assert groups == ["Model", "Prompt", "Sampling", "Cache", "Output", "Other"]
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--kv-bits", "4"], "give -ctk turbo4 -ctv turbo4 instead"),
+        (["--kv-bits=8"], "give -ctk q8_0 -ctv q8_0 instead"),
+        (["--kv-bits"], "give -ctk turbo4 -ctv turbo4 instead"),
+        (["--kv-bits", "²"], "-ctk turbo4"),
+        (["--kv-group-size", "32"], "turbo4:32"),
+        (["--quantized-kv-start", "0"], "omit it"),
+        (["--image", "a.png"], "mlx_turbokv run -- mlx_lm.generate --image"),
+    ],
+)
+def test_flags_of_other_caches_are_answered_with_what_to_type(args, said):
+    refused("generate", *args, words=[said, args[0].partition("=")[0]])
+
+
+def test_evaluations_name_mlx_lms_own_cache():
+    refused("perplexity", "--kv-bits", "4", words=["--config turbo4/turbo4", "mlx-kv4:64"])
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("q4_0", "turbo4"), ("q4_1", "turbo4"), ("iq4_nl", "turbo4"), ("q5_1", "turbo5"),
+        ("q6_k", "turbo6"), ("q2_k", "turbo2"), ("q3_k_m", "turbo3"), ("q8_1", "q8_0"),
+        ("fp8", "q8_0"), ("fp8_e4m3", "q8_0"), ("int8", "q8_0"), ("int4", "turbo4"),
+        ("bf16", "f16"), ("fp16", "f16"), ("f32", "f16"), ("4", "turbo4"), ("4bit", "turbo4"),
+        ("4-bit", "turbo4"), ("tbq3_0", "turbo3"), ("turbo1", "turbo2"), ("turbo3:64", "turbo3"),
+        ("tubro4", "turbo4"), ("Q4_0", "turbo4"),
+    ],
+)  # fmt: skip
+def test_the_nearest_format_is_named(name, nearest):
+    with pytest.raises(InputError, match=rf"the nearest is {nearest}; accepted are"):
+        KVFormat.parse(name)
+    assert nearest in FORMAT_NAMES
+    refused("plan", "-ctk", name, words=[f"the nearest is {nearest};"])
+
+
+@pytest.mark.parametrize("name", ["", "64", "x", "²", "q" * 5000, "mlx-kv8:48"])
+def test_names_without_a_nearest_format(name):
+    with pytest.raises(InputError, match="Unknown KV format") as error:
+        KVFormat.parse(name)
+    assert "nearest" not in str(error.value) and len(str(error.value)) < 300
