@@ -31,7 +31,7 @@ WEIGHT_BITS = ("2", "3", "4", "5", "6", "8", "16")
 # Two runs that agree in these keys may share their rows.
 _SETTINGS = (
     "model", "weights", "configs", "centred", "generation_tokens", "num_trials",
-    "prefill_step_size", "seed", "environment",
+    "prefill_step_size", "batch_size", "seed", "environment",
 )  # fmt: skip
 
 
@@ -60,6 +60,10 @@ _SETTINGS = (
     "--context", "contexts", multiple=True, type=COUNT,
     help="Time generation alone after so many tokens; repeatable. The cache is filled with random "
     "K and V, packed by the cache itself, without running the model.",
+)  # fmt: skip
+@click.option(
+    "-b", "--batch-size", default=1, type=COUNT,
+    help="Sequences at once, each with a prompt or context of that length; speeds are of all.",
 )  # fmt: skip
 @click.option("-g", "--generation-tokens", default=128, type=COUNT, help="Generated.")
 @click.option("-n", "--num-trials", default=5, type=COUNT, help="Timed trials.")
@@ -100,6 +104,7 @@ def _measure(args: dict[str, Any]) -> dict:
     deadline = deadline_of(args)
     names = config_names(args["configs"] or DEFAULT_CONFIGS, reference=False)
     _check_options(args)
+    names = _batched_names(names, args)
     centre = options.centre_from(args["keys"], args["no_centre"], policies_of(names))
     options.check_backend(args["backend"])
     prompts = args["prompt_tokens"] or (() if args["contexts"] else (512,))
@@ -109,7 +114,7 @@ def _measure(args: dict[str, Any]) -> dict:
     names = fitting_names(model, names, args)
     settings = Settings(
         args["generation_tokens"], args["num_trials"], args["prefill_step_size"],
-        vocab_size,
+        vocab_size, args["batch_size"],
     )  # fmt: skip
     return measure(
         model, about, names, list(dict.fromkeys(points)), settings, args["backend"],
@@ -132,6 +137,24 @@ def _check_options(args: dict[str, Any]) -> None:
         refuse(["no_resume"], "without --json")
     if args["contexts"] and not args["prompt_tokens"]:
         refuse(["prefill_step_size"], "without --prompt-tokens")
+
+
+def _batched_names(names: list[str], args: dict[str, Any]) -> list[str]:
+    """The configurations that hold a batch; of the defaults, others are left out with a sentence.
+
+    Raises: InputError for one that was given and holds one sequence.
+    """
+    from ..evaluate.configuration import is_mlx_lm
+
+    single = [name for name in names if is_mlx_lm(name)] if args["batch_size"] > 1 else []
+    if single and args["configs"]:
+        raise InputError(
+            f"Configuration {single[0]!r} holds one sequence, as mlx-lm's quantised cache does: "
+            f"with --batch-size {args['batch_size']} accepted are all but mlx-kvN."
+        )
+    for name in single:
+        print_status(f"Left out {name}: mlx-lm's quantised cache holds one sequence.")
+    return [name for name in names if name not in single]
 
 
 def measure(
@@ -221,6 +244,7 @@ def _record(about: dict, names: list[str], configs: list, settings: Any, seed: i
         "generation_tokens": settings.generation_tokens,
         "num_trials": settings.num_trials,
         "prefill_step_size": settings.prefill_step_size,
+        "batch_size": settings.batch_size,
         "seed": seed,
         "context_points": "the cache is filled with random K and V through update_and_fetch, "
         "without running the model; recurrent states stay empty",
@@ -240,6 +264,7 @@ def _add_finished_rows(record: dict, path: str | None, points: list) -> None:
     if path is None or not os.path.exists(path):
         return
     found = read_json(path, WHAT)
+    found.setdefault("batch_size", 1)  # records of before there were batches
     differ = [key for key in _SETTINGS if found.get(key) != record[key]]
     if differ:
         raise InputError(

@@ -13,18 +13,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.generate import generate_step
 
 from ..errors import InputError
 from ..model.caches import own_caches
 from ..model.kv_layers import KVLayers, kv_layers
 from .configuration import Prepared
+from .timed_generation import build_times, caches_for, generate
 
 FILL_STEP = 8192  # rows written at a time into a cache that is filled without the model
-BUILD_STEPS = 16
 Tick = Callable[[int, int, str], None]
 Say = Callable[[str], None]
 
@@ -37,12 +37,14 @@ class Settings:
     num_trials: timed repeats, after one that is not timed.
     prefill_step_size: prompt tokens at a time.
     vocab_size: tokens of random prompts are below this.
+    batch_size: sequences at once, each of a point's length.
     """
 
     generation_tokens: int = 128
     num_trials: int = 5
     prefill_step_size: int = 2048
     vocab_size: int = 32000
+    batch_size: int = 1
 
 
 @dataclass(frozen=True)
@@ -100,25 +102,26 @@ def measure_point(
                         runner.run(trial)
                     else:
                         runner.warm_up(trial, say(j - 1, trial))
-                except (RuntimeError, NotImplementedError, InputError) as error:
+                except (RuntimeError, NotImplementedError, ValueError) as error:
                     trial.error = (str(error).splitlines() or [type(error).__name__])[0]
             if tick:
                 tick(i * len(trials) + j, total, trial.config.name)
     runner.close()
-    return [_row(point, trial, trials[0]) for trial in trials]
+    return [_row(point, trial, trials[0], settings.batch_size) for trial in trials]
 
 
 class _Prompts:
-    """A random prompt through an empty cache, then generation."""
+    """Random prompts through an empty cache, then generation."""
 
     def __init__(self, model: nn.Module, tokens: int, settings: Settings):
         self.model, self.settings = model, settings
-        self.prompt = mx.random.randint(0, settings.vocab_size, (tokens,))
+        self.prompt = mx.random.randint(0, settings.vocab_size, (settings.batch_size, tokens))
         mx.eval(self.prompt)
 
     def warm_up(self, trial: Trials, say: Say) -> None:
         say("first trial, not timed")
-        trial.build_s = _build_times(self.model, self._generate(trial)[0])
+        caches, *_ = self._generate(trial)
+        trial.build_s = build_times(self.model, caches, self.settings.batch_size)
 
     def run(self, trial: Trials) -> None:
         _, prompt_s, generation_s = self._generate(trial)
@@ -127,8 +130,12 @@ class _Prompts:
 
     def _generate(self, trial: Trials) -> tuple[list, float, float]:
         before = _start_of_peak()
-        caches = trial.config.make_caches()
-        seconds = _generate(self.model, self.prompt, caches, self.settings)
+        settings = self.settings
+        caches = caches_for(trial.config.make_caches, settings.batch_size)
+        seconds = generate(
+            self.model, self.prompt, caches, settings.generation_tokens,
+            settings.prefill_step_size,
+        )  # fmt: skip
         trial.peak_bytes = max(trial.peak_bytes, mx.get_peak_memory() - before)
         trial.kv_bytes = sum(c.nbytes for c in caches)
         return caches, *seconds
@@ -149,14 +156,16 @@ class _Contexts:
 
     def warm_up(self, trial: Trials, say: Say) -> None:
         before = _start_of_peak()
-        caches = self.caches[trial.config.name] = trial.config.make_caches()
-        fill(caches, self.found, self.tokens, _dtype(self.model, self.found), say)
+        batch_size = self.settings.batch_size
+        caches = caches_for(trial.config.make_caches, batch_size)
+        self.caches[trial.config.name] = caches
+        fill(caches, self.found, self.tokens, _dtype(self.model, self.found), say, batch_size)
         say("first trial, not timed")
         _start_of_peak()
         self._generate(caches)
         trial.peak_bytes = mx.get_peak_memory() - before
         trial.kv_bytes = sum(c.nbytes for c in caches)
-        trial.build_s = _build_times(self.model, caches)
+        trial.build_s = build_times(self.model, caches, batch_size)
         self._trim(caches)
 
     def run(self, trial: Trials) -> None:
@@ -166,11 +175,14 @@ class _Contexts:
         self._trim(caches)
 
     def _generate(self, caches: list) -> float:
-        return _generate(self.model, mx.zeros((1,), mx.int32), caches, self.settings)[1]
+        settings = self.settings
+        last = mx.zeros((settings.batch_size, 1), mx.int32)
+        n, step = settings.generation_tokens, settings.prefill_step_size
+        return generate(self.model, last, caches, n, step)[1]
 
     def _trim(self, caches: list) -> None:
         for cache in _kv_caches(caches, self.found):
-            cache.trim(cache.offset - self.tokens)
+            cache.trim(_offset(cache) - self.tokens)
 
     def close(self) -> None:
         self.caches.clear()
@@ -185,9 +197,18 @@ def _start_of_peak() -> int:
     return mx.get_active_memory()
 
 
+def _offset(cache: Any) -> int:
+    """Tokens in a cache, of each sequence of a batch."""
+    if isinstance(cache.offset, mx.array):
+        offsets: Any = cache.offset.tolist()
+        return max(offsets)
+    return cache.offset
+
+
 def fill(
-    caches: list, found: KVLayers, tokens: int, dtype: mx.Dtype, say: Say = lambda _: None
-) -> None:
+    caches: list, found: KVLayers, tokens: int, dtype: mx.Dtype, say: Say = lambda _: None,
+    batch_size: int = 1,
+) -> None:  # fmt: skip
     """Write ``tokens`` random rows of K and V into each KV layer; recurrent states stay empty.
 
     Args:
@@ -204,7 +225,7 @@ def fill(
         for start in range(0, tokens, FILL_STEP):
             n = min(FILL_STEP, tokens - start)
             say(f"filling layer {layer.ordinal + 1} of {len(found.layers)}, token {start:,}")
-            shape = (1, layer.shape.n_kv_heads, n)
+            shape = (batch_size, layer.shape.n_kv_heads, n)
             k = mx.random.normal((*shape, layer.shape.k_head_dim), dtype)
             v = mx.random.normal((*shape, layer.shape.v_head_dim), dtype)
             cache.update_and_fetch(k, v)
@@ -227,48 +248,18 @@ def _dtype(model: nn.Module, found: KVLayers) -> mx.Dtype:
     return _kv_caches(caches, found)[0].keys.dtype
 
 
-def _generate(
-    model: nn.Module, prompt: mx.array, caches: list, settings: Settings
-) -> tuple[float, float]:
-    """Seconds until the first token, and seconds a token after it; as mlx-lm generates."""
-    n = settings.generation_tokens
-    start = time.perf_counter()
-    steps = generate_step(
-        prompt, model, max_tokens=n + 1, prompt_cache=caches,
-        prefill_step_size=settings.prefill_step_size,
-    )  # fmt: skip
-    next(steps)
-    first = time.perf_counter()
-    for _ in range(n):
-        next(steps)
-    last = time.perf_counter()
-    steps.close()
-    mx.eval([c.state for c in caches])  # the step that was begun ahead has ended too
-    return first - start, (last - first) / n
-
-
-def _build_times(model: nn.Module, caches: list) -> list[float]:
-    """Seconds of Python that building one decode step takes, without computing it."""
-    token, times = mx.zeros((1, 1), mx.int32), []
-    for _ in range(BUILD_STEPS):
-        start = time.perf_counter()
-        logits = model(token, cache=caches)[:, -1]
-        times.append(time.perf_counter() - start)
-        mx.eval(logits, [c.state for c in caches])
-    return times
-
-
-def _row(point: Point, trial: Trials, first: Trials) -> dict:
+def _row(point: Point, trial: Trials, first: Trials, batch_size: int = 1) -> dict:
     row = {
         "kind": point.kind,
         "tokens": point.tokens,
+        "batch_size": batch_size,
         "config": trial.config.name,
         "bits_per_value": trial.config.bits,
         "backend": trial.config.backend,
     }
     if trial.error is not None or not trial.generation_s:
         return row | {"error": trial.error or "no trial was finished"}
-    generation = [1 / s for s in trial.generation_s]
+    generation = [batch_size / s for s in trial.generation_s]
     row |= {
         "generation_tps": _spread(generation),
         "step_ms": 1e3 * median(trial.generation_s),
@@ -278,7 +269,7 @@ def _row(point: Point, trial: Trials, first: Trials) -> dict:
         "generation_of_first": _ratio(first.generation_s, trial.generation_s),
     }
     if point.kind == "prompt":
-        row["prompt_tps"] = _spread([point.tokens / s for s in trial.prompt_s])
+        row["prompt_tps"] = _spread([batch_size * point.tokens / s for s in trial.prompt_s])
         row["prompt_of_first"] = _ratio(first.prompt_s, trial.prompt_s)
     return row
 

@@ -188,9 +188,11 @@ SPEED_HEADER = (
 
 def speed_table(record: dict) -> Table:
     """A record of ``bench``; a context that was filled without the model has no prompt speed."""
+    batch_size = record.get("batch_size", 1)
+    batch = f"batches of {batch_size} sequences, " if batch_size > 1 else ""
     heading = (
-        f"{record['model']['name']}, {record['weights']}; {record['generation_tokens']} tokens "
-        f"generated, {record['num_trials']} trials a row, configurations in turn\n"
+        f"{record['model']['name']}, {record['weights']}; {batch}{record['generation_tokens']} "
+        f"tokens generated, {record['num_trials']} trials a row, configurations in turn\n"
         f"{_environment(record)}"
     )
     notes = [

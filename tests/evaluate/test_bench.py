@@ -10,12 +10,13 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import KVCache
 from tiny_models import tiny_config, tiny_model
 
 from mlx_turbokv.cli import bench
 from mlx_turbokv.errors import InputError
-from mlx_turbokv.evaluate import benchmark, configuration
+from mlx_turbokv.evaluate import benchmark, configuration, timed_generation
 from mlx_turbokv.evaluate.benchmark import Point, Settings
 from mlx_turbokv.evaluate.tables import SPEED_HEADER, Table, speed_rows
 from mlx_turbokv.loading.random_model import random_model, shape_config, weight_bytes
@@ -125,6 +126,90 @@ def test_every_configuration_gets_every_trial_in_turn(kind, name):
         assert ("prompt_tps" in row) is (kind == "prompt")
     assert rows[0]["generation_of_first"] == 1
     assert rows[1]["kv_bytes"] < rows[0]["kv_bytes"]
+
+
+BATCH = Settings(3, 2, prefill_step_size=16, vocab_size=90, batch_size=3)
+
+
+@pytest.mark.parametrize("kind", ["prompt", "context"])
+@pytest.mark.parametrize("name", ["llama", "qwen3_next"])
+def test_a_batch_holds_every_sequence(kind, name):
+    model = tiny_model(name)
+    names = "f16/f16", "q8_0/turbo2"
+    configs = [configuration.prepare(model, n) for n in names]
+    one = benchmark.measure_point(model, Point(kind, 40), configs, QUICK)
+    three = benchmark.measure_point(model, Point(kind, 40), configs, BATCH)
+    for single, batch in zip(one, three):
+        assert "error" not in batch and batch["batch_size"] == 3
+        assert len(batch["generation_tps"]["trials"]) == 2
+        # mlx-lm's buffers grow in steps of tokens
+        assert 1.5 * single["kv_bytes"] < batch["kv_bytes"] <= 3 * single["kv_bytes"]
+
+
+def test_speeds_are_of_all_sequences_and_a_step_is_of_one_token_of_each():
+    config = configuration.Prepared("a", list)
+    trial = benchmark.Trials(config, [2.0], [0.5], build_s=[0.1])
+    row = benchmark._row(Point("prompt", 8), trial, trial, 3)
+    assert row["step_ms"] == 500 and row["generation_tps"]["median"] == 6
+    assert row["prompt_tps"]["median"] == 12
+
+
+def test_a_batch_generates_what_mlx_lm_generates(model):
+    """Timed steps leave the tokens in the caches that batch_generate's own generator leaves."""
+    prompts = mx.random.randint(0, 90, (3, 20), key=mx.random.key(1))
+    config = configuration.prepare(model, "q8_0/turbo2")
+    timed = timed_generation.caches_for(config.make_caches, 3)
+    timed_generation.generate(model, prompts, timed, 5, 16)
+    generator = BatchGenerator(model, max_tokens=6, prefill_step_size=16)
+    caches = [config.make_caches() for _ in range(3)]
+    uids = generator.insert(prompts.tolist(), caches=caches)
+    while responses := generator.next_generated():
+        done = [r for r in responses if r.finish_reason]
+        for response in done:
+            row = uids.index(response.uid)
+            for batch, single in zip(timed, response.prompt_cache):
+                n = single.offset
+                assert batch.offset[row].item() == n == 20 + 6
+                for a, b in zip(batch.extract(row).keys_and_values(), single.keys_and_values()):
+                    assert mx.array_equal(a[:, :, :n], b[:, :, :n])
+
+
+def test_a_cache_of_one_sequence_is_an_error_of_its_row(model):
+    mlx_lm = configuration.prepare(model, "mlx-kv8:64", timed=True)
+    f16 = configuration.prepare(model, "f16/f16")
+    rows = benchmark.measure_point(model, Point("prompt", 20), [f16, mlx_lm], BATCH)
+    assert "error" not in rows[0] and "holds one sequence, not 3" in rows[1]["error"]
+
+
+def test_the_command_times_batches(shape_file, tmp_path):
+    out = tmp_path / "b.json"
+    result = _run(shape_file, out, "-p", "20", "-b", "2")
+    assert result.exception is None and "batches of 2 sequences" in result.output
+    record = json.loads(out.read_text())
+    assert record["batch_size"] == 2 and {row["batch_size"] for row in record["rows"]} == {2}
+    other = _run(shape_file, out, "-p", "20", "-b", "3")
+    assert isinstance(other.exception, InputError) and "batch_size" in str(other.exception)
+    given = _run(shape_file, out, "-p", "20", "-b", "2", "--config", "mlx-kv8:64")
+    assert isinstance(given.exception, InputError)
+    assert "mlx-kv8:64" in str(given.exception) and "--batch-size 2" in str(given.exception)
+
+
+def test_defaults_that_hold_one_sequence_are_left_out_of_batches(shape_file, tmp_path):
+    out = tmp_path / "b.json"
+    arguments = ["--shape", shape_file, "--dtype", "float32", "-p", "20", "-g", "2", "-n", "1"]
+    result = CliRunner().invoke(bench.command, [*arguments, "-b", "2", "--json", str(out)])
+    assert result.exception is None and "Left out mlx-kv8:64" in result.output
+    configs = [row["config"] for row in json.loads(out.read_text())["rows"]]
+    assert configs == ["f16/f16", "q8_0/turbo2", "turbo4/turbo3"]
+
+
+def test_records_of_before_there_were_batches_go_on(shape_file, tmp_path):
+    out = tmp_path / "b.json"
+    assert _run(shape_file, out, "-p", "20").exception is None
+    record = json.loads(out.read_text())
+    del record["batch_size"]
+    out.write_text(json.dumps(record))
+    assert _run(shape_file, out, "-p", "20", "--context", "40").exception is None
 
 
 def test_ratios_are_taken_trial_by_trial():
