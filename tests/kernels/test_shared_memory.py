@@ -7,7 +7,7 @@ import subprocess
 
 import kernel_cases
 from metal_host import toolchain
-from metal_host.typecheck import MAX_THREADGROUP_BYTES
+from metal_host.opencl import MAX_THREADGROUP_BYTES
 
 from mlx_turbokv.kernels import decode, dequantize, pack, tables
 from mlx_turbokv.kernels.assemble import NEEDS, metal_folder

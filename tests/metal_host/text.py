@@ -84,7 +84,8 @@ def split_top(text: str, separator: str = ",") -> list[str]:
     return [p for p in (p.strip() for p in parts) if p]
 
 
-def _closing(toks: list[str], at: int, opening: str, closing: str) -> int:
+def closing(toks: list[str], at: int, opening: str, closing: str) -> int:
+    """Index of the token that closes the bracket at token `at`."""
     depth = 0
     for i in range(at, len(toks)):
         if toks[i] == opening:
@@ -108,7 +109,7 @@ def find_kernel(text: str, name: str, call: str | None = None) -> Kernel:
     if found is None:
         raise ValueError(f"no kernel named {name} in the text")
     toks = tokens(text[found.end() - 1 :])
-    inner = "".join(t for t in toks[1 : _closing(toks, 0, "(", ")")] if not t.startswith("#"))
+    inner = "".join(t for t in toks[1 : closing(toks, 0, "(", ")")] if not t.startswith("#"))
     parameters = []
     next_buffer = 0
     for part in split_top(inner):

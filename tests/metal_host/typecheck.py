@@ -14,22 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import text as metal
-from .build import preprocess
 from .generated import Launch
-from .toolchain import HERE, cached, clang, digest
+from .opencl import FLAGS, PRELUDE, checked_source
+from .toolchain import cached, clang, digest
 
-MAX_THREADGROUP_BYTES = 32 * 1024
 MAX_THREADS = 512  # register pressure caps pipelines below 1024 on some chips
 MAX_BUFFERS = 31
 # Formats, head dims, GQA factors and switches; a larger value can only be a length.
 MAX_TEMPLATE_VALUE = 512
 
-_PRELUDE = HERE / "opencl.h"
-_FLAGS = (
-    "-x cl -cl-std=clc++2021 -cl-no-stdinc -target spir64 -fsyntax-only -w -ferror-limit=8 "
-    "-fno-caret-diagnostics -Xclang -cl-ext=-all,+cl_khr_fp16,"
-    "+__opencl_c_generic_address_space"
-).split()
 _SPACES = re.compile(r"\b(device|constant|threadgroup|thread)\b")
 _FORBIDDEN = {
     r"\bdouble\b": "double, which Metal lacks",
@@ -118,11 +111,11 @@ def check_same_text(launches: list[Launch]) -> list[Problem]:
 def check_types(text: str, name: str) -> list[Problem]:
     """clang's errors in a text, and pointers without an address space, which it accepts."""
     try:
-        source = opencl_source(text, name)
+        source = checked_source(text, name)
     except ValueError as error:
         return [Problem(name, str(error))]
-    command = [clang(), *_FLAGS, "-include", str(_PRELUDE), "kernel.cl"]
-    key = f"types-{digest(source, _PRELUDE, command[1:])}"
+    command = [clang(), *FLAGS, "-fsyntax-only", "-include", str(PRELUDE), "kernel.cl"]
+    key = f"types-{digest(source, PRELUDE, command[1:])}"
 
     def make(folder: Path) -> None:
         (folder / "kernel.cl").write_text(source)
@@ -135,51 +128,6 @@ def check_types(text: str, name: str) -> list[Problem]:
     if messages and not found:
         found.append(Problem(name, messages[:2000]))
     return found + unqualified_pointers(text, name)
-
-
-def opencl_source(text: str, name: str) -> str:
-    """The text with the kernel's template arguments substituted: OpenCL has no kernel templates."""
-    body, instantiated = metal.instance(text)
-    body = preprocess(f'#line 1 "kernel"\n{body}')
-    body = re.sub(r"^#pragma (METAL|clang|unroll).*$", "", body, flags=re.M)
-    body, variables = metal.rewrite_threadgroup(body, _declare)
-    start = re.search(
-        r"((?:template\s*<([^{}]*?)>\s*)?)\[\[kernel\]\]\s+void\s+" + name + r"\s*\(", body
-    )
-    if start is None:
-        raise ValueError("no [[kernel]] in the text")
-    head, rest = body[: start.start()], body[start.end() - 1 :]
-    definitions = _parameters(start.group(2) or "", instantiated)
-    rest = re.sub(r"\[\[[^\]]*\]\]", "", rest)
-    end = rest.rindex("}")
-    total = " + ".join(f"sizeof({v.name})" for v in variables) or "0"
-    limit = f'static_assert({total} <= {MAX_THREADGROUP_BYTES}, "threadgroup memory above 32 KiB");'
-    head = re.sub(r"\[\[[^\]]*\]\]", "", head)
-    kernel = f"__kernel void {name}{rest[:end]}{limit}}}"
-    return f"{head}namespace checked {{ {definitions}\n{kernel}\n}}\n"
-
-
-def _declare(variable: metal.Variable, number: int) -> str:
-    return f"__local {variable.type} {variable.name}{variable.dimensions};"
-
-
-def _parameters(template: str, instantiated: str | None) -> str:
-    """Definitions of template parameters: `typename T, int N` with `f<half, 3>`."""
-    if not template:
-        return ""
-    inner = re.search(r"<(.*)>$", (instantiated or "").strip(), re.S)
-    values = metal.split_top(inner.group(1)) if inner else []
-    names = metal.split_top(template)
-    if len(values) != len(names):
-        raise ValueError(f"{len(names)} template parameters and {len(values)} values")
-    out = []
-    for declaration, value in zip(names, values):
-        kind, name = declaration.rsplit(None, 1)
-        if kind in ("typename", "class"):
-            out.append(f"typedef {value} {name};")
-        else:
-            out.append(f"__constant constexpr {kind} {name} = {value};")
-    return " ".join(out)
 
 
 def unqualified_pointers(text: str, name: str) -> list[Problem]:
