@@ -55,8 +55,8 @@ constant constexpr int TABLE_BOUNDARIES = 212;
 constant constexpr int TABLE_LUT = 276;
 constant constexpr int MAX_LEVELS = 64;
 
-// A format: BITS of a code (2 to 6 turbo, 8 q8_0, 16 or 32 unquantised) and GROUP values to a scale
-// (0 where unquantised).
+// A format: BITS of a code (2 to 6 turbo, 8 q8_0 and turbo8, 16 or 32 unquantised) and GROUP values
+// to a scale (0 where unquantised).
 TKV_CONST_FN int group_count(int dim, int group) {
   return group == 0 ? 0 : (dim + group - 1) / group;
 }

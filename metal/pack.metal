@@ -30,7 +30,7 @@ TKV_FN void pack_tensor(const device T* rows, const device uint* old, device uin
                         threadgroup float* levels, Anchors anchors, int first, int end,
                         int simd_group, int lane) {
   const int thread_index = simd_group * LANES + lane;
-  if (WIDTH != 0) {
+  if (WIDTH != 0 && BITS != 8) {
     for (int i = thread_index; i < 2 * MAX_LEVELS; i += GROUPS * LANES) {
       levels[i] = as_type<float>(constants[TABLE_LEVELS + i]);
     }
@@ -44,7 +44,7 @@ TKV_FN void pack_tensor(const device T* rows, const device uint* old, device uin
       } else {
         constexpr int W = WIDTH == 0 ? 32 : WIDTH;
         constexpr int G = GROUP == 0 ? 32 : GROUP;
-        constexpr int B = BITS > 6 ? 6 : BITS;
+        constexpr int B = BITS > 8 ? 8 : BITS;
         simdgroup_barrier(mem_flags::mem_threadgroup);
         Anchors row_anchors = anchors;
         row_anchors.row += token - first;

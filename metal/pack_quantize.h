@@ -46,7 +46,30 @@ TKV_FN float bounded(float x) {
   return magnitude <= MOST_ROTATED ? x : (x < 0.0f ? -most : most);
 }
 
-// q8_0 codes and scales of a row; the scale maps the largest magnitude to 127.
+// The int8 code of a lane's value, and the scale of the group that the lanes hold; the scale maps
+// the largest magnitude to 127. T: what the rows were, which bounds the scale.
+template <typename T>
+TKV_FN void quantize_q8_group(float value, bool inside, threadgroup uchar* codes,
+                              threadgroup ushort* scale, int lane) {
+  const float magnitude = flip_sign(value, as_type<uint>(value) >> 31);
+  const bool not_finite = !(magnitude <= FLOAT_MAX);  // NaN or infinite
+  float largest = simd_max(not_finite ? 0.0f : magnitude);
+  if (simd_any(not_finite)) {
+    largest = as_type<float>(0x7fc00000u);
+  }
+  const ushort bits = q8_scale_bits<T>(largest);
+  const float step = half_bits(bits);
+  float code = step > 0.0f && !not_finite ? rint(value / step) : 0.0f;
+  code = code > 127.0f ? 127.0f : (code < -127.0f ? -127.0f : code);
+  if (inside) {
+    codes[lane] = uchar(int(code) & 255);
+  }
+  if (lane == 0) {
+    *scale = bits;
+  }
+}
+
+// q8_0 codes and scales of a row.
 template <typename T, int DIM>
 TKV_FN void quantize_q8(const device T* x, threadgroup uchar* codes, threadgroup ushort* scales,
                         int lane) {
@@ -54,22 +77,7 @@ TKV_FN void quantize_q8(const device T* x, threadgroup uchar* codes, threadgroup
   for (int g = 0; g < ceil_div(DIM, LANES); g++) {
     const bool inside = g * LANES + lane < DIM;
     const float value = inside ? float(x[g * LANES + lane]) : 0.0f;
-    const float magnitude = flip_sign(value, as_type<uint>(value) >> 31);
-    const bool not_finite = !(magnitude <= FLOAT_MAX);  // NaN or infinite
-    float largest = simd_max(not_finite ? 0.0f : magnitude);
-    if (simd_any(not_finite)) {
-      largest = as_type<float>(0x7fc00000u);
-    }
-    const ushort bits = q8_scale_bits<T>(largest);
-    const float step = half_bits(bits);
-    float code = step > 0.0f && !not_finite ? rint(value / step) : 0.0f;
-    code = code > 127.0f ? 127.0f : (code < -127.0f ? -127.0f : code);
-    if (inside) {
-      codes[g * LANES + lane] = uchar(int(code) & 255);
-    }
-    if (lane == 0) {
-      scales[g * TILE] = bits;
-    }
+    quantize_q8_group<T>(value, inside, codes + g * LANES, scales + g * TILE, lane);
   }
 }
 
@@ -99,7 +107,8 @@ struct Anchors {
   int n_uncentred;  // first keys of the sequence without an anchor
 };
 
-// Turbo codes and scales of a row; with CENTRED its anchor is subtracted first.
+// Turbo codes and scales of a row, those of turbo8 as q8_0's; with CENTRED its anchor is subtracted
+// first.
 template <typename T, int BITS, int GROUP, int DIM, int WIDTH, bool CENTRED>
 TKV_FN void quantize_turbo(const device T* x, threadgroup float* row, threadgroup uchar* codes,
                            threadgroup ushort* scales, threadgroup const float* levels,
@@ -129,6 +138,14 @@ TKV_FN void quantize_turbo(const device T* x, threadgroup float* row, threadgrou
     }
   }
   simdgroup_barrier(mem_flags::mem_threadgroup);
+  if (BITS == 8) {
+    for (int g = 0; g < ceil_div(DIM, LANES); g++) {
+      const bool inside = g * LANES + lane < DIM;
+      const float value = inside ? row[g * LANES + lane] : 0.0f;
+      quantize_q8_group<float>(value, inside, codes + g * LANES, scales + g * TILE, lane);
+    }
+    return;
+  }
   for (int first = 0; first < DIM; first += GROUP) {
     const int size = DIM - first < GROUP ? DIM - first : GROUP;
     float energy = 0.0f;

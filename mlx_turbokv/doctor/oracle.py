@@ -45,7 +45,7 @@ def quantized(x: np.ndarray, fmt: KVFormat) -> tuple[np.ndarray, np.ndarray]:
     codes, scales = [], []
     for first in range(0, dim, width):
         group = rows[..., first : first + width]
-        if fmt.is_turbo:
+        if fmt.has_codebook:
             code, scale = _turbo(group, fmt.bits, width)
         else:
             scale = _q8_scale(np.abs(group).max(axis=-1))
@@ -64,7 +64,7 @@ def dequantized(codes: np.ndarray, scales: np.ndarray, fmt: KVFormat) -> np.ndar
     """
     dim = codes.shape[-1]
     width = fmt.group_width(dim)
-    levels = codebook(fmt.bits, width).astype(np.float64)[codes] if fmt.is_turbo else codes
+    levels = codebook(fmt.bits, width).astype(np.float64)[codes] if fmt.has_codebook else codes
     rows = levels * np.repeat(scales.astype(np.float64), width, axis=-1)[..., :dim]
     return _rotated(rows, inverse=True) if fmt.is_turbo else rows
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..centring.centre import Centre
 from ..quant.codebook import boundaries, codebook
-from ..quant.formats import KVFormat
+from ..quant.formats import CODEBOOK_BITS, KVFormat
 from ..quant.layout import KVLayout
 from ..quant.rotation import base_order, hadamard, rotation_width, signs
 
@@ -26,7 +26,7 @@ class TensorParameters(NamedTuple):
     """Template parameters of K or V, as metal/common.h names them.
 
     Args:
-        bits: of a code: 2 to 6 turbo, 8 q8_0, 16 or 32 raw rows.
+        bits: of a code: 2 to 6 turbo, 8 q8_0 and turbo8, 16 or 32 raw rows.
         group: values to a scale; 0 for raw rows.
         width: of the rotation; 0 where there is none.
     """
@@ -78,18 +78,20 @@ def constants(tensor: TensorParameters) -> mx.array:
     rows = np.zeros((MAX_ORDER, 2), np.uint32)
     columns = np.zeros((MAX_ORDER, 2), np.uint32)
     levels = np.zeros(2 * MAX_LEVELS, np.float32)
+    has_codebook = tensor.width > 0 and tensor.bits in CODEBOOK_BITS
     if tensor.width:
         sign_bits[:] = _bits(signs(tensor.width)[None] < 0, 4)[0]
         order = base_order(tensor.width)
         matrix = hadamard(order)
         rows[:order] = _bits(matrix < 0, 2)
         columns[:order] = _bits(matrix.T < 0, 2)
+    if has_codebook:
         levels[: 1 << tensor.bits] = codebook(tensor.bits, tensor.group)
         levels[MAX_LEVELS : MAX_LEVELS + (1 << tensor.bits) - 1] = boundaries(
             tensor.bits, tensor.group
         )
     table = [sign_bits, rows.reshape(-1), columns.reshape(-1), levels.view(np.uint32)]
-    if tensor.width:
+    if has_codebook:
         table.append(_lookup(tensor.bits, codebook(tensor.bits, tensor.group)))
     array = mx.array(np.concatenate(table))
     mx.eval(array)  # the server generates in a thread of its own, where nothing new is evaluated

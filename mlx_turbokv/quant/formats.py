@@ -2,7 +2,7 @@
 
 The formats follow TurboQuant+ (arXiv 2504.19874 and TheTom/turboquant_plus) and ggml's q8_0.
 A row is the K or V vector of one token and one KV head: integer codes packed tight, and one
-fp16 scale for each group of values.
+fp16 scale for each group of values. turbo8 is q8_0 of rotated rows.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from ..errors import InputError, short
 from .rotation import MAX_HEAD_DIM, rotation_width
 
-Q8_GROUP = 32
-TURBO_BITS = (2, 3, 4, 5, 6)
-FORMAT_NAMES = ("f16", "q8_0", *(f"turbo{bits}" for bits in TURBO_BITS))
-_TURBO = re.compile(r"turbo([2-6])(?::(32))?")
+Q8_BITS, Q8_GROUP = 8, 32
+CODEBOOK_BITS = (2, 3, 4, 5, 6)
+FORMAT_NAMES = ("f16", "q8_0", *(f"turbo{bits}" for bits in (*CODEBOOK_BITS, Q8_BITS)))
+_TURBO = re.compile(r"turbo([2-6])(?::(32))?|turbo8")
 # names of llama.cpp (q4_0, iq4_nl, bf16), of floats (fp8_e4m3), of turbo formats (tbq3_0), or bits
 _OTHER = re.compile(
     r"(?:[a-z]{1,6}|)_?([1-9]\d?)(?:[-_ ]?bits?|_[a-z0-9_]{1,6}|:\d{1,3})?", re.ASCII
@@ -31,8 +31,8 @@ class KVFormat:
     Args:
         kind: ``"f16"`` (the model's own dtype, untouched), ``"q8_0"`` or ``"turbo"``.
         bits: bits of one code: 16, 8, or 2 to 6.
-        group: values that share one scale; None means the natural group (32 for q8_0, the
-            rotation's width for turbo).
+        group: values that share one scale; None means the natural group (32 where codes have 8
+            bits, the rotation's width for turbo2 to turbo6).
     """
 
     kind: str
@@ -44,20 +44,21 @@ class KVFormat:
         """Read a format's name, such as ``q8_0``, ``turbo3`` or ``turbo2:32``.
 
         Raises:
-            InputError: the name is none of FORMAT_NAMES, nor turboN:32.
+            InputError: the name is none of FORMAT_NAMES, nor turbo2:32 to turbo6:32.
         """
         text = name.strip().lower()
         if text == "f16":
             return cls("f16", 16)
         if text == "q8_0":
-            return cls("q8_0", 8)
+            return cls("q8_0", Q8_BITS)
         if match := _TURBO.fullmatch(text):
-            return cls("turbo", int(match[1]), int(match[2]) if match[2] else None)
+            group = int(match[2]) if match[2] else None
+            return cls("turbo", int(match[1] or Q8_BITS), group)
         nearest = _nearest(text)
         hint = f"the nearest is {nearest}; " if nearest else ""
         raise InputError(
             f"Unknown KV format {short(name)}: {hint}accepted are {', '.join(FORMAT_NAMES)} and "
-            "turboN:32."
+            "turboN:32 (N 2 to 6)."
         )
 
     def __str__(self) -> str:
@@ -71,6 +72,11 @@ class KVFormat:
         return self.kind == "turbo"
 
     @property
+    def has_codebook(self) -> bool:
+        """Whether codes stand for Lloyd-Max levels, and not for integers or the values as such."""
+        return self.is_turbo and self.bits != Q8_BITS
+
+    @property
     def is_f16(self) -> bool:
         """Whether rows are stored as the model made them."""
         return self.kind == "f16"
@@ -79,7 +85,7 @@ class KVFormat:
         """Values that share one scale; 0 where there is no scale (f16)."""
         if self.is_f16:
             return 0
-        if not self.is_turbo:
+        if not self.has_codebook:
             return Q8_GROUP
         return self.group or rotation_width(head_dim)
 
@@ -110,7 +116,7 @@ def _nearest(text: str) -> str | None:
         if 7 <= bits <= 8:
             return "q8_0"
         if bits <= 6:
-            return f"turbo{max(bits, TURBO_BITS[0])}"
+            return f"turbo{max(bits, CODEBOOK_BITS[0])}"
     return next(iter(difflib.get_close_matches(text[:60], FORMAT_NAMES, 1)), None)
 
 

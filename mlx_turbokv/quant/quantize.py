@@ -80,10 +80,20 @@ def quantize(x: mx.array, fmt: KVFormat) -> tuple[mx.array, mx.array]:
     if fmt.is_f16:
         return x.view(_UNSIGNED[x.dtype.size]), mx.zeros((*x.shape[:-1], 0), mx.float16)
     if fmt.is_turbo:
-        codes, scales = _turbo_codes(rotate(_bounded(x), head_dim), fmt)
-    else:
-        most = FP16_MOST_Q8 if x.dtype == mx.float16 else FP16_MAX
-        codes, scales = _q8_codes(x.astype(mx.float32), most)
+        return quantize_rotated(rotate(_bounded(x), head_dim), fmt)
+    most = FP16_MOST_Q8 if x.dtype == mx.float16 else FP16_MAX
+    return _q8_codes(x.astype(mx.float32), most)
+
+
+def quantize_rotated(y: mx.array, fmt: KVFormat) -> tuple[mx.array, mx.array]:
+    """Quantise rows that are in the rotated basis already, in a turbo format.
+
+    Shapes:
+        y: [..., head_dim] float32; returns as ``quantize``.
+    """
+    if not fmt.has_codebook:
+        return _q8_codes(y, FP16_MAX)
+    codes, scales = _turbo_codes(y, fmt)
     return units_from_codes(codes, fmt.bits), scales
 
 
@@ -100,7 +110,7 @@ def values(units: mx.array, scales: mx.array, fmt: KVFormat, head_dim: int, dtyp
     if fmt.is_f16:
         return units.view(dtype).astype(mx.float32)
     width = fmt.group_width(head_dim)
-    if fmt.is_turbo:
+    if fmt.has_codebook:
         levels = _levels(units, fmt.bits, width, head_dim)
     else:
         levels = units.view(mx.int8).astype(mx.float32)

@@ -210,8 +210,26 @@ LONGEST = [
     Case("turbo4", "turbo3", (64, 64), heads=(1, 1, 1), tokens=tokens, centred="apart", splits=5)
     for tokens in ((8192, 0), (8224, 5))
 ]
+# q8_0 of rotated rows, also of centred keys, in heads that end within a group and that do not
+TURBO8 = [
+    Case(**row)
+    for row in all_pairs(
+        {
+            "k_format": ("turbo8", "turbo8", "turbo4"),
+            "v_format": ("turbo8", "turbo8", "f16"),
+            "dims": ((128, 128), (64, 64), (72, 80), (256, 512)),
+            "dtype": DTYPES,
+            "heads": HEADS[:4],
+            "n_queries": QUERIES,
+            "tokens": TOKENS[1:5],
+            "edge": EDGES,
+            "splits": SPLITS,
+            "centred": ("", "apart", "partial"),
+        }
+    )
+]
 ALL_CASES = SANITIZE_CASES + PAIRS + CENTRED + NARROW + MANY + LONG
-ALL_CASES += CENTRED_BATCH + EXTREME + LONGEST
+ALL_CASES += CENTRED_BATCH + EXTREME + LONGEST + TURBO8
 
 
 def run_case(case: Case, backend: str) -> dict:
@@ -401,6 +419,8 @@ def _near_boundaries(different, units, x, fmt, unsure) -> bool:
     rotation = rotation_matrix(rotation_width(dim)).astype(np.float64)
     rows = np.array(x.astype(mx.float32)).astype(np.float64)
     y = (rows.reshape(*rows.shape[:-1], -1, len(rotation)) @ rotation.T).reshape(rows.shape)
+    if not fmt.has_codebook:
+        return _near_halves(different, y, width)
     per_unit = dim // units.shape[-1]
     thresholds = boundaries(fmt.bits, width).astype(np.float64)
     for *row, unit in different:
@@ -416,6 +436,18 @@ def _near_boundaries(different, units, x, fmt, unsure) -> bool:
             continue
         near = y[(*row, slice(unit * per_unit, (unit + 1) * per_unit))] / raw
         if np.abs(near[:, None] - thresholds).min() > BOUNDARY + off / raw:
+            return False
+    return True
+
+
+def _near_halves(different, y: np.ndarray, width: int) -> bool:
+    """The same of turbo8: a value next to the middle of two codes, or a scale of two numbers."""
+    for *row, unit in different:
+        group = y[(*row, slice(unit // width * width, unit // width * width + width))]
+        largest = np.abs(group).max() / 127
+        scales = (largest * (1 + np.array([-1, 0, 1]) * BOUNDARY)).astype(np.float16)
+        near = y[(*row, unit)] / scales[1].astype(np.float64)
+        if len(set(scales)) == 1 and abs(near - np.floor(near) - 0.5) > 127 * BOUNDARY:
             return False
     return True
 

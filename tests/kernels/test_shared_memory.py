@@ -95,8 +95,8 @@ def _variants():
 
     K's bits and dim, V's bits, group and dim, rows, raw, centred.
     """
-    for k_name in kernel_cases.FORMATS:
-        for v_name in kernel_cases.FORMATS:
+    for k_name in (*kernel_cases.FORMATS, "turbo8"):
+        for v_name in (*kernel_cases.FORMATS, "turbo8"):
             for dims in (*kernel_cases.DIMS, (40, 40), (192, 192), (320, 320), (512, 256)):
                 for dtype in ("float16", "float32"):
                     formats = KVFormat.parse(k_name), KVFormat.parse(v_name)

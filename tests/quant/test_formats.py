@@ -20,7 +20,9 @@ def test_name_round_trip(name):
     assert KVFormat.parse(f" {name.upper()} ") == KVFormat.parse(name)
 
 
-@pytest.mark.parametrize("name", ["", "turbo1", "turbo7", "turbo3:64", "q4_0", "turbo", "bf16"])
+@pytest.mark.parametrize(
+    "name", ["", "turbo1", "turbo7", "turbo3:64", "turbo8:32", "q4_0", "turbo", "bf16"]
+)
 def test_unknown_name_is_named(name):
     with pytest.raises(InputError, match="accepted are f16, q8_0, turbo2"):
         KVFormat.parse(name)
@@ -31,6 +33,7 @@ def test_unknown_name_is_named(name):
     [
         ("f16", 128, 16), ("q8_0", 128, 8.5), ("q8_0", 64, 8.5),
         ("turbo2", 128, 2.125), ("turbo2", 64, 2.25), ("turbo2:32", 128, 2.5),
+        ("turbo8", 128, 8.5), ("turbo8", 80, 8.6),
         ("turbo3", 128, 3.125), ("turbo3:32", 128, 3.5), ("turbo4", 128, 4.125),
         ("turbo5", 256, 5.125), ("turbo6", 80, 6.2), ("turbo2", 512, 2.125),
     ],

@@ -14,7 +14,7 @@ from mlx_turbokv.quant import quantize
 from mlx_turbokv.quant.codebook import codebook
 from mlx_turbokv.quant.rotation import rotation_matrix, rotation_width
 
-NAMES = ("q8_0", "turbo2", "turbo3", "turbo4", "turbo5", "turbo6", "turbo3:32")
+NAMES = ("q8_0", "turbo2", "turbo3", "turbo4", "turbo5", "turbo6", "turbo3:32", "turbo8")
 # relative MSE of unit vectors, d = 128, after the rotation, with least-squares scales
 PUBLISHED_MSE = {2: 0.1152, 3: 0.0335, 4: 0.00916}
 Q8_MSE = 2.9e-5
@@ -43,10 +43,25 @@ def test_turbo_error_is_the_published_one(bits):
     assert abs(error / expected - 1) < MSE_TOLERANCE
 
 
-def test_q8_0_error_is_the_published_one():
+@pytest.mark.parametrize("name", ["q8_0", "turbo8"])
+def test_error_of_8_bits_is_the_published_one(name):
     x = np.random.default_rng(0).standard_normal((6000, 128)).astype(np.float32)
-    error = np.square(round_trip(x, "q8_0") - x).sum() / np.square(x).sum()
+    expected = rotated(x) if name == "turbo8" else x
+    error = np.square(round_trip(x, name) - expected).sum() / np.square(x).sum()
     assert abs(error / Q8_MSE - 1) < MSE_TOLERANCE
+
+
+@pytest.mark.parametrize("head_dim", [64, 72, 80, 256])
+def test_turbo8_is_q8_0_of_rotated_rows(head_dim):
+    x = np.random.default_rng(6).standard_normal((40, head_dim)).astype(np.float32)
+    y = rotated(x)
+    result = round_trip(x, "turbo8")
+    for start in range(0, head_dim, 32):
+        group, got = y[:, start : start + 32], result[:, start : start + 32]
+        step = np.abs(group).max(-1, keepdims=True) / 127
+        assert (np.abs(got - group) <= 0.5 * step * (1 + 2**-4) + 1e-9).all()
+        codes = got / (step.astype(np.float16).astype(np.float64))
+        assert np.abs(codes - np.round(codes)).max() < 127 * 2**-10
 
 
 @pytest.mark.parametrize("head_dim", [64, 72, 80, 256])
