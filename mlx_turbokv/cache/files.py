@@ -24,6 +24,7 @@ from ..files import check_can_write, check_regular, parse_json, replacing
 from ..model.fingerprint import fingerprint
 from ..model.probing import after_one_token
 from ..safetensors import read_header
+from .base import PackedCache
 from .file_checks import check_contents, check_header, check_kinds, formats, window
 from .state import MOST
 from .summary import leaves
@@ -152,7 +153,7 @@ def load(path: Path, name: str, model: nn.Module, fresh: list[Any], same_formats
         InputError: cut short, not a prompt cache of this package, of another model or shape, of
             other formats, or with values that contradict each other.
     """
-    caches, metadata = _read(path, len(fresh))
+    caches, metadata = read(path, len(fresh))
     if metadata.get("maker") != MAKER:
         raise InputError(
             f"{path} was not saved by mlx_turbokv.generate; accepted is a file that it saved."
@@ -172,6 +173,7 @@ def load(path: Path, name: str, model: nn.Module, fresh: list[Any], same_formats
         _check_options(path, caches, fresh, same_formats)
         tokens, messages = _conversation(metadata)
         check_contents(caches, after_one_token(model), len(tokens))
+        work_as(caches, fresh)
     except InputError:
         raise
     except ValueError as error:
@@ -179,8 +181,23 @@ def load(path: Path, name: str, model: nn.Module, fresh: list[Any], same_formats
     return Saved(caches, tokens, messages)
 
 
-def _read(path: Path, n_layers: int) -> tuple[list[Any], dict[str, Any]]:
-    """The caches of a file and its metadata, before they are compared with a model's."""
+def work_as(caches: list[Any], fresh: list[Any]) -> None:
+    """Give loaded caches the back-end of a model's fresh ones, and the way they meet attention."""
+    for held, wanted in zip(leaves(caches), leaves(fresh)):
+        if isinstance(held, PackedCache) and isinstance(wanted, PackedCache):
+            held.handles = wanted.handles
+            held._backend_name = wanted._backend_name
+
+
+def read(path: Path, n_layers: int) -> tuple[list[Any], dict[str, Any]]:
+    """The caches of a file and its metadata, before they are compared with a model's.
+
+    Args:
+        n_layers: how many caches it holds at most.
+
+    Raises:
+        InputError: it cannot be read, is damaged, or asks for more than it holds.
+    """
     try:
         header = read_header(path)
     except OSError as error:
