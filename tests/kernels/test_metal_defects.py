@@ -132,6 +132,19 @@ def test_wrong_address_space_is_refused(kernel_text, monkeypatch) -> None:
     assert any("no matching function for call" in str(p) for p in problems)
 
 
+def test_cpp17_is_refused(kernel_text, monkeypatch) -> None:
+    kernel_text("dequantize.metal", r"if \(BITS == 8\)", "if constexpr (BITS == 8)")
+    problems = check_launches(launches(run_dequantize, monkeypatch))
+    assert any("constexpr if is incompatible with C++" in str(p) for p in problems)
+
+
+def test_a_function_that_metal_has_too_is_refused(kernel_text, monkeypatch) -> None:
+    ours = r"TKV_FN uint rotate(uint x, uint n) { return x << n; }\n\1 bits = rotate(bits, 0u);"
+    kernel_text("dequantize.metal", r"(TKV_FN float half_bits\(uint bits\) \{)", ours)
+    problems = check_launches(launches(run_dequantize, monkeypatch))
+    assert any("call to 'rotate' is ambiguous" in str(p) for p in problems)
+
+
 def test_40_kib_of_threadgroup_memory_are_refused(monkeypatch) -> None:
     more = "TKV_SHARED(float, more, 40 * 256);"
     monkeypatch.setattr(pack, "SOURCE", more + pack.SOURCE)

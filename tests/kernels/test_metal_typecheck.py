@@ -184,6 +184,56 @@ def test_what_metal_lacks_is_refused(statement) -> None:
     assert "Metal lacks" in messages(recorded(SOURCE + statement))
 
 
+CPP17 = {
+    "if constexpr (PAIR == 2) { y[0] = T(0); }": "constexpr if",
+    "if (uint n = i; n > 3) { y[0] = T(n); }": "if initialization statements",
+    "auto [low, high] = both; y[0] = T(low + high);": "decomposition declarations",
+    "static_assert(PAIR == 2);": "with no message",
+    "Pair named = {.low = 1.0f, .high = 2.0f}; y[0] = T(named.low);": "designated initializers",
+}
+
+
+@pytest.mark.parametrize("statement", CPP17)
+def test_what_metal_before_4_lacks_is_refused(statement) -> None:
+    found = messages(recorded(SOURCE + statement))
+    assert CPP17[statement] in found and ("C++17" in found or "C++20" in found), found
+
+
+@pytest.mark.parametrize(
+    "declaration",
+    [
+        "constant constexpr inline int TWO = 2;",
+        "namespace a::b { constant int two = 2; }",
+        "template <auto N> METAL_FUNC int n() { return N; }",
+        "template <int... N> METAL_FUNC int sum() { return (N + ...); }",
+    ],
+)
+def test_declarations_that_metal_before_4_lacks_are_refused(declaration) -> None:
+    assert "C++17" in messages(recorded(header=HEADER + declaration))
+
+
+CLASHES = {
+    "METAL_FUNC uint rotate(uint x, uint n) { return x << n; }": "y[0] = T(rotate(i, 3u));",
+    "METAL_FUNC float mix(float a, float b, float t) { return a + (b - a) * t; }":
+        "y[0] = T(mix(parts.x, parts.y, 0.5f));",
+    "METAL_FUNC uint popcount(uint x) { return x; }": "y[0] = T(popcount(i));",
+    "METAL_FUNC float length(float4 v) { return v.x; }": "y[0] = T(length(parts));",
+    "constant constexpr int step = 32;": "y[0] = T(step);",
+    "struct atomic_int { int value; };": "atomic_int n; n.value = 2; y[0] = T(n.value);",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("declaration", CLASHES)
+def test_a_name_of_ours_that_metal_has_too_is_refused(declaration) -> None:
+    used = recorded(SOURCE + CLASHES[declaration], HEADER + declaration)
+    assert "ambiguous" in messages(used)
+
+
+def test_a_function_named_as_one_of_metal_with_other_parameters_passes() -> None:
+    header = HEADER + "METAL_FUNC uint rotate(thread uint* x, uint n) { return x[0] << n; }"
+    assert messages(recorded(SOURCE + "y[0] = T(rotate(&i, 3u) + rotate(i, 3u));", header)) == ""
+
+
 def test_text_beyond_ascii_is_refused() -> None:
     assert "not ASCII" in messages(recorded(SOURCE + "// caf\u00e9"))
 

@@ -61,27 +61,68 @@ void simdgroup_barrier(mem_flags);
 #define CHECK_REAL_1(name) \
   float name(float); half name(half); float2 name(float2); float3 name(float3); \
   float4 name(float4); half2 name(half2); half3 name(half3); half4 name(half4);
+#define CHECK_REAL_2(name) \
+  float name(float, float); half name(half, half); float2 name(float2, float2); \
+  float3 name(float3, float3); float4 name(float4, float4); half2 name(half2, half2); \
+  half3 name(half3, half3); half4 name(half4, half4);
+#define CHECK_REAL_3(name) \
+  float name(float, float, float); half name(half, half, half); \
+  float4 name(float4, float4, float4); half4 name(half4, half4, half4);
 #define CHECK_REAL \
-  CHECK_REAL_1(exp) CHECK_REAL_1(exp2) CHECK_REAL_1(log) CHECK_REAL_1(log2) CHECK_REAL_1(sqrt) \
-  CHECK_REAL_1(rsqrt) CHECK_REAL_1(sin) CHECK_REAL_1(cos) CHECK_REAL_1(tanh) CHECK_REAL_1(fabs) \
-  CHECK_REAL_1(floor) CHECK_REAL_1(ceil) CHECK_REAL_1(trunc) CHECK_REAL_1(round) \
-  CHECK_REAL_1(rint)
+  CHECK_REAL_1(acos) CHECK_REAL_1(acosh) CHECK_REAL_1(asin) CHECK_REAL_1(asinh) \
+  CHECK_REAL_1(atan) CHECK_REAL_1(atanh) CHECK_REAL_1(ceil) CHECK_REAL_1(cos) CHECK_REAL_1(cosh) \
+  CHECK_REAL_1(cospi) CHECK_REAL_1(exp) CHECK_REAL_1(exp10) CHECK_REAL_1(exp2) \
+  CHECK_REAL_1(fabs) CHECK_REAL_1(floor) CHECK_REAL_1(fract) CHECK_REAL_1(log) \
+  CHECK_REAL_1(log10) CHECK_REAL_1(log2) CHECK_REAL_1(rint) CHECK_REAL_1(round) \
+  CHECK_REAL_1(rsqrt) CHECK_REAL_1(sin) CHECK_REAL_1(sinh) CHECK_REAL_1(sinpi) \
+  CHECK_REAL_1(sqrt) CHECK_REAL_1(tan) CHECK_REAL_1(tanh) CHECK_REAL_1(tanpi) \
+  CHECK_REAL_1(trunc) CHECK_REAL_2(atan2) CHECK_REAL_2(copysign) CHECK_REAL_2(divide) \
+  CHECK_REAL_2(fdim) CHECK_REAL_2(fmax) CHECK_REAL_2(fmin) CHECK_REAL_2(fmod) \
+  CHECK_REAL_2(nextafter) CHECK_REAL_2(pow) CHECK_REAL_2(powr) CHECK_REAL_3(fmax3) \
+  CHECK_REAL_3(fmedian3) CHECK_REAL_3(fmin3) \
+  float ldexp(float, int); half ldexp(half, int); int ilogb(float); int ilogb(half); \
+  float frexp(float, __private int&); float modf(float, __private float&); \
+  float sincos(float, __private float&);
 CHECK_REAL
 namespace fast { CHECK_REAL }
 namespace precise { CHECK_REAL }
 bool isnan(float); bool isnan(half);
 bool isinf(float); bool isinf(half);
 bool isfinite(float); bool isfinite(half);
+bool isnormal(float); bool isnormal(half);
+bool isordered(float, float); bool isordered(half, half);
+bool isunordered(float, float); bool isunordered(half, half);
 bool signbit(float); bool signbit(half);
-float fmax(float, float); half fmax(half, half);
-float fmin(float, float); half fmin(half, half);
-float sign(float); float copysign(float, float); float ldexp(float, int); float pow(float, float);
-float atan2(float, float);
-uint extract_bits(uint, uint, uint);
-uint reverse_bits(uint);
-int popcount(int); uint popcount(uint); ushort popcount(ushort);
-int ctz(int); uint ctz(uint); ushort ctz(ushort);
-int clz(int); uint clz(uint); ushort clz(ushort);
+CHECK_REAL_1(saturate) CHECK_REAL_1(sign) CHECK_REAL_2(step) CHECK_REAL_3(mix)
+CHECK_REAL_3(smoothstep)
+// All names of Metal's integer functions, so that one of ours that clashes with them is an error.
+#define CHECK_INTEGER(type) \
+  type absdiff(type, type); type addsat(type, type); type clz(type); type ctz(type); \
+  type extract_bits(type, uint, uint); type hadd(type, type); \
+  type insert_bits(type, type, uint, uint); type madhi(type, type, type); \
+  type madsat(type, type, type); type mulhi(type, type); type popcount(type); \
+  type reverse_bits(type); type rhadd(type, type); type rotate(type, type); \
+  type subsat(type, type); type max3(type, type, type); type median3(type, type, type); \
+  type min3(type, type, type);
+#define CHECK_INTEGERS(M) M(char) M(uchar) M(short) M(ushort) M(int) M(uint)
+#define CHECK_INTEGER_ALL(type) \
+  CHECK_INTEGER(type) CHECK_INTEGER(type##2) CHECK_INTEGER(type##3) CHECK_INTEGER(type##4)
+CHECK_INTEGERS(CHECK_INTEGER_ALL)
+int mul24(int, int); uint mul24(uint, uint); int mad24(int, int, int); uint mad24(uint, uint, uint);
+CHECK_REAL_3(max3) CHECK_REAL_3(median3) CHECK_REAL_3(min3)
+#define CHECK_GEOMETRIC(type, scalar) \
+  scalar distance(type, type); scalar distance_squared(type, type); scalar length(type); \
+  scalar length_squared(type); type faceforward(type, type, type); type normalize(type); \
+  type reflect(type, type); type refract(type, type, scalar);
+CHECK_GEOMETRIC(float2, float) CHECK_GEOMETRIC(float3, float) CHECK_GEOMETRIC(float4, float)
+CHECK_GEOMETRIC(half2, half) CHECK_GEOMETRIC(half3, half) CHECK_GEOMETRIC(half4, half)
+float3 cross(float3, float3); half3 cross(half3, half3);
+uint pack_float_to_snorm4x8(float4); uint pack_float_to_unorm4x8(float4);
+uint pack_half_to_snorm4x8(half4); uint pack_half_to_unorm4x8(half4);
+uint pack_float_to_snorm2x16(float2); uint pack_float_to_unorm2x16(float2);
+float4 unpack_snorm4x8_to_float(uint); float4 unpack_unorm4x8_to_float(uint);
+half4 unpack_snorm4x8_to_half(uint); half4 unpack_unorm4x8_to_half(uint);
+float2 unpack_snorm2x16_to_float(uint); float2 unpack_unorm2x16_to_float(uint);
 #define CHECK_FMA(type) type fma(type, type, type); type mad(type, type, type);
 CHECK_FMA(float) CHECK_FMA(half) CHECK_FMA(float2) CHECK_FMA(float4) CHECK_FMA(half2)
 CHECK_FMA(half4)
@@ -107,7 +148,13 @@ CHECK_ORDERED(ulong)
   type simd_shuffle_down(type, ushort); type simd_shuffle_up(type, ushort); \
   type simd_shuffle_rotate_down(type, ushort); type simd_shuffle_rotate_up(type, ushort); \
   type simd_broadcast(type, ushort); type simd_broadcast_first(type); \
-  type quad_shuffle_xor(type, ushort);
+  type simd_prefix_inclusive_product(type); type simd_prefix_exclusive_product(type); \
+  type simd_shuffle_and_fill_down(type, type, ushort); \
+  type simd_shuffle_and_fill_up(type, type, ushort); \
+  type quad_shuffle(type, ushort); type quad_shuffle_xor(type, ushort); \
+  type quad_shuffle_down(type, ushort); type quad_shuffle_up(type, ushort); \
+  type quad_broadcast(type, ushort); type quad_broadcast_first(type); type quad_sum(type); \
+  type quad_product(type); type quad_max(type); type quad_min(type);
 #define CHECK_SIMD_ALL(type) \
   CHECK_SIMD(type) CHECK_SIMD(type##2) CHECK_SIMD(type##3) CHECK_SIMD(type##4)
 CHECK_NUMBERS(CHECK_SIMD_ALL)
@@ -116,12 +163,14 @@ CHECK_SIMD_BITS(char) CHECK_SIMD_BITS(uchar) CHECK_SIMD_BITS(short) CHECK_SIMD_B
 CHECK_SIMD_BITS(int) CHECK_SIMD_BITS(uint)
 bool simd_any(bool);
 bool simd_all(bool);
-bool simd_is_first();
+bool simd_is_first(); bool quad_is_first();
+bool quad_any(bool); bool quad_all(bool);
 struct simd_vote {
   ulong bits;
   explicit operator ulong() const;
 };
 simd_vote simd_ballot(bool);
+simd_vote simd_active_threads_mask();
 
 // clang-format on
 

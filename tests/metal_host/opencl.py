@@ -12,9 +12,12 @@ from .build import preprocess
 from .toolchain import HERE, clang
 
 MAX_THREADGROUP_BYTES = 32 * 1024
+KERNEL = "compiled_kernel"  # what compiled_source calls it
 PRELUDE = HERE / "opencl.h"
+# of all warnings those of what Metal up to 3.2 lacks, which is C++14
 FLAGS = (
-    "-x cl -cl-std=clc++2021 -cl-no-stdinc -target spir64 -w -ferror-limit=8 "
+    "-x cl -cl-std=clc++2021 -cl-no-stdinc -target spir64 -ferror-limit=8 -Wno-everything "
+    "-Werror=pre-c++17-compat -Werror=c++20-extensions -Werror=c99-designator "
     "-fno-caret-diagnostics -Xclang -cl-ext=-all,+cl_khr_fp16,"
     "+__opencl_c_generic_address_space"
 ).split()
@@ -53,13 +56,13 @@ def checked_source(text: str, name: str) -> str:
         f"static_assert({parts.threadgroup_bytes} <= {MAX_THREADGROUP_BYTES}, "
         '"threadgroup memory above 32 KiB");'
     )
-    signature = re.sub(r"\[\[[^\]]*\]\]", "", parts.signature)
+    signature = _without_attributes(parts.signature)
     kernel = f"__kernel void {name}{signature} {{{parts.body}{limit}}}"
     return f"{parts.head}namespace checked {{ {parts.definitions}\n{kernel}\n}}\n"
 
 
 def compiled_source(text: str, name: str, threads: int) -> str:
-    """The text as an OpenCL kernel ``compiled_kernel`` of ``threads`` threads, to be compiled.
+    """The text as an OpenCL kernel, KERNEL, of ``threads`` threads, to be compiled.
 
     Raises:
         ValueError: as in checked_source.
@@ -75,21 +78,22 @@ def compiled_source(text: str, name: str, threads: int) -> str:
     size = f"__attribute__((reqd_work_group_size({threads}, 1, 1)))"
     return (
         f"{parts.head}namespace checked {{ {parts.definitions}\n"
-        f"{size} __kernel void compiled_kernel({buffers}) {{\n{values}\n{parts.body}}}\n}}\n"
+        f"{size} __kernel void {KERNEL}({buffers}) {{\n{values}\n{parts.body}}}\n}}\n"
     )
 
 
 def constants(text: str, name: str, expressions: Sequence[str]) -> list[int]:
-    """Values of integral constant expressions of a kernel's template parameters, by clang.
+    """Values of integral constant expressions at the end of a kernel's body, by clang.
 
     Raises:
         ValueError: an expression is no constant of this text.
     """
     parts = _parts(text, name)
+    last = f'static_assert(Values<{", ".join(expressions)}>::none, "");'
     source = (
         f"{parts.head}namespace checked {{ {parts.definitions}\n"
-        f"template <int... N> struct Values;\n"
-        f"static_assert(Values<{', '.join(expressions)}>::none);\n}}\n"
+        "template <int... N> struct Values;\n"
+        f"__kernel void f{_without_attributes(parts.signature)} {{{parts.body}\n{last}}}\n}}\n"
     )
     command = [clang(), *FLAGS, "-fsyntax-only", "-include", str(PRELUDE), "-"]
     messages = subprocess.run(command, input=source, capture_output=True, text=True).stderr
@@ -113,12 +117,16 @@ def _parts(text: str, name: str) -> _Parts:
     close = metal.closing(toks, 0, "(", ")")
     rest = "".join(toks[close + 1 :])
     return _Parts(
-        head=re.sub(r"\[\[[^\]]*\]\]", "", body[: start.start()]),
+        head=_without_attributes(body[: start.start()]),
         definitions=_parameters(start.group(2) or "", instantiated),
         signature="".join(toks[: close + 1]),
         body=rest[rest.index("{") + 1 : rest.rindex("}")],
         threadgroup_bytes=" + ".join(f"sizeof({v.name})" for v in variables) or "0",
     )
+
+
+def _without_attributes(text: str) -> str:
+    return re.sub(r"\[\[[^\]]*\]\]", "", text)
 
 
 def _declare(variable: metal.Variable, number: int) -> str:
