@@ -1,5 +1,6 @@
 """The packed caches: drop-ins for mlx-lm's, for single sequences and batches."""
 
+from . import speculation as speculation
 from .base import STATE_VERSION, PackedCache
 from .batch import BatchTurboKVCache
 from .factory import CacheFactory, attach, detach, make_prompt_cache

@@ -172,25 +172,14 @@ def _draft(
     """The draft model and its caches, which may have to hold ``n_tokens``."""
     from mlx_lm.models.cache import make_prompt_cache
 
-    from ..cache.summary import leaves
+    from ..cache import speculation
     from ..loading import models
 
     draft = models.load(args["draft_model"], trust_remote_code=args["trust_remote_code"])
     if draft.tokenizer.vocab_size != loaded.tokenizer.vocab_size:
         raise InputError(f"The draft model {draft.name} has another vocabulary than {loaded.name}.")
-    if not all(cache.is_trimmable() for cache in caches):
-        raise InputError(
-            f"{loaded.name} cannot decode speculatively: its cache cannot be taken back."
-        )
     draft_caches = make_prompt_cache(draft.model)
-    both = leaves([*caches, *draft_caches])
-    windows = [cache.max_size for cache in both if hasattr(cache, "max_size")]
-    if windows and n_tokens > min(windows):
-        raise InputError(
-            f"A draft model cannot be used beyond a window of {min(windows):,} tokens, from "
-            "which mlx-lm takes no rejected tokens back; give a shorter prompt and "
-            "--max-tokens, or no --draft-model."
-        )
+    speculation.check(loaded.name, caches, draft_caches, args["num_draft_tokens"], n_tokens)
     return draft.model, draft_caches
 
 

@@ -21,10 +21,11 @@ from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, trim_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 from test_batch_generate import same_but_for_a_tie
+from tiny_configs import SLIDING, WINDOW
 from varied_models import varied_model
 
 from mlx_turbokv import attach, detach
-from mlx_turbokv.cache import TurboKVCache
+from mlx_turbokv.cache import TurboKVCache, TurboRotatingKVCache, speculation
 from mlx_turbokv.cache import files as prompt_cache_file
 from mlx_turbokv.cache.files import save_prompt_cache
 from mlx_turbokv.errors import InputError
@@ -71,6 +72,41 @@ def test_speculative_decoding_gives_the_same_tokens(draft_seed: int, num_draft_t
         assert {type(cache) for cache in part} == {TurboKVCache}
         assert len({cache.offset for cache in part}) == 1
     assert len(PROMPT) + 38 <= caches[0].offset <= len(PROMPT) + 40
+
+
+@pytest.mark.parametrize(("name", "num_draft_tokens"), [("gemma3_text", 4), ("llama", 32)])
+def test_speculative_decoding_past_packed_windows(name: str, num_draft_tokens: int) -> None:
+    """Rejected tokens are taken back from windows that have moved on."""
+    layers = {"layer_types": SLIDING, "sliding_window": WINDOW} if name == "llama" else {}
+    draft = varied_model("llama", seed=1)
+    model = attach(varied_model(name, **layers), k="f16", v="q8_0", compress_sliding=True)
+    caches = make_prompt_cache(model)
+    assert any(isinstance(cache, TurboRotatingKVCache) for cache in caches)
+    speculation.check(name, caches, make_prompt_cache(draft), num_draft_tokens)
+    steps = speculative_generate_step(
+        mx.array(PROMPT), model, draft, num_draft_tokens=num_draft_tokens, max_tokens=40,
+        prompt_cache=caches + make_prompt_cache(draft),
+    )  # fmt: skip
+    tokens = [token for token, _, _ in steps]
+    same_but_for_a_tie(model, PROMPT, tokens, greedy(model, 40))
+    assert len({cache.offset for cache in caches}) == 1
+
+
+def test_tokens_that_cannot_be_taken_back_are_an_error() -> None:
+    """mlx-lm's own windows: its loop would go on from rejected tokens."""
+    model, draft = varied_model("gemma3_text"), varied_model("llama", seed=1)
+    with pytest.raises(InputError, match="beyond a window of 16 tokens"):
+        speculation.check("it", make_prompt_cache(model), make_prompt_cache(draft), 3)
+    speculation.check("it", make_prompt_cache(model), make_prompt_cache(draft), 3, 16)
+    with pytest.raises(ValueError, match="cannot be taken back from RotatingKVCache"):
+        list(speculative_generate_step(mx.array(PROMPT[:10]), model, draft, max_tokens=20))
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "lfm2"])
+def test_hybrids_are_refused(name: str) -> None:
+    caches = make_prompt_cache(attach(varied_model(name)))
+    with pytest.raises(InputError, match="it cannot decode speculatively"):
+        speculation.check("it", caches, [], 3)
 
 
 def test_a_cache_is_right_after_speculation_trimmed_it() -> None:
