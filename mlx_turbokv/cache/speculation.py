@@ -17,6 +17,8 @@ from ..errors import InputError
 from .rotating import SPARE_TOKENS, TurboRotatingKVCache
 from .summary import leaves
 
+ANY_NUMBER = 1 << 24
+
 
 def check(
     name: str,
@@ -37,14 +39,14 @@ def check(
         InputError: rejected tokens could not be taken back from one of the caches.
     """
     both = list(leaves([*caches, *draft_caches]))
-    if not all(_window(cache) or cache.is_trimmable() for cache in both):
+    if not all(_goes_back(c) or _window(c) or c.is_trimmable() for c in both):
         raise InputError(f"{name} cannot decode speculatively: its cache cannot be taken back.")
-    if num_draft_tokens > SPARE_TOKENS and any(_goes_back(cache) for cache in both):
+    if num_draft_tokens > (most := most_draft_tokens(both)):
         raise InputError(
-            f"{num_draft_tokens} draft tokens are not accepted: a packed window can take "
-            f"{SPARE_TOKENS} tokens back; give at most as many."
+            f"{num_draft_tokens} draft tokens are not accepted: {most} can be taken back; give at "
+            "most as many."
         )
-    windows = [_window(cache) for cache in both if _window(cache) and not _goes_back(cache)]
+    windows = [n for n in map(_window, both) if n is not None]
     if windows and (math.inf if n_tokens is None else n_tokens) > min(windows):
         raise InputError(
             f"A draft model cannot be used beyond a window of {min(windows):,} tokens, from "
@@ -52,6 +54,11 @@ def check(
             "--max-tokens, --compress-sliding for a model with sliding windows, or no "
             "--draft-model."
         )
+
+
+def most_draft_tokens(caches: Sequence[Any]) -> int:
+    """How many tokens may be drafted at a time."""
+    return SPARE_TOKENS if any(_goes_back(cache) for cache in leaves(caches)) else ANY_NUMBER
 
 
 def can_take_back(caches: Sequence[Any]) -> bool:
@@ -82,10 +89,13 @@ def _goes_back(cache: Any) -> bool:
 
 
 def _window(cache: Any) -> int | None:
+    """Tokens of a window that drops what a draft's tokens push out."""
+    if _goes_back(cache):
+        return None
     return getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None)
 
 
 # the package's attribute of this name is a function
-_generate = importlib.import_module("mlx_lm.generate")
+_generate: Any = importlib.import_module("mlx_lm.generate")
 _generate.can_trim_prompt_cache = can_take_back
 _generate.trim_prompt_cache = take_back

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import SUPPRESS
 from typing import Any
 
 import click
@@ -9,6 +10,8 @@ import click
 from . import options
 from .command import Command
 from .entry import console_script
+from .mlx_lm_options import KEPT_TOKENS
+from .values import MOST_TOKENS, refuse
 
 
 class _Command(Command):
@@ -20,7 +23,7 @@ class _Command(Command):
         super().format_options(ctx, formatter)
         rows = []
         for action in server_parser()._actions:
-            if action.option_strings and action.dest != "help":
+            if action.option_strings and action.dest != "help" and action.help != SUPPRESS:
                 value = "" if action.nargs == 0 else f" {action.dest.upper()}"
                 rows.append((", ".join(action.option_strings) + value, action.help or ""))
         with formatter.section("Options of mlx_lm.server"):
@@ -31,15 +34,30 @@ class _Command(Command):
     "serve", cls=_Command, epilog=options.CACHE_HELP,
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
 )  # fmt: skip
+@click.option(
+    "--allow-model",
+    "allowed",
+    multiple=True,
+    metavar="ID|FOLDER|GGUF",
+    help="A model, draft model or adapters that clients may name too; repeatable. Besides these "
+    "they may only name models that are in the local hub cache.",
+)
+@click.option(
+    "--max-kv-size",
+    type=click.IntRange(KEPT_TOKENS + 1, MOST_TOKENS),
+    help="Tokens that a KV layer holds at most: beyond it the oldest are dropped, except the first "
+    f"{KEPT_TOKENS}. Requests are then served one at a time.",
+)
 @options.cache
 @click.pass_context
 def command(
     ctx: click.Context, backend: str, compress_sliding: bool, keys: str | None, no_centre: bool,
-    **cache: Any,
+    allowed: tuple[str, ...], max_kv_size: int | None, **cache: Any,
 ) -> None:  # fmt: skip
     """Serve a model over HTTP, as mlx_lm.server does, through packed KV caches.
 
-    Every option of mlx_lm.server is accepted, except --kv-bits, which asks for another cache.
+    Every option of mlx_lm.server is accepted, except --kv-bits and its kind, which ask for another
+    cache.
     Its limits on prompt caches count packed bytes.
     """
     from ..loading import blas
@@ -48,12 +66,16 @@ def command(
     from ..serve import options as server_options
     from ..serve import server
 
+    if max_kv_size is not None:
+        refuse(["keys"], "with --max-kv-size: the keys of a window stay whole")
     policy = options.policy_from(**cache)
     centre = options.centre_from(keys, no_centre, [policy])
     options.check_backend(backend)
     server.serve(
         server_options.parse(ctx.args),
         policy,
+        allowed,
+        max_kv_size=max_kv_size,
         backend=backend,
         centre=centre,
         compress_sliding=compress_sliding,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-TYPES = {404: "not_found_error", 500: "server_error", 503: "server_error"}
+TYPES = {500: "server_error", 503: "server_error"}
 
 
 class RequestError(Exception):

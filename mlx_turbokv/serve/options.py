@@ -24,6 +24,10 @@ _RANGES = {
 }  # fmt: skip
 
 
+# Options of mlx-lm's own quantised cache: neither accepted nor listed.
+_OF_OTHER_CACHES = ("kv_bits", "kv_group_size", "quantized_kv_start")
+
+
 class _ParserReadyError(Exception):
     """Ends mlx_lm.server's main function when its parser is complete."""
 
@@ -44,6 +48,9 @@ def server_parser() -> argparse.ArgumentParser:
             server.main()
     parser = found[0]
     parser.error = error
+    for action in parser._actions:
+        if action.dest in _OF_OTHER_CACHES:
+            action.help = argparse.SUPPRESS
     return parser
 
 
@@ -53,19 +60,23 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     Raises:
         InputError: an unknown option or a value that is not accepted.
     """
+    parser = server_parser()
     try:
-        options = server_parser().parse_args(list(arguments))
+        options = parser.parse_args(list(arguments))
     except (ArithmeticError, KeyError, RecursionError) as error:
         # what the types of mlx_lm.server's options raise beside what argparse expects
         raise InputError(
             "--prompt-cache-bytes takes a number of bytes, or one with M, MB, G or GB, and "
             f"--chat-template-args a JSON object ({type(error).__name__})."
         ) from error
-    if options.kv_bits is not None:
-        raise InputError(
-            f"--kv-bits {options.kv_bits} is mlx-lm's own quantised cache; the packed cache's "
-            "formats are given with -ctk and -ctv."
-        )
+    words = [word.split("=")[0] for word in arguments]
+    for name in _OF_OTHER_CACHES:
+        option, value = f"--{name.replace('_', '-')}", getattr(options, name)
+        if option in words or value != parser.get_default(name):
+            raise InputError(
+                f"{option} {value} is of mlx-lm's own quantised cache; the packed cache's formats "
+                "are given with -ctk and -ctv."
+            )
     for name, (least, most) in _RANGES.items():
         value = getattr(options, name)
         if value is not None and not least <= value <= most:
@@ -73,7 +84,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
             raise InputError(f"--{name.replace('_', '-')} {value} is not accepted: give {limits}.")
     if not isinstance(options.chat_template_args, dict):
         raise InputError("--chat-template-args is not a JSON object.")
-    words = [word.split("=")[0] for word in arguments]
     if options.draft_model is None and "--num-draft-tokens" in words:
         raise InputError("--num-draft-tokens has no effect without --draft-model.")
     if options.chat_template and options.use_default_chat_template:

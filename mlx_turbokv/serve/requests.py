@@ -190,7 +190,7 @@ def _arguments(body: ChatBody | TextBody, choice: int, cli: argparse.Namespace) 
         stop_words=[word for word in stop if word],
         max_tokens=max_tokens,
         num_draft_tokens=pick("num_draft_tokens", cli.num_draft_tokens),
-        logprobs=bool(logprobs),
+        logprobs=bool(logprobs) or top > 0,
         top_logprobs=top,
         # MLX takes seeds without a sign
         seed=None if body.seed is None else (body.seed + choice) % (1 << 64),

@@ -1,57 +1,78 @@
-"""Start-up of mlx_lm.server with packed caches, and its end."""
+"""Start-up of the server, and its end."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import signal
+import time
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from mlx_lm import server
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from ..errors import InputError
 from ..loading import distributed
 from ..policy import Policy
 from . import prompt_cache
+from .connections import Server
 from .generation import Generator
-from .handler import Server
+from .handler import Handler
 from .models import TurboModelProvider
 
+END_SECONDS = 3.0
+logger = logging.getLogger(__name__)
 
-def serve(options: argparse.Namespace, policy: Policy, **cache_options: Any) -> None:
+
+def serve(
+    options: argparse.Namespace,
+    policy: Policy,
+    allowed: Sequence[str] = (),
+    **cache_options: Any,
+) -> None:
     """Run the server until it is interrupted or terminated.
 
     Args:
         options: what ``options.parse`` read.
         policy: which KV layer gets which formats.
-        cache_options: the other arguments of ``attach``: backend, centre, compress_sliding.
+        allowed: models that clients may name besides the one of the options.
+        cache_options: the other arguments of ``attach``.
 
     Raises:
-        InputError: the model cannot be loaded, the policy does not fit it, or the address cannot
-            be listened on.
+        InputError: the address cannot be listened on, the model cannot be loaded, or the policy
+            does not fit it.
+        SystemExit: 1; the generating thread has ended.
     """
     maybe_set_recommended_wired_limit()
     logging.basicConfig(
         level=options.log_level.upper(), format="%(asctime)s - %(levelname)s - %(message)s"
     )
-    provider = TurboModelProvider(options, policy=policy, **cache_options)
-    generator = Generator(provider, prompt_cache.make(options))
+    provider = TurboModelProvider(options, allowed, policy=policy, **cache_options)
+    http = None
+    if distributed.rank() == 0:
+        http = Server(options.host, options.port, None)
     # A shell's background job inherits an ignored SIGINT, and the main thread is woken by one.
     for stop in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop, signal.default_int_handler)
+    generator = None
     try:
-        if distributed.rank() == 0:
-            server._run_http_server(options.host, options.port, generator, server_class=Server)
-        else:
+        generator = Generator(provider, prompt_cache.make(options))
+        if http is None:
             generator.join()
+        else:
+            http.RequestHandlerClass = partial(Handler, generator, int(time.time()))
+            logger.info(f"Listening on http://{options.host}:{http.server_port}/v1")
+            http.serve_forever()
     except KeyboardInterrupt:
         pass
-    except OSError as error:
-        raise InputError(
-            f"{options.host}:{options.port} cannot be listened on ({error.strerror or error})."
-        ) from error
     finally:
-        generator.stop_and_join()
-    if provider.failure is not None:
-        raise provider.failure
+        if generator is not None:
+            generator.stop_and_join()
+        if http is not None:
+            http.wait_for_answers(END_SECONDS)
+            http.server_close()
+    if generator is not None and isinstance(generator.failure, InputError):
+        raise generator.failure
+    if generator is not None and generator.failure is not None:
+        raise SystemExit(1)

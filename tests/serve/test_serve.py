@@ -158,7 +158,8 @@ def test_disconnected_client_leaves_the_server_serving(server, client, expected)
         ("/v1/chat/completions", b"{not json", 400),
         ("/v1/chat/completions", b"[]", 400),
         ("/v1/chat/completions", b'{"messages": [], "max_tokens": "many"}', 400),
-        ("/v1/chat/completions", b'{"model": "/nowhere", "messages": []}', 404),
+        ("/v1/chat/completions", b'{"messages": []}', 400),
+        ("/v1/completions", b'{"model": "/nowhere", "prompt": "a"}', 404),
         ("/v1/nothing", b"{}", 404),
     ],
 )
