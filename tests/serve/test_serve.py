@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -19,7 +17,7 @@ import openai
 import pytest
 from gguf_files import write_small_gguf
 from mlx_lm import stream_generate
-from server_process import free_port, wait_until_ready
+from server_process import SERVE, running
 
 from mlx_turbokv import load_policy, make_prompt_cache
 from mlx_turbokv.errors import InputError
@@ -29,7 +27,6 @@ from mlx_turbokv.serve.options import parse
 pytestmark = pytest.mark.slow
 
 N_TOKENS = 8
-SERVE = [sys.executable, "-c", "from mlx_turbokv.cli.serve import main; main()"]
 GENERATE = [sys.executable, "-c", "from mlx_turbokv.cli.generate import main; main()"]
 QUESTIONS = [
     "What is the capital of Italy?",
@@ -37,24 +34,6 @@ QUESTIONS = [
     "What is the largest planet of the solar system?",
     "Name the months of the year.",
 ]  # decided by 0.8 nats at every token: rounding may change a code, and that a near tie
-
-
-@contextlib.contextmanager
-def running(*options: str) -> Iterator[tuple[subprocess.Popen, str]]:
-    """A server process that answers, and its address."""
-    port = free_port()
-    command = [*SERVE, "--port", str(port), *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    lines: list[str] = []
-    process.said = lines
-    threading.Thread(target=lambda: lines.extend(process.stderr), daemon=True).start()
-    try:
-        wait_until_ready(process, port)
-        yield process, f"http://127.0.0.1:{port}"
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
 
 
 @pytest.fixture(scope="module")
