@@ -72,6 +72,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
                 with self.server.answering():
                     self._answer()
+            elif not self.headers_sent:
+                raise RequestError(400, "The request has no first line.")
         except TimeoutError as error:
             if self.is_read:
                 raise ConnectionResetError("The client does not read its answer.") from error
@@ -251,6 +253,7 @@ class Handler(BaseHTTPRequestHandler):
                 self._send_event(error.body)
                 return
             self.connection.settimeout(WRITE_SECONDS)
+            self.request_version = "HTTP/1.0"  # what cannot be read is answered with a status too
             self._send(error.status, error.body)
             self.wfile.flush()
             if not self.is_read:
@@ -265,4 +268,5 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What the base class refuses, in the form of the others."""
-        self._refuse(RequestError(int(code), f"{message or 'The request is not accepted'}."))
+        status = int(code) if code < 500 else 400
+        self._refuse(RequestError(status, f"{message or 'The request is not accepted'}."))
