@@ -16,6 +16,7 @@ from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, KVCache,
 
 from ..safetensors import Header
 from .base import PackedCache
+from .checkpoint import Checkpoint, always_trims
 from .rotating import TurboRotatingKVCache
 from .state import MOST, count
 from .summary import PACKED, leaves
@@ -118,6 +119,32 @@ def check_contents(caches: list[Any], own: list[Any] | None, n_tokens: int) -> N
             except ValueError as error:
                 raise ValueError(f"its layer {index} does not fit: {error}") from None
     _check_agreement(caches)
+
+
+def check_checkpoint(
+    checkpoint: Checkpoint | None, caches: list[Any], own: list[Any] | None
+) -> None:
+    """A checkpoint has a copy of every cache that cannot be trimmed, of the same kind.
+
+    Args:
+        caches, own: as ``check_contents`` takes them.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if checkpoint is None:
+        return
+    held = list(leaves(caches))
+    models = list(leaves(own)) if own else [None] * len(held)
+    fixed = [(leaf, model) for leaf, model in zip(held, models) if not always_trims(leaf)]
+    if len(fixed) != len(checkpoint.leaves):
+        raise ValueError(f"its checkpoint has {len(checkpoint.leaves)} caches, not {len(fixed)}")
+    for copied, (leaf, model) in zip(checkpoint.leaves, fixed):
+        alike = type(copied) is type(leaf), formats(copied) == formats(leaf)
+        if not all(alike) or window(copied) != window(leaf):
+            raise ValueError("its checkpoint has caches of another kind")
+        _check_leaf(copied, model, checkpoint.n_tokens)
+    _check_agreement(checkpoint.leaves)
 
 
 def _check_agreement(caches: list[Any]) -> None:

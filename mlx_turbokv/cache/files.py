@@ -1,7 +1,8 @@
 """A prompt cache on disk, with the tokens and the conversation that it holds.
 
 The file is what ``mlx_lm.models.cache.save_prompt_cache`` writes; its metadata says which model
-made it and which tokens it holds, so that a later prompt can continue it.
+made it and which tokens it holds, so that a later prompt can continue it. Files that mlx-lm wrote
+are read too, and their rows packed; which tokens they hold is not known.
 """
 
 from __future__ import annotations
@@ -9,28 +10,40 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import load_prompt_cache
 
 from ..errors import InputError, short
-from ..files import check_can_write, check_regular, parse_json, replacing
+from ..files import check_can_write, check_regular, parse_json
 from ..model.fingerprint import fingerprint
 from ..model.probing import after_one_token
 from ..safetensors import read_header
 from .base import PackedCache
-from .file_checks import check_contents, check_header, check_kinds, formats, window
+from .checkpoint import Checkpoint
+from .file_checks import (
+    check_checkpoint,
+    check_contents,
+    check_header,
+    check_kinds,
+    formats,
+    offsets,
+    window,
+)
+from .importing import dequantized, packed_as
 from .state import MOST
 from .summary import leaves
+from .writing import save_prompt_cache
 
 MAKER = "mlx_turbokv"
-TEMPORARY = ".turbokv-"
+PROMPT = "prompt"  # the kind of a file that a conversation does not change
+FOREIGN = -1  # a token in a file of mlx-lm's, which does not say which
 
 
 @dataclass
@@ -38,13 +51,24 @@ class Saved:
     """What a prompt cache file holds.
 
     caches: mlx-lm's list, one entry a layer.
-    tokens: the ids whose K and V the caches hold.
+    tokens: the ids whose K and V the caches hold; FOREIGN where mlx-lm read them.
     messages: the conversation so far, where a chat template was used.
+    checkpoint: of an earlier place in the conversation, where caches cannot be trimmed.
+    is_prompt: whether it is a prompt that is used again and again, and no conversation.
+    n_packed: layers whose rows were packed when they were read.
     """
 
     caches: list[Any]
     tokens: list[int] = field(default_factory=list)
     messages: list[dict[str, str]] = field(default_factory=list)
+    checkpoint: Checkpoint | None = None
+    is_prompt: bool = False
+    n_packed: int = 0
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether mlx-lm read its first tokens."""
+        return FOREIGN in self.tokens
 
 
 def check_target(path: Path) -> None:
@@ -80,105 +104,114 @@ def save(path: Path, saved: Saved, name: str, model: nn.Module) -> None:
         "tokens": json.dumps(saved.tokens),
         "messages": json.dumps(saved.messages),
     }
-    save_prompt_cache(path, saved.caches, metadata)
+    if saved.is_prompt:
+        metadata["kind"] = PROMPT
+    caches = saved.caches
+    if saved.checkpoint is not None:
+        metadata["checkpoint"] = str(saved.checkpoint.n_tokens)
+        caches = [*caches, *saved.checkpoint.leaves]
+    save_prompt_cache(path, caches, metadata)
 
 
-def save_prompt_cache(
-    path: str | os.PathLike[str], caches: list[Any], metadata: dict[str, str] | None = None
-) -> None:
-    """Write what mlx-lm's ``save_prompt_cache`` writes, whole or not at all.
-
-    The file is made under another name and renamed, so whatever ends the process leaves the old
-    file or the new one. What killed processes left half written in the same folder is removed.
-    ``mlx_lm.models.cache.load_prompt_cache`` reads it.
-
-    Args:
-        caches: one entry a layer, packed or not.
-        metadata: strings to keep in the file.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    prefix = f"{TEMPORARY}{_host()}-{os.getpid()}-"
-    try:
-        _remove_abandoned(Path(os.path.realpath(path)).parent)
-        with replacing(path, prefix, ".safetensors") as temporary:
-            mlx_lm_cache.save_prompt_cache(str(temporary), caches, metadata)
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"The prompt cache file {path} cannot be written ({error}).") from error
-
-
-def _host() -> str:
-    """Where process ids are this process's, as a file name's part: machine and namespace."""
-    name = re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname())[:64]
-    try:
-        return f"{name}_{os.stat('/proc/self/ns/pid').st_ino}"
-    except OSError:  # not Linux
-        return name
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Remove temporary files of this machine's processes that are no more.
-
-    A process that cannot be asked about, or of another machine, keeps its file.
-    """
-    pattern = re.compile(re.escape(f"{TEMPORARY}{_host()}-") + r"(\d+)-\w+\.safetensors")
-    for path in folder.iterdir():
-        match = pattern.fullmatch(path.name)
-        if match and path.is_file() and not path.is_symlink() and _is_dead(int(match[1])):
-            path.unlink(missing_ok=True)
-
-
-def _is_dead(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return True
-    except (OSError, OverflowError):
-        return False
-    return False
-
-
-def load(path: Path, name: str, model: nn.Module, fresh: list[Any], same_formats: bool) -> Saved:
+def load(
+    path: Path, name: str, model: nn.Module, fresh: list[Any], same_formats: bool,
+    source: str | None = None,
+) -> Saved:  # fmt: skip
     """Read a prompt cache for a model.
 
     Everything in it is checked before anything of it is used: the file may be from anywhere.
 
     Args:
         name: of the model, as ``save`` was told.
-        fresh: empty caches of the model, as this run would use them.
+        fresh: empty caches of the model, as this run would use them. The rows of a file of
+            mlx-lm's are packed into them.
         same_formats: whether the file's K and V formats must be those of ``fresh``.
+        source: what the model was loaded from, which mlx-lm's files name.
 
     Raises:
         InputError: cut short, not a prompt cache of this package, of another model or shape, of
             other formats, or with values that contradict each other.
     """
     caches, metadata = read(path, len(fresh))
-    if metadata.get("maker") != MAKER:
+    maker = metadata.get("maker")
+    if maker is None and isinstance(metadata.get("tokenizer_config"), str):
+        return _load_foreign(path, {name, source}, model, caches, fresh, metadata, same_formats)
+    if maker != MAKER:
         raise InputError(
-            f"{path} was not saved by mlx_turbokv.generate; accepted is a file that it saved."
+            f"{path} was not saved by mlx_turbokv nor by mlx_lm.cache_prompt; accepted is a file "
+            "that one of them saved."
         )
-    if metadata.get("model") != name:
-        raise InputError(
-            f"The prompt cache file {path} belongs to the model {short(metadata.get('model'))}, "
-            f"not to {name!r}."
-        )
+    _check_name(path, metadata, {name})
     # files of earlier versions name no fingerprint
     if metadata.get("fingerprint") not in (None, fingerprint(model, adapters=True)):
         raise InputError(
             f"The prompt cache file {path} belongs to another model that is called {name!r} too."
         )
-    try:
+    with _sentences(path):
+        caches, copies = caches[: len(fresh)], caches[len(fresh) :]
         check_kinds(caches, fresh)
         _check_options(path, caches, fresh, same_formats)
         tokens, messages = _conversation(metadata)
-        check_contents(caches, after_one_token(model), len(tokens))
+        own = after_one_token(model)
+        check_contents(caches, own, len(tokens))
+        checkpoint = _checkpoint(metadata, copies, len(tokens))
+        check_checkpoint(checkpoint, caches, own)
         work_as(caches, fresh)
+    return Saved(caches, tokens, messages, checkpoint, metadata.get("kind") == PROMPT)
+
+
+def _load_foreign(
+    path: Path, names: set[str | None], model: nn.Module, caches: list[Any], fresh: list[Any],
+    metadata: dict[str, Any], same_formats: bool,
+) -> Saved:  # fmt: skip
+    """A file of mlx_lm.cache_prompt's, its rows packed."""
+    _check_name(path, metadata, {Path(name).name for name in names if name})
+    with _sentences(path):
+        caches = [dequantized(cache) for cache in caches]
+        check_kinds(caches, fresh)
+        n_tokens = max(offsets(caches), default=0)
+        check_contents(caches, after_one_token(model), n_tokens)
+        if not n_tokens:
+            raise ValueError("it does not say how many tokens it holds")
+        packed = [packed_as(held, new) for held, new in zip(caches, fresh)]
+        _check_options(path, packed, fresh, same_formats)
+        work_as(packed, fresh)
+    n_packed = sum(new is not held for new, held in zip(leaves(packed), leaves(caches)))
+    return Saved(packed, [FOREIGN] * n_tokens, is_prompt=True, n_packed=n_packed)
+
+
+@contextmanager
+def _sentences(path: Path) -> Iterator[None]:
+    """Turns the ValueErrors of checks into sentences about the file."""
+    try:
+        yield
     except InputError:
         raise
     except ValueError as error:
         raise InputError(f"The prompt cache file {path} cannot be used: {error}.") from error
-    return Saved(caches, tokens, messages)
+
+
+def _check_name(path: Path, metadata: dict[str, Any], names: set[str]) -> None:
+    given = metadata.get("model")
+    if given not in names and not (isinstance(given, str) and Path(given).name in names):
+        raise InputError(
+            f"The prompt cache file {path} belongs to the model {short(given)}, not to "
+            f"{' or '.join(map(repr, sorted(names)))}."
+        )
+
+
+def _checkpoint(metadata: dict[str, Any], copies: list[Any], n_tokens: int) -> Checkpoint | None:
+    """The checkpoint of a file.
+
+    Raises:
+        ValueError: it says something else than it holds.
+    """
+    n = metadata.get("checkpoint")
+    if n is None and not copies:
+        return None
+    if not isinstance(n, str) or not re.fullmatch("[0-9]{1,10}", n) or int(n) > n_tokens:
+        raise ValueError("its checkpoint is none of its tokens'")
+    return Checkpoint(int(n), copies)
 
 
 def work_as(caches: list[Any], fresh: list[Any]) -> None:
@@ -235,11 +268,18 @@ def _conversation(metadata: dict[str, Any]) -> tuple[list[int], list[dict[str, s
     """
     texts = metadata.get("tokens"), metadata.get("messages")
     tokens, messages = (parse_json(x) if isinstance(x, str) else None for x in texts)
-    if not isinstance(tokens, list) or not all(type(x) is int and 0 <= x <= MOST for x in tokens):
+    if not isinstance(tokens, list) or not _are_tokens(tokens):
         raise ValueError("it does not list the tokens that it holds")
     if not isinstance(messages, list) or not all(map(_is_message, messages)):
         raise ValueError("it does not list the messages that it holds")
     return tokens, messages
+
+
+def _are_tokens(tokens: list[Any]) -> bool:
+    """Whether they are ids, after as many as mlx-lm read."""
+    if not all(type(x) is int and FOREIGN <= x <= MOST for x in tokens):
+        return False
+    return FOREIGN not in tokens[tokens.count(FOREIGN) :]
 
 
 def _is_message(message: Any) -> bool:

@@ -47,7 +47,7 @@ class KVSummary:
         centred = f"{describe(self.centred)}, " if turbo_keys else ""
         backend = f"{self.backend} back-end" if self.backend else "mlx-lm's own cache"
         return (
-            f"KV cache: {self.size()} of {mib(self.f16_bytes)}, {mib(self.resident_bytes)} "
+            f"KV cache: {self.size()} ({mib(self.f16_bytes)}), {mib(self.resident_bytes)} "
             f"resident, {self.bits_per_value:.2f} bits per value, {policy} ({pairs} layers), "
             f"{centred}{backend}"
         )

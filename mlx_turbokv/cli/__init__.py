@@ -12,7 +12,8 @@ from .command import HELP_NAMES
 from .entry import console_script, run
 
 COMMANDS = (
-    "bench", "calibrate", "doctor", "generate", "needle", "perplexity", "plan", "report", "serve",
+    "bench", "cache_prompt", "calibrate", "chat", "doctor", "generate", "needle", "perplexity",
+    "plan", "report", "serve",
 )  # fmt: skip
 
 

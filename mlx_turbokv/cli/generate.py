@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 import re
 import sys
@@ -14,7 +16,8 @@ from ..errors import InputError
 from . import options, sampling
 from .entry import console_script
 from .mlx_lm_options import MlxLmCommand
-from .values import refuse
+from .output import print_status
+from .values import check_max_kv_size, check_max_tokens, refuse
 
 _OF_CHAT = ("system_prompt", "prefill_response", "chat_template_config")
 
@@ -31,6 +34,10 @@ _OF_CHAT = ("system_prompt", "prefill_response", "chat_template_config")
     help="Under mlx.launch: divide up the layers of the model, and not the heads of each layer.",
 )  # fmt: skip
 @options.cache
+@click.option(
+    "--output", type=click.Choice(["text", "json"]), default="text",
+    help="Print the text as it comes, or all as JSON at the end.",
+)  # fmt: skip
 def command(**args: Any) -> None:
     """Generate text through a packed KV cache."""
     from ..loading import distributed
@@ -52,18 +59,15 @@ main = console_script(command)
 def _check_options(args: dict[str, Any]) -> None:
     from ..cache.files import check_target
 
-    if args["max_tokens"] == 0 or args["max_tokens"] < -1:
-        raise InputError(
-            f"--max-tokens {args['max_tokens']} is not accepted: give at least 1, or -1 for no "
-            "limit."
-        )
+    check_max_tokens(args["max_tokens"])
     sampling.check(args)
+    if args["output"] == "json":
+        refuse(["verbose"], "with --output json")
     if args["ignore_chat_template"]:
         refuse(_OF_CHAT, "with --ignore-chat-template")
     if args["draft_model"] is None:
         refuse(["num_draft_tokens"], "without --draft-model")
-    if args["max_kv_size"] is not None:
-        refuse(["keys"], "with --max-kv-size: the keys of a window stay whole")
+    check_max_kv_size(args["max_kv_size"])
     if args["prompt_cache_file"] is not None:
         if args["draft_model"] is not None:
             raise InputError("--prompt-cache-file and --draft-model cannot go together.")
@@ -87,43 +91,105 @@ def _generate(args: dict[str, Any], is_distributed: bool) -> None:
     from ..cache.factory import make_prompt_cache
     from ..cache.summary import summarize
     from .conversation import Conversation, prompt_text, template_arguments
+    from .output import print_result
+    from .streaming import print_part, turn
 
     arguments = template_arguments(args["chat_template_config"])
-    asked = {name: args[name] for name in options.CACHE_ARGUMENTS}
-    policy = options.policy_from(**asked)
-    centre = options.centre_from(args["keys"], args["no_centre"], [policy])
-    options.check_backend(args["backend"])
+    cache_options = options.attach_options(args)
     text = prompt_text(args["prompt"])
     loaded = _load(args, is_distributed)
     _add_end_tokens(loaded, args["extra_eos_token"])
     sampling.check_vocabulary(loaded, args)
     if not loaded.tokenizer.has_chat_template:
         refuse(_OF_CHAT, f"with {loaded.name}, which has no chat template")
-    caches = make_prompt_cache(
-        loaded.model,
-        policy=policy,
-        backend=args["backend"],
-        centre=centre,
-        compress_sliding=args["compress_sliding"],
-        max_kv_size=args["max_kv_size"],
+    conversation = Conversation(
+        loaded,
+        lambda: make_prompt_cache(loaded.model, **cache_options, max_kv_size=args["max_kv_size"]),
+        arguments,
+        use_template=not args["ignore_chat_template"],
     )
-    conversation = Conversation(loaded, caches, args["prompt_cache_file"])
-    has_formats = any(value is not None for value in asked.values())
-    name = policy.name
-    if conversation.resume(same_formats=has_formats) and not has_formats:
-        name = f"as in {args['prompt_cache_file'].name}"
-    tokens = conversation.tokens(text, args, arguments)
-    n_common = conversation.trim_to(tokens)
-    n_most = _max_tokens(loaded, args["max_tokens"], len(tokens))
-    caches, draft = conversation.caches, None
+    file, prefill = args["prompt_cache_file"], args["prefill_response"]
+    name, is_kept = resume(conversation, file, args, cache_options["policy"].name)
+    tokens = conversation.tokens(text, args["system_prompt"], prefill)
+    n_most = most_new_tokens(loaded, args["max_tokens"], len(tokens))
+    draft = None
     if args["draft_model"] is not None:
-        draft, draft_caches = _draft(args, loaded, caches, len(tokens) + n_most)
-        caches = [*caches, *draft_caches]
-    generated, answer = _stream(args, loaded, caches, tokens[n_common:], draft)
-    if args["verbose"]:
-        print(summarize(caches[: len(loaded.model.layers)]).line(name))
+        draft = _draft(args, loaded, conversation.caches, len(tokens) + n_most)
+    as_json, verbose = args["output"] == "json", args["verbose"]
+    if verbose and not as_json:
+        print("=" * 10)
+    answer = turn(conversation, tokens, args, draft, _silent if as_json else print_part)
+    held = summarize(conversation.caches[: len(loaded.model.layers)])
+    if as_json:
+        record = _record(loaded.name, answer, held, name)
+        print_result(json.dumps(record, indent=1, ensure_ascii=False), record)
+    else:
+        print()
+        if verbose:
+            _print_closing_lines(answer, held.line(name))
     sys.stdout.flush()
-    conversation.save(tokens + generated, (args["prefill_response"] or "") + answer)
+    if file is not None and is_kept:
+        conversation.finish(answer.tokens, (prefill or "") + answer.text)
+        conversation.save(file)
+
+
+def resume(
+    conversation: Any, file: Path | None, args: dict[str, Any], policy: str
+) -> tuple[str, bool]:
+    """Go on with a file, if there is one.
+
+    Args:
+        conversation: a ``Conversation``.
+        args: the options of the command.
+        policy: the name of the policy that they ask for.
+
+    Returns:
+        (what the policy of the caches is called, whether the conversation is saved to the file).
+
+    Raises: InputError.
+    """
+    if file is None or not file.exists():
+        return policy, True
+    has_formats = any(args[name] is not None for name in options.CACHE_ARGUMENTS)
+    saved = conversation.load(file, same_formats=has_formats)
+    if saved.is_prompt:
+        n = f"{len(saved.tokens):,} tokens"
+        packed = f", which are packed in {saved.n_packed} layers" if saved.n_packed else ""
+        print_status(f"{file.name} holds a prompt of {n}{packed}; the file stays as it is.")
+    if not has_formats and not saved.n_packed:
+        policy = f"as in {file.name}"
+    return policy, not saved.is_prompt
+
+
+def _silent(_: str) -> None:
+    """Show no part of the text."""
+
+
+def _record(model: str, answer: Any, held: Any, policy: str) -> dict[str, Any]:
+    """What --output json prints."""
+    return {
+        "what": "generated text",
+        "model": model,
+        "text": answer.text,
+        "finish_reason": answer.finish_reason,
+        "prompt_tokens": len(answer.tokens) - len(answer.generated),
+        "prompt_tokens_read": answer.prompt_tokens,
+        "prompt_tps": answer.prompt_tps,
+        "generation_tokens": len(answer.generated),
+        "generation_tps": answer.generation_tps,
+        "peak_memory_gb": answer.peak_memory,
+        "kv_cache": {"policy": policy, **dataclasses.asdict(held)},
+    }
+
+
+def _print_closing_lines(answer: Any, cache: str) -> None:
+    print("=" * 10)
+    if not answer.text:
+        print("No text generated for this prompt")
+    print(f"Prompt: {answer.prompt_tokens} tokens, {answer.prompt_tps:.3f} tokens-per-sec")
+    print(f"Generation: {len(answer.generated)} tokens, {answer.generation_tps:.3f} tokens-per-sec")
+    print(f"Peak memory: {answer.peak_memory:.3f} GB")
+    print(cache)
 
 
 def _load(args: dict[str, Any], is_distributed: bool) -> Any:
@@ -153,7 +219,7 @@ def _add_end_tokens(loaded: Any, tokens: tuple[str, ...]) -> None:
         loaded.tokenizer.add_eos_token(token)
 
 
-def _max_tokens(loaded: Any, max_tokens: int, n_prompt: int) -> float:
+def most_new_tokens(loaded: Any, max_tokens: int, n_prompt: int) -> float:
     """The most tokens to generate, infinite for -1; warns beyond the model's context."""
     limit = loaded.max_context
     if limit is not None and n_prompt + max(max_tokens, 0) > limit:
@@ -181,48 +247,3 @@ def _draft(
     draft_caches = make_prompt_cache(draft.model)
     speculation.check(loaded.name, caches, draft_caches, args["num_draft_tokens"], n_tokens)
     return draft.model, draft_caches
-
-
-def _stream(
-    args: dict[str, Any], loaded: Any, caches: list[Any], prompt: list[int], draft: Any
-) -> tuple[list[int], str]:
-    """Generate and print; the tokens and the text."""
-    from mlx_lm import stream_generate
-    from mlx_lm.sample_utils import make_sampler
-
-    verbose, tokenizer = args["verbose"], loaded.tokenizer
-    names = ("temp", "top_p", "min_p", "min_tokens_to_keep", "top_k", "xtc_probability",
-             "xtc_threshold")  # fmt: skip
-    sampler = make_sampler(
-        **{name: args[name] for name in names},
-        xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
-    )
-    if verbose:
-        print("=" * 10)
-    generated, text, response = [], "", None
-    for response in stream_generate(
-        loaded.model,
-        tokenizer,
-        prompt,
-        max_tokens=args["max_tokens"],
-        draft_model=draft,
-        num_draft_tokens=args["num_draft_tokens"],
-        sampler=sampler,
-        prompt_cache=caches,
-        prefill_step_size=args["prefill_step_size"],
-    ):
-        print(response.text, end="", flush=True)
-        generated.append(int(response.token))
-        text += response.text
-    print()
-    if verbose and response is not None:
-        print("=" * 10)
-        if not text:
-            print("No text generated for this prompt")
-        print(f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.3f} tokens-per-sec")
-        print(
-            f"Generation: {response.generation_tokens} tokens, "
-            f"{response.generation_tps:.3f} tokens-per-sec"
-        )
-        print(f"Peak memory: {response.peak_memory:.3f} GB")
-    return generated, text

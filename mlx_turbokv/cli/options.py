@@ -7,20 +7,16 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import click
-from click.core import ParameterSource
-from click.shell_completion import CompletionItem
 
 from .. import policy as policies
 from ..errors import InputError
 from ..quant.formats import FORMAT_NAMES, KVFormat
-from .values import COUNT, Number, exclude, given
+from .values import BACKEND_VARIABLE, COUNT, BackendType, FormatType, Number, exclude, given
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 DEFAULT_POLICY = "la-v7"
 DTYPES = ("float32", "float16", "bfloat16")
-BACKENDS = ("auto", "metal", "cuda", "reference")
-BACKEND_VARIABLE = "TURBOKV_BACKEND"
 CACHE_ARGUMENTS = ("cache_type_k", "cache_type_v", "policy", "boundary", "layer_adaptive")
 CACHE_HELP = (
     "Without cache options: K q8_0 and V by Boundary V (la-v7: q8_0 in the first and last two KV "
@@ -30,47 +26,6 @@ CACHE_HELP = (
     "chosen formats alone never select a policy."
 )
 _FORMATS = f"{', '.join(FORMAT_NAMES)} or turboN:32"
-
-
-class FormatType(click.ParamType):
-    """A K or V format by name."""
-
-    name = "format"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> KVFormat:
-        return value if isinstance(value, KVFormat) else KVFormat.parse(value)
-
-    def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[CompletionItem]:
-        return [CompletionItem(name) for name in FORMAT_NAMES if name.startswith(incomplete)]
-
-
-class BackendType(click.ParamType):
-    """A back-end by name, of the command line or of the environment variable."""
-
-    name = "backend"
-
-    def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str
-    ) -> list[CompletionItem]:
-        return [CompletionItem(name) for name in BACKENDS if name.startswith(incomplete)]
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        return f"[{'|'.join(BACKENDS)}]"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if (name := value.strip().lower()) not in BACKENDS:
-            from_environment = ctx is not None and ctx.get_parameter_source("backend") is (
-                ParameterSource.ENVIRONMENT
-            )
-            where = BACKEND_VARIABLE if from_environment else "--backend"
-            raise InputError(
-                f"{where} {value!r} is not accepted: give one of {', '.join(BACKENDS)}."
-            )
-        return name
 
 
 def combined(*options: Callable[[F], F]) -> Callable[[F], F]:
@@ -224,6 +179,21 @@ def check_backend(name: str) -> str:
 
     select_backend(name)
     return name
+
+
+def attach_options(args: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``attach`` and ``make_prompt_cache`` take for the options of ``cache``, checked.
+
+    Raises: InputError.
+    """
+    policy = policy_from(**{name: args[name] for name in CACHE_ARGUMENTS})
+    centre = centre_from(args["keys"], args["no_centre"], [policy])
+    return {
+        "policy": policy,
+        "backend": check_backend(args["backend"]),
+        "centre": centre,
+        "compress_sliding": args["compress_sliding"],
+    }
 
 
 def check_output(output: str, markdown: bool) -> str:

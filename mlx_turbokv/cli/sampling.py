@@ -23,12 +23,15 @@ _NEED = {"xtc_threshold": "xtc_probability", "min_tokens_to_keep": "min_p"}
 def check(args: dict[str, Any]) -> None:
     """Check options that only do something together with others.
 
+    Args:
+        args: those of ``TYPES`` that the command has.
+
     Raises: InputError.
     """
     for name, needed in _NEED.items():
-        if args[needed] == 0:
+        if name in args and args[needed] == 0:
             refuse([name], f"without --{needed.replace('_', '-')}")
-    names = [name for name, off in OFF.items() if args[name] not in off]
+    names = [name for name, off in OFF.items() if args.get(name, 0) not in off]
     if options := [given(name) for name in names if args["temp"] == 0 and given(name)]:
         # mlx_lm.generate takes them without a word, so scripts may have them
         print_status(f"{', '.join(map(str, options))}: no effect at --temp 0, the default.")

@@ -8,11 +8,15 @@ from typing import Any
 
 import click
 from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 
 from ..errors import InputError
+from ..quant.formats import FORMAT_NAMES, KVFormat
 
 MOST_TOKENS = 1 << 24
 COUNT = click.IntRange(1, MOST_TOKENS)
+BACKENDS = ("auto", "metal", "cuda", "reference")
+BACKEND_VARIABLE = "TURBOKV_BACKEND"
 SEED = click.IntRange(0, (1 << 64) - 1)
 # The coldest temperature above 0 whose inverse keeps logits finite in 16 bits.
 COLDEST, HOTTEST = 0.001, 1000
@@ -44,6 +48,47 @@ class Temperature(Number):
         return number
 
 
+class FormatType(click.ParamType):
+    """A K or V format by name."""
+
+    name = "format"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> KVFormat:
+        return value if isinstance(value, KVFormat) else KVFormat.parse(value)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        return [CompletionItem(name) for name in FORMAT_NAMES if name.startswith(incomplete)]
+
+
+class BackendType(click.ParamType):
+    """A back-end by name, of the command line or of the environment variable."""
+
+    name = "backend"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        return [CompletionItem(name) for name in BACKENDS if name.startswith(incomplete)]
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return f"[{'|'.join(BACKENDS)}]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if (name := value.strip().lower()) not in BACKENDS:
+            from_environment = ctx is not None and ctx.get_parameter_source("backend") is (
+                ParameterSource.ENVIRONMENT
+            )
+            where = BACKEND_VARIABLE if from_environment else "--backend"
+            raise InputError(
+                f"{where} {value!r} is not accepted: give one of {', '.join(BACKENDS)}."
+            )
+        return name
+
+
 UNIT = Number(0, 1)
 
 
@@ -56,6 +101,18 @@ def given(name: str) -> str | None:
     if param.secondary_opts and ctx.params.get(name) is False:
         return max(param.secondary_opts, key=len)
     return max(param.opts, key=len)
+
+
+def check_max_tokens(n: int) -> None:
+    """Raises: InputError where --max-tokens is neither a number of tokens nor -1."""
+    if n == 0 or n < -1:
+        raise InputError(f"--max-tokens {n} is not accepted: give at least 1, or -1 for no limit.")
+
+
+def check_max_kv_size(n: int | None) -> None:
+    """Raises: InputError where --keys is given with --max-kv-size."""
+    if n is not None:
+        refuse(["keys"], "with --max-kv-size: the keys of a window stay whole")
 
 
 def refuse(names: Collection[str], why: str) -> None:

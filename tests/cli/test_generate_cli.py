@@ -64,7 +64,7 @@ def test_closing_lines(call):
     assert re.fullmatch(r"Generation: \d tokens, [\d.]+ tokens-per-sec", lines[1])
     assert re.fullmatch(r"Peak memory: [\d.]+ GB", lines[2])
     assert re.fullmatch(
-        r"KV cache: \d tokens, [\d.]+ MiB, [\d.]+% of f16 of [\d.]+ MiB, [\d.]+ MiB resident, "
+        r"KV cache: \d tokens, [\d.]+ MiB, [\d.]+% of f16 \([\d.]+ MiB\), [\d.]+ MiB resident, "
         r"[\d.]+ bits per value, la-v7 \(.*2 x q8_0/q8_0 layers\), \w+ back-end",
         lines[3],
     )
@@ -82,7 +82,7 @@ def test_counted_bytes_and_bits(call):
     tokens = int(re.search(r"KV cache: (\d+) tokens", out).group(1))
     # 2 layers of 2 heads of 16 dimensions for K and for V, 16 bits each.
     f16 = tokens * 2 * 2 * 32 * 2
-    assert f"{f16 * 4.5 / 16 / 2**20:.4f} MiB, 28.1% of f16 of {f16 / 2**20:.4f} MiB" in out
+    assert f"{f16 * 4.5 / 16 / 2**20:.4f} MiB, 28.1% of f16 ({f16 / 2**20:.4f} MiB)" in out
     # A scale of 16 bits for every 16 values beside 4 and 3 bits.
     assert "4.50 bits per value, uniform (2 x turbo4/turbo3 layers)" in out
 
@@ -183,7 +183,7 @@ def test_context_above_the_limit_is_a_warning(call, small, tmp_path):
 
 def test_max_kv_size_bounds_the_cache_and_not_the_text(call, tmp_path):
     _, out, _ = call("-p", "the", "-m", 400, "--max-kv-size", 64)
-    pattern = r"KV cache: (\d+) tokens, .* of f16 of ([\d.]+) MiB, ([\d.]+) MiB resident"
+    pattern = r"KV cache: (\d+) tokens, .* of f16 \(([\d.]+) MiB\), ([\d.]+) MiB resident"
     tokens, f16, resident = map(float, re.search(pattern, out).groups())
     assert tokens > 300
     a_token = 2 * 2 * 32 * 2 / 2**20  # in f16: 2 layers, 2 heads, 32 values of K and V
