@@ -8,7 +8,6 @@ are read too, and their rows packed; which tokens they hold is not known.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import load_prompt_cache
 
 from ..errors import InputError, short
-from ..files import check_can_write, check_regular, parse_json
+from ..files import parse_json
 from ..model.fingerprint import fingerprint
 from ..model.probing import after_one_token
 from ..safetensors import read_header
@@ -69,25 +68,6 @@ class Saved:
     def is_foreign(self) -> bool:
         """Whether mlx-lm read its first tokens."""
         return FOREIGN in self.tokens
-
-
-def check_target(path: Path) -> None:
-    """Find out before a long run whether the file can be written after it.
-
-    Raises:
-        InputError: the name doesn't end in .safetensors, or its folder can't be written.
-    """
-    if path.suffix != ".safetensors":
-        raise InputError(f"The prompt cache file {path} must have a name ending in .safetensors.")
-    try:
-        if os.path.exists(path):
-            check_regular(path)
-        check_can_write(path)
-    except OSError as error:
-        raise InputError(
-            f"The prompt cache file {path} cannot be written ({error.strerror}): give the name of "
-            "a file in a folder that exists, on a disk with room."
-        ) from error
 
 
 def save(path: Path, saved: Saved, name: str, model: nn.Module) -> None:

@@ -11,9 +11,28 @@ from typing import Any
 from mlx_lm.models import cache as mlx_lm_cache
 
 from ..errors import InputError
-from ..files import replacing
+from ..files import check_can_write, check_regular, replacing
 
 TEMPORARY = ".turbokv-"
+
+
+def check_target(path: Path) -> None:
+    """Find out before a long run whether the file can be written after it.
+
+    Raises:
+        InputError: the name doesn't end in .safetensors, or its folder can't be written.
+    """
+    if path.suffix != ".safetensors":
+        raise InputError(f"The prompt cache file {path} must have a name ending in .safetensors.")
+    try:
+        if os.path.exists(path):
+            check_regular(path)
+        check_can_write(path)
+    except OSError as error:
+        raise InputError(
+            f"The prompt cache file {path} cannot be written ({error.strerror}): give the name of "
+            "a file in a folder that exists, on a disk with room."
+        ) from error
 
 
 def save_prompt_cache(

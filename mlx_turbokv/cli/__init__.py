@@ -29,7 +29,9 @@ class LazyGroup(click.Group):
         return importlib.import_module(f"{__name__}.{cmd_name}").command
 
 
-@click.group(cls=LazyGroup, invoke_without_command=True, context_settings=HELP_NAMES)
+@click.group(
+    cls=LazyGroup, invoke_without_command=True, context_settings={"help_option_names": HELP_NAMES}
+)
 @click.version_option(__version__, package_name="mlx_turbokv")
 @click.pass_context
 def group(ctx: click.Context) -> None:

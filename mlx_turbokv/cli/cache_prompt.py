@@ -27,8 +27,8 @@ def command(**args: Any) -> None:
     them.
     """
     from ..cache.factory import make_prompt_cache
-    from ..cache.files import check_target
     from ..cache.summary import mib, summarize
+    from ..cache.writing import check_target
     from .conversation import Conversation, prompt_text
     from .runs import load_model
     from .streaming import Reading, read

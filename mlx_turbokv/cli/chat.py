@@ -116,7 +116,7 @@ class Session:
             self._turn(line)
 
     def _save(self, file: Path) -> None:
-        from ..cache.files import check_target
+        from ..cache.writing import check_target
 
         check_target(file)
         if not self.conversation.held:
@@ -146,6 +146,7 @@ class Session:
         is_new = not before and self.loaded.tokenizer.has_chat_template
         try:
             _check_text(text)
+            text = f"\n{text}" if conversation.is_open else text
             tokens = conversation.tokens(text, self.args["system_prompt"] if is_new else None)
             self._warn(len(tokens))
             with _stopping() as stopped:

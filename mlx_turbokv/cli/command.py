@@ -10,7 +10,7 @@ import click
 from .. import __version__
 from ..errors import InputError
 
-HELP_NAMES = {"help_option_names": ["-h", "--help"]}
+HELP_NAMES = ["-h", "--help"]
 # Parameters by the section of the help that lists them; others are in the last but one.
 _SECTIONS = {
     "Model": "model adapter_path trust_remote_code eos_token draft_model num_draft_tokens pipeline "
@@ -33,9 +33,12 @@ class Command(click.Command):
     """A command whose help is in groups, with -h and --version."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs["context_settings"] = {**HELP_NAMES, **(kwargs.get("context_settings") or {})}
         super().__init__(*args, **kwargs)
         click.version_option(__version__, package_name="mlx_turbokv")(self)
+
+    def get_help_option_names(self, ctx: click.Context) -> list[str]:
+        """Those of every command."""
+        return HELP_NAMES
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """As click does; a flag of another cache is answered with what to type instead."""

@@ -131,6 +131,13 @@ class Conversation:
         self._text = self._rendered(prefill, answered=True)
         return [files.FOREIGN] * n_foreign + encode(self._text, add_special_tokens=False)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the next message continues a prompt that was read before."""
+        if self.messages:
+            return self.messages[-1]["role"] == "user"
+        return bool(self.held) and self.use_template
+
     def _rendered(self, prefill: str | None, answered: bool) -> str:
         """The chat template's text; without what mlx-lm read of it.
 
@@ -164,6 +171,8 @@ class Conversation:
         Raises: InputError for an empty prompt, or one that the chat template does not accept.
         """
         encode = self.loaded.tokenizer.encode
+        if not text:
+            raise InputError("The prompt is empty; give --prompt some text.")
         if not self.use_template:
             tokens = encode(text)
         else:
@@ -181,8 +190,6 @@ class Conversation:
                     f"The chat template of {self.loaded.name} refuses this prompt ({error})."
                 ) from error
             tokens = encode(rendered, add_special_tokens=False)
-        if not text or not tokens:
-            raise InputError("The prompt is empty; give --prompt some text.")
         return tokens
 
     def go_back(self, tokens: list[int]) -> tuple[list[int], int]:

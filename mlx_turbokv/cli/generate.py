@@ -57,7 +57,7 @@ main = console_script(command)
 
 
 def _check_options(args: dict[str, Any]) -> None:
-    from ..cache.files import check_target
+    from ..cache.writing import check_target
 
     check_max_tokens(args["max_tokens"])
     sampling.check(args)

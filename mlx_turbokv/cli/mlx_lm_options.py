@@ -53,8 +53,7 @@ class MlxLmCommand(Command):
                 is_flag=action.nargs == 0,
                 multiple=action.nargs == "+",
                 type=TYPES[action.dest],
-                default=action.default,
-                required=action.required,
+                **({"required": True} if action.required else {"default": action.default}),
                 show_default="default" not in help and action.nargs is None,
                 help=help.rstrip(".") + more if more else help,
             )

@@ -159,6 +159,10 @@ SENSELESS = [
     ("generate", ["--ignore-chat-template", "--system-prompt", "a"], "--system-prompt has no"),
     ("generate", ["--ignore-chat-template", "--prefill-response", "a"], "--prefill-response has"),
     ("generate", ["--ignore-chat-template", "--chat-template-config", "{}"], "--chat-template-con"),
+    ("generate", ["--output", "json", "--verbose", "F"], "--verbose has no effect"),
+    ("chat", ["--xtc-threshold", "0.2", "--temp", "1"], "--xtc-threshold has no effect"),
+    ("chat", ["-ctk", "turbo4", "--keys", "x", "--max-kv-size", "64"], "--keys has no effect"),
+    ("chat", ["--max-tokens", "0"], "--max-tokens 0"),
     ("generate", ["--keys", "missing.json"], "--keys has no effect"),
     ("generate", ["--no-centre"], "--no-centre has no effect"),
     ("generate", ["--policy", "mode-1", "--keys", "missing.json"], "--keys has no effect"),
@@ -243,7 +247,11 @@ def test_sensible_options_are_accepted(command, args):
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "plan"])
 def test_the_backend_comes_from_the_environment_unless_it_is_given(name, monkeypatch):
     """A missing or unknown one is refused before a model is loaded; auto given means auto."""
-    more = {"bench": ["--shape", "phi-4"], "calibrate": ["--held-out", "none"]}.get(name, [])
+    more = {
+        "bench": ["--shape", "phi-4"],
+        "calibrate": ["--held-out", "none"],
+        "cache_prompt": ["--prompt", "a", "--prompt-cache-file", "a.safetensors"],
+    }.get(name, [])
     text = ["--text", "sample"] if name in ("perplexity", "needle", "report", "calibrate") else []
     args = (name, *more, *text)
     monkeypatch.setenv("TURBOKV_BACKEND", "abacus")
