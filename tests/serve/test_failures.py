@@ -1,0 +1,236 @@
+"""What fails while the server runs fails the requests that it belongs to, or the process."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import mlx.core as mx
+import pytest
+from gguf_files import write_small_gguf
+from mlx_lm import server as mlx_lm_server
+from server_process import ask, running
+
+from mlx_turbokv import load_policy
+from mlx_turbokv.errors import InputError
+from mlx_turbokv.serve import batches, prompt_cache, requests
+from mlx_turbokv.serve.errors import RequestError
+from mlx_turbokv.serve.generation import Generator
+from mlx_turbokv.serve.jobs import Token
+from mlx_turbokv.serve.models import TurboModelProvider
+from mlx_turbokv.serve.options import parse
+from mlx_turbokv.serve.schema import TextBody
+
+pytestmark = pytest.mark.slow
+
+PATH = "/v1/completions"
+BAD = 0.7  # the temperature of requests that fail
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return str(write_small_gguf(tmp_path_factory.mktemp("failures")))
+
+
+@pytest.fixture(scope="module")
+def generator(model: str) -> Iterator[Generator]:
+    options = parse(["--model", model])
+    made = Generator(
+        TurboModelProvider(options, policy=load_policy("la-v7")), prompt_cache.make(options)
+    )
+    yield made
+    made.stop_and_join()
+
+
+def submit(generator: Generator, **fields):
+    body = TextBody(**{"prompt": "the", "max_tokens": 12, **fields})
+    raw = body.model_dump_json(exclude_unset=True).encode()
+    return generator.submit(requests.read(raw, TextBody, generator.cli_args))
+
+
+def result(generator: Generator, answer) -> list:
+    """Tokens of one choice, and the exception that ended it."""
+    found = []
+    while True:
+        received = generator.receive(answer, 60)
+        assert received is not None
+        item = received[1]
+        if item is None:
+            return found
+        if isinstance(item, Token):
+            found.append(item.token)
+        elif isinstance(item, Exception):
+            return [*found, item]
+
+
+def alone(generator: Generator, **fields) -> list:
+    return result(generator, submit(generator, **fields))
+
+
+def failing_sampler(after: int):
+    """Makes mlx-lm's samplers, but for requests at BAD one that fails after some tokens."""
+    original = mlx_lm_server._make_sampler
+
+    def make(args, tokenizer):
+        if args.sampling.temperature != BAD:
+            return original(args, tokenizer)
+        calls = []
+
+        def sampler(logprobs: mx.array) -> mx.array:
+            calls.append(1)
+            if len(calls) > after:
+                raise RuntimeError("no luck")
+            return mx.argmax(logprobs, axis=-1)
+
+        return sampler
+
+    return make
+
+
+@pytest.mark.parametrize("after", [0, 1, 5])
+def test_an_exception_fails_the_request_that_it_belongs_to(generator, monkeypatch, after) -> None:
+    prompts = ["the", "th a", "a big the", "x y z"]
+    expected = [alone(generator, prompt=prompt) for prompt in prompts]
+    monkeypatch.setattr(mlx_lm_server, "_make_sampler", failing_sampler(after))
+    answers = [submit(generator, prompt=prompt) for prompt in prompts[:2]]
+    bad = submit(generator, prompt="bad", temperature=BAD)
+    answers += [submit(generator, prompt=prompt) for prompt in prompts[2:]]
+    failed = result(generator, bad)
+    assert isinstance(failed[-1], RuntimeError)
+    assert [result(generator, answer) for answer in answers] == expected
+    assert generator.status == "ok"
+
+
+def test_a_seeded_request_fails_by_itself(generator, monkeypatch) -> None:
+    expected = alone(generator)
+    monkeypatch.setattr(mlx_lm_server, "_make_sampler", failing_sampler(2))
+    assert isinstance(alone(generator, temperature=BAD, seed=1)[-1], RuntimeError)
+    assert alone(generator) == expected
+
+
+def test_a_failing_prompt_cache_costs_no_answer(generator, monkeypatch) -> None:
+    expected = alone(generator)
+
+    def fail(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(generator.prompt_cache, "insert_cache", fail)
+    assert alone(generator) == expected == alone(generator)
+
+
+def test_a_failing_prefill_fails_its_batch_alone(generator, monkeypatch) -> None:
+    expected = alone(generator, prompt="the th")
+    step, calls = batches.BatchGenerator.next, []
+
+    def fail_once(self):
+        calls.append(1)
+        if len(calls) == 4:
+            raise MemoryError("[malloc] Unable to allocate")
+        return step(self)
+
+    monkeypatch.setattr(batches.BatchGenerator, "next", fail_once)
+    answers = [submit(generator, prompt="the th") for _ in range(2)]
+    found = [result(generator, answer) for answer in answers]
+    # nothing says whose fault it was: both go on, one by one
+    assert len(calls) > 4 and expected in found
+    assert all(tokens == expected or isinstance(tokens[-1], MemoryError) for tokens in found)
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+def test_a_prompt_that_is_cached_to_its_last_token(generator, seed) -> None:
+    """A finished answer's tokens are in the prompt cache: asked for again, they all are."""
+    prompt = [40, 41, 42]
+    tokens = alone(generator, prompt=prompt, seed=seed)
+    more = alone(generator, prompt=prompt + tokens, seed=seed)
+    assert more == alone(generator, prompt=prompt + tokens, seed=seed)
+    assert len(more) == 12
+
+
+def test_cancelled_requests_are_dropped(generator) -> None:
+    answers = [submit(generator, max_tokens=1 << 20, seed=seed) for seed in (None, 1, None, 2)]
+    time.sleep(0.3)
+    for answer in answers:
+        answer.cancel()
+    begun = time.monotonic()
+    assert len(alone(generator)) == 12
+    assert time.monotonic() - begun < 20
+
+
+def test_admission_refuses_before_anything_is_computed(generator, monkeypatch) -> None:
+    def admit(job, n_cached, caches) -> None:
+        if len(job.prompt) > 5:
+            raise RequestError(413, "too large")
+
+    monkeypatch.setattr(generator, "admit", admit)
+    expected = alone(generator)
+    running = submit(generator)
+    for seed in (None, 1):
+        refused = alone(generator, prompt="a b c d e f g h", seed=seed)
+        assert [type(item) for item in refused] == [RequestError]
+    assert result(generator, running) == expected
+
+
+DIES = """
+import threading, time
+from mlx_turbokv.serve.generation import Generator
+original = Generator._next_job
+calls = []
+def next_job(self):
+    job = original(self)
+    if job is not None:
+        calls.append(job)
+        if len(calls) == 3:
+            {how}
+    return job
+Generator._next_job = next_job
+from mlx_turbokv.cli.serve import main
+main()
+"""
+
+
+@pytest.mark.parametrize("how", ["raise KeyError('a bug')", "raise SystemExit(0)"])
+def test_a_thread_that_ends_ends_the_process(model: str, how: str) -> None:
+    command = [sys.executable, "-c", DIES.format(how=how)]
+    with running("--model", model, command=command) as (process, address):
+        body = {"prompt": "the", "max_tokens": 3}
+        assert ask(address, PATH, body)[0] == ask(address, PATH, body)[0] == 200
+        waiting = []
+        thread = threading.Thread(target=lambda: waiting.append(ask(address, PATH, body)))
+        thread.start()
+        assert process.wait(timeout=30) == 1
+        thread.join(timeout=30)
+    ((status, answer),) = waiting
+    assert status == 503 and answer["error"]["type"] == "server_error"
+
+
+def test_health_tells_whether_the_model_is_loaded(model: str, monkeypatch) -> None:
+    options, go_on = parse(["--model", model]), threading.Event()
+    load = TurboModelProvider.load_default
+
+    def slow(self) -> None:
+        go_on.wait(30)
+        load(self)
+
+    monkeypatch.setattr(TurboModelProvider, "load_default", slow)
+    provider = TurboModelProvider(options, policy=load_policy("la-v7"))
+    made = Generator(provider, prompt_cache.make(options))
+    assert made.status == "loading model"
+    go_on.set()
+    assert len(alone(made)) == 12
+    assert made.status == "ok"
+    made.stop_and_join()
+    assert made.status == "unavailable"
+
+
+def test_a_model_that_cannot_be_loaded_is_the_failure(monkeypatch) -> None:
+    ended = threading.Event()
+    monkeypatch.setattr(Generator, "_end_process", lambda self: ended.set())
+    options = parse(["--model", "/nowhere/at/all"])
+    made = Generator(
+        TurboModelProvider(options, policy=load_policy("la-v7")), prompt_cache.make(options)
+    )
+    assert ended.wait(30)
+    assert isinstance(made.failure, InputError) and made.status == "unavailable"
+    made.join()
