@@ -50,6 +50,9 @@ class PromptCache:
         max_bytes: how many bytes they take at most.
         disk: what keeps entries beyond the process, or None.
         checkpoints: how many marks an entry has at most.
+
+    Attributes:
+        has_room: whether as many bytes can be loaded from disk now.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class PromptCache:
         self.max_size, self.max_bytes = max_size, max_bytes
         self.disk = disk
         self.checkpoints = checkpoints
+        self.has_room: Callable[[int], bool] = lambda nbytes: True
         self.counts = Counts()
         # (model, entry), the least recently used first
         self._entries: list[tuple[Any, Entry]] = []
@@ -183,7 +187,8 @@ class PromptCache:
         """An entry from disk that gives more than ``position``, and where it can be taken back."""
         if self.disk is None or len(wanted) <= position + LEAST_GAIN:
             return None
-        entry = self.disk.find(self._kind(model), wanted, position + LEAST_GAIN)
+        kind, least = self._kind(model), position + LEAST_GAIN
+        entry = self.disk.find(kind, wanted, least, self.has_room)
         if entry is None:
             return None
         found = entry.position(n_common(entry.tokens, wanted[:-1]))
