@@ -32,9 +32,9 @@ from ..log import warn_once
 from .checkpoints import Entry, held_back, n_common
 from .identity import CacheKind
 from .index import Index, Row
+from .options import DEFAULTS
 from .writer import Job, Writer, file_digest, frozen
 
-DEFAULT_BYTES = 20_000_000_000
 FILE_VERSION = 1
 INDEX = "index.sqlite"
 LOCK = "lock"
@@ -65,7 +65,9 @@ class DiskCache:
         InputError: the folder cannot be used, or another server uses it.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], max_bytes: int = DEFAULT_BYTES) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], max_bytes: int = DEFAULTS["prompt_cache_disk"]
+    ) -> None:
         self.folder, self.max_bytes = Path(folder), max_bytes
         self.counts = DiskCounts()
         try:

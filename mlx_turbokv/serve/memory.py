@@ -14,8 +14,9 @@ from ..loading.memory import Footprint, default_limit, gigabytes
 from .errors import RequestError
 from .prompt_cache import PromptCache
 
-# A sequence's caches and a copy: as they join a batch, and as they leave it for the prompt cache.
-COPIES = 2
+# A sequence's caches in its batch, those of its prompt that the prompt cache keeps meanwhile, and
+# those that leave the batch for the prompt cache.
+COPIES = 3
 LEAST_TOKENS = 512  # of the context that there must be room for at the start
 WRITE_SECONDS = 30
 logger = logging.getLogger(__name__)

@@ -13,13 +13,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..errors import InputError
+from ..loading import distributed
 from .checkpoints import Entry, held_back, n_common, only_grows, snapshot, thinned
 from .disk import DiskCache
 from .identity import CacheKind
-from .options import NO_LIMIT
+from .options import DEFAULTS, NO_LIMIT
 
 KINDS = ("assistant", "user", "system")  # in the order in which they go
-CHECKPOINTS = 8
 # what is read from disk saves at least as many tokens' prefill
 LEAST_GAIN = 128
 LEAST_PROMPT = 512
@@ -60,7 +61,7 @@ class PromptCache:
         max_size: int,
         max_bytes: int = NO_LIMIT,
         disk: DiskCache | None = None,
-        checkpoints: int = CHECKPOINTS,
+        checkpoints: int = DEFAULTS["ctx_checkpoints"],
     ) -> None:
         self.max_size, self.max_bytes = max_size, max_bytes
         self.disk = disk
@@ -257,18 +258,20 @@ class PromptCache:
         return kinds.index(KINDS[-1]) if KINDS[-1] in kinds else 0
 
 
-def make(options: argparse.Namespace) -> Any:
-    """The server's prompt cache, in the place of mlx-lm's.
+def make(options: argparse.Namespace) -> PromptCache:
+    """The server's prompt cache.
 
     Args:
-        options: what ``options.parse`` read, with ``prompt_cache_dir``, ``prompt_cache_disk`` and
-            ``ctx_checkpoints`` where they were given.
+        options: what ``options.parse`` read, with this package's own options.
 
     Raises:
-        InputError: the folder cannot be used.
+        InputError: the folder cannot be used, or there are several machines.
     """
+    for name in ("prompt_cache_dir", "memory_limit"):
+        if getattr(options, name) is not None and distributed.n_processes() > 1:
+            option = name.replace("_", "-")
+            raise InputError(f"--{option} cannot be used over several machines.")
     max_bytes = NO_LIMIT if options.prompt_cache_bytes is None else options.prompt_cache_bytes
-    folder = getattr(options, "prompt_cache_dir", None)
+    folder = options.prompt_cache_dir
     disk = None if folder is None else DiskCache(folder, options.prompt_cache_disk)
-    checkpoints = getattr(options, "ctx_checkpoints", CHECKPOINTS)
-    return PromptCache(options.prompt_cache_size, max_bytes, disk, checkpoints)
+    return PromptCache(options.prompt_cache_size, max_bytes, disk, options.ctx_checkpoints)
