@@ -12,7 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+CACHE_VARIABLE = "TURBOKV_CACHE_DIR"
 _TRIAL_BYTES = 1 << 14
+
+
+def cache_dir() -> Path:
+    """TURBOKV_CACHE_DIR, or mlx_turbokv in the user's cache folder (XDG_CACHE_HOME)."""
+    if own := os.environ.get(CACHE_VARIABLE):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "mlx_turbokv"
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 from ..cache import checkpoint, files
 from ..cache.file_checks import offsets
 from ..errors import InputError
-from ..loading.default_model import cache_dir
+from ..files import cache_dir
 from .output import KEPT, print_status, shorten
 
 _MARK = "<query>"  # stands before a message whose beginning mlx-lm read

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..files import check_can_write, parse_json, read_text, write_bytes
-from ..loading.default_model import cache_dir
+from ..files import cache_dir, check_can_write, parse_json, read_text, write_bytes
 
 KEPT = "kept"  # the folder, within the cache folder, of results that could not be written
 _SECONDS = 0.5, 10.0  # between two lines of progress, on a terminal and elsewhere

@@ -11,8 +11,7 @@ import json
 from pathlib import Path
 
 from ..errors import InputError
-from ..files import parse_json, write_text
-from ..loading.default_model import cache_dir
+from ..files import cache_dir, parse_json, write_text
 from ..log import warn_once
 from .divergence import PositionStats
 

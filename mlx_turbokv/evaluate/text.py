@@ -9,8 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from ..errors import InputError
-from ..files import read_bytes, replacing
-from ..loading.default_model import cache_dir
+from ..files import cache_dir, read_bytes, replacing
 
 WIKITEXT_SHA256 = "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08"
 # llama.cpp's copy of the raw test split is the file whose digest is above.

