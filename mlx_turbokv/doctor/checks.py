@@ -17,6 +17,7 @@ import numpy as np
 
 from ..attention import dispatch
 from ..kernels import decode, dequantize, reference
+from ..kernels.agreement import CheckError, codes_and_scales, compare_rows
 from ..kernels.backend import Backend
 from ..kernels.packed import PackedKV
 from ..quant.layout import TILE
@@ -25,7 +26,7 @@ from ..quant.tiles import code_bits, first_rows_mask, tiles_to_rows
 from . import oracle
 from .cases import N_KV_HEADS, N_ROWS, Case
 from .oracle import float64
-from .tolerances import ATTENTION, MANY_QUERIES, ROWS, THROUGH_ROWS, CheckError, compare_rows
+from .tolerances import ATTENTION, MANY_QUERIES, ROWS, THROUGH_ROWS
 from .variants import Variant
 
 N_KEPT = 5  # rows that are in the tail before others are packed
@@ -85,11 +86,11 @@ def check_pack(case: Case, backend: Backend) -> float:
     share = 0.0
     for side, fmt, x in (("k", layout.k_format, keys), ("v", layout.v_format, case.values)):
         bits = code_bits(fmt, layout.itemsize)
-        codes, scales = oracle.codes_and_scales(got, side, bits, N_ROWS)
+        codes, scales = codes_and_scales(got, side, bits, N_ROWS)
         if backend.name == "reference" and not fmt.is_f16:
             expected = oracle.quantized(float64(x), fmt)
         else:
-            expected = oracle.codes_and_scales(wanted, side, bits, N_ROWS)
+            expected = codes_and_scales(wanted, side, bits, N_ROWS)
         share = max(share, compare_rows(side.upper(), fmt, codes, scales, *expected))
     return share
 

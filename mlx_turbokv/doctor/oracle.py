@@ -5,32 +5,12 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
+from ..kernels.agreement import codes_and_scales
 from ..kernels.packed import PackedKV
 from ..quant.codebook import boundaries, codebook
 from ..quant.formats import KVFormat
 from ..quant.rotation import rotation_matrix, rotation_width
-from ..quant.tiles import UNITS, Rows, tiles_to_rows
-
-
-def codes_from_units(units: mx.array, bits: int) -> np.ndarray:
-    """Single codes, in the order of the dims; q8_0's are signed.
-
-    Shapes:
-        units: [..., units in a row]; returns: [..., head_dim] int64.
-    """
-    found = np.array(units).astype(np.int64)
-    _, per_unit = UNITS[bits]
-    codes = (found[..., None] >> (bits * np.arange(per_unit))) & ((1 << bits) - 1)
-    codes = codes.reshape(*found.shape[:-1], -1)
-    return np.where(codes > 127, codes - 256, codes) if bits == 8 else codes
-
-
-def codes_and_scales(
-    rows: Rows, side: str, bits: int, n_rows: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Codes and fp16 scales of the first rows of ``side``, "k" or "v"."""
-    units, scales = getattr(rows, side), getattr(rows, f"{side}_scales")
-    return codes_from_units(units[:, :, :n_rows], bits), np.array(scales[:, :, :n_rows])
+from ..quant.tiles import tiles_to_rows
 
 
 def quantized(x: np.ndarray, fmt: KVFormat) -> tuple[np.ndarray, np.ndarray]:
