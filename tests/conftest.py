@@ -6,7 +6,10 @@ import os
 import shutil
 from collections.abc import Iterator
 
-import mlx_turbokv  # noqa: F401 - before mlx.core, so that OpenBLAS is used
+# tests compare kernels themselves; those of the self-check turn it on
+os.environ.setdefault("TURBOKV_SELFCHECK", "0")
+
+import mlx_turbokv  # noqa: E402, F401 - before mlx.core, so that OpenBLAS is used
 
 # isort: split
 import pytest

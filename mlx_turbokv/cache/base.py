@@ -161,7 +161,7 @@ class PackedCache(PackedRows, mlx_lm_cache._BaseCache):
         self.centre = checks.centre(state[3], self.k_format, rows)
         self._clear()
         if not hasattr(self, "_backend_name"):
-            self._backend_name = select_backend().name
+            self._backend_name = select_backend().request
         if rows is not None:
             self.layout, self.body, self.tail, self.n_body, self.n_tail = rows
         self._set_extra_state(state[STATE_LENGTH:])

@@ -47,7 +47,7 @@ class PackedRows:
         if centre is not None and not self.k_format.is_turbo:
             raise InputError(f"Keys in {self.k_format} cannot be centred: turbo formats can.")
         self.centre = centre
-        self._backend_name = select_backend(backend).name
+        self._backend_name = select_backend(backend).request
         self._clear()
 
     def _clear(self) -> None:

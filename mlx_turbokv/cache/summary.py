@@ -10,6 +10,7 @@ from typing import Any
 from mlx_lm.models.cache import CacheList, KVCache
 
 from ..centring.choose import describe
+from ..kernels.trust import refused
 from .rotating import TurboRotatingKVCache
 from .single import TurboKVCache
 
@@ -94,9 +95,16 @@ def summarize(caches: list[Any]) -> KVSummary:
         resident_bytes=sum(c.nbytes for c in layers),
         bits_per_value=n_bits / n_values if n_values else 0.0,
         pairs=dict(pairs),
-        backend=backends[0] if backends else None,
+        backend=_backend(backends[0]) if backends else None,
         centred=dict(Counter(centre.source for centre in centres if centre is not None)),
     )
+
+
+def _backend(name: str) -> str:
+    """A back-end's name, and how many kernels the reference has taken over from."""
+    if n := len(refused()):
+        return f"{name}, but for {n} kernel{'s' * (n > 1)} that failed their check, reference"
+    return name
 
 
 def _centre_bytes(cache: Any) -> int:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..kernels.backend import select_backend
+from ..kernels.trust import unchecked
 from .checks import Outcome, run_variant
 from .timing import time_variant
 from .variants import Variant
@@ -72,21 +73,22 @@ def _events(
 ) -> Iterator[dict]:
     """Runs the variants here: an event before each job, and one with each variant's record."""
     implementation = select_backend(backend)
-    for variant in variants:
-        jobs: dict[str, dict] = {}
-        for job, outcome in run_variant(variant, implementation, skip):
-            if outcome is None:
-                yield {"event": "job", "job": job}
-            else:
-                jobs[job] = _as_json(outcome)
-        measured = None
-        if times and not skip and all(o["message"] is None for o in jobs.values()):
-            yield {"event": "job", "job": "times"}
-            try:
-                measured = time_variant(variant, implementation)
-            except Exception as error:  # larger shapes than those of the checks
-                jobs["times"] = _failed(f"{type(error).__name__}: {error}")
-        yield _variant_event(variant, jobs, measured)
+    with unchecked():  # these checks say more
+        for variant in variants:
+            jobs: dict[str, dict] = {}
+            for job, outcome in run_variant(variant, implementation, skip):
+                if outcome is None:
+                    yield {"event": "job", "job": job}
+                else:
+                    jobs[job] = _as_json(outcome)
+            measured = None
+            if times and not skip and all(o["message"] is None for o in jobs.values()):
+                yield {"event": "job", "job": "times"}
+                try:
+                    measured = time_variant(variant, implementation)
+                except Exception as error:  # larger shapes than those of the checks
+                    jobs["times"] = _failed(f"{type(error).__name__}: {error}")
+            yield _variant_event(variant, jobs, measured)
 
 
 def _child_events(

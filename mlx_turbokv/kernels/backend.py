@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from typing import NamedTuple
@@ -11,9 +10,12 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ..errors import InputError
+from ..log import warn_once
 from ..quant.layout import KVLayout
-from . import assemble, decode, dequantize, pack, reference, tables
+from . import assemble, decode, dequantize, pack, reference, selfcheck, tables, trust
+from .trust import UntrustedKernelError
 
+trust.checker = selfcheck.problem
 ENVIRONMENT = "TURBOKV_BACKEND"
 BACKENDS = ("auto", "metal", "cuda", "reference")
 
@@ -34,6 +36,11 @@ class Backend(NamedTuple):
     decode: Callable | None = None
     rotated_rows: Callable | None = None
     forced: bool = False
+
+    @property
+    def request(self) -> str:
+        """The name that chooses this back-end again: by auto, where nobody asked for it."""
+        return self.name if self.forced or self.decode is None else "auto"
 
     def covering(self, layout: KVLayout) -> Backend:
         """This back-end, or the reference where its kernels don't handle a layout.
@@ -97,22 +104,62 @@ def _backend(name: str, forced: bool) -> Backend:
         name,
         partial(_pack, name, forced),
         partial(_dequantize, name, forced),
-        decode=partial(decode.decode, backend=name),
-        rotated_rows=partial(dequantize.rotated_rows, backend=name),
+        decode=partial(_decode, name, forced),
+        rotated_rows=partial(_rotated_rows, name, forced),
         forced=forced,
     )
 
 
 def _pack(name, forced, keys, values, layout, tail=None, n_tail=0, **options):
     if _covered(name, forced, layout):
-        return pack.pack(keys, values, layout, tail, n_tail, **options, backend=name)
+        try:
+            return pack.pack(keys, values, layout, tail, n_tail, **options, backend=name)
+        except UntrustedKernelError as error:
+            _refuse(name, forced, error)
     return reference.pack(keys, values, layout, tail, n_tail, **options)
 
 
 def _dequantize(name, forced, packed, dtype):
     if _covered(name, forced, packed.layout):
-        return dequantize.dequantize(packed, dtype, backend=name)
+        try:
+            return dequantize.dequantize(packed, dtype, backend=name)
+        except UntrustedKernelError as error:
+            _refuse(name, forced, error)
     return reference.dequantize(packed, dtype)
+
+
+def _decode(name, forced, queries, packed, scale, causal=False, sinks=None, left_padding=None):
+    try:
+        return decode.decode(queries, packed, scale, causal, sinks, left_padding, backend=name)
+    except UntrustedKernelError as error:
+        _refuse(name, forced, error)
+    mask = "causal" if causal else None
+    return reference.attention(queries, packed, scale, mask, sinks, left_padding)
+
+
+def _rotated_rows(name, forced, packed, dtype, first, count):
+    try:
+        return dequantize.rotated_rows(packed, dtype, first, count, name)
+    except UntrustedKernelError as error:
+        _refuse(name, forced, error)
+    return reference.rotated_rows(packed, dtype, first, count)
+
+
+def _refuse(name: str, forced: bool, error: UntrustedKernelError) -> None:
+    """Say that the reference takes over from a kernel that failed its check.
+
+    Raises:
+        InputError: the back-end was asked for by name.
+    """
+    if forced:
+        raise InputError(
+            f"Back-end {name!r} cannot be used here: {error} Accepted are auto and reference; "
+            "`mlx_turbokv doctor` makes a report."
+        ) from error
+    warn_once(
+        f"{error} The reference back-end takes over, which is slower: run `mlx_turbokv doctor` "
+        "and report what it says."
+    )
 
 
 @cache
@@ -130,5 +177,5 @@ def _covered(name: str, forced: bool, layout: KVLayout) -> bool:
         raise InputError(
             f"Back-end {name!r} does not cover {pair}, {reason}: accepted are auto and reference."
         )
-    warnings.warn(f"{pair} runs on the reference back-end: {reason}.", stacklevel=2)
+    warn_once(f"{pair} runs on the reference back-end: {reason}.")
     return False

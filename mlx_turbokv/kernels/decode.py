@@ -22,6 +22,7 @@ from .checks import (
     tiles_input,
 )
 from .packed import PackedKV
+from .trust import Kernel, require
 
 MAX_QUERIES = 8
 THREADS = 256
@@ -160,6 +161,8 @@ def _launch(
         *anchor_inputs(layout, heads, anchors is not None, False)[:2],
         Input("sinks", (max(n_heads, 8),), dtype) if has_sinks else None,
     )
+    heads = n_heads // n_kv_heads, n_queries
+    require(Kernel("decode", backend, layout, dtype, anchors is not None, rows, whole, None, heads))
     call = _call(factory, backend, partial_options, None if whole else merge_options, wanted)
     return Launch(call, params, tables.constants(k), tables.constants(v))
 

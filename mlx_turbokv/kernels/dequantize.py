@@ -13,6 +13,7 @@ from ..quant.rotate import rotate
 from . import assemble, tables
 from .checks import anchor_inputs, check_counts, check_inputs, check_kept, tiles_input
 from .packed import PackedKV
+from .trust import Kernel, require
 
 THREADS = 256
 SOURCE = f"""
@@ -86,6 +87,7 @@ def _launch(
         split_pairs,
         int(first_key_uncentred),
     )
+    require(Kernel("dequantize", backend, layout, dtype, anchors is not None))
     kernel = assemble.build(
         "dequantize", "dequantize.metal", INPUTS, ("keys", "values"), SOURCE, backend
     )

@@ -12,6 +12,7 @@ from ..centring.centre import Centre
 from ..quant.layout import TILE, KVLayout
 from . import assemble, tables
 from .checks import Input, anchor_inputs, check_inputs, check_kept, tiles_input
+from .trust import Kernel, require
 
 SOURCE = f"""
 TKV_SHARED(float, row_buffers, pack_groups(larger(KD, VD)) * larger(KD, VD));
@@ -57,6 +58,7 @@ def _launch(
     template += [("VB", v.bits), ("VG", v.group), ("VD", v.dim), ("VW", v.width)]
     template += [("CENTRED", centred)]
     threads = 128 if max(k.dim, v.dim) > WIDE else 256
+    require(Kernel("pack", backend, layout, dtype, centred))
     kernel = assemble.build("pack", "pack.metal", INPUTS, ("packed",), SOURCE, backend)
     batch, n_heads, _ = shape
     wanted = (

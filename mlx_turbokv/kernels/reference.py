@@ -146,6 +146,18 @@ def dequantize(packed: PackedKV, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
     return keys.astype(dtype), values.astype(dtype)
 
 
+def rotated_rows(
+    packed: PackedKV, dtype: mx.Dtype, first: int, count: int
+) -> tuple[mx.array, mx.array]:
+    """Rows of KV heads ``first`` to ``first + count``, turbo rows in the rotated basis.
+
+    Shapes:
+        returns: [B, count, n, k_head_dim] and [B, count, n, v_head_dim] in ``dtype``.
+    """
+    keys, values = _rotated(packed.tiles[:, first : first + count], packed, first)
+    return keys.astype(dtype), values.astype(dtype)
+
+
 def _rotated(tiles: mx.array, packed: PackedKV, first_head: int = 0) -> tuple[mx.array, mx.array]:
     """Dequantised rows of tiles, turbo rows in the rotated basis, float32."""
     layout, n = packed.layout, packed.n_tokens

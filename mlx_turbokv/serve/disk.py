@@ -9,6 +9,7 @@ not used.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -17,7 +18,6 @@ import secrets
 import sqlite3
 import threading
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,14 @@ from ..log import warn_once
 from .checkpoints import Entry, held_back, n_common
 from .identity import CacheKind
 from .index import Index, Row
-from .options import DEFAULTS
-from .writer import Job, Writer, file_digest, frozen
+from .writer import Job, Writer, frozen
 
+DEFAULT_BYTES = 20_000_000_000
 FILE_VERSION = 1
 INDEX = "index.sqlite"
 LOCK = "lock"
 _OWN_FILE = re.compile(r"entry-[0-9a-f]{16}\.safetensors|\.turbokv-.*\.safetensors")
+_CHUNK = 1 << 20
 logger = logging.getLogger(__name__)
 
 
@@ -65,9 +66,7 @@ class DiskCache:
         InputError: the folder cannot be used, or another server uses it.
     """
 
-    def __init__(
-        self, folder: str | os.PathLike[str], max_bytes: int = DEFAULTS["prompt_cache_disk"]
-    ) -> None:
+    def __init__(self, folder: str | os.PathLike[str], max_bytes: int = DEFAULT_BYTES) -> None:
         self.folder, self.max_bytes = Path(folder), max_bytes
         self.counts = DiskCounts()
         try:
@@ -113,19 +112,10 @@ class DiskCache:
         """Wait until all that was offered is written; whether it is."""
         return self._writer.wait(timeout)
 
-    def find(
-        self,
-        kind: CacheKind,
-        tokens: np.ndarray,
-        least: int,
-        has_room: Callable[[int], bool] = lambda nbytes: True,
-    ) -> Entry | None:
+    def find(self, kind: CacheKind, tokens: np.ndarray, least: int) -> Entry | None:
         """The entry that gives most of a prompt, if that is at least ``least`` tokens.
 
         A damaged one is removed, and the next best is taken.
-
-        Args:
-            has_room: whether as many bytes can be loaded.
         """
         self._say_what_is_there(kind)
         try:
@@ -137,8 +127,6 @@ class DiskCache:
         for position, row in sorted(found, key=lambda x: (-x[0], len(x[1].tokens))):
             if position < least:
                 return None
-            if not has_room(row.nbytes):
-                continue
             if (entry := self._read(kind, row)) is not None:
                 self._index.touch(row.id)
                 return entry
@@ -292,3 +280,16 @@ class DiskCache:
                 (self.folder / file).unlink(missing_ok=True)
             total -= size
             self.counts.evictions += 1
+
+
+def file_digest(path: Path) -> str:
+    """BLAKE2b of a file's bytes.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    found = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            found.update(chunk)
+    return found.hexdigest()
