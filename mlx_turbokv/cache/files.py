@@ -148,16 +148,27 @@ def _load_foreign(
     _check_name(path, metadata, {Path(name).name for name in names if name})
     with _sentences(path):
         caches = [dequantized(cache) for cache in caches]
-        check_kinds(caches, fresh)
-        n_tokens = max(offsets(caches), default=0)
-        check_contents(caches, after_one_token(model), n_tokens)
-        if not n_tokens:
-            raise ValueError("it does not say how many tokens it holds")
+        n_tokens = check_fit(path, caches, fresh, model)
         packed = [packed_as(held, new) for held, new in zip(caches, fresh)]
         _check_options(path, packed, fresh, same_formats)
         work_as(packed, fresh)
     n_packed = sum(new is not held for new, held in zip(leaves(packed), leaves(caches)))
     return Saved(packed, [FOREIGN] * n_tokens, is_prompt=True, n_packed=n_packed)
+
+
+def check_fit(path: Path, caches: list[Any], fresh: list[Any], model: nn.Module) -> int:
+    """Check caches of a file that lists no tokens; how many it holds.
+
+    Raises:
+        InputError: they do not fit the model, or each other.
+    """
+    with _sentences(path):
+        check_kinds(caches, fresh)
+        n_tokens = max(offsets(caches), default=0)
+        if not n_tokens:
+            raise ValueError("it does not say how many tokens it holds")
+        check_contents(caches, after_one_token(model), n_tokens)
+    return n_tokens
 
 
 @contextmanager

@@ -8,12 +8,12 @@ import sys
 import click
 
 from .. import __version__
+from . import entry
 from .command import HELP_NAMES
-from .entry import console_script, run
 
 COMMANDS = (
     "bench", "cache_prompt", "calibrate", "chat", "doctor", "generate", "needle", "perplexity",
-    "plan", "report", "serve",
+    "plan", "report", "run", "serve",
 )  # fmt: skip
 
 
@@ -40,10 +40,10 @@ def group(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-main = console_script(group)
+main = entry.console_script(group)
 
 
 def run_as_module(name: str) -> None:
     """Run a command as ``python -m mlx_turbokv.NAME`` does, under the name of its script."""
     sys.argv[0] = f"mlx_turbokv.{name}"  # what records and messages call it
-    run(importlib.import_module(f"{__name__}.{name}").command)
+    entry.run(importlib.import_module(f"{__name__}.{name}").command)

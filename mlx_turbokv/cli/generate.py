@@ -118,7 +118,14 @@ def _generate(args: dict[str, Any], is_distributed: bool) -> None:
     as_json, verbose = args["output"] == "json", args["verbose"]
     if verbose and not as_json:
         print("=" * 10)
-    answer = turn(conversation, tokens, args, draft, _silent if as_json else print_part)
+    answer = turn(
+        conversation,
+        tokens,
+        args,
+        draft,
+        _silent if as_json else print_part,
+        goes_on=file is not None and is_kept,
+    )
     held = summarize(conversation.caches[: len(loaded.model.layers)])
     if as_json:
         record = _record(loaded.name, answer, held, name)

@@ -112,6 +112,7 @@ def turn(
     draft: tuple[Any, list[Any]] | None = None,
     show: Callable[[str], None] = print_part,
     stopped: Callable[[], bool] = lambda: False,
+    goes_on: bool = True,
 ) -> Answer:
     """Read a prompt and generate its answer.
 
@@ -121,6 +122,7 @@ def turn(
         draft: a draft model and its caches.
         show: called with each part of the text.
         stopped: asked at every token; True ends the answer.
+        goes_on: whether a later turn may follow, which a checkpoint is kept for.
 
     Raises: StoppedError, where the prompt was not read to its end.
     """
@@ -131,7 +133,8 @@ def turn(
     answer, started = Answer(tokens, prompt_tokens=len(tokens) - n), time.perf_counter()
     seconds = 0.0
     with _noting(conversation, tokens, n), Reading(answer.prompt_tokens, stopped) as progress:
-        n_stable = conversation.n_stable(tokens) if conversation.needs_checkpoint else 0
+        needs_checkpoint = goes_on and conversation.needs_checkpoint
+        n_stable = conversation.n_stable(tokens) if needs_checkpoint else 0
         if n < n_stable:
             read(loaded.model, tokens[n:n_stable], conversation.caches, step, progress)
             conversation.keep_checkpoint(n_stable)

@@ -1,0 +1,109 @@
+"""``mlx_turbokv run``: a command of mlx-lm's, with packed caches."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import click
+
+from ..errors import InputError
+from . import options
+from .command import Command, instead_of_kv_bits
+from .entry import console_script
+from .output import print_status
+from .values import refuse
+
+COMMANDS = (
+    "benchmark", "cache_prompt", "chat", "evaluate", "generate", "lora", "perplexity", "server",
+)  # fmt: skip
+WITHOUT_CACHES = (
+    "awq", "convert", "dwq", "dynamic_quant", "fuse", "gptq", "manage", "share", "upload",
+)  # fmt: skip
+_WORDS = "mlx_turbokv.words"
+_PYTHON = ("python", "python3")
+
+
+class _Command(Command):
+    """Keeps the words that it is given."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[_WORDS] = list(args)
+        return super().parse_args(ctx, args)
+
+
+@click.command(
+    "run", cls=_Command, epilog=options.CACHE_HELP,
+    context_settings={"allow_interspersed_args": False},
+)  # fmt: skip
+@options.cache
+@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="-- mlx_lm.COMMAND [OPTIONS]")
+@click.pass_context
+def command(ctx: click.Context, words: tuple[str, ...], **args: Any) -> None:
+    """Run a command of mlx-lm's with packed KV caches attached to each model that it loads.
+
+    mlx_turbokv run -ctk turbo4 -ctv turbo4 -- mlx_lm.chat --model ID
+
+    COMMAND is generate, chat, evaluate, benchmark, perplexity, cache_prompt, server or lora, whose
+    evaluations read packed caches too. --model takes .gguf files as well. --max-kv-size goes to the
+    packed caches.
+    """
+    from ..loading import blas
+
+    name, rest = mlx_lm_command(words)
+    if name == "server":  # which needs more than attached caches
+        from .serve import command as serve
+
+        given = ctx.meta[_WORDS][: len(ctx.meta[_WORDS]) - len(words)]
+        serve.main([*(word for word in given if word != "--"), *rest], standalone_mode=False)
+        return
+    blas.require_mlx()
+    from ..loading.attached import Attaching
+
+    attaching = Attaching(print_status, _check, **options.attach_options(args))
+    attaching.run(name, rest)
+    if not attaching.has_packed:
+        print_status(f"mlx_lm.{name} made no KV cache.")
+
+
+main = console_script(command)
+
+
+def mlx_lm_command(words: tuple[str, ...]) -> tuple[str, list[str]]:
+    """The command's name in mlx_lm, and its arguments.
+
+    Args:
+        words: ``mlx_lm.NAME …``, ``mlx_lm NAME …``, or either after ``python -m``.
+
+    Raises: InputError for anything else, or a command that makes no cache.
+    """
+    rest = list(words)
+    if len(rest) > 1 and os.path.basename(rest[0]) in _PYTHON and rest[1] == "-m":
+        rest = rest[2:]
+    if rest and os.path.basename(rest[0]) == "mlx_lm":
+        rest = [f"mlx_lm.{rest[1]}", *rest[2:]] if len(rest) > 1 else rest
+    first = os.path.basename(rest[0]) if rest else ""
+    name = first.removeprefix("mlx_lm.")
+    if first != name and name in WITHOUT_CACHES:
+        raise InputError(f"mlx_lm.{name} makes no KV cache: run it by itself.")
+    if first == name or name not in COMMANDS:
+        said = f"{first!r} is not accepted" if first else "There is no command"
+        raise InputError(
+            f"{said}: give one of mlx_lm's after --, {', '.join(COMMANDS[:-1])} or {COMMANDS[-1]}, "
+            "as in -- mlx_lm.chat --model ID."
+        )
+    return name, rest[1:]
+
+
+def _check(attaching: Any, given: Any, parser: Any) -> None:
+    """Refuse or pass on what a command does of its own with caches."""
+    if (bits := getattr(given, "kv_bits", None)) is not None:
+        raise InputError(instead_of_kv_bits(str(bits), " to mlx_turbokv run, before the --"))
+    for name in ("kv_group_size", "quantized_kv_start"):
+        if getattr(given, name, None) != parser.get_default(name):
+            option = f"--{name.replace('_', '-')}"
+            raise InputError(f"{option} has no effect on packed caches: omit it.")
+    if (n := getattr(given, "max_kv_size", None)) is not None:
+        refuse(["keys"], "with --max-kv-size: the keys of a window stay whole")
+        attaching.cache_options["max_kv_size"] = n
+        print_status(f"--max-kv-size {n} goes to the packed caches, which keep the first 4 tokens.")

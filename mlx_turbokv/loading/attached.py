@@ -1,0 +1,238 @@
+"""mlx-lm's commands with packed caches: they are attached to every model that a command loads.
+
+Evaluations call a model without a cache; such calls are given new packed ones, so that they read
+what was packed. A model that is being trained is called as it is: packing has no gradient.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import inspect
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+from mlx_lm import utils
+from mlx_lm.models import cache as mlx_lm_cache
+
+from ..cache import files
+from ..cache.factory import CacheFactory, attach
+from ..cache.importing import dequantized, packed_as
+from ..cache.summary import leaves
+from ..errors import InputError
+from ..kernels.backend import select_backend
+from ..model.fingerprint import fingerprint
+from . import distributed, models
+
+MOST_LAYERS = 1024  # of a prompt cache file, before its model is known
+Say = Callable[[str], None]
+
+
+class Attaching:
+    """What stands in for mlx-lm's loading functions while one of its commands runs.
+
+    Args:
+        say: called with each line that the user is told.
+        check: called with the command's options once they are read.
+        cache_options: as ``attach`` takes them.
+    """
+
+    def __init__(
+        self, say: Say, check: Callable[[Attaching, Any, argparse.ArgumentParser], None],
+        **cache_options: Any,
+    ) -> None:  # fmt: skip
+        self.say, self.check = say, check
+        self.cache_options = cache_options
+        self.options = argparse.Namespace()
+        self.models: list[nn.Module] = []
+        self.n_caches = 0  # lists of caches that were made for the command
+        self._files: list[tuple[Path, list[Any], dict[str, Any]]] = []
+        self._is_loading = False
+        self._load, self._sharded_load = utils.load, utils.sharded_load
+
+    def run(self, name: str, args: list[str]) -> None:
+        """Run a command of mlx-lm to its end.
+
+        Args:
+            name: of its module in mlx_lm.
+
+        Raises:
+            InputError: the command, its options or a model cannot be used so.
+        """
+        command = _command(name)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(patched(sys, argv=[f"mlx_lm.{name}", *args]))
+            stack.enter_context(self._patched_everywhere("load", self._load, self.load))
+            stack.enter_context(
+                self._patched_everywhere("sharded_load", self._sharded_load, self.load_sharded)
+            )
+            original = mlx_lm_cache.load_prompt_cache
+            stack.enter_context(
+                self._patched_everywhere("load_prompt_cache", original, self.load_prompt_cache)
+            )
+            stack.enter_context(self._checked_options())
+            stack.enter_context(self._counted_caches())
+            command.main()
+
+    @property
+    def has_packed(self) -> bool:
+        """Whether the command had packed caches: new ones, or those of a file."""
+        return bool(self.n_caches or self._files)
+
+    def load(self, path_or_hf_repo: str, **options: Any) -> tuple[Any, ...]:
+        """As ``mlx_lm.load``, for every model that ``models.load`` knows."""
+        if self._is_loading:  # models.load calls mlx_lm.load
+            return self._load(path_or_hf_repo, **options)
+        own = {key: options.pop(key, None) for key in ("model_config", "lazy", "revision")}
+        return_config = options.pop("return_config", False)
+        if any((own["model_config"] or {}).values()) or own["lazy"] or own["revision"]:
+            given = {key: value for key, value in own.items() if value is not None}
+            found: Any = self._load(path_or_hf_repo, return_config=True, **given, **options)
+            model, tokenizer, config = found
+            name = Path(path_or_hf_repo).name
+        else:
+            self._is_loading = True
+            try:
+                loaded = models.load(path_or_hf_repo, **options)
+            finally:
+                self._is_loading = False
+            model, tokenizer, config = loaded.model, loaded.tokenizer, loaded.config
+            name = loaded.name
+        self._attach(model, name)
+        return (model, tokenizer, config) if return_config else (model, tokenizer)
+
+    def load_sharded(self, path: str, *args: Any, **options: Any) -> tuple[Any, ...]:
+        """As ``mlx_lm.utils.sharded_load``."""
+        distributed.check_source(path)
+        loaded = self._sharded_load(path, *args, **options)
+        self._attach(loaded[0], Path(path).name)
+        return loaded
+
+    def load_prompt_cache(self, file_name: str, return_metadata: bool = False) -> Any:
+        """As mlx-lm's; rows that it kept are packed once the model is there."""
+        path = Path(file_name)
+        caches, metadata = files.read(path, MOST_LAYERS)
+        try:
+            caches = [dequantized(cache) for cache in caches]
+        except ValueError as error:
+            raise InputError(f"The prompt cache file {path} cannot be used: {error}.") from error
+        if metadata.get("maker") == files.MAKER:
+            # mlx-lm compares what --model says with what was said when the file was made
+            metadata["model"] = getattr(self.options, "model", None) or metadata.get("model")
+        self._files.append((path, caches, metadata))
+        return (caches, metadata) if return_metadata else caches
+
+    def _attach(self, model: nn.Module, name: str) -> None:
+        is_draft = bool(self.models) and getattr(self.options, "draft_model", None) is not None
+        self.models.append(model)
+        if is_draft:
+            self.say(f"The draft model {name} keeps mlx-lm's own cache.")
+            return
+        attach(model, **self.cache_options)
+        factory: Any = model.make_cache
+        _cache_every_call(model)
+        if distributed.rank() == 0:
+            pairs = Counter(f"{k}/{v}" for k, v in factory.formats)
+            layers = ", ".join(f"{n} x {pair}" for pair, n in pairs.items())
+            backend = select_backend(self.cache_options.get("backend")).name
+            policy = self.cache_options["policy"].name
+            self.say(f"{name}: KV cache {policy} ({layers} layers), {backend} back-end")
+        for path, caches, metadata in self._files:
+            self._pack(path, caches, metadata, model)
+        self.n_caches = 0
+
+    def _pack(
+        self, path: Path, caches: list[Any], metadata: dict[str, Any], model: nn.Module
+    ) -> None:
+        """Pack what mlx-lm's own caches of a file hold, in place, now that their model is known."""
+        expected = metadata.get("fingerprint")
+        if expected not in (None, fingerprint(model, adapters=True)):
+            raise InputError(f"The prompt cache file {path} belongs to another model.")
+        make_cache: Any = model.make_cache
+        fresh = make_cache()
+        del caches[len(fresh) :]  # a checkpoint
+        n_tokens = files.check_fit(path, caches, fresh, model)
+        packed = [packed_as(held, new) for held, new in zip(caches, fresh)]
+        n_packed = sum(new is not old for new, old in zip(leaves(packed), leaves(caches)))
+        caches[:] = packed
+        files.work_as(caches, make_cache())
+        if n_packed:
+            self.say(f"{path}: {n_tokens:,} tokens are packed in {n_packed} layers.")
+
+    @contextlib.contextmanager
+    def _patched_everywhere(self, name: str, old: Any, new: Any) -> Iterator[None]:
+        """Replace a function in every module of mlx-lm that has it by name."""
+        with contextlib.ExitStack() as stack:
+            for module_name, module in list(sys.modules.items()):
+                if module_name.split(".")[0] == "mlx_lm" and vars(module).get(name) is old:
+                    stack.enter_context(patched(module, **{name: new}))
+            yield
+
+    @contextlib.contextmanager
+    def _checked_options(self) -> Iterator[None]:
+        """Look at the command's options when it has read them."""
+        parse = argparse.ArgumentParser.parse_args
+
+        def parse_args(parser: Any, *args: Any, **kwargs: Any) -> Any:
+            self.options = parse(parser, *args, **kwargs)
+            self.check(self, self.options, parser)
+            return self.options
+
+        with patched(argparse.ArgumentParser, parse_args=parse_args):
+            yield
+
+    @contextlib.contextmanager
+    def _counted_caches(self) -> Iterator[None]:
+        make = CacheFactory.__call__
+
+        def counted(factory: CacheFactory, *args: Any, **kwargs: Any) -> list[Any]:
+            self.n_caches += 1
+            return make(factory, *args, **kwargs)
+
+        with patched(CacheFactory, __call__=counted):
+            yield
+
+
+@contextlib.contextmanager
+def patched(target: Any, **values: Any) -> Iterator[None]:
+    """Set attributes for the duration of the block."""
+    old = {name: getattr(target, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(target, name, value)
+        yield
+    finally:
+        for name, value in old.items():
+            setattr(target, name, value)
+
+
+def _command(name: str) -> Any:
+    try:
+        return importlib.import_module(f"mlx_lm.{name}")
+    except ImportError as error:
+        missing = (error.name or "").replace("_", "-")
+        raise InputError(
+            f"mlx_lm.{name} cannot be loaded ({error}): pip install {missing or 'what it needs'}."
+        ) from error
+
+
+def _cache_every_call(model: nn.Module) -> None:
+    """Give calls without a cache a new one, unless the model is being trained."""
+    base = type(model)
+    signature = inspect.signature(base.__call__)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(self, *args, **kwargs).arguments
+        if given.get("cache") is None and not self.training:
+            given["cache"] = self.make_cache()
+            given.pop("self", None)
+            return base.__call__(self, **given)
+        return base.__call__(self, *args, **kwargs)
+
+    members = {"__call__": call, "__module__": base.__module__, "__qualname__": base.__qualname__}
+    object.__setattr__(model, "__class__", type(base.__name__, (base,), members))
