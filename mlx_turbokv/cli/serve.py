@@ -11,7 +11,7 @@ from . import options
 from .command import Command
 from .entry import console_script
 from .mlx_lm_options import KEPT_TOKENS
-from .values import MOST_TOKENS, refuse
+from .values import MOST_TOKENS, SIZE, refuse
 
 
 class _Command(Command):
@@ -48,11 +48,47 @@ class _Command(Command):
     help="Tokens that a KV layer holds at most: beyond it the oldest are dropped, except the first "
     f"{KEPT_TOKENS}. Requests are then served one at a time.",
 )
+@click.option(
+    "--prompt-cache-dir",
+    metavar="FOLDER",
+    help="Keep packed caches of finished requests in this folder, beyond the end of the server. "
+    "It holds what users wrote, and is made for its owner alone.",
+)
+@click.option(
+    "--prompt-cache-disk",
+    type=SIZE,
+    default="20GB",
+    show_default=True,
+    help="Bytes of the files in --prompt-cache-dir at most; the least recently used go first.",
+)
+@click.option(
+    "--ctx-checkpoints",
+    type=click.IntRange(0, 1000),
+    default=8,
+    show_default=True,
+    help="How many copies of recurrent states and sliding windows an entry of the prompt cache "
+    "has at most. With them an edited prompt need not be read from its start.",
+)
+@click.option(
+    "--checkpoint-every-n-tokens",
+    type=click.IntRange(0, MOST_TOKENS),
+    default=2048,
+    show_default=True,
+    help="Keep such a copy at multiples of as many tokens of a prompt; 0: at its end alone.",
+)
+@click.option(
+    "--memory-limit",
+    type=SIZE,
+    help="What the server may hold in memory, its model included: a request that cannot fit is "
+    "answered with 413.  [default: the GPU's recommended working set, or the machine's memory]",
+)
 @options.cache
 @click.pass_context
 def command(
     ctx: click.Context, backend: str, compress_sliding: bool, keys: str | None, no_centre: bool,
-    allowed: tuple[str, ...], max_kv_size: int | None, **cache: Any,
+    allowed: tuple[str, ...], max_kv_size: int | None, prompt_cache_dir: str | None,
+    prompt_cache_disk: int, ctx_checkpoints: int, checkpoint_every_n_tokens: int,
+    memory_limit: int | None, **cache: Any,
 ) -> None:  # fmt: skip
     """Serve a model over HTTP, as mlx_lm.server does, through packed KV caches.
 
@@ -68,11 +104,21 @@ def command(
 
     if max_kv_size is not None:
         refuse(["keys"], "with --max-kv-size: the keys of a window stay whole")
+    if prompt_cache_dir is None:
+        refuse(["prompt_cache_disk"], "without --prompt-cache-dir")
     policy = options.policy_from(**cache)
     centre = options.centre_from(keys, no_centre, [policy])
     options.check_backend(backend)
+    arguments = server_options.parse(ctx.args)
+    vars(arguments).update(
+        prompt_cache_dir=prompt_cache_dir,
+        prompt_cache_disk=prompt_cache_disk,
+        ctx_checkpoints=ctx_checkpoints,
+        checkpoint_every_n_tokens=checkpoint_every_n_tokens,
+        memory_limit=memory_limit,
+    )
     server.serve(
-        server_options.parse(ctx.args),
+        arguments,
         policy,
         allowed,
         max_kv_size=max_kv_size,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection
+from decimal import Decimal
 from typing import Any
 
 import click
@@ -89,7 +91,25 @@ class BackendType(click.ParamType):
         return name
 
 
+class Size(click.ParamType):
+    """A number of bytes, or one with kB, MB, GB or TB, as mlx_lm.server takes them."""
+
+    name = "size"
+    _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+    _MOST = 1 << 62
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?)\s*([KMGT]?)B?", value.strip(), re.I)
+        size = int(Decimal(match[1]) * self._UNITS[match[2].upper()]) if match else 0
+        if not 0 < size < self._MOST:
+            self.fail(f"{value} is not a number of bytes such as 12GB", param, ctx)
+        return size
+
+
 UNIT = Number(0, 1)
+SIZE = Size()
 
 
 def given(name: str) -> str | None:

@@ -93,6 +93,7 @@ class Batch:
         uid, job = response.uid, self.jobs[response.uid]
         try:
             job.advance(response.token, response.logprobs, response.finish_reason)
+            self.owner.services.generated(job)
         except Exception as error:
             logger.exception("A request failed.")
             job.fail(error)

@@ -9,7 +9,6 @@ not used.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -18,6 +17,7 @@ import secrets
 import sqlite3
 import threading
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,14 +32,13 @@ from ..log import warn_once
 from .checkpoints import Entry, held_back, n_common
 from .identity import CacheKind
 from .index import Index, Row
-from .writer import Job, Writer, frozen
+from .options import DEFAULTS
+from .writer import Job, Writer, file_digest, frozen
 
-DEFAULT_BYTES = 20_000_000_000
 FILE_VERSION = 1
 INDEX = "index.sqlite"
 LOCK = "lock"
 _OWN_FILE = re.compile(r"entry-[0-9a-f]{16}\.safetensors|\.turbokv-.*\.safetensors")
-_CHUNK = 1 << 20
 logger = logging.getLogger(__name__)
 
 
@@ -66,7 +65,9 @@ class DiskCache:
         InputError: the folder cannot be used, or another server uses it.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], max_bytes: int = DEFAULT_BYTES) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], max_bytes: int = DEFAULTS["prompt_cache_disk"]
+    ) -> None:
         self.folder, self.max_bytes = Path(folder), max_bytes
         self.counts = DiskCounts()
         try:
@@ -112,10 +113,19 @@ class DiskCache:
         """Wait until all that was offered is written; whether it is."""
         return self._writer.wait(timeout)
 
-    def find(self, kind: CacheKind, tokens: np.ndarray, least: int) -> Entry | None:
+    def find(
+        self,
+        kind: CacheKind,
+        tokens: np.ndarray,
+        least: int,
+        has_room: Callable[[int], bool] = lambda nbytes: True,
+    ) -> Entry | None:
         """The entry that gives most of a prompt, if that is at least ``least`` tokens.
 
         A damaged one is removed, and the next best is taken.
+
+        Args:
+            has_room: whether as many bytes can be loaded.
         """
         self._say_what_is_there(kind)
         try:
@@ -127,6 +137,8 @@ class DiskCache:
         for position, row in sorted(found, key=lambda x: (-x[0], len(x[1].tokens))):
             if position < least:
                 return None
+            if not has_room(row.nbytes):
+                continue
             if (entry := self._read(kind, row)) is not None:
                 self._index.touch(row.id)
                 return entry
@@ -280,16 +292,3 @@ class DiskCache:
                 (self.folder / file).unlink(missing_ok=True)
             total -= size
             self.counts.evictions += 1
-
-
-def file_digest(path: Path) -> str:
-    """BLAKE2b of a file's bytes.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    found = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            found.update(chunk)
-    return found.hexdigest()

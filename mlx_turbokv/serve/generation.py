@@ -22,8 +22,10 @@ from .batches import Batch
 from .errors import RequestError
 from .jobs import Answer, Choice, Job
 from .models import TurboModelProvider
+from .prompt_cache import PromptCache
 from .prompts import prompt_of
 from .requests import Asked
+from .services import Services
 
 END_SECONDS = 10
 Admit = Callable[[Job, int, "list[Any] | None"], None]
@@ -39,27 +41,35 @@ class Generator(server.ResponseGenerator):
     Attributes:
         failure: what ended the thread before it was told to stop.
         pages: what else can be asked for, by path: each gives (content type, text).
+        services: the prompt cache, the memory budget and the metrics.
+        admit: called with a job, the number of its prompt's tokens that are cached, and those
+            caches, before anything is computed for it; raises RequestError to refuse it.
 
     Args:
         provider: loads models.
         prompt_cache: caches of finished requests.
-        admit: called with a job, the number of its prompt's tokens that are cached, and those
-            caches, before anything is computed for it; raises RequestError to refuse it.
     """
 
     model_provider: TurboModelProvider
 
-    def __init__(
-        self, provider: TurboModelProvider, prompt_cache: Any, admit: Admit | None = None
-    ) -> None:
+    def __init__(self, provider: TurboModelProvider, prompt_cache: PromptCache) -> None:
         self.failure: BaseException | None = None
-        self.admit = admit
-        self.pages: dict[str, Callable[[], tuple[str, str]]] = {}
+        self.services = Services(provider, prompt_cache, self._queue)
+        self.admit: Admit = self._admit
+        self.pages: dict[str, Callable[[], tuple[str, str]]] = self.services.pages()
+        self.answered = self.services.metrics.answered
+        self._is_serving_alone = False
         self._is_loaded = False
         self._waiting: deque[Job] = deque()
         self._batch: Batch | None = None
         self._vocabularies: dict[Any, frozenset[int]] = {}
-        super().__init__(provider, prompt_cache)
+        caches: Any = prompt_cache  # stands in for mlx-lm's
+        super().__init__(provider, caches)
+
+    def _queue(self) -> tuple[int, int]:
+        """How many jobs wait, and how many are generated."""
+        running = len(self._batch.jobs) if self._batch is not None else 0
+        return self.requests.qsize() + len(self._waiting), running + self._is_serving_alone
 
     def submit(self, asked: Asked) -> Answer:
         """Start a request: the answer's choices are those of each prompt in turn."""
@@ -122,6 +132,7 @@ class Generator(server.ResponseGenerator):
         # Batches run in the stream of the messages between machines.
         self.stream = mx.default_stream(mx.default_device())
         self.model_provider.load_default()
+        self.services.take_model()
         self._is_loaded = True
         if self._is_distributed:
             seed: Any = mx.distributed.all_sum(mx.random.state[0])  # type: ignore[index]
@@ -142,6 +153,7 @@ class Generator(server.ResponseGenerator):
         # the thread that made the arrays also drops them
         self._close_batch()
         self.model_provider.reset()
+        self.services.prompt_cache.clear()
         del self.prompt_cache
         gc.collect()
 
@@ -161,7 +173,10 @@ class Generator(server.ResponseGenerator):
         if job.alone or batch.alone:
             return False
         try:
-            return self._key(job) == batch.key and self._can_batch(job)
+            if self._key(job) != batch.key or not self._can_batch(job):
+                return False
+            self._prepare(job)
+            return self.services.budget.joins(job, list(batch.jobs.values()))
         except RequestError:
             return True
 
@@ -176,8 +191,10 @@ class Generator(server.ResponseGenerator):
         try:
             model = job.args.model
             self.model_provider.load(model.model, model.adapter, model.draft)
+            self.services.take_asked_model()
             self._prepare(job)
             if not self._can_batch(job):
+                self._is_serving_alone = True
                 single.serve(self, job)
                 return
             if self._batch is None:
@@ -192,6 +209,8 @@ class Generator(server.ResponseGenerator):
             if not isinstance(error, RequestError):
                 logger.exception("A request failed.")
             job.fail(error)
+        finally:
+            self._is_serving_alone = False
 
     def _prepare(self, job: Job) -> None:
         if job.prepared:
@@ -205,6 +224,7 @@ class Generator(server.ResponseGenerator):
             self._vocabularies = {provider.model_key: frozenset(ids)}
             vocabulary = self._vocabularies[provider.model_key]
         job.prepare(found, provider.tokenizer, text_machine, vocabulary)
+        self.services.cut(job)
 
     def state_machines(self, job: Job) -> tuple[Any, Any]:
         """What finds the end of a job: in tokens and in text."""
@@ -225,13 +245,14 @@ class Generator(server.ResponseGenerator):
         """
         key = self.model_provider.model_key
         caches, rest = self.prompt_cache.fetch_nearest_cache(key, tokens)
-        if not rest:  # all are cached, and the last one is needed
-            caches, rest = self.prompt_cache.fetch_nearest_cache(key, tokens[:-1])
-            rest = [*rest, tokens[-1]]
-        n_cached = 0 if caches is None else len(tokens) - len(rest)
-        if self.admit is not None:
-            self.admit(job, n_cached, caches)
+        n_cached = len(tokens) - len(rest)
+        self.admit(job, n_cached, caches)
+        self.services.begun(job)
         return caches, n_cached
+
+    def _admit(self, job: Job, n_cached: int, caches: list[Any] | None) -> None:
+        batch = self._batch
+        self.services.budget.admit(job, [] if batch is None else list(batch.jobs.values()))
 
     def keep(self, tokens: list[int], caches: list[Any], kind: str = "assistant") -> None:
         """Put caches of these tokens in the prompt cache."""

@@ -221,6 +221,8 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def _send_head(self, status: int, kind: str, length: int | None = None) -> None:
+        if self.command == "POST":
+            self.generator.answered(status)
         self.send_response(status)
         self.send_header("Content-Type", kind)
         if length is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 from queue import Queue
 from typing import Any
@@ -43,6 +44,7 @@ class Answer:
     def __init__(self) -> None:
         self.items: Queue[tuple[int, Any]] = Queue()
         self.cancelled = False
+        self.started = time.perf_counter()
 
     def cancel(self) -> None:
         """Stop generating: nobody waits for it any more."""

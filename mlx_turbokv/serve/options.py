@@ -14,6 +14,11 @@ from .patching import patched
 
 NO_LIMIT = 1 << 63
 MOST_TOKENS = 1 << 24
+# Options that mlx_lm.server does not have.
+DEFAULTS: dict[str, Any] = {
+    "prompt_cache_dir": None, "prompt_cache_disk": 20_000_000_000, "ctx_checkpoints": 8,
+    "checkpoint_every_n_tokens": 2048, "memory_limit": None,
+}  # fmt: skip
 # What mlx_lm.server's numbers may be.
 _RANGES = {
     "port": (0, 65535), "temp": (0, 1000), "top_p": (0, 1), "min_p": (0, 1), "top_k": (0, NO_LIMIT),
@@ -55,7 +60,7 @@ def server_parser() -> argparse.ArgumentParser:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read the options of mlx_lm.server.
+    """Read the options of mlx_lm.server; the others are at their defaults.
 
     Raises:
         InputError: an unknown option or a value that is not accepted.
@@ -90,4 +95,5 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         raise InputError(
             "--chat-template and --use-default-chat-template cannot be given together."
         )
+    vars(options).update(DEFAULTS)
     return options

@@ -13,13 +13,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..errors import InputError
+from ..loading import distributed
 from .checkpoints import Entry, held_back, n_common, only_grows, snapshot, thinned
 from .disk import DiskCache
 from .identity import CacheKind
-from .options import NO_LIMIT
+from .options import DEFAULTS, NO_LIMIT
 
 KINDS = ("assistant", "user", "system")  # in the order in which they go
-CHECKPOINTS = 8
 # what is read from disk saves at least as many tokens' prefill
 LEAST_GAIN = 128
 LEAST_PROMPT = 512
@@ -50,6 +51,9 @@ class PromptCache:
         max_bytes: how many bytes they take at most.
         disk: what keeps entries beyond the process, or None.
         checkpoints: how many marks an entry has at most.
+
+    Attributes:
+        has_room: whether as many bytes can be loaded from disk now.
     """
 
     def __init__(
@@ -57,11 +61,12 @@ class PromptCache:
         max_size: int,
         max_bytes: int = NO_LIMIT,
         disk: DiskCache | None = None,
-        checkpoints: int = CHECKPOINTS,
+        checkpoints: int = DEFAULTS["ctx_checkpoints"],
     ) -> None:
         self.max_size, self.max_bytes = max_size, max_bytes
         self.disk = disk
         self.checkpoints = checkpoints
+        self.has_room: Callable[[int], bool] = lambda nbytes: True
         self.counts = Counts()
         # (model, entry), the least recently used first
         self._entries: list[tuple[Any, Entry]] = []
@@ -183,7 +188,8 @@ class PromptCache:
         """An entry from disk that gives more than ``position``, and where it can be taken back."""
         if self.disk is None or len(wanted) <= position + LEAST_GAIN:
             return None
-        entry = self.disk.find(self._kind(model), wanted, position + LEAST_GAIN)
+        kind, least = self._kind(model), position + LEAST_GAIN
+        entry = self.disk.find(kind, wanted, least, self.has_room)
         if entry is None:
             return None
         found = entry.position(n_common(entry.tokens, wanted[:-1]))
@@ -252,18 +258,20 @@ class PromptCache:
         return kinds.index(KINDS[-1]) if KINDS[-1] in kinds else 0
 
 
-def make(options: argparse.Namespace) -> Any:
-    """The server's prompt cache, in the place of mlx-lm's.
+def make(options: argparse.Namespace) -> PromptCache:
+    """The server's prompt cache.
 
     Args:
-        options: what ``options.parse`` read, with ``prompt_cache_dir``, ``prompt_cache_disk`` and
-            ``ctx_checkpoints`` where they were given.
+        options: what ``options.parse`` read, with this package's own options.
 
     Raises:
-        InputError: the folder cannot be used.
+        InputError: the folder cannot be used, or there are several machines.
     """
+    for name in ("prompt_cache_dir", "memory_limit"):
+        if getattr(options, name) is not None and distributed.n_processes() > 1:
+            option = name.replace("_", "-")
+            raise InputError(f"--{option} cannot be used over several machines.")
     max_bytes = NO_LIMIT if options.prompt_cache_bytes is None else options.prompt_cache_bytes
-    folder = getattr(options, "prompt_cache_dir", None)
+    folder = options.prompt_cache_dir
     disk = None if folder is None else DiskCache(folder, options.prompt_cache_disk)
-    checkpoints = getattr(options, "ctx_checkpoints", CHECKPOINTS)
-    return PromptCache(options.prompt_cache_size, max_bytes, disk, checkpoints)
+    return PromptCache(options.prompt_cache_size, max_bytes, disk, options.ctx_checkpoints)

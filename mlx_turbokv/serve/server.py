@@ -55,9 +55,11 @@ def serve(
     # A shell's background job inherits an ignored SIGINT, and the main thread is woken by one.
     for stop in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop, signal.default_int_handler)
-    generator = None
+    generator = caches = None
     try:
-        generator = Generator(provider, prompt_cache.make(options))
+        caches = prompt_cache.make(options)
+        generator = Generator(provider, caches)
+        generator.services.metrics.log_regularly()
         if http is None:
             generator.join()
         else:
@@ -72,6 +74,8 @@ def serve(
         if http is not None:
             http.wait_for_answers(END_SECONDS)
             http.server_close()
+        if caches is not None:
+            caches.close()
     if generator is not None and isinstance(generator.failure, InputError):
         raise generator.failure
     if generator is not None and generator.failure is not None:

@@ -48,6 +48,7 @@ def serve(owner: Any, job: Any) -> None:
         if matcher.advance(token):
             finish_reason = "stop"
         job.advance(token, logprobs, finish_reason)
+        owner.services.generated(job)
         if finish_reason is not None or owner.is_over(job):
             break
     steps.close()  # a draft's tokens are taken back

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -17,6 +19,7 @@ from .checkpoints import n_common
 from .identity import CacheKind
 
 MOST_WAITING = 4
+_CHUNK = 1 << 20
 logger = logging.getLogger(__name__)
 
 
@@ -114,3 +117,16 @@ def frozen(caches: list[Any]) -> list[Any]:
     )
     mx.eval(states)
     return [type(cache).from_state(state) for cache, state in zip(caches, states)]
+
+
+def file_digest(path: Path) -> str:
+    """BLAKE2b of a file's bytes.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    found = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            found.update(chunk)
+    return found.hexdigest()

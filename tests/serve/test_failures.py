@@ -11,6 +11,7 @@ import mlx.core as mx
 import pytest
 from gguf_files import write_small_gguf
 from mlx_lm import server as mlx_lm_server
+from model_folder import write_model_folder
 from server_process import ask, running
 
 from mlx_turbokv import load_policy
@@ -170,6 +171,38 @@ def test_admission_refuses_before_anything_is_computed(generator, monkeypatch) -
         refused = alone(generator, prompt="a b c d e f g h", seed=seed)
         assert [type(item) for item in refused] == [RequestError]
     assert result(generator, running) == expected
+
+
+@pytest.fixture(scope="module")
+def padded(tmp_path_factory) -> Iterator[Generator]:
+    """A model whose embedding has 28 rows more than the tokenizer has tokens."""
+    folder = write_model_folder(tmp_path_factory.mktemp("padded"), "llama", vocab_size=128)
+    options = parse(["--model", str(folder)])
+    made = Generator(
+        TurboModelProvider(options, policy=load_policy("la-v7")), prompt_cache.make(options)
+    )
+    yield made
+    made.stop_and_join()
+
+
+@pytest.mark.parametrize("seed", [None, 7])
+def test_tokens_without_a_text_add_none(padded: Generator, seed: int | None) -> None:
+    fields = {"temperature": 1000, "max_tokens": 100, "seed": seed, "logprobs": 20}
+    tokens = alone(padded, **fields, logit_bias={0: -10_000})
+    assert len(tokens) == 100 and max(tokens) >= 100
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"logit_bias": {100: 1}}, {"logit_bias": {127: 1}}, {"logit_bias": {1 << 40: 1}},
+     {"prompt": [5, 100]}, {"top_k": 100}, {"prompt": ""}],
+)  # fmt: skip
+@pytest.mark.parametrize("seed", [None, 7])
+def test_what_the_vocabulary_has_not_is_refused(padded: Generator, fields, seed) -> None:
+    (error,) = alone(padded, **fields, seed=seed)
+    assert isinstance(error, RequestError) and error.status == 400
+    assert error.param == next(iter(fields))
+    assert len(alone(padded, logit_bias={99: 1})) == 12
 
 
 DIES = """
