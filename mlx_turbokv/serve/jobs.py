@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from dataclasses import dataclass
@@ -113,6 +114,11 @@ class Job:
         self.prompt, self.segments, self.types, initial_state, self.vision = found
         self._tokenizer, self._vocabulary = tokenizer, vocabulary
         self._detokenizer = tokenizer.detokenizer
+        if self.request.request_type == "text" and self.prompt[-1] in vocabulary:
+            # within a text the first token's space is not dropped
+            self._detokenizer.add_token(self.prompt[-1])
+            self._finalize()
+            _ = self._detokenizer.last_segment
         self.context = GenerationContext(
             has_tool_calling=tokenizer.has_tool_calling,
             has_thinking=tokenizer.has_thinking,
@@ -153,15 +159,17 @@ class Job:
         if finish_reason != "stop" and token in self._vocabulary:
             detokenizer.add_token(token)
         if finish_reason is not None:
-            try:
-                detokenizer.finalize()
-            except KeyError:
-                pass  # mlx-lm's, for special tokens after half a character
+            self._finalize()
         own, top = None, ()
         if self.args.logprobs:
             own = self._entry(token, logprobs[token].item())
             top = self._top(logprobs, self.args.top_logprobs)
         self.choice.put(Token(detokenizer.last_segment, token, finish_reason, own, top))
+
+    def _finalize(self) -> None:
+        # mlx-lm's fails for special tokens after half a character
+        with contextlib.suppress(KeyError):
+            self._detokenizer.finalize()
 
     def end(self) -> None:
         """Say that nothing more comes."""

@@ -183,7 +183,8 @@ def test_max_kv_size_gives_what_generate_gives(root: Path) -> None:
     printed = subprocess.run(run, capture_output=True, text=True, check=True).stdout
     with running(*options) as (_, address):
         found = {text(address, max_tokens=20, seed=seed) for seed in (None, 1)}
-    assert found == {printed.split("=" * 10 + "\n")[1].removesuffix("\n")}
+    (found,) = found
+    assert found.removeprefix(" ") == printed.split("=" * 10 + "\n")[1].removesuffix("\n")
 
 
 @pytest.fixture(scope="module")

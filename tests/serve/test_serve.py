@@ -98,7 +98,11 @@ def test_text_completion(client) -> None:
     answer = client.completions.create(
         model="default_model", prompt="The capital of France is", max_tokens=1
     )
-    assert answer.choices[0].text.strip() == "Paris"
+    assert answer.choices[0].text == " Paris"
+    echoed = client.completions.create(
+        model="default_model", prompt="The capital of France is", max_tokens=1, echo=True
+    )
+    assert echoed.choices[0].text == "The capital of France is Paris"
 
 
 def test_repeated_prefix_comes_from_the_packed_prompt_cache(client, expected) -> None:
