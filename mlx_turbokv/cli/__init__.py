@@ -12,8 +12,8 @@ from . import entry
 from .command import HELP_NAMES
 
 COMMANDS = (
-    "bench", "cache_prompt", "calibrate", "chat", "doctor", "generate", "needle", "perplexity",
-    "plan", "report", "run", "serve",
+    "bench", "cache_prompt", "calibrate", "chat", "convert_cache", "doctor", "generate", "needle",
+    "perplexity", "plan", "report", "run", "serve",
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import click
+import mlx.core as mx
 import pytest
 from command_calls import COMMANDS, call, command_of, nothing_loads, refused
 from hypothesis import HealthCheck, given, settings
@@ -245,13 +246,17 @@ def test_sensible_options_are_accepted(command, args):
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("plan", "run")])
-def test_the_backend_comes_from_the_environment_unless_it_is_given(name, monkeypatch):
+def test_the_backend_comes_from_the_environment_unless_it_is_given(name, monkeypatch, tmp_path):
     """A missing or unknown one is refused before a model is loaded; auto given means auto."""
     more = {
         "bench": ["--shape", "phi-4"],
         "calibrate": ["--held-out", "none"],
         "cache_prompt": ["--prompt", "a", "--prompt-cache-file", "a.safetensors"],
+        "convert_cache": ["from.safetensors", "to.safetensors"],
     }.get(name, [])
+    if name == "convert_cache":
+        monkeypatch.chdir(tmp_path)
+        mx.save_safetensors("from.safetensors", {"0.0": mx.zeros(1)}, {"1.0": "KVCache"})
     text = ["--text", "sample"] if name in ("perplexity", "needle", "report", "calibrate") else []
     args = (name, *more, *text)
     monkeypatch.setenv("TURBOKV_BACKEND", "abacus")
