@@ -96,6 +96,12 @@ def test_mlx_lm_reads_a_converted_file_without_this_package(tmp_path):
         )  # fmt: skip
 
     assert "KeyError: 'TurboKVCache'" in generate(ours, "m").stderr
+    code = (
+        "import sys, mlx_turbokv.cache; from mlx_lm.models.cache import load_prompt_cache; "
+        "print({type(c).__name__ for c in load_prompt_cache(sys.argv[1])})"
+    )
+    run = subprocess.run([sys.executable, "-c", code, ours], capture_output=True, text=True)
+    assert run.stdout == "{'TurboKVCache'}\n", run.stderr
     loaded = models.load(folder)
     suffix = loaded.tokenizer.encode(" jumps\n[a]", add_special_tokens=False)
     parts = stream_generate(
