@@ -177,8 +177,8 @@ class Generator(server.ResponseGenerator):
                 return False
             self._prepare(job)
             return self.services.budget.joins(job, list(batch.jobs.values()))
-        except RequestError:
-            return True
+        except Exception:
+            return True  # its start fails likewise
 
     def _can_batch(self, job: Job) -> bool:
         images = any(server._image_parts(job.request.messages))
@@ -276,6 +276,7 @@ class Generator(server.ResponseGenerator):
             self._batch = None
             jobs = list(batch.jobs.values())
             batch.close()
+            error = error.with_traceback(None)  # whose frames hold the batch's arrays
             if len(jobs) == 1:
                 jobs[0].fail(error)
             else:

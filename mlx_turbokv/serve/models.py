@@ -138,7 +138,7 @@ class TurboModelProvider(server.ModelProvider):
         distributed.check_source(path)
         loaded: Any = sharded_load(self.names.folder(path), **options)
         model, tokenizer, config = loaded
-        self._loaded = models.Loaded(model, tokenizer, base_name(path), config, None, path)
+        self._loaded = models.Loaded(model, tokenizer, path, config, None, path)
         self._attach(model, path)
         return loaded
 
