@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .conversation import Conversation
+from .output import print_status
 
 _DELAY = 1.0  # seconds that a prompt is read before its progress is shown
 
@@ -130,6 +131,7 @@ def turn(
 
     loaded, step = conversation.loaded, args["prefill_step_size"]
     tokens, n = conversation.go_back(tokens)
+    _warn_of_memory(conversation, len(tokens), args, draft)
     answer, started = Answer(tokens, prompt_tokens=len(tokens) - n), time.perf_counter()
     seconds = 0.0
     with _noting(conversation, tokens, n), Reading(answer.prompt_tokens, stopped) as progress:
@@ -166,6 +168,22 @@ def turn(
         answer.finish_reason = response.finish_reason or "interrupted"
     answer.tokens = tokens + answer.generated
     return answer
+
+
+def _warn_of_memory(
+    conversation: Conversation, n_tokens: int, args: dict[str, Any], draft: Any
+) -> None:
+    """Say before a prompt is read that it and its answer are not expected to fit in memory."""
+    from ..loading.memory import Footprint, warning
+
+    loaded = conversation.loaded
+    most = n_tokens + max(0, args["max_tokens"])
+    if loaded.max_context is not None:
+        most = max(n_tokens, min(most, loaded.max_context))
+    models = [loaded.model, *([draft[0]] if draft else [])]
+    footprint = Footprint(models, args["prefill_step_size"], conversation.make_caches())
+    if text := warning(footprint, most):
+        print_status(f"Warning: {text}")
 
 
 @contextlib.contextmanager

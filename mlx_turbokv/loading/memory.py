@@ -33,9 +33,12 @@ class Footprint:
     Args:
         models: with what is attached to them; a model, or a model and its draft model.
         step: prompt tokens at a time.
+        caches: empty ones of the first model; None: those that mlx-lm makes for it.
     """
 
-    def __init__(self, models: Iterable[nn.Module], step: int) -> None:
+    def __init__(
+        self, models: Iterable[nn.Module], step: int, caches: list[Any] | None = None
+    ) -> None:
         models = list(models)
         self.step = step
         self.weights = sum(_weight_bytes(model) for model in models)
@@ -48,7 +51,9 @@ class Footprint:
                 self._leaves = None
                 return
             kinds: dict[Any, tuple[Any, Any, int]] = {}
-            for fresh, held in zip(leaves(make_prompt_cache(model)), leaves(own)):
+            empty = make_prompt_cache(model) if caches is None else caches
+            caches = None
+            for fresh, held in zip(leaves(empty), leaves(own)):
                 key = _kind(fresh, held)
                 n = kinds[key][2] if key in kinds else 0
                 kinds[key] = fresh, _shapes(held), n + 1
@@ -109,7 +114,7 @@ def warning(footprint: Footprint, n_tokens: int, limit: int | None = None) -> st
 
 def gigabytes(n: int) -> str:
     """Bytes as people say them."""
-    return f"{n / 1e9:.2f} GB" if n >= 1e7 else f"{n / 1e6:.2f} MB"
+    return f"{n / 1e9:.2f} GB" if n >= 1e8 else f"{n / 1e6:.2f} MB"
 
 
 def _container_limit() -> int | None:

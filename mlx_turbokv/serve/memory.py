@@ -27,10 +27,12 @@ class Length(NamedTuple):
 
     n_prompt: tokens of its prompt.
     n_most: tokens that it has at its end at most.
+    is_read: whether its prompt has been read.
     """
 
     n_prompt: int
     n_most: int
+    is_read: bool = False
 
 
 class MemoryBudget:
@@ -139,14 +141,15 @@ class MemoryBudget:
         n = n_prompt + job.args.max_tokens
         if self._max_context is not None:
             n = min(n, max(self._max_context, n_prompt + 1))
-        return Length(n_prompt, n)
+        return Length(n_prompt, n, bool(job.tokens))
 
     def _needed(self, sequences: Sequence[Length]) -> int:
         """Bytes at the peak of a batch: its sequences are padded to the longest."""
         assert self._footprint is not None
         n = len(sequences)
         caches = n * self._footprint.caches(max(s.n_most for s in sequences))
-        scratch = self._footprint.scratch(max(s.n_prompt for s in sequences), n)
+        reading = [s.n_prompt for s in sequences if not s.is_read] or [1]
+        scratch = self._footprint.scratch(max(reading), len(reading))
         return self._held + COPIES * caches + scratch
 
     def _batch_bytes(self, running: Sequence[Any]) -> int:

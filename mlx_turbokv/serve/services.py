@@ -42,7 +42,7 @@ class Services:
         self.budget = MemoryBudget(limit, prompt_cache, options.prefill_step_size)
         self.metrics = Metrics(prompt_cache, self.budget, queue)
         self._key: Any = None
-        self._cuts = False
+        self.keeps_marks = False  # whether the model's caches cannot simply go back
 
     def pages(self) -> dict[str, Callable[[], tuple[str, str]]]:
         """What else can be asked for, by path: each gives (content type, text)."""
@@ -58,7 +58,7 @@ class Services:
             return
         models = self._models()
         loaded = self.provider._loaded
-        self._cuts = not all(only_grows(make_prompt_cache(model)) for model in models)
+        self.keeps_marks = not all(only_grows(make_prompt_cache(model)) for model in models)
         self.budget.loaded(models, loaded.max_context if loaded else None)
         if loaded is not None:
             self.metrics.served(loaded.name, self.provider.cache_options["policy"].name)
@@ -77,7 +77,7 @@ class Services:
 
     def cut(self, job: Job) -> None:
         """Cut a job's prompt where copies of its recurrent states and windows are to be kept."""
-        if self._cuts and self.every and not job.alone:
+        if self.keeps_marks and self.every and not job.alone:
             job.segments, job.types = split_at_multiples(job.segments, job.types, self.every)
 
     def begun(self, job: Job) -> None:

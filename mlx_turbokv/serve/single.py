@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import mlx.core as mx
@@ -84,6 +85,9 @@ def _steps(owner: Any, job: Any, caches: list[Any], n_cached: int) -> Any:
 
     def progress(n_read: int, n_prompt: int) -> None:
         job.choice.put((n_read, n_prompt))
+        if 0 < n_read < n_prompt and owner.services.keeps_marks:
+            key = job.prompt if job.vision is None else job.vision.cache_key
+            owner.keep(key[: n_cached + n_read], copy.deepcopy(caches), "user")
         if owner.is_over(job):
             raise CancelledError
 

@@ -166,6 +166,12 @@ def test_the_context_is_said_to_be_nearly_full_in_time(folder) -> None:
     assert all("/save FILE" in warning for warning in warnings)
 
 
+def test_more_than_the_memory_is_said_before_an_answer(folder, monkeypatch) -> None:
+    monkeypatch.setattr("mlx_turbokv.loading.memory.default_limit", lambda: 200_000)
+    result = chat(folder, "the")
+    assert result.status == 0 and "Warning: " in result.err and "expected to take" in result.err
+
+
 def test_what_cannot_be_done_is_one_sentence_and_the_chat_goes_on(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other.safetensors").write_bytes(b"mine")

@@ -181,6 +181,14 @@ def test_context_above_the_limit_is_a_warning(call, small, tmp_path):
     assert re.search(r"Warning: .* beyond the 4 positions", err)
 
 
+def test_more_than_the_memory_is_a_warning(call, monkeypatch):
+    assert "expected to take" not in call("-p", "the", "-m", 4)[2]
+    monkeypatch.setattr("mlx_turbokv.loading.memory.default_limit", lambda: 200_000)
+    status, _, err = call("-p", "the", "-m", 4)
+    assert status == 0
+    assert re.search(r"Warning: 5 tokens are expected to take .* there are 0.20 MB", err)
+
+
 def test_max_kv_size_bounds_the_cache_and_not_the_text(call, tmp_path):
     _, out, _ = call("-p", "the", "-m", 400, "--max-kv-size", 64)
     pattern = r"KV cache: (\d+) tokens, .* of f16 \(([\d.]+) MiB\), ([\d.]+) MiB resident"
