@@ -75,7 +75,7 @@ class Session:
             ),
         )
         self.own_files: set[Path] = set()  # that may be written again
-        self.is_warned = False
+        self.is_warned = self.is_dropping = False
 
     def run(self) -> None:
         """Ask and answer until q, or the end of the input."""
@@ -106,7 +106,7 @@ class Session:
             print(KEYS)
         elif line == "r":
             self.conversation.reset()
-            self.is_warned = False
+            self.is_warned = self.is_dropping = False
             print("The conversation starts again, with an empty cache.")
         elif word == "/save":
             self._save(_file(word, rest))
@@ -180,6 +180,13 @@ class Session:
     def _warn(self, n_tokens: int) -> None:
         """Say in time that the context is nearly full: once before and after each answer."""
         limit, most = self.loaded.max_context, self.args["max_tokens"]
+        window = self.args["max_kv_size"]
+        if window is not None and n_tokens > window and not self.is_dropping:
+            self.is_dropping = True
+            print_status(
+                f"The cache is full at --max-kv-size {window:,}: the oldest tokens are dropped, "
+                "but for the first 4."
+            )
         if limit is None or self.is_warned:
             return
         left = limit - n_tokens

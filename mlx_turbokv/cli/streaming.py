@@ -13,6 +13,7 @@ from .conversation import Conversation
 from .output import print_status
 
 _DELAY = 1.0  # seconds that a prompt is read before its progress is shown
+_SECONDS = 0.1, 10.0  # between two lines of it, on a terminal and elsewhere
 
 
 class StoppedError(Exception):
@@ -67,7 +68,7 @@ class Reading:
         self.stopped = stopped
         self.bar = tqdm(
             total=total, unit=" tokens", desc="Reading the prompt", file=sys.stderr, delay=_DELAY,
-            mininterval=0.1 if terminal else 10, miniters=0, dynamic_ncols=terminal, leave=False,
+            mininterval=_SECONDS[not terminal], miniters=0, dynamic_ncols=terminal, leave=False,
         )  # fmt: skip
 
     def __enter__(self) -> Reading:

@@ -25,9 +25,8 @@ from tiny_configs import SLIDING, WINDOW
 from varied_models import varied_model
 
 from mlx_turbokv import attach, detach
-from mlx_turbokv.cache import TurboKVCache, TurboRotatingKVCache, speculation
-from mlx_turbokv.cache import files as prompt_cache_file
-from mlx_turbokv.cache.files import save_prompt_cache
+from mlx_turbokv.cache import TurboKVCache, TurboRotatingKVCache, speculation, writing
+from mlx_turbokv.cache.writing import save_prompt_cache
 from mlx_turbokv.errors import InputError
 
 PROMPT = [(7 * i * i + 3 * i + 1) % 89 for i in range(150)]
@@ -174,7 +173,7 @@ def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> 
 SAVER = """
 import sys
 import mlx_turbokv, mlx.core as mx
-from mlx_turbokv.cache.files import save_prompt_cache
+from mlx_turbokv.cache.writing import save_prompt_cache
 caches = [mlx_turbokv.TurboKVCache("f16", "f16", backend="reference") for _ in range(4)]
 for cache in caches:
     cache.update_and_fetch(mx.zeros((1, 8, 4096, 64)), mx.zeros((1, 8, 4096, 64)))
@@ -221,7 +220,7 @@ def test_kill_during_a_save_leaves_the_file_whole(tmp_path: Path, delay_ms: int)
 def test_a_save_removes_what_dead_processes_left_and_nothing_else(tmp_path: Path) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    host = prompt_cache_file._host()
+    host = writing._host()
     dead = tmp_path / f".turbokv-{host}-{ended.pid}-abc_1.safetensors"
     others = [
         f".turbokv-{host}-{os.getpid()}-abc_1.safetensors",  # alive

@@ -172,6 +172,21 @@ def test_more_than_the_memory_is_said_before_an_answer(folder, monkeypatch) -> N
     assert result.status == 0 and "Warning: " in result.err and "expected to take" in result.err
 
 
+def test_a_window_that_drops_tokens_is_said_once(folder) -> None:
+    result = chat(folder, *["the quick brown fox"] * 3, options=("--max-kv-size", 40))
+    said = [line for line in result.err.splitlines() if "oldest tokens are dropped" in line]
+    assert result.status == 0 and len(said) == 1 and "--max-kv-size 40" in said[0]
+
+
+def test_progress_of_a_long_prompt_is_shown_and_that_of_a_short_one_is_not(folder, monkeypatch):
+    options = ("generate", "--model", folder, "-p", "the lazy dog " * 9, "-m", 2)
+    assert "\r" not in call(*options).err
+    monkeypatch.setattr("mlx_turbokv.cli.streaming._DELAY", 1e-9)
+    monkeypatch.setattr("mlx_turbokv.cli.streaming._SECONDS", (0, 0))
+    result = call(*options, "--prefill-step-size", 16)
+    assert "Reading the prompt" in result.err and "Reading the prompt" not in result.out
+
+
 def test_what_cannot_be_done_is_one_sentence_and_the_chat_goes_on(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other.safetensors").write_bytes(b"mine")
