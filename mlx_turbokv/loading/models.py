@@ -55,7 +55,8 @@ def load(
     Args:
         model: a hub id or folder as mlx_lm takes it, a .gguf file, or None for the default model.
         adapter_path: LoRA adapters, as ``mlx_lm.load`` takes them.
-        tokenizer_config: passed on to the tokenizer of an mlx-lm model.
+        tokenizer_config: passed on to the tokenizer of an mlx-lm model; of a .gguf file's, only a
+            ``chat_template`` counts.
         dtype: the type to run in.
         packed: whether quantised weights stay so. None for both leaves the model as it is, except
             on Linux without a GPU, where the fastest form is used (``cpu_form``).
@@ -71,7 +72,8 @@ def load(
     if dtype is not None or packed is not None or not _runs_on_linux_cpu():
         form = Form(dtype, True if packed is None else packed)
     if source.endswith(".gguf"):
-        loaded = _load_gguf(Path(source), form)
+        template = (tokenizer_config or {}).get("chat_template")
+        loaded = _load_gguf(Path(source), form, template)
         loaded.name = name or loaded.name
         if adapter_path is not None:
             with _load_errors("from GGUF", adapter_path):
@@ -179,7 +181,7 @@ def _locate(model: str | os.PathLike[str] | None) -> tuple[str, str | None]:
     return source, None
 
 
-def _load_gguf(path: Path, form: Form | None) -> Loaded:
+def _load_gguf(path: Path, form: Form | None, chat_template: str | None = None) -> Loaded:
     from .gguf.model import model_from_gguf
     from .gguf.reader import config_from_gguf, open_gguf
     from .gguf.tokenizer import build_tokenizer
@@ -187,7 +189,7 @@ def _load_gguf(path: Path, form: Form | None) -> Loaded:
     file = open_gguf(path)
     if form is None:
         form = cpu_form(sum(int(tensor.n_elements) for tensor in file.tensors.values()))
-    tokenizer = build_tokenizer(file.metadata)
+    tokenizer = build_tokenizer(file.metadata, chat_template)
     n_tokens, n_rows = len(tokenizer.get_vocab()), config_from_gguf(file)["vocab_size"]
     if n_tokens > n_rows:
         raise file.error(f"has {n_tokens:,} tokens and an embedding of {n_rows:,}.")

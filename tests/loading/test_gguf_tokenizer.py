@@ -108,6 +108,15 @@ def test_end_tokens_and_chat_template(tokenizer):
     assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
 
 
+def test_another_chat_template_and_the_tools_that_it_calls(metadata, tokenizer):
+    assert not tokenizer.has_tool_calling
+    template = "{{ messages[0].content }}<tool_call>{{ tool_call.name }}</tool_call>"
+    other = build_tokenizer(metadata, template)
+    assert other.chat_template == template and other.has_tool_calling
+    assert (other.tool_call_start, other.tool_call_end) == ("<tool_call>", "</tool_call>")
+    assert other.tool_parser('{"name": "f", "arguments": {"x": 1}}', None)["name"] == "f"
+
+
 def test_streaming_detokenizer_gives_the_decoded_text(tokenizer):
     text = "Paris, caf\u00e9 \u4e2d\u6587 and 42 more."
     detokenizer = tokenizer.detokenizer

@@ -18,6 +18,15 @@ from server_process import ask, running
 pytestmark = pytest.mark.slow
 
 N_MALFORMED = 500
+# fails for some requests, as models' templates do
+TEMPLATE = (
+    "{% for message in messages %}{% if message.role not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('no such role') }}{% endif %}<|start|>{{ message.role + ' ' }}"
+    "{{ message.content + '\n' }}{% for call in message.tool_calls or [] %}"
+    "{{ call.function.arguments.x }}{% endfor %}{% endfor %}"
+    "{% for tool in tools or [] %}<tool_call>{{ tool.function.parameters.properties | tojson }}"
+    "{{ tool_call.name }}</tool_call>{% endfor %}{% if x %}{{ x + 1 }}{% endif %}"
+)
 N_TOKENS = 4
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 FIELDS = {
@@ -109,6 +118,7 @@ def requests(draw) -> tuple[str, bytes]:
 def server(tmp_path_factory) -> Iterator[tuple]:
     model = write_small_gguf(tmp_path_factory.mktemp("malformed"))
     options = ("--model", str(model), "--max-tokens", str(N_TOKENS), "--log-level", "ERROR")
+    options += ("--chat-template", TEMPLATE)
     with running(*options) as started:
         yield started
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 from ...errors import InputError, short
@@ -19,10 +20,14 @@ _END_OF_TURN = (
 _SPACE = "\u2581"
 
 
-def build_tokenizer(metadata: dict[str, Any]) -> Any:
+def build_tokenizer(metadata: dict[str, Any], chat_template: str | None = None) -> Any:
     """Build mlx_lm's ``TokenizerWrapper`` from a GGUF file's metadata.
 
-    Understands byte-level BPE (``gpt2``) and SentencePiece BPE (``llama``) vocabularies.
+    Understands byte-level BPE (``gpt2``) and SentencePiece BPE (``llama``) vocabularies. As in
+    mlx-lm, the chat template tells how the model calls tools.
+
+    Args:
+        chat_template: in place of the file's.
 
     Raises:
         InputError: the file has no vocabulary, or of a kind or pre-tokenizer not known here.
@@ -31,6 +36,7 @@ def build_tokenizer(metadata: dict[str, Any]) -> Any:
         BPEStreamingDetokenizer,
         SPMStreamingDetokenizer,
         TokenizerWrapper,
+        _infer_tool_parser,
     )
     from transformers import PreTrainedTokenizerFast
 
@@ -58,8 +64,14 @@ def build_tokenizer(metadata: dict[str, Any]) -> Any:
             clean_up_tokenization_spaces=False,
             **{name: text for name, text in names.items() if text is not None},
         )
-        tokenizer.chat_template = vocabulary.chat_template
-        return TokenizerWrapper(tokenizer, detokenizer, eos_token_ids=_end_ids(vocabulary))
+        tokenizer.chat_template = chat_template or vocabulary.chat_template
+        options: dict[str, Any] = {"eos_token_ids": _end_ids(vocabulary)}
+        if name := _infer_tool_parser(tokenizer):
+            parser = import_module(f"mlx_lm.tool_parsers.{name}")
+            options["tool_parser"] = parser.parse_tool_call
+            options["tool_call_start"] = parser.tool_call_start
+            options["tool_call_end"] = parser.tool_call_end
+        return TokenizerWrapper(tokenizer, detokenizer, **options)
     except InputError:
         raise
     except Exception as error:  # tokenizers raises no narrower class
