@@ -3,17 +3,11 @@
 // same words. Files are concatenated in the order of kernels/assemble.py.
 
 #ifndef TKV_PRELUDE
-#define TKV_FN inline
+#define TKV_FN inline __attribute__((always_inline))
 #define TKV_CONST_FN inline constexpr
 #define TKV_SHARED(type, name, count) threadgroup type name[count]
 #define TKV_SHARED_ALIGNED TKV_SHARED
 #define TKV_UNROLL _Pragma("clang loop unroll(full)")
-
-// Most words of threadgroup memory for the LUT of K or V. With less threadgroup memory, more
-// threadgroups fit on a core.
-TKV_CONST_FN int max_lut_words(bool keys) {
-  return keys ? 1024 : 512;
-}
 
 #define fast_exp2(x) metal::fast::exp2(x)
 #define fast_log2(x) metal::fast::log2(x)
@@ -28,22 +22,25 @@ TKV_FN T shared_load(threadgroup const float4* shared, uint offset) {
   return *(threadgroup const T*)((threadgroup const uchar*)shared + offset);
 }
 
-// The int8 codes of a word as half2: bytes 0 and 2, then 1 and 3. A byte with its sign bit flipped,
-// as the low mantissa bits of 1024, gives 1152 plus the code.
-TKV_FN void signed_pairs(thread half2* pairs, uint word) {
-  const half2 offset = as_type<half2>(0x64806480u);
-  pairs[0] = as_type<half2>((word & 0x00ff00ffu) ^ 0x64806480u) - offset;
-  pairs[1] = as_type<half2>(((word >> 8) & 0x00ff00ffu) ^ 0x64806480u) - offset;
+// The int8 codes of a word plus BIAS as half2: bytes 0 and 2, then 1 and 3. A byte with its sign
+// bit flipped, as the low mantissa bits of 1024, gives 1152 plus the code.
+TKV_FN void biased_pairs(thread half2* pairs, uint word) {
+  pairs[0] = as_type<half2>((word & 0x00ff00ffu) ^ 0x64806480u);
+  pairs[1] = as_type<half2>(((word >> 8) & 0x00ff00ffu) ^ 0x64806480u);
 }
 
-// Byte `index` of a word of int8 codes, as a float.
-TKV_FN float signed_byte(uint word, int index) {
-  return as_type<float>((((word ^ 0x80808080u) >> (8 * index)) & 0xffu) | 0x4b000000u) - 8388736.0f;
+// The int8 codes of a word.
+TKV_FN float4 signed_bytes(uint word) {
+  half2 pairs[2];
+  biased_pairs(pairs, word);
+  return float4(float(pairs[0].x) - 1152.0f, float(pairs[1].x) - 1152.0f,
+                float(pairs[0].y) - 1152.0f, float(pairs[1].y) - 1152.0f);
 }
 #endif
 
 constant constexpr int TILE = 32;
 constant constexpr int LANES = 32;
+constant constexpr float BIAS = 1152.0f;  // of biased_pairs
 
 // Offsets in the constant tables of K or V, in 32-bit words (kernels/tables.py writes them): sign
 // bits of the rotation, sign bits of the dense Hadamard matrix by rows and by columns (two words
@@ -55,23 +52,31 @@ constant constexpr int TABLE_BOUNDARIES = 212;
 constant constexpr int TABLE_LUT = 276;
 constant constexpr int MAX_LEVELS = 64;
 
-// A format: BITS of a code (2 to 6 turbo, 8 q8_0 and turbo8, 16 or 32 unquantised) and GROUP values
-// to a scale (0 where unquantised).
-TKV_CONST_FN int group_count(int dim, int group) {
-  return group == 0 ? 0 : (dim + group - 1) / group;
-}
-TKV_CONST_FN int code_words(int bits, int dim) {
-  return bits * dim;
-}
-TKV_CONST_FN int tensor_words(int bits, int group, int dim) {
-  return code_words(bits, dim) + 16 * group_count(dim, group);
-}
 TKV_CONST_FN int ceil_div(int a, int b) {
   return (a + b - 1) / b;
 }
 TKV_CONST_FN int larger(int a, int b) {
   return a > b ? a : b;
 }
+
+// Values of K or V in a packed tile. BITS: of a code (2 to 6 turbo, 8 q8_0 and turbo8, 16 or 32
+// unquantised). // GROUP: values to a scale; 0 where unquantised. WIDTH: of the rotation; 0 where
+// there is none.
+template <int BITS_, int GROUP_, int DIM_, int WIDTH_>
+struct Tensor {
+  static constant constexpr int BITS = BITS_;
+  static constant constexpr int GROUP = GROUP_;
+  static constant constexpr int DIM = DIM_;
+  static constant constexpr int WIDTH = WIDTH_;
+  static_assert((BITS >= 2 && BITS <= 6) || BITS == 8 || BITS == 16 || BITS == 32,
+                "bits of a code");
+  static_assert(DIM >= 4 && DIM <= 512 && DIM % 4 == 0, "head dim");
+  static_assert((GROUP == 0) == (BITS > 8), "unquantised values have no scale");
+  static_assert(WIDTH == 0 || DIM % WIDTH == 0, "rotations cover the head");
+  static constant constexpr int GROUPS = GROUP == 0 ? 0 : ceil_div(DIM, larger(GROUP, 1));
+  static constant constexpr int CODE_WORDS = BITS * DIM;  // of a tile; its scales follow
+  static constant constexpr int WORDS = CODE_WORDS + 16 * GROUPS;
+};
 
 // An unquantised value from its bits. RAW: 0 half, 1 bfloat, 2 float.
 template <int RAW>
@@ -129,8 +134,7 @@ TKV_FN uint4 vec4_bits(thread const uint* words, int vec4) {
 template <int BITS, int RAW>
 TKV_FN float4 vec4_values(uint4 bits, threadgroup const float* table) {
   if (BITS == 8) {
-    return float4(signed_byte(bits.x, 0), signed_byte(bits.x, 1), signed_byte(bits.x, 2),
-                  signed_byte(bits.x, 3));
+    return signed_bytes(bits.x);
   }
   if (BITS == 16) {
     return float4(raw_value<RAW>(bits.x), raw_value<RAW>(bits.x >> 16), raw_value<RAW>(bits.y),

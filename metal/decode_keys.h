@@ -1,78 +1,203 @@
 // q.k for decode.metal. A lane handles a token: it reads its row's columns and sums over dims
 // alone. Queries are read from threadgroup memory, the same address for all lanes.
 //
-// Codes are multiplied as half2 and summed in half for a chain of dims; the sums of two chains are
-// added in half, and the rest in float32. Unquantised rows, narrow heads and float32 models are
-// multiplied in float32.
+// Half operands are multiplied in one of two ways. With HALF2 they are summed as half2 for a chain
+// of dims; the sums of two chains are added in half, and the rest in float32. Without it every
+// product is added in float32. Unquantised rows, narrow heads and float32 models have float32
+// operands.
 
-// Dims of K in one pass (a span) of the q.k loop: whole columns that divide scale groups or are
-// divided by them, else the whole row.
-TKV_CONST_FN int key_columns(int bits) {
-  return bits == 3 || bits == 5 ? 128 : (bits > 8 ? 32 : 64);
-}
-TKV_CONST_FN bool fits_groups(int span, int group) {
-  return group == 0 || group % span == 0 || span % group == 0;
-}
-TKV_CONST_FN int key_span(int bits, int group, int dim) {
-  return dim % key_columns(bits) == 0 && fits_groups(key_columns(bits), group) ? key_columns(bits)
-                                                                               : dim;
-}
-// One chain: the products of vec4s `begin` to `end` of a span, in half precision.
-template <int BITS, int COPIES, int WORDS, int ROWS, int STEP>
-TKV_FN void half_products(thread half2* chain, thread const uint* words,
-                          threadgroup const uint* queries, threadgroup const float4* shared,
-                          uint copy, int begin, int end) {
-  constexpr int RP = padded_rows(ROWS);
+// K of a SIMD group's tiles, loaded ahead: the columns of a span where spans are prefetched, and
+// the bits of the scales.
+template <typename C>
+struct Keys {
+  uint words[C::STEP * C::SPAN_WORDS];
+  uint scales[C::STEP * C::SPAN_SCALES];  // [group][tile]
+};
+
+// The tiles of a step.
+template <typename C>
+struct Tiles {
+  const device uint* at[C::STEP];
+};
+
+// Loads column `c` of a span of a token's row in STEP tiles.
+template <typename C>
+TKV_FN void load_column(thread uint* words, thread const Tiles<C>& tiles, int span, int c,
+                        int lane) {
   TKV_UNROLL
-  for (int i = 0; i < STEP * ROWS; i++) {
+  for (int i = 0; i < C::STEP; i++) {
+    const device uint* columns = tiles.at[i] + span * (C::SPAN * C::K::BITS);
+    const uint4 v = ((const device uint4*)columns)[c * TILE + lane];
+    words[i * C::SPAN_WORDS + 4 * c] = v.x;
+    words[i * C::SPAN_WORDS + 4 * c + 1] = v.y;
+    words[i * C::SPAN_WORDS + 4 * c + 2] = v.z;
+    words[i * C::SPAN_WORDS + 4 * c + 3] = v.w;
+  }
+}
+
+// Loads the bits of the scale of a span's group `g`.
+template <typename C>
+TKV_FN void load_key_scale(thread Keys<C>& keys, thread const Tiles<C>& tiles, int span, int g,
+                           int lane) {
+  typedef typename C::K K;
+  if (K::GROUP == 0) {
+    return;
+  }
+  const int group = span * C::SPAN / larger(K::GROUP, 1) + g;
+  TKV_UNROLL
+  for (int i = 0; i < C::STEP; i++) {
+    keys.scales[g * C::STEP + i] =
+        ((const device ushort*)(tiles.at[i] + K::CODE_WORDS))[group * TILE + lane];
+  }
+}
+
+// Loads a span whose columns are not its own: the whole row, or word by word.
+template <typename C>
+TKV_FN void load_broken_span(thread uint* words, thread const Tiles<C>& tiles, int span, int lane) {
+  if (C::WHOLE_COLUMNS) {
+    return;
+  }
+  TKV_UNROLL
+  for (int i = 0; i < C::STEP; i++) {
+    if (C::SPANS == 1) {
+      load_row<C::SPAN * C::K::BITS / 8>(words + i * C::SPAN_WORDS, tiles.at[i], lane);
+      continue;
+    }
+    TKV_UNROLL
+    for (int j = 0; j < C::SPAN_WORDS; j++) {
+      const int word = span * C::SPAN_WORDS + j;
+      words[i * C::SPAN_WORDS + j] = tiles.at[i][word / 4 * (4 * TILE) + word % 4 + lane * 4];
+    }
+  }
+}
+
+// Loads what key_scores expects of the first span.
+template <typename C>
+TKV_FN void load_keys(thread Keys<C>& keys, thread const Tiles<C>& tiles, int lane) {
+  if (C::PREFETCH_KEYS) {
+    TKV_UNROLL
+    for (int c = 0; c < C::SPAN_WORDS / 4; c++) {
+      load_column<C>(keys.words, tiles, 0, c, lane);
+    }
+  }
+  TKV_UNROLL
+  for (int g = 0; g < C::SPAN_SCALES; g++) {
+    load_key_scale<C>(keys, tiles, 0, g, lane);
+  }
+}
+
+// Loads N half2 of q, four at a time where possible.
+template <int N>
+TKV_FN void load_half_queries(thread uint* q, threadgroup const uint* queries) {
+  if (N == 2) {
+    const uint2 v = *(threadgroup const uint2*)queries;
+    q[0] = v.x;
+    q[1] = v.y;
+    return;
+  }
+  TKV_UNROLL
+  for (int i = 0; i < N / 4; i++) {
+    const uint4 v = ((threadgroup const uint4*)queries)[i];
+    q[4 * i] = v.x;
+    q[4 * i + 1] = v.y;
+    q[4 * i + 2] = v.z;
+    q[4 * i + 3] = v.w;
+  }
+}
+
+// One chain: the sums of the products of vec4s `begin` to `end` of a span, as half2.
+template <typename C>
+TKV_FN void sum_chain(thread half2* chain, thread const uint* words,
+                      threadgroup const uint* queries, threadgroup const float4* shared, uint copy,
+                      int begin, int end) {
+  TKV_UNROLL
+  for (int i = 0; i < C::STEP * C::ROWS; i++) {
     chain[i] = as_type<half2>(0u);
   }
   TKV_UNROLL
   for (int vec4 = begin; vec4 < end; vec4++) {
-    half2 k[STEP * 2];
+    half2 k[C::STEP * 2];
     TKV_UNROLL
-    for (int i = 0; i < STEP; i++) {
-      vec4_halves<BITS, COPIES>(k + 2 * i, vec4_bits<BITS>(words + i * WORDS, vec4).x, shared,
-                                copy);
+    for (int i = 0; i < C::STEP; i++) {
+      vec4_halves<C::K::BITS, C::K_COPIES>(
+          k + 2 * i, vec4_bits<C::K::BITS>(words + i * C::SPAN_WORDS, vec4).x, shared, copy);
     }
-    uint q[2 * RP];
-    load_half_queries<2 * RP>(q, queries + vec4 * 2 * RP);
+    uint q[2 * C::PADDED_ROWS];
+    load_half_queries<2 * C::PADDED_ROWS>(q, queries + vec4 * 2 * C::PADDED_ROWS);
     TKV_UNROLL
     for (int pair = 0; pair < 2; pair++) {
       TKV_UNROLL
-      for (int r = 0; r < ROWS; r++) {
+      for (int r = 0; r < C::ROWS; r++) {
         TKV_UNROLL
-        for (int i = 0; i < STEP; i++) {
-          chain[i * ROWS + r] =
-              fma(k[2 * i + pair], as_type<half2>(q[pair * RP + r]), chain[i * ROWS + r]);
+        for (int i = 0; i < C::STEP; i++) {
+          chain[i * C::ROWS + r] =
+              fma(k[2 * i + pair], as_type<half2>(q[pair * C::PADDED_ROWS + r]),
+                  chain[i * C::ROWS + r]);
         }
       }
     }
   }
 }
 
-// Adds the products of vec4s `begin` to `end` of a span, in float32.
-template <int BITS, int RAW, int WORDS, int ROWS, int STEP>
+// Adds the products of half operands in float32.
+template <typename C>
+TKV_FN void add_half_products(thread float* sums, thread const uint* words,
+                              threadgroup const uint* queries, threadgroup const float4* shared,
+                              uint copy, int begin, int end) {
+  TKV_UNROLL
+  for (int vec4 = begin; vec4 < end; vec4++) {
+    half2 k[C::STEP * 2];
+    TKV_UNROLL
+    for (int i = 0; i < C::STEP; i++) {
+      const uint bits = vec4_bits<C::K::BITS>(words + i * C::SPAN_WORDS, vec4).x;
+      if (C::K_BIASED) {
+        biased_halves<C::K::BITS, C::K_COPIES>(k + 2 * i, bits, shared, copy);
+      } else {
+        vec4_halves<C::K::BITS, C::K_COPIES>(k + 2 * i, bits, shared, copy);
+      }
+    }
+    half q[4 * C::PADDED_ROWS];
+    load_halves<4 * C::PADDED_ROWS>(q,
+                                    (threadgroup const half*)queries + vec4 * 4 * C::PADDED_ROWS);
+    TKV_UNROLL
+    for (int pair = 0; pair < 2; pair++) {
+      TKV_UNROLL
+      for (int r = 0; r < C::ROWS; r++) {
+        TKV_UNROLL
+        for (int i = 0; i < C::STEP; i++) {
+          thread float* sum = sums + i * C::ROWS + r;
+          thread const half* two = q + (pair * C::PADDED_ROWS + r) * 2;
+          *sum = fma(float(k[2 * i + pair].x), float(two[0]), *sum);
+          *sum = fma(float(k[2 * i + pair].y), float(two[1]), *sum);
+        }
+      }
+    }
+  }
+}
+
+// Adds the products of float32 operands.
+template <typename C>
 TKV_FN void add_float_products(thread float* sums, thread const uint* words,
                                threadgroup const float4* queries, threadgroup const float* levels,
                                int begin, int end) {
-  constexpr int RP = padded_rows(ROWS);
+  constexpr int RP = C::PADDED_ROWS;
   TKV_UNROLL
   for (int vec4 = begin; vec4 < end; vec4++) {
-    float4 k[STEP];
+    float4 k[C::STEP];
     TKV_UNROLL
-    for (int i = 0; i < STEP; i++) {
-      k[i] = vec4_values<BITS, RAW>(vec4_bits<BITS>(words + i * WORDS, vec4), levels);
+    for (int i = 0; i < C::STEP; i++) {
+      k[i] = vec4_values<C::K::BITS, C::RAW>(vec4_bits<C::K::BITS>(words + i * C::SPAN_WORDS, vec4),
+                                             levels);
     }
     TKV_UNROLL
     for (int part = 0; part < RP; part++) {
       const float4 q = queries[vec4 * RP + part];
       TKV_UNROLL
       for (int e = 4 * part; e < 4 * part + 4; e++) {
-        if (e % RP < ROWS) {
+        if (e % RP < C::ROWS) {
           TKV_UNROLL
-          for (int i = 0; i < STEP; i++) {
-            sums[i * ROWS + e % RP] += component(k[i], e / RP) * component(q, e % 4);
+          for (int i = 0; i < C::STEP; i++) {
+            sums[i * C::ROWS + e % RP] += component(k[i], e / RP) * component(q, e % 4);
           }
         }
       }
@@ -80,143 +205,115 @@ TKV_FN void add_float_products(thread float* sums, thread const uint* words,
   }
 }
 
-// Whether a column of the next span is loaded as soon as this span's has been used.
-TKV_CONST_FN bool prefetch_keys(int bits, int group, int dim, int step) {
-  return key_span(bits, group, dim) * bits % 128 == 0 &&
-         key_span(bits, group, dim) * bits * step <= 1024;
-}
-TKV_CONST_FN int key_words(int bits, int group, int dim) {
-  return ceil_div(key_span(bits, group, dim) * bits, 32);
-}
-
-// Loads column `c` of STEP tokens' rows. `at`: the span's first word in each tile.
-template <int WORDS, int STEP>
-TKV_FN void load_column(thread uint* words, const device uint* thread* at, int c, int lane) {
+// Adds q.k of dims `first` to `end` of a span, which share a scale, to `sums`. Columns are loaded
+// when they are used, or those of the next span after it where spans are prefetched.
+template <typename C>
+TKV_FN void add_products(thread float* sums, thread Keys<C>& keys, thread const Tiles<C>& tiles,
+                         int span, thread const Tiles<C>& next, int next_span,
+                         threadgroup const uint* queries, threadgroup const float4* shared,
+                         uint copy, threadgroup const float* levels, int first, int end, int lane) {
+  half2 chains[C::STEP * C::ROWS];
   TKV_UNROLL
-  for (int i = 0; i < STEP; i++) {
-    const uint4 v = ((const device uint4*)at[i])[c * TILE + lane];
-    words[i * WORDS + 4 * c] = v.x;
-    words[i * WORDS + 4 * c + 1] = v.y;
-    words[i * WORDS + 4 * c + 2] = v.z;
-    words[i * WORDS + 4 * c + 3] = v.w;
-  }
-}
-
-// Loads the first span of STEP tiles, where spans are prefetched.
-template <int BITS, int GROUP, int DIM, int STEP>
-TKV_FN void load_first_span(thread uint* words, const device uint* thread* tiles, int lane) {
-  constexpr int WORDS = key_words(BITS, GROUP, DIM);
-  if (prefetch_keys(BITS, GROUP, DIM, STEP)) {
-    TKV_UNROLL
-    for (int c = 0; c < WORDS / 4; c++) {
-      load_column<WORDS, STEP>(words, tiles, c, lane);
+  for (int begin = first; begin < end; begin += CHAIN) {
+    const int stop = begin + CHAIN < end ? begin + CHAIN : end;
+    if (!C::PREFETCH_KEYS && C::WHOLE_COLUMNS) {
+      TKV_UNROLL
+      for (int c = ceil_div(begin * C::K::BITS, 128); 128 * c < stop * C::K::BITS; c++) {
+        load_column<C>(keys.words, tiles, span, c, lane);
+      }
+    }
+    if (!C::K_IN_HALF) {
+      add_float_products<C>(sums, keys.words, (threadgroup const float4*)queries, levels, begin / 4,
+                            stop / 4);
+    } else if (!C::HALF2) {
+      add_half_products<C>(sums, keys.words, queries, shared, copy, begin / 4, stop / 4);
+    } else {
+      half2 chain[C::STEP * C::ROWS];
+      sum_chain<C>(chain, keys.words, queries, shared, copy, begin / 4, stop / 4);
+      const bool odd = (begin - first) / CHAIN % 2 != 0;
+      TKV_UNROLL
+      for (int i = 0; i < C::STEP * C::ROWS; i++) {
+        chains[i] = odd ? chains[i] + chain[i] : chain[i];
+        if (odd || stop == end) {
+          sums[i] += float(chains[i].x) + float(chains[i].y);
+        }
+      }
+    }
+    if (C::PREFETCH_KEYS) {
+      TKV_UNROLL
+      for (int c = begin * C::K::BITS / 128; c < stop * C::K::BITS / 128; c++) {
+        load_column<C>(keys.words, next, next_span, c, lane);
+      }
     }
   }
 }
 
-// Scale groups of a span.
-TKV_CONST_FN int key_scales(int bits, int group, int dim) {
-  return group == 0 ? 1 : ceil_div(key_span(bits, group, dim), group);
-}
-
-// Loads the bits of the scale of a span's group `g`. `scales`: [group][tile].
-template <int BITS, int GROUP, int DIM, int STEP>
-TKV_FN void load_key_scale(thread uint* scales, const device uint* thread* tiles, int span, int g,
-                           int lane) {
-  if (GROUP == 0) {
-    return;
+// Adds `sums` times the scale of a span's group `g`, and loads the next span's.
+template <typename C>
+TKV_FN void scale_sums(thread float* score, thread const float* sums, thread Keys<C>& keys,
+                       thread const Tiles<C>& tiles, int span, thread const Tiles<C>& next,
+                       int next_span, int g, int lane) {
+  if (!C::PREFETCH) {
+    load_key_scale<C>(keys, tiles, span, g, lane);
   }
-  constexpr int WIDTH = GROUP == 0 ? 1 : GROUP;
   TKV_UNROLL
-  for (int i = 0; i < STEP; i++) {
-    const device ushort* at = (const device ushort*)(tiles[i] + code_words(BITS, DIM));
-    scales[g * STEP + i] = at[(span * key_span(BITS, GROUP, DIM) / WIDTH + g) * TILE + lane];
+  for (int i = 0; i < C::STEP; i++) {
+    const float scale = C::K::GROUP == 0 ? 1.0f : half_bits(keys.scales[g * C::STEP + i]);
+    TKV_UNROLL
+    for (int r = 0; r < C::ROWS; r++) {
+      score[i * C::ROWS + r] += scale * sums[i * C::ROWS + r];
+    }
+  }
+  if (C::PREFETCH) {
+    load_key_scale<C>(keys, next, next_span, g, lane);
   }
 }
 
-template <int BITS, int GROUP, int DIM, int STEP>
-TKV_FN void load_key_scales(thread uint* scales, const device uint* thread* tiles, int span,
-                            int lane) {
-  TKV_UNROLL
-  for (int g = 0; g < key_scales(BITS, GROUP, DIM); g++) {
-    load_key_scale<BITS, GROUP, DIM, STEP>(scales, tiles, span, g, lane);
-  }
-}
-
-// Adds q.k of ROWS query rows and STEP tokens a lane (one of each tile) to `score`, without the
-// factors in `row_scales`. `scales`: the scales of the first span of `tiles`; `words`: its columns
-// where spans are prefetched. On return they are those of `next_tiles`.
-template <int BITS, int GROUP, int DIM, int COPIES, int RAW, int ROWS, int STEP>
-TKV_FN void key_scores(thread float* score, thread uint* words, thread uint* scales,
-                       const device uint* thread* tiles, const device uint* thread* next_tiles,
-                       threadgroup const uint* queries, threadgroup const float4* shared, uint copy,
-                       threadgroup const float* levels, int n_spans, int lane) {
-  constexpr int SPAN = key_span(BITS, GROUP, DIM);
-  constexpr int G = GROUP == 0 || GROUP > SPAN ? SPAN : GROUP;
-  constexpr int WORDS = key_words(BITS, GROUP, DIM);
-  constexpr int SPAN_WORDS = SPAN * BITS;
-  constexpr int SPAN_QUERIES = query_words(BITS, DIM, SPAN, ROWS, RAW);
-  constexpr bool PREFETCH = prefetch_keys(BITS, GROUP, DIM, STEP);
+// Adds q.k of ROWS query rows and STEP tokens of a lane (one of each tile) to `score`, without the
+// row scales. `keys`: of the first span of `tiles`; on return, of `next_tiles`.
+template <typename C>
+TKV_FN void key_scores(thread float* score, thread Keys<C>& keys, thread const Tiles<C>& tiles,
+                       thread const Tiles<C>& next_tiles, threadgroup const float4* shared,
+                       uint copy, int n_spans, int lane) {
+  typedef typename C::K K;
+  typedef DecodeMemory<C> Memory;
+  constexpr int GROUP = K::GROUP == 0 || K::GROUP > C::SPAN ? C::SPAN : K::GROUP;
+  threadgroup const float* floats = (threadgroup const float*)shared;
   for (int span = 0; span < n_spans; span++) {
     const bool last = span + 1 == n_spans;
     const int next_span = last ? 0 : span + 1;
-    const device uint* sources[STEP];
-    const device uint* next[STEP];
+    Tiles<C> next;
     TKV_UNROLL
-    for (int i = 0; i < STEP; i++) {
-      sources[i] = last ? next_tiles[i] : tiles[i];
-      next[i] = sources[i] + next_span * SPAN_WORDS;
-      if (!PREFETCH) {
-        load_row<SPAN * BITS / 8>(words + i * WORDS, tiles[i] + span * SPAN_WORDS, lane);
+    for (int i = 0; i < C::STEP; i++) {
+      next.at[i] = last ? next_tiles.at[i] : tiles.at[i];
+    }
+    load_broken_span<C>(keys.words, tiles, span, lane);
+    threadgroup const uint* queries =
+        (threadgroup const uint*)shared + Memory::QUERIES + span * query_words<C>(C::SPAN);
+    TKV_UNROLL
+    for (int g = 0; g < ceil_div(C::SPAN, GROUP); g++) {
+      float sums[C::STEP * C::ROWS];
+      threadgroup const float* biases =
+          floats + Memory::BIASES + (span * ceil_div(C::SPAN, GROUP) + g) * C::PADDED_ROWS;
+      TKV_UNROLL
+      for (int i = 0; i < C::STEP * C::ROWS; i++) {
+        sums[i] = C::K_BIASED ? row_value<C::PADDED_ROWS>(biases, i % C::ROWS) : 0.0f;
+      }
+      add_products<C>(C::ONE_SCALE ? score : sums, keys, tiles, span, next, next_span, queries,
+                      shared, copy, floats + Memory::K_LUT, g * GROUP,
+                      (g + 1) * GROUP < C::SPAN ? (g + 1) * GROUP : C::SPAN, lane);
+      if (!C::ONE_SCALE) {
+        scale_sums<C>(score, sums, keys, tiles, span, next, next_span, g, lane);
       }
     }
-    threadgroup const uint* span_queries = queries + span * SPAN_QUERIES;
+  }
+  if (C::ONE_SCALE && K::GROUP != 0) {
+    float sums[C::STEP * C::ROWS];
     TKV_UNROLL
-    for (int g = 0; g < ceil_div(SPAN, G); g++) {
-      constexpr int CHAIN_VEC4S = CHAIN / 4;
-      const int group_end = ((g + 1) * G < SPAN ? (g + 1) * G : SPAN) / 4;
-      float sums[STEP * ROWS];
-      half2 chains[STEP * ROWS];
-      TKV_UNROLL
-      for (int i = 0; i < STEP * ROWS; i++) {
-        sums[i] = 0.0f;
-      }
-      TKV_UNROLL
-      for (int begin = g * G / 4; begin < group_end; begin += CHAIN_VEC4S) {
-        const int end = begin + CHAIN_VEC4S < group_end ? begin + CHAIN_VEC4S : group_end;
-        if (keys_in_half(BITS, DIM, RAW)) {
-          half2 chain[STEP * ROWS];
-          half_products<BITS, COPIES, WORDS, ROWS, STEP>(chain, words, span_queries, shared, copy,
-                                                         begin, end);
-          // pairs of chains are added in half, the rest in float32
-          const bool first = (begin - g * G / 4) / CHAIN_VEC4S % 2 == 0;
-          TKV_UNROLL
-          for (int i = 0; i < STEP * ROWS; i++) {
-            chains[i] = first ? chain[i] : chains[i] + chain[i];
-            if (!first || end == group_end) {
-              sums[i] += float(chains[i].x) + float(chains[i].y);
-            }
-          }
-        } else {
-          add_float_products<BITS, RAW, WORDS, ROWS, STEP>(
-              sums, words, (threadgroup const float4*)span_queries, levels, begin, end);
-        }
-        if (PREFETCH) {
-          TKV_UNROLL
-          for (int c = begin * BITS / 32; c < end * BITS / 32; c++) {
-            load_column<WORDS, STEP>(words, next, c, lane);
-          }
-        }
-      }
-      TKV_UNROLL
-      for (int i = 0; i < STEP; i++) {
-        const float scale = GROUP == 0 ? 1.0f : half_bits(scales[g * STEP + i]);
-        TKV_UNROLL
-        for (int r = 0; r < ROWS; r++) {
-          score[i * ROWS + r] += scale * sums[i * ROWS + r];
-        }
-      }
-      load_key_scale<BITS, GROUP, DIM, STEP>(scales, sources, next_span, g, lane);
+    for (int i = 0; i < C::STEP * C::ROWS; i++) {
+      sums[i] = score[i];
+      score[i] = 0.0f;
     }
+    scale_sums<C>(score, sums, keys, tiles, 0, next_tiles, 0, 0, lane);
   }
 }

@@ -1,33 +1,117 @@
-// The softmax of decode.metal. Scores are in units of log2(e). A weight is 2^(score - reference);
-// the reference follows the largest score seen so far. Where V's scale is folded into the weights,
-// it is included in the score that the reference follows.
+// The online softmax of decode.metal. Scores are in units of log2(e): a weight is
+// 2^(score - max_score), and sum_exp the sum of weights.
 //
-// The reference is set HEADROOM below the largest score, and again when a weight would exceed
-// 2^(HEADROOM + MARGIN). So a chain of half products of at most 2^10 stays finite, and weights of
-// 2^-30 of the largest are not lost.
+// max_score is HEADROOM below the largest score at the time, and set anew when a weight would
+// exceed 2^(HEADROOM + MARGIN). So a chain of half products of at most 2^10 stays finite, and
+// weights of 2^-30 of the largest are not lost. Where V's scale is folded into the weights, its
+// logarithm counts as a part of the score.
 
 constant constexpr float HEADROOM = 6.0f;
 constant constexpr float MARGIN = 4.0f;
 // the smallest subnormal of half: smaller scales of V are taken as this
 constant constexpr float LOWEST_SCALE = 5.96e-8f;
 
-// The largest reference of a row over SIMD groups. `maxima`: [SIMD group][row].
-template <int RP>
-TKV_FN float max_over_simds(threadgroup const float* maxima, int row) {
-  float top = LOWEST;
-  for (int s = 0; s < DECODE_GROUPS; s++) {
-    top = maxima[s * RP + row] > top ? maxima[s * RP + row] : top;
+template <typename C>
+struct Softmax {
+  float max_score[C::ROWS];
+  float sum_exp[C::ROWS];  // of this lane's tokens
+};
+
+template <typename C>
+TKV_FN void start_softmax(thread Softmax<C>& softmax) {
+  TKV_UNROLL
+  for (int r = 0; r < C::ROWS; r++) {
+    softmax.max_score[r] = LOWEST;
+    softmax.sum_exp[r] = 0.0f;
   }
-  return top;
 }
 
-// The sum of a row's weights over SIMD groups, relative to the score `top`.
-template <int RP>
-TKV_FN float sum_over_simds(threadgroup const float* maxima, threadgroup const float* sums, int row,
-                            float top) {
-  float total = 0.0f;
-  for (int s = 0; s < DECODE_GROUPS; s++) {
-    total += sums[s * RP + row] * fast_exp2(maxima[s * RP + row] - top);
+// Stores how many tokens each row sees, after the left padding and up to the split's end. Rows of
+// earlier queries miss the last tokens.
+template <typename C>
+TKV_FN void store_n_seen(threadgroup uint* n_seen, Split split, const device DecodeParams& params,
+                         int thread_index) {
+  if (thread_index < C::PADDED_ROWS) {
+    const int n_queries = params.n_queries;
+    const int query = (split.row0 + thread_index) % n_queries;
+    const int n_visible = params.n_tokens - (params.causal != 0 ? n_queries - 1 - query : 0);
+    const int last = n_visible < split.end * TILE ? n_visible : split.end * TILE;
+    n_seen[thread_index] = thread_index < C::ROWS ? uint(larger(last - split.padding, 0)) : 0u;
   }
-  return total;
+}
+
+// V's scales of a step's tokens that are folded into the weights, and their logarithm by tile.
+template <typename C>
+TKV_FN void folded_scales(thread float* scales, thread float* logs, thread const uint* bits) {
+  TKV_UNROLL
+  for (int i = 0; i < C::STEP; i++) {
+    float largest = LOWEST_SCALE;
+    TKV_UNROLL
+    for (int g = 0; g < C::FOLDED; g++) {
+      const int at = i * C::FOLDED + g;
+      scales[at] = C::V_IN_HALF ? half_bits(bits[at]) : 1.0f;
+      largest = scales[at] > largest ? scales[at] : largest;
+    }
+    logs[i] = C::V_IN_HALF ? fast_log2(largest) : 0.0f;
+  }
+}
+
+// Raises max_score where a score asks for it, and scales the sums and the output to it. `first`:
+// the lane's token in the step's first tile, counted from the left padding.
+template <typename C>
+TKV_FN void raise_max_scores(thread Softmax<C>& softmax, thread float* output,
+                             thread const float* score, thread const float* logs,
+                             threadgroup const uint* n_seen, uint first) {
+  bool grown = false;
+  float highest[C::ROWS];
+  TKV_UNROLL
+  for (int r = 0; r < C::ROWS; r++) {
+    highest[r] = LOWEST;
+    TKV_UNROLL
+    for (int i = 0; i < C::STEP; i++) {
+      const bool seen = first + uint(i * TILE) < row_value<C::PADDED_ROWS>(n_seen, r);
+      const float found = score[i * C::ROWS + r] + logs[i];
+      highest[r] = seen && found > highest[r] ? found : highest[r];
+    }
+    grown = grown || highest[r] > softmax.max_score[r] + (HEADROOM + MARGIN);
+  }
+  if (!simd_any(grown)) {
+    return;
+  }
+  TKV_UNROLL
+  for (int r = 0; r < C::ROWS; r++) {
+    const float found = simd_max(highest[r]) - HEADROOM;
+    const float raised = found > softmax.max_score[r] ? found : softmax.max_score[r];
+    const float factor = fast_exp2(softmax.max_score[r] - raised);
+    softmax.max_score[r] = raised;
+    softmax.sum_exp[r] *= factor;
+    TKV_UNROLL
+    for (int s = 0; s < C::VEC4S; s++) {
+      TKV_UNROLL
+      for (int d = 0; d < 4; d++) {
+        output[(s * C::ROWS + r) * 4 + d] *= factor;
+      }
+    }
+  }
+}
+
+// Adds the weights of a step's tokens to sum_exp, and stores them in threadgroup memory.
+template <typename C>
+TKV_FN void store_step_weights(thread Softmax<C>& softmax, threadgroup uint* weights,
+                               thread const float* score, thread const float* scales,
+                               threadgroup const uint* n_seen, uint first, int lane) {
+  TKV_UNROLL
+  for (int i = 0; i < C::STEP; i++) {
+    float weight[C::PADDED_ROWS];
+    TKV_UNROLL
+    for (int r = 0; r < C::PADDED_ROWS; r++) {
+      weight[r] = 0.0f;
+      if (r < C::ROWS) {
+        const bool seen = first + uint(i * TILE) < row_value<C::PADDED_ROWS>(n_seen, r);
+        weight[r] = seen ? fast_exp2(score[i * C::ROWS + r] - softmax.max_score[r]) : 0.0f;
+        softmax.sum_exp[r] += weight[r];
+      }
+    }
+    store_weights<C>(weights + i * weight_words<C>(), weight, scales + i * C::FOLDED, lane);
+  }
 }

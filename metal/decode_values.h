@@ -1,178 +1,206 @@
 // p.v for decode.metal. A lane handles four neighbouring dims of V (a vec4) and reads their
 // columns; the weights are read from threadgroup memory, the same address for all lanes.
 //
-// Turbo codes whose scale can be folded into the weights are multiplied as half2, in chains of
-// CHAIN_TOKENS whose sums are added in float32. All others are multiplied in float32.
+// Turbo codes whose scale can be folded into the weights are multiplied by them in half. With HALF2
+// the products are summed as half2 in chains of CHAIN_TOKENS, whose sums are added in float32;
+// without it every product is added in float32. All other values have float32 operands.
 
-constant constexpr int CHAIN_TOKENS = 8;
-
-// Whether the vec4s that all lanes handle at a time share one scale per token. float32 models
-// (`raw` as in raw_value) get float32 products.
-TKV_CONST_FN bool values_in_half(int bits, int group, int dim, int raw) {
-  return bits <= 6 && raw != 2 && (group_count(dim, group) == 1 || group == 4 * LANES);
-}
-// Scales per token that are folded into the weights.
-TKV_CONST_FN int weight_groups(int bits, int group, int dim, int raw) {
-  return values_in_half(bits, group, dim, raw) ? group_count(dim, group) : 1;
-}
-// Words of threadgroup memory for the weights of a tile.
-TKV_CONST_FN int weight_words(int bits, int group, int dim, int rows, int raw) {
-  return values_in_half(bits, group, dim, raw)
-             ? group_count(dim, group) * TILE * padded_rows(rows) / 2
-             : TILE * padded_rows(rows);
-}
-// Tokens of a unit: those whose vec4s fill whole columns. Units are prefetched.
-TKV_CONST_FN int value_span(int bits) {
-  return bits == 8 ? 8 : (bits == 16 ? 4 : (bits == 32 ? 2 : (bits == 4 || bits == 6 ? 16 : 32)));
-}
-TKV_CONST_FN int unit_columns(int bits) {
-  return value_span(bits) * bits / 32;
-}
-// Words of a unit that a lane loads.
-TKV_CONST_FN int unit_words(int bits, int dim) {
-  return unit_columns(bits) * 4 * ceil_div(dim, 4 * LANES);
-}
-
-// Loads column `c` of a unit for the lane's vec4 among the dims from 128 `s` on. `codes`: V's part
-// of a tile.
-template <int BITS, int DIM>
-TKV_FN void load_unit_column(thread uint* words, const device uint* codes, int unit, int s, int c,
-                             int first_vec4, int stride) {
+// Loads columns of a unit of `tile` for the lane's vec4 among the dims from 128 `s` on: from
+// `begin` to `end`, or word by word where a unit has no whole columns.
+template <typename C>
+TKV_FN void load_unit_columns(thread uint* words, const device uint* tile, int unit, int s,
+                              int begin, int end, int first_vec4) {
+  constexpr int DIM_VEC4S = C::V::DIM / 4;
   // lanes past the last vec4 repeat it and drop the result
-  const int vec4 = first_vec4 + s * stride < DIM / 4 ? first_vec4 + s * stride : DIM / 4 - 1;
-  const uint4 v = ((const device uint4*)codes)[(unit * unit_columns(BITS) + c) * (DIM / 4) + vec4];
-  words += (s * unit_columns(BITS) + c) * 4;
-  words[0] = v.x;
-  words[1] = v.y;
-  words[2] = v.z;
-  words[3] = v.w;
-}
-
-template <int BITS, int DIM>
-TKV_FN void load_unit(thread uint* words, const device uint* codes, int unit, int first_vec4,
-                      int stride) {
+  const int own = first_vec4 + s * (LANES / C::PARTS);
+  const int vec4 = own < DIM_VEC4S ? own : DIM_VEC4S - 1;
+  const device uint* columns = tile + C::K::WORDS;
+  words += s * C::UNIT_WORDS;
   TKV_UNROLL
-  for (int s = 0; s < ceil_div(DIM, 4 * LANES); s++) {
-    TKV_UNROLL
-    for (int c = 0; c < unit_columns(BITS); c++) {
-      load_unit_column<BITS, DIM>(words, codes, unit, s, c, first_vec4, stride);
-    }
+  for (int c = begin; c < end; c++) {
+    const int column = unit * (C::UNIT_WORDS / 4) + c;
+    const uint4 v = ((const device uint4*)columns)[column * DIM_VEC4S + vec4];
+    words[4 * c] = v.x;
+    words[4 * c + 1] = v.y;
+    words[4 * c + 2] = v.z;
+    words[4 * c + 3] = v.w;
   }
 }
 
-// Loads the bits of the scales of a lane's tokens: [tile][group].
-template <int BITS, int GROUP, int DIM, int RAW, int STEP>
-TKV_FN void load_value_scales(thread uint* scales, const device uint* thread* tiles, int offset,
-                              int lane) {
-  constexpr int GROUPS = weight_groups(BITS, GROUP, DIM, RAW);
-  if (!values_in_half(BITS, GROUP, DIM, RAW)) {
+// Loads a unit.
+template <typename C>
+TKV_FN void load_unit(thread uint* words, const device uint* tile, int unit, int first_vec4) {
+  TKV_UNROLL
+  for (int s = 0; s < C::VEC4S; s++) {
+    load_unit_columns<C>(words, tile, unit, s, 0, C::UNIT_WORDS / 4, first_vec4);
+  }
+}
+
+// Loads the bits of the folded scales of a lane's tokens: [tile][group].
+template <typename C>
+TKV_FN void load_value_scales(thread uint* scales, thread const Tiles<C>& tiles, int lane) {
+  if (!C::V_IN_HALF) {
     return;
   }
   TKV_UNROLL
-  for (int i = 0; i < STEP; i++) {
+  for (int i = 0; i < C::STEP; i++) {
     TKV_UNROLL
-    for (int g = 0; g < GROUPS; g++) {
-      scales[i * GROUPS + g] =
-          ((const device ushort*)(tiles[i] + offset + code_words(BITS, DIM)))[g * TILE + lane];
+    for (int g = 0; g < C::FOLDED; g++) {
+      scales[i * C::FOLDED + g] =
+          ((const device ushort*)
+               tiles.at[i])[2 * (C::K::WORDS + C::V::CODE_WORDS) + g * TILE + lane];
     }
   }
 }
 
-// Adds p.v of a unit to `output` in half precision. `words`: the unit's words, replaced by those of
-// `next_unit` in tile `next_codes`. `weights`: of the unit, half [token][row] for each group, times
-// the group's scale.
-template <int BITS, int GROUP, int DIM, int COPIES, int ROWS>
-TKV_FN void add_half_values(thread float* output, thread uint* words,
+// Loads N words, four at a time. `words`: aligned to 16 bytes.
+template <int N>
+TKV_FN void load_words(thread uint* w, threadgroup const uint* words) {
+  TKV_UNROLL
+  for (int i = 0; i < N / 4; i++) {
+    const uint4 v = ((threadgroup const uint4*)words)[i];
+    w[4 * i] = v.x;
+    w[4 * i + 1] = v.y;
+    w[4 * i + 2] = v.z;
+    w[4 * i + 3] = v.w;
+  }
+}
+
+// Half `i` of an array of words.
+TKV_FN half half_of(thread const uint* words, int i) {
+  const half2 two = as_type<half2>(words[i / 2]);
+  return i % 2 == 0 ? two.x : two.y;
+}
+
+// The sums of weight times value over CHAIN_TOKENS tokens from `begin` on, as half2.
+template <typename C>
+TKV_FN void sum_value_chain(thread half2* chain, thread const uint* vec4s,
                             threadgroup const uint* weights, threadgroup const float4* shared,
-                            uint copy, const device uint* next_codes, int next_unit, int first_vec4,
-                            int stride) {
-  constexpr int RP = padded_rows(ROWS);
-  constexpr int TOKENS = value_span(BITS);
+                            uint copy, int begin) {
+  constexpr int RP = C::PADDED_ROWS;
   TKV_UNROLL
-  for (int s = 0; s < ceil_div(DIM, 4 * LANES); s++) {
-    thread uint* vec4s = words + s * unit_columns(BITS) * 4;
+  for (int i = 0; i < 2 * C::ROWS; i++) {
+    chain[i] = as_type<half2>(0u);
+  }
+  uint w[CHAIN_TOKENS * RP / 2];
+  load_words<CHAIN_TOKENS * RP / 2>(w, weights + begin * RP / 2);
+  TKV_UNROLL
+  for (int t = 0; t < CHAIN_TOKENS; t++) {
+    half2 v[2];
+    vec4_halves<C::V::BITS, C::V_COPIES>(v, vec4_bits<C::V::BITS>(vec4s, begin + t).x, shared,
+                                         copy);
     TKV_UNROLL
-    for (int first = 0; first < TOKENS; first += 2 * CHAIN_TOKENS) {
-      half2 sums[2 * ROWS];
+    for (int r = 0; r < C::ROWS; r++) {
+      const half one = half_of(w, t * RP + r);
+      const half2 weight = half2(one, one);
+      chain[2 * r] = fma(v[0], weight, chain[2 * r]);
+      chain[2 * r + 1] = fma(v[1], weight, chain[2 * r + 1]);
+    }
+  }
+}
+
+// Adds weight times value of tokens `begin` to `end` in float32. Weights are read when they are
+// used: fewer registers.
+template <typename C>
+TKV_FN void add_half_values(thread float* output, thread const uint* vec4s,
+                            threadgroup const uint* weights, threadgroup const float4* shared,
+                            uint copy, int begin, int end) {
+  constexpr int RP = C::PADDED_ROWS;
+  constexpr int AT_ONCE = RP >= 4 ? 1 : 4 / RP;  // tokens whose weights are read at once
+  TKV_UNROLL
+  for (int first = begin; first < end; first += AT_ONCE) {
+    half w[AT_ONCE * RP];
+    load_halves<AT_ONCE * RP>(w, (threadgroup const half*)weights + first * RP);
+    TKV_UNROLL
+    for (int t = 0; t < AT_ONCE; t++) {
+      half2 v[2];
+      vec4_halves<C::V::BITS, C::V_COPIES>(v, vec4_bits<C::V::BITS>(vec4s, first + t).x, shared,
+                                           copy);
       TKV_UNROLL
-      for (int begin = first; begin < first + 2 * CHAIN_TOKENS; begin += CHAIN_TOKENS) {
-        half2 chain[2 * ROWS];
-        TKV_UNROLL
-        for (int i = 0; i < 2 * ROWS; i++) {
-          chain[i] = as_type<half2>(0u);
-        }
-        uint w[4 * RP];
-        TKV_UNROLL
-        for (int i = 0; i < RP; i++) {
-          const uint4 v =
-              ((threadgroup const uint4*)(weights + s * (TILE * RP / 2)))[begin * RP / 8 + i];
-          w[4 * i] = v.x;
-          w[4 * i + 1] = v.y;
-          w[4 * i + 2] = v.z;
-          w[4 * i + 3] = v.w;
-        }
-        TKV_UNROLL
-        for (int t = 0; t < CHAIN_TOKENS; t++) {
-          half2 v[2];
-          vec4_halves<BITS, COPIES>(v, vec4_bits<BITS>(vec4s, begin + t).x, shared, copy);
-          TKV_UNROLL
-          for (int r = 0; r < ROWS; r++) {
-            const half2 two = as_type<half2>(w[(t * RP + r) / 2]);
-            const half2 weight = (t * RP + r) % 2 == 0 ? half2(two.x, two.x) : half2(two.y, two.y);
-            chain[2 * r] = fma(v[0], weight, chain[2 * r]);
-            chain[2 * r + 1] = fma(v[1], weight, chain[2 * r + 1]);
-          }
-        }
-        TKV_UNROLL
-        for (int i = 0; i < 2 * ROWS; i++) {
-          sums[i] = begin == first ? chain[i] : sums[i] + chain[i];
-        }
-      }
-      TKV_UNROLL
-      for (int i = 0; i < 2 * ROWS; i++) {
-        output[s * ROWS * 4 + 2 * i] += float(sums[i].x);
-        output[s * ROWS * 4 + 2 * i + 1] += float(sums[i].y);
-      }
-      TKV_UNROLL
-      for (int c = first * BITS / 32; c < (first + 2 * CHAIN_TOKENS) * BITS / 32; c++) {
-        load_unit_column<BITS, DIM>(words, next_codes, next_unit, s, c, first_vec4, stride);
+      for (int r = 0; r < C::ROWS; r++) {
+        const float weight = float(w[t * RP + r]);
+        thread float* o = output + r * 4;
+        o[0] = fma(float(v[0].x), weight, o[0]);
+        o[1] = fma(float(v[0].y), weight, o[1]);
+        o[2] = fma(float(v[1].x), weight, o[2]);
+        o[3] = fma(float(v[1].y), weight, o[3]);
       }
     }
   }
 }
 
-// The same in float32. `weights`: of the unit, float [token][row]. `first`, `n`: the tile's tokens
-// that are valid.
-template <int BITS, int GROUP, int DIM, int RAW, int ROWS>
-TKV_FN void add_float_values(thread float* output, thread uint* words, const device uint* codes,
-                             threadgroup const float* weights, threadgroup const float* levels,
-                             int unit, int first_vec4, int stride, uint first, uint n) {
-  constexpr int RP = padded_rows(ROWS);
-  constexpr int TOKENS = value_span(BITS);
+// Adds p.v of `unit` of `tile` in half operands. `words`: where units are prefetched its words,
+// replaced by those of `next_unit` of `next`. `weights`: of the unit, half [token][row] for each
+// group, times the group's scale.
+template <typename C>
+TKV_FN void add_unit_in_half(thread float* output, thread uint* words,
+                             threadgroup const uint* weights, threadgroup const float4* shared,
+                             uint copy, const device uint* tile, int unit, const device uint* next,
+                             int next_unit, int first_vec4) {
+  constexpr int BITS = C::V::BITS;
   TKV_UNROLL
-  for (int s = 0; s < ceil_div(DIM, 4 * LANES); s++) {
-    const int vec4 = first_vec4 + s * stride < DIM / 4 ? first_vec4 + s * stride : DIM / 4 - 1;
-    const device ushort* scales = (const device ushort*)(codes + code_words(BITS, DIM)) +
-                                  vec4 * 4 / (GROUP == 0 ? 1 : GROUP) * TILE + unit * TOKENS;
+  for (int s = 0; s < C::VEC4S; s++) {
+    thread uint* vec4s = words + s * C::UNIT_WORDS;
+    threadgroup const uint* group_weights = weights + s * (TILE * C::PADDED_ROWS / 2);
     TKV_UNROLL
-    for (int t = 0; t < TOKENS; t++) {
-      float4 v = vec4_values<BITS, RAW>(vec4_bits<BITS>(words + s * TOKENS * BITS / 8, t), levels);
-      const bool seen = uint(unit * TOKENS + t) - first < n;
-      if (GROUP != 0) {
+    for (int first = 0; first < C::UNIT_TOKENS; first += 2 * CHAIN_TOKENS) {
+      if (!C::PREFETCH) {
+        load_unit_columns<C>(words, tile, unit, s, ceil_div(first * BITS, 32),
+                             ceil_div((first + 2 * CHAIN_TOKENS) * BITS, 32), first_vec4);
+      }
+      if (C::HALF2) {
+        half2 sums[2 * C::ROWS];
+        half2 chain[2 * C::ROWS];
+        sum_value_chain<C>(sums, vec4s, group_weights, shared, copy, first);
+        sum_value_chain<C>(chain, vec4s, group_weights, shared, copy, first + CHAIN_TOKENS);
+        TKV_UNROLL
+        for (int i = 0; i < 2 * C::ROWS; i++) {
+          sums[i] = sums[i] + chain[i];
+          output[s * C::ROWS * 4 + 2 * i] += float(sums[i].x);
+          output[s * C::ROWS * 4 + 2 * i + 1] += float(sums[i].y);
+        }
+      } else {
+        add_half_values<C>(output + s * C::ROWS * 4, vec4s, group_weights, shared, copy, first,
+                           first + 2 * CHAIN_TOKENS);
+      }
+      if (C::PREFETCH) {
+        load_unit_columns<C>(words, next, next_unit, s, first * BITS / 32,
+                             (first + 2 * CHAIN_TOKENS) * BITS / 32, first_vec4);
+      }
+    }
+  }
+}
+
+// Adds p.v of a unit of float32 operands. `weights`: of the unit, float [token][row]. `first`, `n`:
+// the tile's tokens that are valid.
+template <typename C>
+TKV_FN void add_unit_in_float(thread float* output, thread const uint* words,
+                              const device uint* tile, threadgroup const float* weights,
+                              threadgroup const float* levels, int unit, int first_vec4, uint first,
+                              uint n) {
+  typedef typename C::V V;
+  constexpr int RP = C::PADDED_ROWS;
+  TKV_UNROLL
+  for (int s = 0; s < C::VEC4S; s++) {
+    const int own = first_vec4 + s * (LANES / C::PARTS);
+    const int vec4 = own < V::DIM / 4 ? own : V::DIM / 4 - 1;
+    const device ushort* scales = (const device ushort*)tile + 2 * (C::K::WORDS + V::CODE_WORDS) +
+                                  vec4 * 4 / larger(V::GROUP, 1) * TILE + unit * C::UNIT_TOKENS;
+    TKV_UNROLL
+    for (int t = 0; t < C::UNIT_TOKENS; t++) {
+      float4 v =
+          vec4_values<V::BITS, C::RAW>(vec4_bits<V::BITS>(words + s * C::UNIT_WORDS, t), levels);
+      const bool seen = uint(unit * C::UNIT_TOKENS + t) - first < n;
+      if (V::GROUP != 0) {
         const float scale = seen ? half_bits(scales[t]) : 0.0f;
         v = float4(v.x * scale, v.y * scale, v.z * scale, v.w * scale);
       } else {
         v = float4(seen ? v.x : 0.0f, seen ? v.y : 0.0f, seen ? v.z : 0.0f, seen ? v.w : 0.0f);
       }
       TKV_UNROLL
-      for (int r = 0; r < ROWS; r++) {
-        float w;
-        if (RP % 4 == 0) {
-          w = component(((threadgroup const float4*)weights)[(t * RP + r) / 4], r % 4);
-        } else {
-          w = weights[t * RP + r];
-        }
-        thread float* o = output + (s * ROWS + r) * 4;
+      for (int r = 0; r < C::ROWS; r++) {
+        const float w = row_value<RP>(weights + t * RP, r);
+        thread float* o = output + (s * C::ROWS + r) * 4;
         o[0] += w * v.x;
         o[1] += w * v.y;
         o[2] += w * v.z;
@@ -184,11 +212,11 @@ TKV_FN void add_float_values(thread float* output, thread uint* words, const dev
 
 // Stores a token's weights in threadgroup memory: float [token][row], or half [group][token][row]
 // times the group's scale. A weight of zero stays zero even where the scale is not finite.
-template <int BITS, int GROUP, int DIM, int RAW, int ROWS>
+template <typename C>
 TKV_FN void store_weights(threadgroup uint* at, thread const float* weight,
                           thread const float* scales, int lane) {
-  constexpr int RP = padded_rows(ROWS);
-  if (!values_in_half(BITS, GROUP, DIM, RAW)) {
+  constexpr int RP = C::PADDED_ROWS;
+  if (!C::V_IN_HALF) {
     TKV_UNROLL
     for (int r = 0; r < RP; r++) {
       ((threadgroup float*)at)[lane * RP + r] = weight[r];
@@ -196,7 +224,7 @@ TKV_FN void store_weights(threadgroup uint* at, thread const float* weight,
     return;
   }
   TKV_UNROLL
-  for (int g = 0; g < weight_groups(BITS, GROUP, DIM, RAW); g++) {
+  for (int g = 0; g < C::FOLDED; g++) {
     threadgroup half* row = (threadgroup half*)at + (g * TILE + lane) * RP;
     TKV_UNROLL
     for (int r = 0; r < RP; r++) {

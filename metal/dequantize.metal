@@ -101,13 +101,15 @@ TKV_FN float read_back(float x) {
 
 // `first_centred`: the first token with an anchor. `next_block`: the first token of the second
 // block.
-template <typename T, int BITS, int GROUP, int DIM, int RAW, bool IS_K, bool CENTRED>
+template <typename T, typename S, int RAW, bool IS_K, bool CENTRED>
 TKV_FN void dequantize_tensor(const device uint* codes, device T* out,
                               threadgroup const float* levels, threadgroup const float* anchors,
                               int first_centred, int next_block, int n_tokens, int thread_index) {
+  constexpr int BITS = S::BITS;
+  constexpr int DIM = S::DIM;
   constexpr int VEC4S = DIM / 4;
   constexpr int LAST = (DIM * BITS / 8 + 3) / 4 - 1;
-  const device ushort* scales = (const device ushort*)(codes + code_words(BITS, DIM));
+  const device ushort* scales = (const device ushort*)(codes + S::CODE_WORDS);
   for (int i = thread_index; i < n_tokens * VEC4S; i += DEQUANTIZE_THREADS) {
     const int token = i / VEC4S;
     const int vec4 = i % VEC4S;
@@ -128,7 +130,7 @@ TKV_FN void dequantize_tensor(const device uint* codes, device T* out,
     }
     const float4 v = vec4_values<BITS, RAW>(bits, levels);
     const float scale =
-        GROUP == 0 ? 1.0f : half_bits(scales[vec4 * 4 / (GROUP == 0 ? 1 : GROUP) * TILE + token]);
+        S::GROUP == 0 ? 1.0f : half_bits(scales[vec4 * 4 / larger(S::GROUP, 1) * TILE + token]);
     device T* o = out + size_t(token) * DIM + vec4 * 4;
     float4 a = float4(0.0f, 0.0f, 0.0f, 0.0f);
     if (CENTRED && token >= first_centred) {
@@ -146,31 +148,31 @@ TKV_CONST_FN int dequantize_floats(int k_dim, bool centred) {
   return MAX_LEVELS + (centred ? 2 * k_dim + DEQUANTIZE_THREADS / LANES * 128 : 0);
 }
 
-template <typename T, int KB, int KG, int KD, int KW, int VB, int VG, int VD, int RAW, bool CENTRED>
+template <typename T, typename K, typename V, int RAW, bool CENTRED>
 TKV_FN void dequantize(const device uint* body, const device uint* tail, const device int* params,
                        const device uint* k_constants, const device uint* v_constants,
                        const device float* mu, const device uint* cos_sin_table,
                        const device int* left_padding, device T* keys, device T* values,
                        threadgroup float4* shared, uint3 group, uint simd, uint lane) {
-  constexpr int K_WORDS = tensor_words(KB, KG, KD);
-  constexpr int TILE_WORDS = K_WORDS + tensor_words(VB, VG, VD);
+  constexpr int TILE_WORDS = K::WORDS + V::WORDS;
   threadgroup float* levels = (threadgroup float*)shared;
   const int thread_index = int(simd) * LANES + int(lane);
   const int n_selected = params[param_n_selected_heads];
   const int row = int(group.y);  // of the selected heads of all sequences
-  const size_t head = size_t(row / n_selected * params[param_n_kv_heads] +
-                             params[param_first_head] + row % n_selected);
+  const int head =
+      row / n_selected * params[param_n_kv_heads] + params[param_first_head] + row % n_selected;
   const int tile = int(group.x);
   const int body_tiles = params[param_body_tiles];
   const device uint* codes =
       tile < body_tiles
-          ? body + (head * params[param_body_stride] + tile) * TILE_WORDS
-          : tail + (head * params[param_tail_stride] + tile - body_tiles) * TILE_WORDS;
+          ? body + size_t(uint(head * params[param_body_stride] + tile)) * TILE_WORDS
+          : tail + size_t(uint(head * params[param_tail_stride] + tile - body_tiles)) * TILE_WORDS;
   const int left = params[param_n_tokens] - tile * TILE;
   const int n_tokens = left < TILE ? left : TILE;
-  const size_t first = size_t(row) * params[param_n_tokens] + tile * TILE;
+  // rows and tiles of all heads are counted in 32 bits, elements and words in 64
+  const size_t first = uint(row * params[param_n_tokens] + tile * TILE);
   if (group.z == 0) {
-    load_levels<KB>(levels, k_constants, thread_index);
+    load_levels<K::BITS>(levels, k_constants, thread_index);
     threadgroup float* anchors = levels + MAX_LEVELS;
     int next_block = TILE;
     int first_centred = 0;
@@ -179,19 +181,18 @@ TKV_FN void dequantize(const device uint* body, const device uint* tail, const d
       first_centred = padding + params[param_n_uncentred] - tile * TILE;
       const int block = anchor_block(tile * TILE, padding);
       next_block = padding + (block + 1) * ANCHOR_BLOCK - tile * TILE;
-      rotated_anchors<KD, KW>(
-          anchors, anchors + 2 * KD, k_constants, mu + head % size_t(params[param_n_kv_heads]) * KD,
+      rotated_anchors<K::DIM, K::WIDTH>(
+          anchors, anchors + 2 * K::DIM, k_constants, mu + head % params[param_n_kv_heads] * K::DIM,
           cos_sin_table, params[param_split_pairs], block,
           anchor_block(params[param_n_tokens] - 1, padding), int(simd), int(lane));
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    dequantize_tensor<T, KB, KG, KD, RAW, true, CENTRED>(codes, keys + first * KD, levels, anchors,
-                                                         first_centred, next_block, n_tokens,
-                                                         thread_index);
+    dequantize_tensor<T, K, RAW, true, CENTRED>(codes, keys + first * K::DIM, levels, anchors,
+                                                first_centred, next_block, n_tokens, thread_index);
   } else {
-    load_levels<VB>(levels, v_constants, thread_index);
+    load_levels<V::BITS>(levels, v_constants, thread_index);
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    dequantize_tensor<T, VB, VG, VD, RAW, false, false>(
-        codes + K_WORDS, values + first * VD, levels, levels, 0, TILE, n_tokens, thread_index);
+    dequantize_tensor<T, V, RAW, false, false>(codes + K::WORDS, values + first * V::DIM, levels,
+                                               levels, 0, TILE, n_tokens, thread_index);
   }
 }

@@ -89,7 +89,7 @@ TKV_FN void store_lut(threadgroup uint* table, thread const uint* entries, int t
 
 // The index of dim `d` of a vec4 in its two half2: int8 codes are in the order 0, 2, 1, 3.
 TKV_CONST_FN int half_index(int bits, int d) {
-  return bits == 8 ? (d & 1) * 2 + d / 2 : d;
+  return bits == 8 && (d == 1 || d == 2) ? 3 - d : d;
 }
 
 // Byte offset of the first entry in the lane's copy. `first`: the LUT's first word. A LUT is
@@ -109,12 +109,13 @@ TKV_FN Entry lut_entry(threadgroup const float4* shared, uint bits, int first, u
   return shared_load<Entry>(shared, (at & MASK) | copy);
 }
 
-// The two half2 of a vec4. `bits`: from vec4_bits. `copy`: from lane_copy.
+// The two half2 of a vec4. `bits`: from vec4_bits. `copy`: from lane_copy. int8 codes are BIAS too
+// large.
 template <int BITS, int COPIES>
-TKV_FN void vec4_halves(thread half2* pairs, uint bits, threadgroup const float4* shared,
-                        uint copy) {
+TKV_FN void biased_halves(thread half2* pairs, uint bits, threadgroup const float4* shared,
+                          uint copy) {
   if (BITS == 8) {
-    signed_pairs(pairs, bits);
+    biased_pairs(pairs, bits);
   } else if (lut_codes(BITS, COPIES) == 4) {
     const uint2 levels = lut_entry<BITS, COPIES, uint2>(shared, bits, 0, copy);
     pairs[0] = as_type<half2>(levels.x);
@@ -130,5 +131,17 @@ TKV_FN void vec4_halves(thread half2* pairs, uint bits, threadgroup const float4
         pairs[i] = as_type<half2>(lut_entry<BITS, COPIES, uint>(shared, bits, 2 * BITS * i, copy));
       }
     }
+  }
+}
+
+// The same, exact for int8 codes too.
+template <int BITS, int COPIES>
+TKV_FN void vec4_halves(thread half2* pairs, uint bits, threadgroup const float4* shared,
+                        uint copy) {
+  biased_halves<BITS, COPIES>(pairs, bits, shared, copy);
+  if (BITS == 8) {
+    const half2 bias = as_type<half2>(0x64806480u);
+    pairs[0] = pairs[0] - bias;
+    pairs[1] = pairs[1] - bias;
   }
 }

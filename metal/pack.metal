@@ -19,16 +19,20 @@ constant constexpr int param_n_uncentred = 8;       // first keys of a sequence 
 TKV_CONST_FN int pack_groups(int dim) {
   return dim > 256 ? 4 : 8;
 }
-TKV_CONST_FN int pack_scales(int k_group, int k_dim, int v_group, int v_dim) {
-  return TILE * larger(1, larger(group_count(k_dim, k_group), group_count(v_dim, v_group)));
+template <typename K, typename V>
+TKV_CONST_FN int pack_scales() {
+  return TILE * larger(1, larger(K::GROUPS, V::GROUPS));
 }
 
-template <typename T, int BITS, int GROUP, int DIM, int WIDTH, int GROUPS, bool IS_K, bool CENTRED>
+template <typename T, typename S, int GROUPS, bool IS_K, bool CENTRED>
 TKV_FN void pack_tensor(const device T* rows, const device uint* old, device uint* out,
                         const device uint* constants, threadgroup float* row_buffers,
                         threadgroup uchar* codes, threadgroup ushort* scales,
                         threadgroup float* levels, Anchors anchors, int first, int end,
                         int simd_group, int lane) {
+  constexpr int BITS = S::BITS;
+  constexpr int DIM = S::DIM;
+  constexpr int WIDTH = S::WIDTH;
   const int thread_index = simd_group * LANES + lane;
   if (WIDTH != 0 && BITS != 8) {
     for (int i = thread_index; i < 2 * MAX_LEVELS; i += GROUPS * LANES) {
@@ -43,7 +47,7 @@ TKV_FN void pack_tensor(const device T* rows, const device uint* old, device uin
         quantize_q8<T, DIM>(x, codes + token * DIM, scales + token, lane);
       } else {
         constexpr int W = WIDTH == 0 ? 32 : WIDTH;
-        constexpr int G = GROUP == 0 ? 32 : GROUP;
+        constexpr int G = S::GROUP == 0 ? 32 : S::GROUP;
         constexpr int B = BITS > 8 ? 8 : BITS;
         simdgroup_barrier(mem_flags::mem_threadgroup);
         Anchors row_anchors = anchors;
@@ -55,15 +59,14 @@ TKV_FN void pack_tensor(const device T* rows, const device uint* old, device uin
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
-  constexpr int CODE_WORDS = code_words(BITS, DIM);
-  for (int i = thread_index; i < tensor_words(BITS, GROUP, DIM); i += GROUPS * LANES) {
+  for (int i = thread_index; i < S::WORDS; i += GROUPS * LANES) {
     Word word;
-    if (i < CODE_WORDS) {
+    if (i < S::CODE_WORDS) {
       word = IS_K ? key_word<T, BITS, DIM>(rows, codes, i, first, end)
                   : value_word<T, BITS, DIM>(rows, codes, i, first, end);
     } else {
-      const int token = 2 * ((i - CODE_WORDS) % 16);
-      threadgroup const ushort* pair = scales + (i - CODE_WORDS) / 16 * TILE + token;
+      const int token = 2 * ((i - S::CODE_WORDS) % 16);
+      threadgroup const ushort* pair = scales + (i - S::CODE_WORDS) / 16 * TILE + token;
       word.bits = token >= first && token < end ? uint(pair[0]) : 0u;
       word.bits |= token + 1 >= first && token + 1 < end ? uint(pair[1]) << 16 : 0u;
       word.kept = kept_bits(first, token, 16);
@@ -75,7 +78,7 @@ TKV_FN void pack_tensor(const device T* rows, const device uint* old, device uin
   }
 }
 
-template <typename T, int KB, int KG, int KD, int KW, int VB, int VG, int VD, int VW, bool CENTRED>
+template <typename T, typename K, typename V, bool CENTRED>
 TKV_FN void pack(const device T* keys, const device T* values, const device uint* tail,
                  const device int* params, const device uint* k_constants,
                  const device uint* v_constants, const device float* mu,
@@ -83,24 +86,23 @@ TKV_FN void pack(const device T* keys, const device T* values, const device uint
                  device uint* packed, threadgroup float* row_buffers, threadgroup uchar* codes,
                  threadgroup ushort* scales, threadgroup float* levels, uint3 group, uint simd,
                  uint lane) {
-  constexpr int GROUPS = pack_groups(larger(KD, VD));
-  constexpr int K_WORDS = tensor_words(KB, KG, KD);
-  constexpr int TILE_WORDS = K_WORDS + tensor_words(VB, VG, VD);
+  constexpr int GROUPS = pack_groups(larger(K::DIM, V::DIM));
+  constexpr int TILE_WORDS = K::WORDS + V::WORDS;
   const int n_new = params[param_n_new];
   const int n_kept = params[param_n_kept];
   const int tile = int(group.x);
-  const size_t head = group.y;
+  const int head = int(group.y);  // of all sequences'
   // new tokens of this tile: first to end
-  const int first =
-      n_kept <= tile * TILE ? 0 : (n_kept - tile * TILE < TILE ? n_kept - tile * TILE : TILE);
-  const int left = n_kept + n_new - tile * TILE;
-  const int end = left < TILE ? left : TILE;
-  const int skipped = tile * TILE + first - n_kept > 0 ? tile * TILE + first - n_kept : 0;
-  const size_t row = head * n_new + size_t(skipped);
-  const device uint* old = tail + (head * params[param_old_stride] + tile) * TILE_WORDS;
-  device uint* out = packed + (head * params[param_n_tiles] + tile) * TILE_WORDS;
+  const int n_before = n_kept - tile * TILE;
+  const int first = n_before < 0 ? 0 : (n_before < TILE ? n_before : TILE);
+  const int end = n_before + n_new < TILE ? n_before + n_new : TILE;
+  const int skipped = n_before < 0 ? -n_before : 0;  // new tokens of earlier tiles
+  // rows and tiles of all heads are counted in 32 bits, elements and words in 64
+  const size_t row = uint(head * n_new + skipped);
+  const device uint* old = tail + size_t(uint(head * params[param_old_stride] + tile)) * TILE_WORDS;
+  device uint* out = packed + size_t(uint(head * params[param_n_tiles] + tile)) * TILE_WORDS;
   Anchors anchors;
-  anchors.mu = mu + head % size_t(CENTRED ? params[param_n_kv_heads] : 1) * KD;
+  anchors.mu = mu + head % (CENTRED ? params[param_n_kv_heads] : 1) * K::DIM;
   anchors.cos_sin_table = cos_sin_table;
   anchors.split_pairs = params[param_split_pairs];
   anchors.row = params[param_first_row] + skipped;
@@ -109,12 +111,12 @@ TKV_FN void pack(const device T* keys, const device T* values, const device uint
                         ? left_padding[head / params[param_n_kv_heads]]
                         : 0;
   if (group.z == 0) {
-    pack_tensor<T, KB, KG, KD, KW, GROUPS, true, CENTRED>(
-        keys + row * KD, old, out, k_constants, row_buffers, codes, scales, levels, anchors, first,
-        end, int(simd), int(lane));
+    pack_tensor<T, K, GROUPS, true, CENTRED>(keys + row * K::DIM, old, out, k_constants,
+                                             row_buffers, codes, scales, levels, anchors, first,
+                                             end, int(simd), int(lane));
   } else {
-    pack_tensor<T, VB, VG, VD, VW, GROUPS, false, false>(
-        values + row * VD, old + K_WORDS, out + K_WORDS, v_constants, row_buffers, codes, scales,
-        levels, anchors, first, end, int(simd), int(lane));
+    pack_tensor<T, V, GROUPS, false, false>(values + row * V::DIM, old + K::WORDS, out + K::WORDS,
+                                            v_constants, row_buffers, codes, scales, levels,
+                                            anchors, first, end, int(simd), int(lane));
   }
 }

@@ -22,7 +22,7 @@
 #define device
 #define threadgroup
 #define thread
-#define constant static
+#define constant
 
 #define threadgroup_position_in_grid blockIdx
 #define simdgroup_index_in_threadgroup (threadIdx.x >> 5)
@@ -40,10 +40,9 @@ TKV_FN To as_type(From x) {
   return y;
 }
 
-// There is more shared memory here, so LUTs have more copies and fewer bank conflicts.
-TKV_CONST_FN int max_lut_words(bool keys) {
-  return keys ? 4096 : 2048;
-}
+struct __align__(8) half4 {
+  half x, y, z, w;
+};
 
 // Metal's vector constructors.
 #define uint4(...) make_uint4(__VA_ARGS__)
@@ -84,6 +83,9 @@ TKV_FN bool simd_any(bool x) {
 TKV_FN half2 fma(half2 a, half2 b, half2 c) {
   return __hfma2(a, b, c);
 }
+TKV_FN float fma(float a, float b, float c) {
+  return fmaf(a, b, c);
+}
 
 // Approximate and flushing denormals, as in Metal.
 TKV_FN float fast_exp2(float x) {
@@ -106,14 +108,17 @@ TKV_FN T shared_load(const float4*, uint offset) {
   return *(const T*)__cvta_shared_to_generic(offset);
 }
 
-TKV_FN void signed_pairs(half2* pairs, uint word) {
-  const half2 offset = as_type<half2>(0x64806480u);
+TKV_FN void biased_pairs(half2* pairs, uint word) {
   const uint flipped = word ^ 0x80808080u;
-  pairs[0] = as_type<half2>(__byte_perm(flipped, 0x64646464u, 0x4240u)) - offset;
-  pairs[1] = as_type<half2>(__byte_perm(flipped, 0x64646464u, 0x4341u)) - offset;
+  pairs[0] = as_type<half2>(__byte_perm(flipped, 0x64646464u, 0x4240u));
+  pairs[1] = as_type<half2>(__byte_perm(flipped, 0x64646464u, 0x4341u));
 }
 
 TKV_FN float signed_byte(uint word, int index) {
   return __uint_as_float(__byte_perm(word ^ 0x80808080u, 0x4b000000u, 0x7440u + index)) -
          8388736.0f;
+}
+TKV_FN float4 signed_bytes(uint word) {
+  return make_float4(signed_byte(word, 0), signed_byte(word, 1), signed_byte(word, 2),
+                     signed_byte(word, 3));
 }

@@ -20,8 +20,9 @@ SHARED_FILES = ("common.h", "hadamard.h")
 # the other files that a kernel needs, in order
 NEEDS = {
     "decode.metal": (
-        *("attention.h", "anchor.h", "lut.h", "decode_queries.h", "decode_keys.h"),
-        *("decode_anchors.h", "decode_values.h", "decode_memory.h", "decode_softmax.h"),
+        *("attention.h", "anchor.h", "lut.h", "decode_config.h", "decode_queries.h"),
+        *("decode_keys.h", "decode_anchors.h", "decode_values.h", "decode_softmax.h"),
+        "decode_join.h",
     ),
     "merge.metal": ("attention.h",),
     "pack.metal": ("anchor.h", "pack_quantize.h", "pack_words.h"),
@@ -30,8 +31,12 @@ NEEDS = {
 # MLX copies the text at every launch that is not replayed: what the compiler does not need is left
 # out, lines stay
 _COMMENT_OR_INDENT = re.compile(r"^ +|(?: *)//.*$", re.M)
-# how a kernel knows its threads: attributes in Metal, macros of compat/cuda.h in CUDA
-THREAD = "threadgroup_position_in_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup"
+# how a kernel knows its threads: attributes in Metal, macros of compat/cuda.h in CUDA. The masks
+# tell compilers the ranges.
+THREAD = (
+    "threadgroup_position_in_grid, simdgroup_index_in_threadgroup & 7u, "
+    "thread_index_in_simdgroup & 31u"
+)
 
 
 @cache

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ..quant.layout import TILE, KVLayout
-from . import assemble, tables
+from . import assemble, tables, tuning
 from .checks import (
     Input,
     anchor_inputs,
@@ -23,21 +23,18 @@ from .checks import (
 )
 from .packed import PackedKV
 from .trust import Kernel, require
+from .tuning import Tuning
 
 MAX_QUERIES = 8
-THREADS = 256
-# threadgroups that fill a large GPU, the fewest tiles worth a split, and the most that are not cut
-FULL_WAVE = 264
-MIN_SPLIT_TILES = 4
-MOST_WHOLE_TILES = 64
-# uncut tokens: up to so many threadgroups take one query row each
-MOST_SINGLE_ROWS = 64
-
+MERGE_THREADS = 256
 PARTIAL_SOURCE = f"""
-TKV_SHARED_ALIGNED(float4, shared, decode_words(KB, KD, VB, VG, VD, ROWS, RAW, CENTRED) / 4);
-decode_partial<T, KB, KG, KD, KW, VB, VG, VD, VW, RAW, ROWS, CENTRED, WHOLE>(
-    queries, body, tail, left_padding, params, k_constants, v_constants, mu, cos_sin_table, sinks,
-    result, shared, {assemble.THREAD});
+typedef DecodeConfig<T, Tensor<KB, KG, KD, KW>, Tensor<VB, VG, VD, VW>, RAW, ROWS, CENTRED, WHOLE,
+                     STEP, SIMD_GROUPS, KEY_COLUMNS, LUT_WORDS, PREFETCH, HALF2> Config;
+TKV_SHARED_ALIGNED(float4, shared, DecodeMemory<Config>::END / 4);
+const DecodeInputs<T> inputs = {{
+    queries, body, tail, left_padding, (const device DecodeParams*)params, k_constants,
+    v_constants, mu, cos_sin_table, sinks}};
+decode_partial<Config>(inputs, result, shared, {assemble.THREAD});
 """
 PARTIAL_INPUTS = ("queries", "body", "tail", "left_padding", "params", "k_constants")
 PARTIAL_INPUTS += ("v_constants", *tables.ANCHOR_INPUTS[:2], "sinks")
@@ -58,25 +55,25 @@ class Launch(NamedTuple):
     v_constants: mx.array
 
 
-def rows_at_once(n_rows: int, widest: int, centred: bool = False) -> int:
-    """Query rows that one threadgroup takes: as many as registers hold, evenly cut.
+class DecodeParams(NamedTuple):
+    """The run-time parameters of metal/attention.h, in its order; ``scale`` as its bits."""
 
-    Sixteen rows of 128 dims leave no threadgroup memory for what queries and anchors give.
-    """
-    most = 16 if widest <= 128 else (8 if widest <= 256 else 4)
-    if centred and widest > 64:
-        most = min(most, 8)
-    return -(-n_rows // -(-n_rows // most))
-
-
-def n_splits(n_tiles: int, n_groups: int) -> int:
-    """Into how many splits the tokens of one head are cut: no more than run at once.
-
-    A split alone needs no second kernel to join it with others, which few tokens do not repay.
-    """
-    if n_tiles <= MOST_WHOLE_TILES:
-        return 1
-    return max(1, min(FULL_WAVE // n_groups, -(-n_tiles // MIN_SPLIT_TILES)))
+    n_rows: int
+    n_queries: int
+    n_kv_heads: int
+    causal: bool
+    body_stride: int
+    body_tiles: int
+    tail_stride: int
+    n_tokens: int
+    n_splits: int
+    has_left_padding: bool
+    has_sinks: bool
+    scale: int
+    opaque_one: int
+    split_pairs: int
+    n_uncentred: int
+    stats_offset: int
 
 
 @lru_cache(maxsize=256)
@@ -91,6 +88,7 @@ def _launch(
     flags: tuple[bool, bool, bool],
     anchors: tuple[int, bool] | None,
     splits: int | None,
+    cut: Tuning,
 ) -> Launch:
     """
     Args:
@@ -99,7 +97,7 @@ def _launch(
         counts: body rows, tiles of the body's buffer, tail rows, tiles of the tail's buffer.
         flags: causal, sinks, left padding.
         anchors: of centred keys: pairs of dims that lie apart, whether first keys are bare.
-        splits: those of a head; None: n_splits.
+        splits: those of a head; None: as the tuning says.
     """
     k, v = tables.tensor_parameters(layout)
     batch, n_heads, n_kv_heads, n_queries = shape
@@ -108,48 +106,56 @@ def _launch(
     check_heads("decode", n_heads, n_kv_heads, n_queries)
     causal, has_sinks, has_padding = flags
     n_rows = n_heads // n_kv_heads * n_queries
-    rows = rows_at_once(n_rows, max(k.dim, v.dim), anchors is not None)
+    rows = cut.rows_at_once(n_rows, max(k.dim, v.dim), anchors is not None)
     n_groups = batch * n_kv_heads
     n_tiles = -(-(n_body + n_tail) // TILE)
-    splits = splits or n_splits(n_tiles, n_groups * -(-n_rows // rows))
+    if splits is None:
+        n_cores = tuning.n_cores(backend)
+        splits = cut.n_splits(n_tiles, n_groups * -(-n_rows // rows), n_cores)
     whole = splits == 1
-    if whole and n_groups * n_rows <= MOST_SINGLE_ROWS:
+    if whole and n_groups * n_rows <= cut.whole_rows:
         rows = 1
     n_partial = 0 if whole else n_groups * n_rows * splits * v.dim
     output = (batch, n_heads, n_queries, v.dim)
-    template = *tables.template(layout, dtype), ("VW", v.width), ("ROWS", rows)
-    template += ("CENTRED", anchors is not None), ("WHOLE", whole)
+    template = ("T", dtype), *tables.template(layout), ("RAW", tables.RAW[layout.dtype])
+    template += ("ROWS", rows), ("CENTRED", anchors is not None), ("WHOLE", whole)
+    template += ("STEP", cut.tiles_at_once(rows, v.dim)), ("SIMD_GROUPS", cut.simd_groups)
+    template += ("KEY_COLUMNS", cut.key_columns), ("LUT_WORDS", cut.lut_words)
+    template += ("PREFETCH", cut.prefetch), ("HALF2", cut.half2)
+    threads = 32 * cut.simd_groups
     partial_options = (
         ("template", template),
-        ("grid", (n_groups * THREADS, splits, -(-n_rows // rows))),
-        ("threadgroup", (THREADS, 1, 1)),
+        ("grid", (n_groups * threads, splits, -(-n_rows // rows))),
+        ("threadgroup", (threads, 1, 1)),
         ("output_shapes", (output if whole else (n_partial + 2 * n_partial // v.dim,),)),
         ("output_dtypes", (dtype if whole else mx.float32,)),
     )
     merge_options = (
         ("template", (("T", dtype), ("VD", v.dim), ("VW", v.width))),
-        ("grid", (n_groups * n_rows * THREADS, 1, 1)),
-        ("threadgroup", (THREADS, 1, 1)),
+        ("grid", (n_groups * n_rows * MERGE_THREADS, 1, 1)),
+        ("threadgroup", (MERGE_THREADS, 1, 1)),
         ("output_shapes", (output,)),
         ("output_dtypes", (dtype,)),
     )
     scale_bits = struct.unpack("<i", struct.pack("<f", scale))[0]
-    params = tables.int_array(
-        n_rows,
-        n_queries,
-        n_kv_heads,
-        int(causal and n_queries > 1),
-        body_stride,
-        n_body // TILE,
-        tail_stride,
-        n_body + n_tail,
-        splits,
-        int(has_padding),
-        int(has_sinks),
-        scale_bits,
-        1,
-        *(int(x) for x in anchors or (0, 0)),
-        n_partial,
+    split_pairs, n_uncentred = anchors or (0, 0)
+    params = DecodeParams(
+        n_rows=n_rows,
+        n_queries=n_queries,
+        n_kv_heads=n_kv_heads,
+        causal=causal and n_queries > 1,
+        body_stride=body_stride,
+        body_tiles=n_body // TILE,
+        tail_stride=tail_stride,
+        n_tokens=n_body + n_tail,
+        n_splits=splits,
+        has_left_padding=has_padding,
+        has_sinks=has_sinks,
+        scale=scale_bits,
+        opaque_one=1,
+        split_pairs=split_pairs,
+        n_uncentred=int(n_uncentred),
+        stats_offset=n_partial,
     )
     heads = batch, n_kv_heads
     wanted = (
@@ -162,9 +168,12 @@ def _launch(
         Input("sinks", (max(n_heads, 8),), dtype) if has_sinks else None,
     )
     heads = n_heads // n_kv_heads, n_queries
-    require(Kernel("decode", backend, layout, dtype, anchors is not None, rows, whole, None, heads))
+    kernel = Kernel("decode", backend, layout, dtype, anchors is not None, rows, whole, cut, heads)
+    require(kernel)
     call = _call(factory, backend, partial_options, None if whole else merge_options, wanted)
-    return Launch(call, params, tables.constants(k), tables.constants(v))
+    return Launch(
+        call, tables.int_array(*map(int, params)), tables.constants(k), tables.constants(v)
+    )
 
 
 @lru_cache(maxsize=64)
@@ -204,6 +213,7 @@ def decode(
     *,
     backend: str = "metal",
     splits: int | None = None,
+    cut: Tuning | None = None,
 ) -> mx.array:
     """Attention of at most 8 queries over packed rows, in one launch or two.
 
@@ -213,6 +223,7 @@ def decode(
         left_padding: rows before the first valid one of each sequence; None where there are none.
             Positions of centred keys count from it.
         splits: parts that the tokens of a head are cut into; None: as many as suit their number.
+        cut: how the kernel is cut for the GPU; None: as the package has it for the back-end.
 
     Shapes:
         queries: [B, n_heads, L, k_head_dim]; sinks: [n_heads]; left_padding: [B] int32.
@@ -234,6 +245,7 @@ def decode(
         (causal, sinks is not None, left_padding is not None),
         None if centre is None else (centre.rope.split_pairs, centre.first_key_uncentred),
         splits,
+        cut or tuning.built_in(backend),
     )
     return launch.call(
         queries,

@@ -18,7 +18,7 @@ from .trust import Kernel, require
 THREADS = 256
 SOURCE = f"""
 TKV_SHARED(float4, shared, dequantize_floats(KD, CENTRED) / 4);
-dequantize<T, KB, KG, KD, KW, VB, VG, VD, RAW, CENTRED>(
+dequantize<T, Tensor<KB, KG, KD, KW>, Tensor<VB, VG, VD, VW>, RAW, CENTRED>(
     body, tail, params, k_constants, v_constants, mu, cos_sin_table, left_padding, keys, values,
     shared, {assemble.THREAD});
 """
@@ -66,7 +66,8 @@ def _launch(
             whether rows of padding come first.
     """
     k, v = tables.tensor_parameters(layout)
-    template = [*tables.template(layout, dtype), ("CENTRED", anchors is not None)]
+    template = [("T", dtype), *tables.template(layout), ("RAW", tables.RAW[layout.dtype])]
+    template += [("CENTRED", anchors is not None)]
     batch, n_heads = shape
     first, count = heads
     n_body, body_stride, n_tail, tail_stride = counts

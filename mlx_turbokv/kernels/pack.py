@@ -15,11 +15,13 @@ from .checks import Input, anchor_inputs, check_inputs, check_kept, tiles_input
 from .trust import Kernel, require
 
 SOURCE = f"""
+typedef Tensor<KB, KG, KD, KW> K;
+typedef Tensor<VB, VG, VD, VW> V;
 TKV_SHARED(float, row_buffers, pack_groups(larger(KD, VD)) * larger(KD, VD));
 TKV_SHARED(uchar, codes, 32 * larger(KD, VD));
-TKV_SHARED(ushort, scales, pack_scales(KG, KD, VG, VD));
+TKV_SHARED(ushort, scales, (pack_scales<K, V>()));
 TKV_SHARED(float, levels, 2 * MAX_LEVELS);
-pack<T, KB, KG, KD, KW, VB, VG, VD, VW, CENTRED>(
+pack<T, K, V, CENTRED>(
     keys, values, tail, params, k_constants, v_constants, mu, cos_sin_table, left_padding, packed,
     row_buffers, codes, scales, levels, {assemble.THREAD});
 """
@@ -54,9 +56,7 @@ def _launch(
         tiles: of the tail's buffer, before and after.
     """
     k, v = tables.tensor_parameters(layout)
-    template = [("T", dtype), ("KB", k.bits), ("KG", k.group), ("KD", k.dim), ("KW", k.width)]
-    template += [("VB", v.bits), ("VG", v.group), ("VD", v.dim), ("VW", v.width)]
-    template += [("CENTRED", centred)]
+    template = [("T", dtype), *tables.template(layout), ("CENTRED", centred)]
     threads = 128 if max(k.dim, v.dim) > WIDE else 256
     require(Kernel("pack", backend, layout, dtype, centred))
     kernel = assemble.build("pack", "pack.metal", INPUTS, ("packed",), SOURCE, backend)

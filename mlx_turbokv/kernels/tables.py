@@ -60,11 +60,11 @@ def uncovered(layout: KVLayout) -> str | None:
     return None
 
 
-def template(layout: KVLayout, dtype: mx.Dtype) -> list[tuple[str, object]]:
-    """Template values of the kernels that read packed rows; ``dtype`` is that of what they meet."""
+def template(layout: KVLayout) -> list[tuple[str, int]]:
+    """Template values of K and V: those of Tensor in metal/common.h."""
     k, v = tensor_parameters(layout)
-    values = [("T", dtype), ("KB", k.bits), ("KG", k.group), ("KD", k.dim), ("KW", k.width)]
-    return values + [("VB", v.bits), ("VG", v.group), ("VD", v.dim), ("RAW", RAW[layout.dtype])]
+    values = [("KB", k.bits), ("KG", k.group), ("KD", k.dim), ("KW", k.width)]
+    return values + [("VB", v.bits), ("VG", v.group), ("VD", v.dim), ("VW", v.width)]
 
 
 @cache

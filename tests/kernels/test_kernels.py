@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import kernel_cases
 import mlx.core as mx
 import numpy as np
@@ -14,7 +16,16 @@ from mlx_turbokv.attention import dispatch
 from mlx_turbokv.centring.centre import Centre
 from mlx_turbokv.centring.rope import RopeFrequencies
 from mlx_turbokv.errors import InputError
-from mlx_turbokv.kernels import assemble, backend, decode, dequantize, heads, pack, reference
+from mlx_turbokv.kernels import (
+    assemble,
+    backend,
+    decode,
+    dequantize,
+    heads,
+    pack,
+    reference,
+    tuning,
+)
 from mlx_turbokv.kernels.packed import PackedKV, empty_tiles
 from mlx_turbokv.quant.formats import KVFormat
 from mlx_turbokv.quant.layout import KVLayout
@@ -24,10 +35,16 @@ from mlx_turbokv.quant.tiles import tiles_to_rows
 THROUGH_ROWS = 3e-3
 # logits of a sequence alone and in a batch, float32
 BATCH_LOGITS = 1e-4
-CASES_OF_TURBO2 = (
+# what is cut for NVIDIA's GPUs runs here too: tables of four codes, sums of half2, prefetching
+NVIDIA_CASES = [
     Case("q8_0", "turbo2", (128, 128)),
     Case("turbo2", "turbo3", (64, 64), tokens=(32, 33), splits=2),
-)
+    *kernel_cases.SANITIZE_CASES,
+    *kernel_cases.PAIRS[::7],
+    *kernel_cases.CENTRED[::4],
+    *kernel_cases.NARROW,
+    *kernel_cases.LONG[::3],
+]
 
 
 @pytest.fixture
@@ -43,24 +60,11 @@ def test_case_agrees_with_float64(host, case: Case) -> None:
     assert run_case(case, "metal")["failures"] == []
 
 
-@pytest.mark.parametrize("case", CASES_OF_TURBO2, ids=str)
-def test_tables_as_large_as_on_nvidia_agree_too(host, monkeypatch, case: Case) -> None:
-    """Apple's kernels have no table whose entries are four codes."""
-    text = assemble.header_text
-
-    def header(file: str, backend: str) -> str:
-        return text(file, backend).replace("keys ? 1024 : 512;", "keys ? 4096 : 2048;")
-
-    assert header("decode.metal", "metal") != text("decode.metal", "metal")
-    monkeypatch.setattr(assemble, "header_text", header)
-    caches = assemble._build, decode._launch, decode._call
-    for cached in caches:
-        cached.cache_clear()
-    try:
-        assert run_case(case, "metal")["failures"] == []
-    finally:
-        for cached in caches:
-            cached.cache_clear()
+@pytest.mark.slow
+@pytest.mark.parametrize("case", NVIDIA_CASES, ids=str)
+def test_case_agrees_with_float64_as_cut_for_nvidia(host, monkeypatch, case: Case) -> None:
+    monkeypatch.setattr(tuning, "built_in", lambda backend: tuning.CUDA)
+    assert run_case(case, "metal")["failures"] == []
 
 
 def test_cases_hold_every_pair_of_formats_and_dims() -> None:
@@ -298,13 +302,44 @@ def test_a_decode_step_is_two_launches_or_three(host, splits: int | None, launch
     assert len(host.launches) == launches
 
 
-def test_many_tokens_are_split_and_few_are_not() -> None:
-    assert decode.n_splits(decode.MOST_WHOLE_TILES, 8) == 1
-    for n_tiles in (decode.MOST_WHOLE_TILES + 1, 1000, 4096):
+@pytest.mark.parametrize("cut", [tuning.APPLE, tuning.CUDA])
+@pytest.mark.parametrize("n_cores", [8, 40, 132])
+def test_many_tokens_are_split_and_few_are_not(cut: tuning.Tuning, n_cores: int) -> None:
+    assert cut.n_splits(cut.whole_tiles, 8, n_cores) == 1
+    wave = n_cores * cut.threadgroups_per_core
+    for n_tiles in (cut.whole_tiles + 1, 1000, 4096):
         for n_groups in range(1, 300):
-            splits = decode.n_splits(n_tiles, n_groups)
-            assert 1 <= splits and (splits == 1 or splits * n_groups <= decode.FULL_WAVE)
-            assert splits == 1 or n_tiles >= (splits - 1) * decode.MIN_SPLIT_TILES
+            splits = cut.n_splits(n_tiles, n_groups, n_cores)
+            assert 1 <= splits and (splits == 1 or splits * n_groups <= wave)
+            assert splits == 1 or n_tiles >= (splits - 1) * cut.min_split_tiles
+
+
+@pytest.mark.parametrize("cut", [tuning.APPLE, tuning.CUDA])
+@pytest.mark.parametrize("centred", [False, True])
+def test_query_rows_are_cut_evenly(cut: tuning.Tuning, centred: bool) -> None:
+    for widest in (64, 128, 192, 256, 512):
+        for n_rows in range(1, 130):
+            rows = cut.rows_at_once(n_rows, widest, centred)
+            passes = -(-n_rows // rows)
+            assert 1 <= rows <= cut.most_rows
+            assert passes * rows - n_rows < passes  # no pass has two rows to spare
+
+
+def test_parameters_are_those_of_the_kernels_struct() -> None:
+    text = (assemble.metal_folder() / "attention.h").read_text()
+    struct = re.search(r"struct DecodeParams \{(.*?)\n\};", text, re.S).group(1)
+    fields = re.findall(r"^  (?:int|float) (\w+);", struct, re.M)
+    assert tuple(fields) == decode.DecodeParams._fields
+
+
+def test_an_odd_gpu_has_the_cores_of_a_common_one(monkeypatch) -> None:
+    monkeypatch.setattr(mx, "device_info", lambda: {"device_name": "Apple M99"})
+    tuning.n_cores.cache_clear()
+    assert tuning.n_cores("metal") == 10
+    monkeypatch.setattr(mx, "device_info", lambda: {"device_name": "Apple M1 Max"})
+    tuning.n_cores.cache_clear()
+    assert tuning.n_cores("metal") == 32
+    tuning.n_cores.cache_clear()
 
 
 def test_a_padded_batch_decodes_from_packed_rows(host) -> None:

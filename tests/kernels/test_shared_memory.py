@@ -6,11 +6,12 @@ import re
 import subprocess
 
 import kernel_cases
+import pytest
 from metal_host import toolchain
 from metal_host.opencl import MAX_THREADGROUP_BYTES
 
-from mlx_turbokv.kernels import decode, dequantize, pack, tables
-from mlx_turbokv.kernels.assemble import NEEDS, metal_folder
+from mlx_turbokv.kernels import assemble, decode, dequantize, pack, tables, tuning
+from mlx_turbokv.kernels.assemble import metal_folder
 from mlx_turbokv.kernels.tables import MAX_HEAD_DIM
 from mlx_turbokv.quant.formats import KVFormat
 from mlx_turbokv.quant.layout import KVLayout
@@ -18,91 +19,105 @@ from mlx_turbokv.quant.layout import KVLayout
 MOST_BYTES = 48 * 1024
 # the gap before the LUTs, which aligns them to their size
 ALIGNMENT = r"\(count\) \+ \((\d+) - (\d+)\)"
-CONSTANTS = re.compile(
-    r"(?:constant constexpr int [A-Z0-9_]+ = [^;]+;)"
-    r"|(?:TKV_CONST_FN (?:int|bool) \w+\([^)]*\) \{.*?\n\})",
-    re.S,
-)
+FORMATS = (*kernel_cases.FORMATS, "turbo8")
+DIMS = ((128, 128), (64, 64), (40, 40), (80, 80), (192, 192), (192, 128), (256, 256), (512, 512))
 PROGRAM = """
 #include <cstdio>
-#define constant static
-#define TKV_CONST_FN constexpr
-%s
-int main() {
-  int a, b, c, d, e, f, g, h, i;
-  while (std::scanf("%%d %%d %%d %%d %%d %%d %%d %%d %%d", &a, &b, &c, &d, &e, &f, &g, &h, &i) == 9)
-    std::printf("%%d %%d %%d\\n", 4 * decode_words(a, b, c, d, e, f, g, h),
-                4 * (pack_groups(larger(b, e)) * larger(b, e) + 2 * MAX_LEVELS) +
-                    TILE * larger(b, e) + 2 * pack_scales(i, b, d, e),
-                4 * dequantize_floats(b, h));
-}
+#include "compat/host.h"
+#define constant
+#define threadgroup
+{text}
+int main() {{
+{lines}
+}}
 """
-KERNELS = ("decode", "pack", "dequantize")
+# bytes of each kernel, as its source declares them
+DECLARED = {
+    "decode.metal": (
+        "16 * (DecodeMemory<DecodeConfig<float, {k}, {v}, {raw}, {rows}, {centred}, false, {step},"
+        " {cut.simd_groups}, {cut.key_columns}, {cut.lut_words}, {prefetch}, {half2}>>::END / 4)"
+    ),
+    "pack.metal": (
+        "4 * (pack_groups({widest}) * {widest} + 2 * MAX_LEVELS) + 32 * {widest} +"
+        " 2 * (pack_scales<{k}, {v}>())"
+    ),
+    "dequantize.metal": "16 * (dequantize_floats({k_dim}, {centred}) / 4)",
+}
 
 
-def _bytes(tmp_path, parts: list[str]) -> dict[str, tuple[int, tuple]]:
-    """The most bytes of threadgroup memory that each kernel declares, and for what."""
-    files = ("common.h", *NEEDS["decode.metal"], "pack.metal", "dequantize.metal")
-    texts = CONSTANTS.findall("".join((metal_folder() / name).read_text() for name in files))
-    if parts:  # the prelude's own max_lut_words is NVIDIA's
-        texts = [t for t in texts if "int max_lut_words" not in t]
-    (tmp_path / "words.cpp").write_text(PROGRAM % "\n".join([*parts, *texts]))
-    program = tmp_path / "words"
-    subprocess.run(
-        [toolchain.gxx(), "-std=c++17", "-o", program, tmp_path / "words.cpp"], check=True
-    )
-    arguments = sorted(set(_variants()))
-    text = "\n".join(" ".join(map(str, variant)) for variant in arguments)
-    out = subprocess.run([program], input=text, capture_output=True, text=True, check=True).stdout
-    rows = [[int(x) for x in line.split()] for line in out.splitlines()]
-    assert len(rows) == len(arguments) > 1000
-    return {
-        name: max(zip(column, arguments, strict=True))
-        for name, column in zip(KERNELS, zip(*rows), strict=True)
-    }
+def _variants(cut: tuning.Tuning):
+    """What the expressions above are made of, for every layout and number of rows."""
+    for k_name in FORMATS:
+        for v_name in FORMATS:
+            for dims in DIMS:
+                for dtype in ("float16", "float32"):
+                    layout = KVLayout(KVFormat.parse(k_name), KVFormat.parse(v_name), *dims, dtype)
+                    k, v = tables.tensor_parameters(layout)
+                    for centred in (False, True):
+                        rows = {cut.rows_at_once(n, max(dims), centred) for n in range(1, 65)}
+                        for most in rows if k_name in ("turbo4", "q8_0") else {max(rows)}:
+                            yield {
+                                "k": f"Tensor<{k.bits}, {k.group}, {k.dim}, {k.width}>",
+                                "v": f"Tensor<{v.bits}, {v.group}, {v.dim}, {v.width}>",
+                                "raw": tables.RAW[dtype],
+                                "rows": most,
+                                "centred": str(centred).lower(),
+                                "step": cut.tiles_at_once(most, v.dim),
+                                "cut": cut,
+                                "prefetch": str(cut.prefetch).lower(),
+                                "half2": str(cut.half2).lower(),
+                                "widest": max(dims),
+                                "k_dim": k.dim,
+                            }
 
 
-def test_every_layout_fits_on_nvidia(tmp_path) -> None:
+def _most_bytes(tmp_path, file: str, cut: tuning.Tuning) -> tuple[int, str]:
+    """The most bytes of threadgroup memory that a kernel declares, and the expression."""
+    wanted = sorted({DECLARED[file].format(**variant) for variant in _variants(cut)})
+    lines = "\n".join(f'  std::printf("%d\\n", int({expression}));' for expression in wanted)
+    source = tmp_path / f"{file}.cpp"
+    text = re.sub(r"^#pragma METAL.*$", "", assemble.header_text(file, "metal"), flags=re.M)
+    source.write_text(PROGRAM.format(text=text, lines=lines))
+    program = tmp_path / file
+    flags = ["-std=c++17", "-O0", "-w", f"-I{metal_folder()}", "-c", "-o", f"{program}.o"]
+    subprocess.run([toolchain.gxx(), *flags, source], check=True)
+    link = [toolchain.gxx(), "-o", program, f"{program}.o", "-Wl,--unresolved-symbols=ignore-all"]
+    subprocess.run(link, check=True)
+    out = subprocess.run([program], capture_output=True, text=True, check=True).stdout
+    sizes = [int(x) for x in out.split()]
+    assert len(sizes) == len(wanted) > 1
+    return max(zip(sizes, wanted, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", list(DECLARED))
+def test_every_layout_fits_on_nvidia(tmp_path, file: str) -> None:
     prelude = (metal_folder() / "compat" / "cuda.h").read_text()
     size, base = map(int, re.search(ALIGNMENT, prelude).groups())
-    for name, (most, variant) in _bytes(tmp_path, CONSTANTS.findall(prelude)).items():
-        gap = size - base if name == "decode" else 0
-        assert most + gap <= MOST_BYTES, (name, variant)
+    most, expression = _most_bytes(tmp_path, file, tuning.CUDA)
+    gap = size - base if file == "decode.metal" else 0
+    assert most + gap <= MOST_BYTES, expression
 
 
-def test_every_layout_fits_on_every_apple_gpu(tmp_path) -> None:
-    for name, (most, variant) in _bytes(tmp_path, []).items():
-        assert most <= MAX_THREADGROUP_BYTES, (name, variant)
+@pytest.mark.slow
+@pytest.mark.parametrize("file", list(DECLARED))
+def test_every_layout_fits_on_every_apple_gpu(tmp_path, file: str) -> None:
+    most, expression = _most_bytes(tmp_path, file, tuning.APPLE)
+    assert most <= MAX_THREADGROUP_BYTES, expression
     assert 8 * 4 * MAX_HEAD_DIM <= MAX_THREADGROUP_BYTES  # a merge
 
 
-def test_the_program_counts_as_the_kernels_declare(tmp_path) -> None:
-    """The sums above are those of the launchers' sources."""
-    assert "decode_words(KB, KD, VB, VG, VD, ROWS, RAW, CENTRED) / 4" in decode.PARTIAL_SOURCE
+def test_the_program_counts_as_the_kernels_declare() -> None:
+    """The expressions above are those of the launchers' sources."""
+    assert "TKV_SHARED_ALIGNED(float4, shared, DecodeMemory<Config>::END / 4)" in (
+        decode.PARTIAL_SOURCE
+    )
     assert "TKV_SHARED(float4, shared, 2 * VD)" in decode.MERGE_SOURCE
-    assert "dequantize_floats(KD, CENTRED) / 4" in dequantize.SOURCE
+    assert "TKV_SHARED(float4, shared, dequantize_floats(KD, CENTRED) / 4)" in dequantize.SOURCE
     declared = re.findall(r"TKV_SHARED\((\w+), \w+, (.*)\);", pack.SOURCE)
     assert declared == [
         ("float", "pack_groups(larger(KD, VD)) * larger(KD, VD)"),
         ("uchar", "32 * larger(KD, VD)"),
-        ("ushort", "pack_scales(KG, KD, VG, VD)"),
+        ("ushort", "(pack_scales<K, V>())"),
         ("float", "2 * MAX_LEVELS"),
     ]
-
-
-def _variants():
-    """Arguments of decode_words, then K's group.
-
-    K's bits and dim, V's bits, group and dim, rows, raw, centred.
-    """
-    for k_name in (*kernel_cases.FORMATS, "turbo8"):
-        for v_name in (*kernel_cases.FORMATS, "turbo8"):
-            for dims in (*kernel_cases.DIMS, (40, 40), (192, 192), (320, 320), (512, 256)):
-                for dtype in ("float16", "float32"):
-                    formats = KVFormat.parse(k_name), KVFormat.parse(v_name)
-                    k, v = tables.tensor_parameters(KVLayout(*formats, *dims, dtype))
-                    for n_rows in range(1, 65):
-                        for centred in (False, True):
-                            rows = decode.rows_at_once(n_rows, max(dims), centred)
-                            shape = k.bits, k.dim, v.bits, v.group, v.dim
-                            yield (*shape, rows, tables.RAW[dtype], int(centred), k.group)
