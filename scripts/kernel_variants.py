@@ -112,7 +112,9 @@ def packed_attention(pair: str, x: Inputs, backend: Backend, how: str = "") -> V
         return dispatch.attention(queries, view, scale, mask, backend=backend)
 
     def check() -> tuple[float, float]:
-        rows = reference.dequantize(views[0]._replace(body=views[0].body[:, :1]), mx.float32)
+        head = centre and Centre(centre.mu[:1], centre.rope, centre.source)
+        one = views[0]._replace(body=views[0].body[:, :1], centre=head)
+        rows = reference.dequantize(one, mx.float32)
         return _attention_error(call(0, x.queries), x.queries, *rows, _gqa_factor(x))
 
     return Variant(call, lambda: x.queries, first.nbytes, check)
