@@ -106,7 +106,7 @@ def _launch(
     check_heads("decode", n_heads, n_kv_heads, n_queries)
     causal, has_sinks, has_padding = flags
     n_rows = n_heads // n_kv_heads * n_queries
-    rows = cut.rows_at_once(n_rows, max(k.dim, v.dim), anchors is not None)
+    rows = cut.rows_at_once(n_rows, max(k.dim, v.dim))
     n_groups = batch * n_kv_heads
     n_tiles = -(-(n_body + n_tail) // TILE)
     if splits is None:

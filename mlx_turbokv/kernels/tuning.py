@@ -18,7 +18,8 @@ class Tuning:
         step: tiles of 32 tokens that a SIMD group handles at a time, for at most 4 query rows of
             at most 256 dims; 1 beyond.
         simd_groups: SIMD groups of a threadgroup.
-        most_rows: query rows of a threadgroup at head dims up to 128; half at each doubling.
+        most_rows: query rows of a threadgroup.
+        wide_head: widest head_dim with so many; twice as wide a head gets half of them.
         key_columns: dims of 4-bit and 8-bit keys in one pass of the inner loop.
         lut_words: most 32-bit words of the lookup table of K, twice those of V.
         prefetch: load K and V a tile ahead; otherwise threads that run meanwhile hide the latency.
@@ -33,6 +34,7 @@ class Tuning:
     step: int
     simd_groups: int
     most_rows: int
+    wide_head: int
     key_columns: int
     lut_words: int
     prefetch: bool
@@ -42,16 +44,9 @@ class Tuning:
     whole_tiles: int
     whole_rows: int
 
-    def rows_at_once(self, n_rows: int, widest: int, centred: bool) -> int:
-        """Query rows that one threadgroup takes: as many as registers hold, evenly cut.
-
-        Sixteen rows of 128 dims leave no threadgroup memory for what queries and anchors give.
-        """
-        most = self.most_rows
-        for dim in (128, 256):
-            most = max(1, most // 2) if widest > dim else most
-        if centred and widest > 64:
-            most = min(most, 8)
+    def rows_at_once(self, n_rows: int, widest: int) -> int:
+        """Query rows that one threadgroup takes: as many as registers hold, evenly cut."""
+        most = max(1, self.most_rows // -(-widest // self.wide_head))
         return -(-n_rows // -(-n_rows // most))
 
     def tiles_at_once(self, rows: int, v_head_dim: int) -> int:
@@ -76,7 +71,8 @@ class Tuning:
 CUDA = Tuning(
     step=2,
     simd_groups=8,
-    most_rows=16,
+    most_rows=8,
+    wide_head=256,
     key_columns=64,
     lut_words=4096,
     prefetch=True,
@@ -91,6 +87,7 @@ APPLE = Tuning(
     step=2,
     simd_groups=4,
     most_rows=4,
+    wide_head=128,
     key_columns=32,
     lut_words=1024,
     prefetch=False,

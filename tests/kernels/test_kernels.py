@@ -315,11 +315,10 @@ def test_many_tokens_are_split_and_few_are_not(cut: tuning.Tuning, n_cores: int)
 
 
 @pytest.mark.parametrize("cut", [tuning.APPLE, tuning.CUDA])
-@pytest.mark.parametrize("centred", [False, True])
-def test_query_rows_are_cut_evenly(cut: tuning.Tuning, centred: bool) -> None:
+def test_query_rows_are_cut_evenly(cut: tuning.Tuning) -> None:
     for widest in (64, 128, 192, 256, 512):
         for n_rows in range(1, 130):
-            rows = cut.rows_at_once(n_rows, widest, centred)
+            rows = cut.rows_at_once(n_rows, widest)
             passes = -(-n_rows // rows)
             assert 1 <= rows <= cut.most_rows
             assert passes * rows - n_rows < passes  # no pass has two rows to spare

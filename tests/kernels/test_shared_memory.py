@@ -54,7 +54,7 @@ def _variants(cut: tuning.Tuning):
                     layout = KVLayout(KVFormat.parse(k_name), KVFormat.parse(v_name), *dims, dtype)
                     k, v = tables.tensor_parameters(layout)
                     for centred in (False, True):
-                        rows = {cut.rows_at_once(n, max(dims), centred) for n in range(1, 65)}
+                        rows = {cut.rows_at_once(n, max(dims)) for n in range(1, 65)}
                         for most in rows if k_name in ("turbo4", "q8_0") else {max(rows)}:
                             yield {
                                 "k": f"Tensor<{k.bits}, {k.group}, {k.dim}, {k.width}>",
