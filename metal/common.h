@@ -206,3 +206,39 @@ TKV_FN void load_row(thread uint* words, const device uint* columns, int token) 
     words[word] = last;
   }
 }
+
+// Word `word` of a token's row.
+template <int BYTES>
+TKV_FN uint row_word(const device uint* columns, int token, int word) {
+  constexpr int FULL = BYTES / 16;
+  if (word < 4 * FULL) {
+    return columns[word / 4 * 128 + token * 4 + word % 4];
+  }
+  const device uint* rest = columns + FULL * 128;
+  word -= 4 * FULL;
+  if (BYTES & 8) {
+    if (word < 2) {
+      return rest[token * 2 + word];
+    }
+    rest += 64;
+    word -= 2;
+  }
+  if (BYTES & 4) {
+    if (word == 0) {
+      return rest[token];
+    }
+    rest += 32;
+    word -= 1;
+  }
+  uint last = 0;
+  if (word == 0) {
+    if (BYTES & 2) {
+      last = ((const device ushort*)rest)[token];
+      rest += 16;
+    }
+    if (BYTES & 1) {
+      last |= uint(((const device uchar*)rest)[token]) << ((BYTES & 2) ? 16 : 0);
+    }
+  }
+  return last;
+}

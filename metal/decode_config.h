@@ -81,6 +81,8 @@ struct DecodeConfig {
   static constant constexpr int SPAN_SCALES = K::GROUP == 0 ? 1 : ceil_div(SPAN, K::GROUP);
   static constant constexpr bool ONE_SCALE = K::GROUPS <= 1;  // of a token, or none
   static constant constexpr bool WHOLE_COLUMNS = SPAN * K::BITS % 128 == 0;
+  // a row whose columns are not whole and that is not loaded at once
+  static constant constexpr bool BROKEN_ROW = !PREFETCH && !WHOLE_COLUMNS && SPANS == 1;
   // a column of the next span is loaded as soon as this span's has been used
   static constant constexpr bool PREFETCH_KEYS =
       PREFETCH && WHOLE_COLUMNS && SPAN * K::BITS * STEP <= 1024;

@@ -54,19 +54,37 @@ TKV_FN void load_key_scale(thread Keys<C>& keys, thread const Tiles<C>& tiles, i
 // Loads a span whose columns are not its own: the whole row, or word by word.
 template <typename C>
 TKV_FN void load_broken_span(thread uint* words, thread const Tiles<C>& tiles, int span, int lane) {
-  if (C::WHOLE_COLUMNS) {
-    return;
-  }
   TKV_UNROLL
   for (int i = 0; i < C::STEP; i++) {
     if (C::SPANS == 1) {
       load_row<C::SPAN * C::K::BITS / 8>(words + i * C::SPAN_WORDS, tiles.at[i], lane);
-      continue;
+    } else {
+      TKV_UNROLL
+      for (int j = 0; j < C::SPAN_WORDS; j++) {
+        const int word = span * C::SPAN_WORDS + j;
+        words[i * C::SPAN_WORDS + j] = tiles.at[i][word / 4 * (4 * TILE) + word % 4 + lane * 4];
+      }
     }
+  }
+}
+
+// Loads what dims `begin` to `end` of a span that is not prefetched begin to need.
+template <typename C>
+TKV_FN void load_when_used(thread uint* words, thread const Tiles<C>& tiles, int span, int begin,
+                           int end, int lane) {
+  typedef typename C::K K;
+  if (C::WHOLE_COLUMNS && !C::PREFETCH_KEYS) {
     TKV_UNROLL
-    for (int j = 0; j < C::SPAN_WORDS; j++) {
-      const int word = span * C::SPAN_WORDS + j;
-      words[i * C::SPAN_WORDS + j] = tiles.at[i][word / 4 * (4 * TILE) + word % 4 + lane * 4];
+    for (int c = ceil_div(begin * K::BITS, 128); 128 * c < end * K::BITS; c++) {
+      load_column<C>(words, tiles, span, c, lane);
+    }
+  } else if (C::BROKEN_ROW) {
+    TKV_UNROLL
+    for (int j = ceil_div(begin * K::BITS, 32); 32 * j < end * K::BITS; j++) {
+      TKV_UNROLL
+      for (int i = 0; i < C::STEP; i++) {
+        words[i * C::SPAN_WORDS + j] = row_word<K::DIM * K::BITS / 8>(tiles.at[i], lane, j);
+      }
     }
   }
 }
@@ -216,12 +234,7 @@ TKV_FN void add_products(thread float* sums, thread Keys<C>& keys, thread const 
   TKV_UNROLL
   for (int begin = first; begin < end; begin += CHAIN) {
     const int stop = begin + CHAIN < end ? begin + CHAIN : end;
-    if (!C::PREFETCH_KEYS && C::WHOLE_COLUMNS) {
-      TKV_UNROLL
-      for (int c = ceil_div(begin * C::K::BITS, 128); 128 * c < stop * C::K::BITS; c++) {
-        load_column<C>(keys.words, tiles, span, c, lane);
-      }
-    }
+    load_when_used<C>(keys.words, tiles, span, begin, stop, lane);
     if (!C::K_IN_HALF) {
       add_float_products<C>(sums, keys.words, (threadgroup const float4*)queries, levels, begin / 4,
                             stop / 4);
@@ -287,7 +300,9 @@ TKV_FN void key_scores(thread float* score, thread Keys<C>& keys, thread const T
     for (int i = 0; i < C::STEP; i++) {
       next.at[i] = last ? next_tiles.at[i] : tiles.at[i];
     }
-    load_broken_span<C>(keys.words, tiles, span, lane);
+    if (!C::WHOLE_COLUMNS && !C::BROKEN_ROW) {
+      load_broken_span<C>(keys.words, tiles, span, lane);
+    }
     threadgroup const uint* queries =
         (threadgroup const uint*)shared + Memory::QUERIES + span * query_words<C>(C::SPAN);
     TKV_UNROLL
