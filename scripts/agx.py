@@ -6,18 +6,19 @@ It runs in a chroot that the tools' setup.sh makes; see apple_kernels.py.
 from __future__ import annotations
 
 import json
-import os
 import re
 import struct
 import subprocess
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
+from uuid import uuid4
 
 from mlx_turbokv.errors import InputError
 
 FILES = ("agx.h", "agx_stats.c", "to_spirv.sh")
 BUILT = "agx_stats"
+STOPPED = (-9, -15, 137, 143)  # by others: no result of the text
 _STATISTICS = re.compile(
     r"(?P<instructions>\d+) inst, .* (?P<scratch_bytes>\d+) scratch, "
     r"(?P<threads_a_core>\d+) threads, \d+ loops, (?P<spills>\d+):(?P<fills>\d+)"
@@ -70,13 +71,14 @@ class Compiler:
         known = self.cache / f"{key}.json"
         if not known.exists():
             found = json.dumps(self._compile(source, key))
-            scratch = known.with_suffix(f".{os.getpid()}")
+            scratch = known.with_suffix(f".{uuid4().hex}")
             scratch.write_text(found)
             scratch.replace(known)
         return json.loads(known.read_text())
 
     def _compile(self, source: str, key: str) -> dict:
         folder = self.folder / "k"
+        key = f"{key}-{uuid4().hex}"  # others may compile the same text
         (folder / f"{key}.cl").write_text(source)
         try:
             translated = self._run("bash", "/agx/to_spirv.sh", key)
@@ -95,7 +97,10 @@ class Compiler:
                 path.unlink()
 
     def _run(self, *command: str) -> subprocess.CompletedProcess:
-        return subprocess.run(["chroot", self._root, *command], capture_output=True, text=True)
+        done = subprocess.run(["chroot", self._root, *command], capture_output=True, text=True)
+        if done.returncode in STOPPED:
+            raise RuntimeError(f"{command[0]} was stopped: status {done.returncode}")
+        return done
 
 
 def parsed(listing: str, messages: str, binary: bytes) -> dict:

@@ -31,15 +31,17 @@ from record import record, write
 from tqdm import tqdm
 
 from mlx_turbokv.errors import InputError
+from mlx_turbokv.evaluate.tables import Table
 
 from agx import Compiler  # isort: skip
 
 PROCESSES = 2
 HOME = "/var/tmp/agx"
-# trips of the loops in a step of decode, outermost aside, and the tiles of a step
-STEP = "decode_step(ROWS, VD)"
-SPANS = "KD / key_span(KB, KG, KD)"
-UNITS = f"{STEP} / (VD <= 64 && {STEP} >= 2 ? 2 : 1) * (TILE / value_span(VB))"
+# decode's loops, as constants of its text: tiles of a step; trips over K's dims, over an anchor's
+# dims and over V's tokens; blocks whose anchors are computed at a time
+LOOPS = ("Config::STEP", "Config::SPANS")
+LOOPS += ("ceil_div(Config::K::DIM / 2, 4 * (LANES / Config::ANCHORS))",)
+LOOPS += ("Config::STEP / Config::PARTS * Config::UNITS", "Config::ANCHORS")
 COLUMNS = {
     "instructions": "instructions", "demand": "demand", "registers": "registers",
     "threads": "threads", "threads_a_core": "threads a core", "spills": "spills", "fills": "fills",
@@ -76,17 +78,17 @@ def _a_token(variant: Variant, outer: dict, inner: list[dict]) -> int | None:
     """Instructions of one lane for a token and KV head, for all the query rows of the variant.
 
     Each of a SIMD group's 32 lanes executes a step's instructions for 32 tokens a tile. Branches
-    count as taken: those of a new maximum, and of the anchors of centred keys, are seldom.
-    None where the loops are not those of the text.
+    count as taken, though a new maximum is rare, and the anchors of centred keys are computed for
+    several steps at a time. None where the loops are not those of the text.
     """
     launch = variant.launch
-    step, spans, units = constants(launch.text, launch.name, (STEP, SPANS, UNITS))
-    trips = [*([spans] if spans > 1 else []), units]
+    step, spans, turns, units, anchors = constants(launch.text, launch.name, LOOPS)
+    trips = [float(spans)] * (spans > 1) + [turns * step / anchors] * variant.centred + [units]
     if len(trips) != len(inner):
         return None
     once = outer["instructions"] - sum(loop["instructions"] for loop in inner)
     looped = sum(n * loop["instructions"] for n, loop in zip(trips, inner))
-    return launch.grid[2] * (once + looped) // step
+    return int(launch.grid[2] * (once + looped) / step)
 
 
 def rows_of(chosen: Iterable[Variant], compiler: Compiler) -> list[dict]:
@@ -99,17 +101,15 @@ def rows_of(chosen: Iterable[Variant], compiler: Compiler) -> list[dict]:
 
 def table(rows: list[dict]) -> str:
     """The rows as aligned text."""
-    lines = [["", *COLUMNS.values()]]
-    for row in rows:
-        figures = [str(row.get(name, "–")) for name in COLUMNS]
-        lines.append([row["variant"], *([row["error"]] if "error" in row else figures)])
-    whole = [line for line in lines if len(line) == len(lines[0])]
-    widths = [max(map(len, cells)) for cells in zip(*whole)]
-    widths[0] = max(len(line[0]) for line in lines)
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))])
-        for line in lines
-    )
+    lines = [
+        [row["variant"], *([row["error"]] if "error" in row else map(str, _figures(row)))]
+        for row in rows
+    ]
+    return Table(["", *COLUMNS.values()], lines).text()
+
+
+def _figures(row: dict) -> list[object]:
+    return ["–" if row.get(name) is None else row[name] for name in COLUMNS]
 
 
 def main() -> int:
