@@ -42,9 +42,9 @@ TKV_CONST_FN int padded_rows(int rows) {
 constant constexpr int CHAIN = 16;
 constant constexpr int CHAIN_TOKENS = 8;
 
-// K_, V_: Tensor. COLUMNS: of span_columns. LUT_WORDS: the most words of K's LUT.
+// K_, V_: Tensor. COLUMNS: of span_columns. LUT_KIB: most KiB of K's LUT.
 template <typename T_, typename K_, typename V_, int RAW_, int ROWS_, bool CENTRED_, bool WHOLE_,
-          int STEP_, int SIMD_GROUPS_, int COLUMNS, int LUT_WORDS, bool PREFETCH_, bool HALF2_>
+          int STEP_, int SIMD_GROUPS_, int COLUMNS, int LUT_KIB, bool PREFETCH_, bool HALF2_>
 struct DecodeConfig {
   typedef T_ T;
   typedef K_ K;
@@ -62,7 +62,7 @@ struct DecodeConfig {
   static_assert(STEP == 1 || STEP == 2, "1 or 2 tiles");
   static_assert(SIMD_GROUPS == 4 || SIMD_GROUPS == 8, "4 or 8 SIMD groups");
   static_assert(COLUMNS == 32 || COLUMNS == 64, "spans of 32 or 64 dims");
-  static_assert(LUT_WORDS >= 1024 && LUT_WORDS <= 4096, "LUTs of 4 to 16 KiB");
+  static_assert(LUT_KIB >= 4 && LUT_KIB <= 16, "LUTs of 4 to 16 KiB");
 
   static constant constexpr int PADDED_ROWS = padded_rows(ROWS);
   static constant constexpr int THREADS = SIMD_GROUPS * LANES;
@@ -102,6 +102,7 @@ struct DecodeConfig {
   static constant constexpr int UNITS = TILE / UNIT_TOKENS;
   static constant constexpr int UNIT_WORDS = UNIT_TOKENS * V::BITS / 8;  // of a vec4
 
+  static constant constexpr int LUT_WORDS = 256 * LUT_KIB;
   // V's LUT is half as large unless K has none; both are smaller beside many queries.
   static constant constexpr bool WIDE = LUT_WORDS > 1024 && PADDED_ROWS*(K::DIM + V::DIM) > 1024;
   static constant constexpr int K_LUT_WORDS = WIDE ? 1024 : LUT_WORDS;

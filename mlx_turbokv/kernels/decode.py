@@ -29,7 +29,7 @@ MAX_QUERIES = 8
 MERGE_THREADS = 256
 PARTIAL_SOURCE = f"""
 typedef DecodeConfig<T, Tensor<KB, KG, KD, KW>, Tensor<VB, VG, VD, VW>, RAW, ROWS, CENTRED, WHOLE,
-                     STEP, SIMD_GROUPS, KEY_COLUMNS, LUT_WORDS, PREFETCH, HALF2> Config;
+                     STEP, SIMD_GROUPS, KEY_COLUMNS, LUT_KIB, PREFETCH, HALF2> Config;
 TKV_SHARED_ALIGNED(float4, shared, DecodeMemory<Config>::END / 4);
 const DecodeInputs<T> inputs = {{
     queries, body, tail, left_padding, (const device DecodeParams*)params, k_constants,
@@ -120,7 +120,7 @@ def _launch(
     template = ("T", dtype), *tables.template(layout), ("RAW", tables.RAW[layout.dtype])
     template += ("ROWS", rows), ("CENTRED", anchors is not None), ("WHOLE", whole)
     template += ("STEP", cut.tiles_at_once(rows, v.dim)), ("SIMD_GROUPS", cut.simd_groups)
-    template += ("KEY_COLUMNS", cut.key_columns), ("LUT_WORDS", cut.lut_words)
+    template += ("KEY_COLUMNS", cut.key_columns), ("LUT_KIB", cut.lut_words // 256)
     template += ("PREFETCH", cut.prefetch), ("HALF2", cut.half2)
     threads = 32 * cut.simd_groups
     partial_options = (

@@ -35,7 +35,7 @@ int main() {{
 DECLARED = {
     "decode.metal": (
         "16 * (DecodeMemory<DecodeConfig<float, {k}, {v}, {raw}, {rows}, {centred}, false, {step},"
-        " {cut.simd_groups}, {cut.key_columns}, {cut.lut_words}, {prefetch}, {half2}>>::END / 4)"
+        " {cut.simd_groups}, {cut.key_columns}, {lut_kib}, {prefetch}, {half2}>>::END / 4)"
     ),
     "pack.metal": (
         "4 * (pack_groups({widest}) * {widest} + 2 * MAX_LEVELS) + 32 * {widest} +"
@@ -64,6 +64,7 @@ def _variants(cut: tuning.Tuning):
                                 "centred": str(centred).lower(),
                                 "step": cut.tiles_at_once(most, v.dim),
                                 "cut": cut,
+                                "lut_kib": cut.lut_words // 256,
                                 "prefetch": str(cut.prefetch).lower(),
                                 "half2": str(cut.half2).lower(),
                                 "widest": max(dims),
