@@ -47,7 +47,7 @@ def _check_pack(kernel: Kernel) -> None:
     """Append rows to a tail that has stale rows behind those that are kept."""
     layout, n = kernel.layout, N_KEPT + N_NEW
     with mx.stream(mx.cpu):
-        centre = small_inputs.centre_of(kernel)
+        centre = small_inputs.centre_of(layout, kernel.centred)
         keys, values = (
             small_inputs.as_array(
                 small_inputs.with_magnitudes(side, EXTREMES[_name(kernel.dtype)]), kernel.dtype
@@ -104,7 +104,7 @@ def _compare_decode(
             padding = between_nan(small_inputs.left_padding(*small_inputs.PADDING))
             sinks = small_inputs.normal(7, (n_heads,), kernel.dtype) + small_inputs.SINK
             sinks = between_nan(sinks, n_heads)
-        keys, packed = small_inputs.packed(kernel, padding, low)
+        keys, packed = small_inputs.packed(kernel.layout, kernel.centred, edges, low)
         queries = between_nan(small_inputs.seeking(keys, kernel, low))
         exact = None if sinks is None else sinks.astype(mx.float32)
         mask = "causal" if causal else None
@@ -133,10 +133,7 @@ def _check_dequantize(kernel: Kernel) -> None:
     """Read rows back from body and tail, all KV heads but the first."""
     first, count = 1, N_KV_HEADS - 1
     with mx.stream(mx.cpu):
-        padding = None
-        if kernel.centred:
-            padding = small_inputs.left_padding(*small_inputs.PADDING)
-        _, packed = small_inputs.packed(kernel, padding)
+        _, packed = small_inputs.packed(kernel.layout, kernel.centred, kernel.centred)
         want = reference.rotated_rows(packed, mx.float32, first, count)
         walled = small_inputs.walled(packed)
         mx.eval(want)

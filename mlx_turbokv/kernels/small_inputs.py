@@ -8,6 +8,7 @@ and the memory around every array.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
@@ -43,11 +44,11 @@ def left_padding(*rows: int) -> mx.array:
     return mx.array([0] * (BATCH - len(rows)) + list(rows), mx.int32)
 
 
-def centre_of(kernel: Kernel) -> Centre | None:
-    """What the keys of a kernel are centred by."""
-    if not kernel.centred:
+def centre_of(layout: KVLayout, centred: bool) -> Centre | None:
+    """What keys are centred by."""
+    if not centred:
         return None
-    dim = kernel.layout.k_head_dim
+    dim = layout.k_head_dim
     mu = 2 * np.random.default_rng(3).standard_normal((N_KV_HEADS, dim)).astype(np.float32)
     rope = RopeFrequencies.from_arguments(dim, dim, False, 1e4)
     return Centre(mx.array(mu), rope, "self-check", 1, True)
@@ -77,21 +78,25 @@ def with_magnitudes(side: np.ndarray, magnitudes: tuple[float, ...]) -> np.ndarr
     return side
 
 
+@lru_cache(maxsize=8)
 def packed(
-    kernel: Kernel, padding: mx.array | None, low: bool = False
+    layout: KVLayout, centred: bool, padded: bool = False, low: bool = False
 ) -> tuple[np.ndarray, PackedKV]:
     """What queries can look for, and a body and a tail that the reference packed.
 
+    The kernels of a layer share them.
+
     Args:
-        padding: left padding, whose keys are loud.
+        padded: there is left padding of PADDING, whose keys are loud.
         low: all keys have the same value in their first dim.
 
     Shapes:
         returns: keys less what they are centred by, [BATCH, N_KV_HEADS, N_TOKENS, k_head_dim].
     """
-    layout, centre = kernel.layout, centre_of(kernel)
+    centre = centre_of(layout, centred)
+    padding = left_padding(*PADDING) if padded else None
     keys, values = rows(layout, N_TOKENS, centre)
-    for b, n in enumerate([] if padding is None else PADDING):
+    for b, n in enumerate(PADDING if padded else ()):
         keys[b, :, :n] *= LOUD
     if low:
         keys[..., 0] = SAME
@@ -104,6 +109,7 @@ def packed(
         k, v = (as_array(side[:, :, first:last], getattr(mx, layout.dtype))
                 for side in (keys, values))  # fmt: skip
         parts.append(reference.pack(k, v, layout, **own))
+    mx.eval(parts)  # another thread may ask for them next
     sought = keys if centre is None else keys - np.array(centre.rows(0, N_TOKENS))
     padding = padding if centre is not None else None
     return sought, PackedKV(layout, parts[0], N_BODY, parts[1], N_TAIL, centre, padding)
