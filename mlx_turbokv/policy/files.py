@@ -1,7 +1,8 @@
 """Policy files: one pair of formats a KV layer, as JSON.
 
-    {"version": 1, "layers": [{"k": "q8_0", "v": "turbo2"}, ...]}
+    {"version": 1, "sink": 32, "recent": 128, "layers": [{"k": "q8_0", "v": "turbo2"}, ...]}
 
+``sink`` and ``recent``, the numbers of protected tokens, may be absent.
 Further keys (the model, how the list was found) are kept by writers and ignored by readers.
 """
 
@@ -10,12 +11,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 from ..errors import InputError, short
 from ..files import parse_json, read_text, write_text
 from ..quant.formats import KVFormat, as_format
 from .policies import LayerList
+from .protection import Protection
 
 VERSION = 1
 
@@ -51,7 +54,11 @@ def read_layer_list(path: str | os.PathLike) -> LayerList:
     if not isinstance(layers, list) or not layers:
         raise InputError(f"Policy file {str(path)!r} has no list named 'layers'.")
     pairs = tuple(_read_pair(path, ordinal, layer) for ordinal, layer in enumerate(layers))
-    return LayerList(pairs, path.stem, str(path))
+    policy = LayerList(pairs, path.stem, str(path))
+    try:
+        return policy.protecting(document.get("sink"), document.get("recent"))
+    except InputError as error:
+        raise InputError(f"Policy file {str(path)!r}: {error}") from None
 
 
 def _read_pair(path: Path, ordinal: int, layer: object) -> tuple[KVFormat, KVFormat]:
@@ -70,11 +77,13 @@ def _read_pair(path: Path, ordinal: int, layer: object) -> tuple[KVFormat, KVFor
 def write_layer_list(
     path: str | os.PathLike,
     pairs: Iterable[tuple[KVFormat | str, KVFormat | str]],
+    protection: Protection | None = None,
     **metadata: object,
 ) -> None:
     """Write a policy file; the old file stays whole until the new one is complete.
 
     Args:
+        protection: the protected tokens that the policy asks for; None leaves them open.
         metadata: further keys of the document that JSON can hold.
 
     Raises:
@@ -84,6 +93,7 @@ def write_layer_list(
     document = {
         "version": VERSION,
         **metadata,
+        **({} if protection is None else asdict(protection)),
         "layers": [{"k": str(as_format(k)), "v": str(as_format(v))} for k, v in pairs],
     }
     text = json.dumps(document, indent=1) + "\n"

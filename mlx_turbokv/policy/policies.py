@@ -12,20 +12,30 @@ To add a policy: a frozen dataclass with one method, ``pair``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from typing import TypeVar
 
 from ..errors import InputError
 from ..quant.formats import KVFormat, as_format
+from .protection import UNPROTECTED, Protection
 
+PolicyType = TypeVar("PolicyType", bound="Policy")
 Pair = tuple[KVFormat, KVFormat]
 
 DEFAULT_K = "q8_0"
 DEFAULT_V = "turbo2"
+DEFAULT_PROTECTION = UNPROTECTED
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Base of all policies: a subclass overrides ``pair``, and ``check`` where n can be wrong."""
+    """Base of all policies: a subclass overrides ``pair``, and ``check`` where n can be wrong.
+
+    Args:
+        protection: tokens that are stored in 8.5 bits in every layer.
+    """
+
+    protection: Protection = field(default=DEFAULT_PROTECTION, kw_only=True)
 
     @property
     def name(self) -> str:
@@ -42,6 +52,20 @@ class Policy:
     def notes(self, n_layers: int) -> list[str]:
         """Sentences worth telling about this policy on ``n_layers`` KV layers."""
         return []
+
+    def protecting(
+        self: PolicyType, sink: int | None = None, recent: int | None = None
+    ) -> PolicyType:
+        """The same policy with other numbers of protected tokens; None keeps its own.
+
+        Raises:
+            InputError: a number is not accepted.
+        """
+        own = self.protection
+        other = Protection(
+            own.sink if sink is None else sink, own.recent if recent is None else recent
+        )
+        return self if other == own else replace(self, protection=other)
 
     def k_formats(self) -> set[KVFormat]:
         """Every format that a layer's keys may get."""

@@ -81,6 +81,11 @@ class KVFormat:
         """Whether rows are stored as the model made them."""
         return self.kind == "f16"
 
+    @property
+    def protected(self) -> KVFormat:
+        """The format that protected rows have where others have this one: turbo8 for turbo."""
+        return KVFormat("turbo", Q8_BITS) if self.is_turbo else self
+
     def group_width(self, head_dim: int) -> int:
         """Values that share one scale; 0 where there is no scale (f16)."""
         if self.is_f16:

@@ -120,3 +120,10 @@ def shared_layout(
         InputError: a head_dim cannot be packed or rotated.
     """
     return KVLayout(k_format, v_format, k_head_dim, v_head_dim, dtype)
+
+
+@cache
+def protected_layout(layout: KVLayout) -> KVLayout:
+    """The layout of protected rows, which is in the same basis."""
+    formats = layout.k_format.protected, layout.v_format.protected
+    return shared_layout(*formats, layout.k_head_dim, layout.v_head_dim, layout.dtype)

@@ -1,0 +1,80 @@
+"""Which tokens of a sequence are protected: stored in 8.5 bits a value, whatever the policy says.
+
+The first tokens are attention sinks (StreamingLLM, arXiv 2309.17453), and the newest are read most
+(the residual window of KIVI, arXiv 2402.02750).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import InputError, short
+
+STEP = 32  # tokens; rows are stored in tiles of so many
+LEAVE_TOGETHER = 128  # tokens that stop being among the newest at a time, at least
+MOST_TOKENS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Protection:
+    """How many tokens of each sequence are protected.
+
+    Args:
+        sink: tokens at its start.
+        recent: tokens at its end, at least; up to LEAVE_TOGETHER - 1 more, until they leave.
+
+    Raises:
+        InputError: one is no multiple of 32, or negative.
+    """
+
+    sink: int = 0
+    recent: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("sink", "recent"):
+            check_count(name, getattr(self, name))
+
+    def __bool__(self) -> bool:
+        return self.sink > 0 or self.recent > 0
+
+    def rows_after(self, n: int) -> tuple[int, int]:
+        """Rows that are stored after a prompt of ``n`` tokens: unprotected and protected ones.
+
+        The first tokens are held twice once the others are no longer protected.
+        """
+        if not self.recent:
+            return n, min(n, self.sink)
+        if n < self.recent + LEAVE_TOGETHER:
+            return 0, n
+        left = (n - self.recent) // STEP * STEP
+        return left, n - left + self.sink
+
+    def most_rows(self, n: int) -> tuple[int, int]:
+        """The most rows that there are while a sequence grows to ``n`` tokens, rising with n."""
+        if not self.recent:
+            return n, min(n, self.sink)
+        most = self.recent + LEAVE_TOGETHER
+        if n < most:
+            return 0, n
+        return n - self.recent, most - 1 + self.sink
+
+    def __str__(self) -> str:
+        return f"{self.sink},{self.recent}"
+
+
+def check_count(name: str, value: Any) -> int:
+    """A number of protected tokens.
+
+    Raises:
+        InputError: it is no multiple of 32, negative, or too large.
+    """
+    if type(value) is not int or value % STEP or not 0 <= value <= MOST_TOKENS:
+        raise InputError(
+            f"{name} {short(value)} is not accepted: give a multiple of {STEP} from 0 to "
+            f"{MOST_TOKENS:,} tokens."
+        )
+    return value
+
+
+UNPROTECTED = Protection()
