@@ -16,7 +16,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ..kernels.backend import Backend
-from ..kernels.packed import PackedKV
+from ..kernels.segments import AnyKV
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,17 @@ class Hidden:
 
 
 class Source(NamedTuple):
-    """The packed rows of K and V, and the back-end that reads them."""
+    """The packed rows of K and V, and the back-end that reads them.
 
-    packed: PackedKV
+    Args:
+        held: an array that lives on in the cache and is computed from the newest rows, where
+            ``packed`` has none.
+    """
+
+    packed: AnyKV
     backend: Backend
     hidden: Hidden = Hidden()
+    held: mx.array | None = None
 
 
 class TurboArray(mx.array):
@@ -57,7 +63,7 @@ class Handle:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """Sequences, KV heads, rows that are not hidden, head_dim."""
-        packed, _, hidden = self.source
+        packed, _, hidden, _ = self.source
         batch, n_heads = packed.newest.shape[:2]
         layout = packed.layout
         head_dim = layout.k_head_dim if self.is_keys else layout.v_head_dim
@@ -75,7 +81,7 @@ def lazy_keys_and_values(
     Shapes:
         returns: [B, H, n, k_head_dim], [B, H, n, v_head_dim]; n are the rows that are not hidden.
     """
-    packed, backend, hidden = source
+    packed, backend, hidden, _ = source
     keys, values = backend.dequantize(packed, k_dtype)
     if v_dtype != k_dtype:
         values = backend.dequantize(packed, v_dtype)[1]

@@ -8,9 +8,10 @@ import mlx.core as mx
 
 from ..kernels.backend import Backend
 from ..kernels.decode import MAX_QUERIES
-from ..kernels.heads import attention_by_heads
+from ..kernels.heads import attention_by_heads, scaled_dot_product_attention
 from ..kernels.packed import PackedKV, PaddedCausal
 from ..kernels.reference import with_left_padding
+from ..kernels.segments import AnyKV, SegmentedKV
 from ..quant.layout import KVLayout
 from ..quant.rotate import rotate
 from .pacing import limit_in_flight
@@ -29,7 +30,7 @@ def _row_dtype(layout: KVLayout, dtype: mx.Dtype) -> mx.Dtype:
 
 def attention(
     queries: mx.array,
-    packed: PackedKV,
+    packed: AnyKV,
     scale: float,
     mask: mx.array | str | None = None,
     sinks: mx.array | None = None,
@@ -50,9 +51,15 @@ def attention(
         queries: [B, n_heads, L, k_head_dim]; sinks: [n_heads]; left_padding: [B] int32.
         returns: [B, n_heads, L, v_head_dim], in the queries' dtype.
     """
+    if isinstance(packed, SegmentedKV) and packed.fresh is not None and not packed.n_packed:
+        k, v = packed.fresh
+        q = queries.astype(k.dtype)
+        sinks = None if sinks is None else sinks.astype(k.dtype)
+        output = scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
+        return output.astype(queries.dtype)
     backend = backend.covering(packed.layout)
     decode, rotated_rows = backend.decode, backend.rotated_rows
-    if decode is None or rotated_rows is None:
+    if decode is None or rotated_rows is None or isinstance(packed, SegmentedKV):
         return backend.attention(queries, packed, scale, mask, sinks, left_padding)
     few = queries.shape[2] <= MAX_QUERIES
     # rows of padding have no positions, so they must be hidden

@@ -43,7 +43,7 @@ def scaled_dot_product_attention(
 def _attention_past_hidden_rows(
     q: mx.array, source: Source, scale: float, mask: mx.array | str | None, sinks: mx.array | None
 ) -> mx.array:
-    packed, backend, hidden = source
+    packed, backend, hidden, _ = source
     if mask is None and hidden.first == 0:
         left_padding = int_array(*[hidden.count] * q.shape[0])
         return attention(q, packed, scale, None, sinks, left_padding, backend=backend)

@@ -11,12 +11,15 @@ from ..attention import hook
 from ..attention.arrays import Handle, KVArray, Source, lazy_keys_and_values
 from ..errors import InputError
 from ..kernels.backend import select_backend
+from ..kernels.decode import MAX_QUERIES
+from ..kernels.segments import SegmentedKV, unsegmented
 from ..quant.layout import TILE
 from . import state as checks
-from .rows import PackedRows
+from .protected import ProtectedRows, Segments, check_covered
 
-STATE_VERSION = 2
+UNPROTECTED_VERSION, STATE_VERSION = 2, 3  # the first is written where no tokens are protected
 STATE_LENGTH = 11  # values of the state that all packed caches have
+PROTECTED_LENGTH = STATE_LENGTH + 6
 hook.install()
 Cache = TypeVar("Cache", bound=type)
 
@@ -27,7 +30,7 @@ def loadable(cls: Cache) -> Cache:
     return cls
 
 
-class PackedCache(PackedRows, mlx_lm_cache._BaseCache):
+class PackedCache(ProtectedRows, mlx_lm_cache._BaseCache):
     """Packed K and V of one layer, with what mlx-lm asks of every cache.
 
     Args:
@@ -59,9 +62,14 @@ class PackedCache(PackedRows, mlx_lm_cache._BaseCache):
             return keys, values
         if self.layout is None:
             self.layout = self._layout_of(keys, values)
+        exact = self.protection.recent > 0 and keys.shape[2] > MAX_QUERIES
+        source = self._source_with(keys, values) if exact else None
         if keys.shape[2]:
             self._append(*self._cast(keys, values))
-        source = self._source()
+        if source is None:
+            source = self._source()
+        else:
+            source = source._replace(held=self.keys)
         if keys.shape[2] == 1 and self._may_return_handles():
             return Handle(source, keys.dtype, True), Handle(source, values.dtype, False)
         return lazy_keys_and_values(source, keys.dtype, values.dtype)
@@ -80,6 +88,16 @@ class PackedCache(PackedRows, mlx_lm_cache._BaseCache):
     def _source(self) -> Source:
         """What attention is given."""
         return Source(self.packed, self.backend)
+
+    def _source_with(self, keys: mx.array, values: mx.array) -> Source:
+        """What attention is given of many new tokens: older rows as they are stored before.
+
+        The new ones are as the model made them.
+        """
+        rows = self.packed if self.n_rows or self.layout is None else unsegmented(self.layout)
+        if not isinstance(rows, SegmentedKV):
+            raise TypeError("only protected rows are read beside new ones")
+        return Source(rows._replace(fresh=(keys, values)), self.backend)
 
     def _check(self, keys: mx.array, values: mx.array) -> None:
         if self.layout is None:
@@ -120,7 +138,8 @@ class PackedCache(PackedRows, mlx_lm_cache._BaseCache):
     def state(self) -> list:
         """What saving, loading and evaluation need: arrays and scalars."""
         centre = None if self.centre is None else self.centre.state
-        header = [STATE_VERSION, str(self.k_format), str(self.v_format), centre]
+        version = STATE_VERSION if self.protection else UNPROTECTED_VERSION
+        header = [version, str(self.k_format), str(self.v_format), centre]
         rows = [None, None, 0, 0, 0, 0, ""]
         if self.layout is not None:
             # valid tiles alone; kernels, which would copy a slice, never see these
@@ -129,16 +148,24 @@ class PackedCache(PackedRows, mlx_lm_cache._BaseCache):
             body, tail = body if n_tiles else None, self.tail if self.n_tail else None
             dims = self.layout.k_head_dim, self.layout.v_head_dim
             rows = [body, tail, self.n_body, self.n_tail, *dims, self.layout.dtype]
+        if self.protection:
+            rows += self._protected_state()
         return [*header, *rows, *self._extra_state()]
+
+    def _protected_state(self) -> list:
+        sink, n_sunk, tail_start, coarse_end = self.segments
+        ends = mx.array(coarse_end, mx.int32) if coarse_end else None
+        sink = sink if sink.size else None
+        return [self.protection.sink, self.protection.recent, sink, n_sunk, tail_start, ends]
 
     @state.setter
     def state(self, state: list) -> None:
         version = state[0] if isinstance(state, (list, tuple)) and state else None
         before = dict(vars(self))
-        if type(version) is int and version != STATE_VERSION:
+        if type(version) is int and version not in (UNPROTECTED_VERSION, STATE_VERSION):
             raise InputError(
                 f"A packed cache of format version {version} cannot be read: this package reads "
-                f"version {STATE_VERSION}."
+                f"versions {UNPROTECTED_VERSION} and {STATE_VERSION}."
             )
         try:
             if type(version) is not int or len(state) < STATE_LENGTH:
@@ -157,14 +184,23 @@ class PackedCache(PackedRows, mlx_lm_cache._BaseCache):
             TypeError, ValueError: its values contradict each other.
         """
         self.k_format, self.v_format = checks.formats(*state[1:3])
-        rows = checks.rows(self.k_format, self.v_format, state[4:STATE_LENGTH])
+        more, length = [], STATE_LENGTH
+        if state[0] != UNPROTECTED_VERSION:
+            more, length = state[STATE_LENGTH:PROTECTED_LENGTH], PROTECTED_LENGTH
+        self.protection = checks.protection(more)
+        rows = checks.rows(
+            self.k_format, self.v_format, state[4:STATE_LENGTH], self.protection.recent > 0
+        )
         self.centre = checks.centre(state[3], self.k_format, rows)
         self._clear()
         if not hasattr(self, "_backend_name"):
             self._backend_name = select_backend().request
+        check_covered(self.protection, self.backend)
         if rows is not None:
             self.layout, self.body, self.tail, self.n_body, self.n_tail = rows
-        self._set_extra_state(state[STATE_LENGTH:])
+            if self.protection:
+                self.segments = Segments(*checks.segments(more, rows))
+        self._set_extra_state(state[length:])
 
     def _extra_state(self) -> list:
         """What a kind of cache adds to the state."""

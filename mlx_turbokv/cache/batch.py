@@ -30,9 +30,10 @@ class BatchTurboKVCache(PaddedBatch):
         left_padding: rows before the first token of each sequence.
         backend: ``metal``, ``cuda`` or ``reference``; None chooses.
         centre: what to take out of the keys before they are quantised.
+        sink, recent: tokens of each sequence that are protected, as ``TurboKVCache`` takes them.
 
     Raises:
-        InputError: an unknown format or back-end.
+        InputError: as ``TurboKVCache``.
     """
 
     def __init__(
@@ -42,9 +43,12 @@ class BatchTurboKVCache(PaddedBatch):
         left_padding: Sequence[int],
         backend: str | None = None,
         centre: Centre | None = None,
+        sink: int = 0,
+        recent: int = 0,
     ) -> None:
-        super().__init__(k_format, v_format, backend, centre)
+        super().__init__(k_format, v_format, backend, centre, sink, recent)
         self._right_padding: list[int] | None = None
+        self._coming: list[int] | None = None
         self._set_left_padding(left_padding)
 
     def _set_left_padding(self, left_padding: Sequence[int]) -> None:
@@ -78,10 +82,26 @@ class BatchTurboKVCache(PaddedBatch):
 
     def _set_right_padding(self, lengths: Sequence[int] | None, right_padding: list[int]) -> None:
         self._right_padding = right_padding
+        # where the sequences end; without lengths it is not known how many rows are still to come
+        self._coming = None if lengths is None else [self.n_rows + int(n) for n in lengths]
+
+    def _ends(self, n: int) -> list[int]:
+        if self._right_padding is None:
+            return [n]
+        if self._coming is None:
+            return [n - padding for padding in self._right_padding]
+        return [min(n, end) for end in self._coming]
+
+    def _select(self, indices: list[int]) -> None:
+        super()._select(indices)
+        if self._right_padding is not None:
+            self._right_padding = [self._right_padding[i] for i in indices]
+        if self._coming is not None:
+            self._coming = [self._coming[i] for i in indices]
 
     def finalize(self) -> None:
         """Turn the right padding into left padding."""
-        padding, self._right_padding = self._right_padding, None
+        padding, self._right_padding, self._coming = self._right_padding, None, None
         if padding is None or self.empty():
             return
         n = self.size()
@@ -101,7 +121,8 @@ class BatchTurboKVCache(PaddedBatch):
         self._set_left_padding(padding)
 
     def _new_single(self) -> TurboKVCache:
-        return TurboKVCache(self.k_format, self.v_format, self._backend_name, self.centre)
+        options = self._backend_name, self.centre
+        return TurboKVCache(self.k_format, self.v_format, *options, **vars(self.protection))
 
     @classmethod
     def merge(cls, caches: Sequence[TurboKVCache]) -> BatchTurboKVCache:
@@ -113,7 +134,8 @@ class BatchTurboKVCache(PaddedBatch):
         layout, first = common_layout(caches), caches[0]
         n = max(c.size() for c in caches)
         padding = [n - c.size() for c in caches]
-        merged = cls(first.k_format, first.v_format, padding, first._backend_name, first.centre)
+        options = padding, first._backend_name, first.centre
+        merged = cls(first.k_format, first.v_format, *options, **vars(first.protection))
         merged._hold_newest(caches, n, layout)
         return merged
 
@@ -125,7 +147,7 @@ class BatchTurboKVCache(PaddedBatch):
         left, right = extra
         n = None if self.layout is None else self.keys.shape[0]
         left = counts(left, "left padding", n)
-        self._right_padding = None
+        self._right_padding = self._coming = None
         if right is not None:
             self._right_padding = counts(right, "right padding", len(left))
         self._set_left_padding(left)

@@ -21,6 +21,7 @@ from ..model.probing import only_forwards_kv
 from ..policy import Pair, Policy, Uniform, load_policy
 from ..quant.formats import KVFormat, as_format, check_head_dim
 from .base import PackedCache
+from .protected import check_covered
 from .rotating import TurboRotatingKVCache
 from .single import TurboKVCache
 from .summary import leaves
@@ -39,6 +40,8 @@ def make_prompt_cache(
     compress_sliding: bool = False,
     max_kv_size: int | None = None,
     handles: bool = True,
+    sink: int | None = None,
+    recent: int | None = None,
 ) -> list[Any]:
     """Caches for one sequence (or one batch) of ``model``: packed where its layers allow it.
 
@@ -59,6 +62,8 @@ def make_prompt_cache(
             one token, which is faster. Attention that is replaced later, and caches whose
             ``update_and_fetch`` is overridden, get arrays anyway; False is for code that holds a
             cache in an object of its own and reads what it returns.
+        sink, recent: tokens at a sequence's start and, at least, at its end that are stored in 8.5
+            bits: multiples of 32. None leaves it to the policy. Windows protect none.
 
     Returns:
         What mlx-lm's functions take as ``prompt_cache``. A layer whose formats are both f16 keeps
@@ -66,10 +71,10 @@ def make_prompt_cache(
 
     Raises:
         InputError: unknown format or policy, a policy that does not fit the model, a head_dim
-            that a format cannot store, or a max_kv_size below 5.
+            that a format cannot store, a max_kv_size below 5, or protected tokens that are not
+            accepted, or not with this back-end.
     """
-    _check_model(model)
-    policy = _as_policy(k, v, policy)
+    policy = _as_policy(model, k, v, policy).protecting(sink, recent)
     options = centre, compress_sliding, max_kv_size, handles
     return CacheFactory(model, policy, backend, None, *options)()
 
@@ -85,6 +90,8 @@ def attach(
     compress_sliding: bool = False,
     max_kv_size: int | None = None,
     handles: bool = True,
+    sink: int | None = None,
+    recent: int | None = None,
 ) -> nn.Module:
     """Make packed caches the model's own, for every function of mlx-lm that creates caches.
 
@@ -98,11 +105,10 @@ def attach(
     Raises:
         InputError: as ``make_prompt_cache``.
     """
-    _check_model(model)
+    policy = _as_policy(model, k, v, policy).protecting(sink, recent)
     previous = vars(model).get("make_cache")
     if isinstance(previous, CacheFactory):
         previous = previous.turbokv_previous
-    policy = _as_policy(k, v, policy)
     model.make_cache = CacheFactory(
         model, policy, backend, previous, centre, compress_sliding, max_kv_size, handles
     )
@@ -162,7 +168,7 @@ class CacheFactory:
         self.turbokv_previous = previous
         self.compress_sliding = compress_sliding
         self.max_kv_size = max_kv_size
-        select_backend(backend)  # one that is missing is an error now, not at the first token
+        check_covered(policy.protection, select_backend(backend))  # or an error now, not later
         caches = own_caches(model)
         self._n_caches = len(caches)
         self.layers: KVLayers = kv_layers(model, caches, compress_sliding)
@@ -243,7 +249,7 @@ class CacheFactory:
             return own
         if window is None:
             centre = self.centring.centres.get(self._growing[layer.ordinal])
-            return TurboKVCache(k, v, self.backend, centre)
+            return TurboKVCache(k, v, self.backend, centre, **vars(self.policy.protection))
         return TurboRotatingKVCache(k, v, window, keep, self.backend)
 
     def _layers_of(self, caches: list[Any]) -> KVLayers:
@@ -281,8 +287,9 @@ def _check_model(model: Any) -> None:
 
 
 def _as_policy(
-    k: KVFormat | str, v: KVFormat | str, policy: Policy | str | os.PathLike | None
+    model: Any, k: KVFormat | str, v: KVFormat | str, policy: Policy | str | os.PathLike | None
 ) -> Policy:
+    _check_model(model)
     if policy is None:
         return Uniform(k, v)
     if isinstance(policy, Policy):

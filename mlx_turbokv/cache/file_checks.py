@@ -257,11 +257,16 @@ def offsets(caches: Iterable[Any]) -> list[int]:
 
 
 def formats(cache: Any) -> str:
-    """``K/V`` of a cache that grows or has a window, or the class of any other."""
+    """``K/V`` of a cache that grows or has a window, or the class of any other.
+
+    Protected tokens are named where there are any.
+    """
     if type(cache) in (mlx_lm_cache.KVCache, mlx_lm_cache.RotatingKVCache):
         return "f16/f16"
     if isinstance(cache, PACKED):
-        return f"{cache.k_format}/{cache.v_format}"
+        protection = cache.protection
+        kept = f" with {protection.sink} first and {protection.recent} newest tokens protected"
+        return f"{cache.k_format}/{cache.v_format}{kept if protection else ''}"
     return type(cache).__name__
 
 

@@ -12,10 +12,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..kernels.packed import empty_tiles
-from ..quant.layout import TILE, KVLayout
-from ..quant.tiles import Rows, rows_to_tiles, tiles_to_rows
+from ..quant.layout import KVLayout
 from .base import PackedCache
+from .regrid import Part
 
 
 class PaddedBatch(PackedCache):
@@ -36,6 +35,10 @@ class PaddedBatch(PackedCache):
         if self._left_padding_array is None:
             self._left_padding_array = mx.array(self._left_padding, mx.int32)
         return self._left_padding_array
+
+    @property
+    def starts(self) -> list[int]:
+        return list(self._left_padding)
 
     def _check(self, keys: mx.array, values: mx.array) -> None:
         if keys.shape[0] != self.batch_size:
@@ -81,8 +84,7 @@ class PaddedBatch(PackedCache):
         indices = as_list(batch_indices)
         if not self.empty():
             rows = mx.array(indices)
-            self.body = self.body[rows] if self.n_body else empty_tiles()
-            self.tail = self.tail[rows] if self.n_tail else empty_tiles()
+            self._take_sequences(rows, indices)
         self._select(indices)
         common = min(self._left_padding)
         if common <= 0:
@@ -106,10 +108,9 @@ class PaddedBatch(PackedCache):
         padding, n = self._left_padding[idx], self.n_rows
         if self.layout is None or n <= padding:
             return cache
-        tiles = self.packed.tiles[idx : idx + 1]
-        tiles = moved(tiles, self.layout, [-padding], [n], n - padding)
-        cache._set_tiles(tiles, n - padding, self.layout)
-        mx.async_eval(cache.body, cache.tail)
+        part = Part(self, [-padding], [n], idx)
+        cache._hold([part], n - padding, self.layout)
+        mx.async_eval(cache.body, cache.tail, cache.segments.sink)
         return cache
 
     def _new_single(self) -> PackedCache:
@@ -122,9 +123,11 @@ class PaddedBatch(PackedCache):
         self.handles = None if None in given else given[0]
         if layout is None:
             return
-        n_heads = next(c.keys.shape[1] for c in caches if not c.empty())
-        tiles = [_tiles_ending_at(c, n, layout, n_heads) for c in caches]
-        self._set_tiles(mx.concatenate(tiles), n, layout)
+        parts = []
+        for cache in caches:
+            held, batch_size = cache.n_rows, getattr(cache, "batch_size", 1)
+            parts.append(Part(cache, [n - held] * batch_size, [held] * batch_size))
+        self._hold(parts, n, layout)
 
     def _move(self, shifts: list[int], ends: list[int], n: int) -> None:
         """Move each sequence's rows by its shift; n rows remain."""
@@ -132,7 +135,7 @@ class PaddedBatch(PackedCache):
         if layout is None or n <= 0:
             self._clear()
             return
-        self._set_tiles(moved(self.packed.tiles, layout, shifts, ends, n), n, layout)
+        self._hold([Part(self, shifts, ends)], n, layout)
 
     @classmethod
     def merge(cls, caches: Sequence[Any]) -> PaddedBatch:
@@ -167,6 +170,10 @@ def common_layout(caches: Sequence[Any]) -> KVLayout | None:
             f"[batch] caches of different formats or shapes cannot be one batch: "
             f"{', '.join(named)}; {', '.join(str(s) for s in shapes)}."
         )
+    if len({c.protection for c in caches}) > 1:
+        raise ValueError(
+            "[batch] caches of different numbers of protected tokens cannot be one batch."
+        )
     if len({c.centre for c in caches}) > 1:
         raise ValueError("[batch] caches whose keys are centred differently cannot be one batch.")
     return held[0][0] if held else None
@@ -175,53 +182,3 @@ def common_layout(caches: Sequence[Any]) -> KVLayout | None:
 def _stored_layout(layout: KVLayout) -> KVLayout:
     """A layout without the model's dtype, unless rows are stored in it."""
     return layout if layout.is_raw else replace(layout, dtype="float32")
-
-
-def _tiles_ending_at(cache: PackedCache, n: int, layout: KVLayout, n_heads: int) -> mx.array:
-    """The tiles of a cache's newest n rows, the last at n - 1; zeros where it has none."""
-    batch_size = getattr(cache, "batch_size", 1)
-    if cache.empty():
-        return mx.zeros((batch_size, n_heads, -(-n // TILE), layout.tile_words), mx.uint32)
-    held = cache.n_rows
-    return moved(cache.packed.tiles, layout, [n - held] * batch_size, [held] * batch_size, n)
-
-
-def moved(
-    tiles: mx.array, layout: KVLayout, shifts: list[int], ends: list[int], n: int
-) -> mx.array:
-    """Tiles whose row p is row p - shift of the given ones; zeros where that is no row.
-
-    Args:
-        shifts: by how many rows each sequence moves towards the end.
-        ends: how many of its rows each sequence has.
-        n: rows of the result.
-
-    Shapes:
-        tiles: [B, H, T, layout.tile_words]; returns: [B, H, ceil(n / 32), layout.tile_words].
-    """
-    n_tiles = -(-n // TILE)
-    if not any(shifts) and all(end >= n for end in ends):
-        return tiles[:, :, :n_tiles]
-    if all(shift % TILE == 0 and end >= n - shift for shift, end in zip(shifts, ends)):
-        return _moved_tiles(tiles, [shift // TILE for shift in shifts], n_tiles)
-    rows = mx.arange(n_tiles * TILE)[None] - mx.array(shifts)[:, None]
-    last = mx.minimum(mx.array(ends), n - mx.array(shifts))
-    valid = mx.logical_and(rows >= 0, rows < last[:, None])[:, None, :, None]
-    rows = mx.clip(rows, 0, tiles.shape[2] * TILE - 1)[:, None, :, None]
-
-    def move(part: mx.array) -> mx.array:
-        if part.shape[-1] == 0:
-            return mx.zeros((*part.shape[:2], n_tiles * TILE, 0), part.dtype)
-        taken = mx.take_along_axis(part, rows, axis=2)
-        return mx.where(valid, taken, mx.zeros((), part.dtype))
-
-    return rows_to_tiles(Rows(*map(move, tiles_to_rows(tiles, layout))), layout)
-
-
-def _moved_tiles(tiles: mx.array, shifts: list[int], n_tiles: int) -> mx.array:
-    """``moved`` by whole tiles: nothing needs to be unpacked."""
-    index = mx.arange(n_tiles)[None] - mx.array(shifts)[:, None]
-    taken = mx.take_along_axis(
-        tiles, mx.clip(index, 0, tiles.shape[2] - 1)[:, None, :, None], axis=2
-    )
-    return mx.where((index >= 0)[:, None, :, None], taken, mx.array(0, mx.uint32))

@@ -14,16 +14,19 @@ from .padding import PaddedBatch
 class TurboKVCache(PackedCache):
     """A packed KV cache for one layer.
 
-    Rows are quantised before attention reads them, so what it reads does not depend on how a prompt
-    was cut.
+    Without recent tokens to protect, rows are quantised before attention reads them, so what it
+    reads does not depend on how a prompt was cut. With them, more than 8 new tokens at a time see
+    each other as the model made them.
 
     Args:
         k_format, v_format: formats or their names.
         backend: ``metal``, ``cuda`` or ``reference``; None chooses.
         centre: what to subtract from the keys before they are quantised.
+        sink: tokens at a sequence's start that are stored in 8.5 bits; a multiple of 32.
+        recent: tokens at its end that are, at least; a multiple of 32.
 
     Raises:
-        InputError: an unknown format or back-end.
+        InputError: an unknown format or back-end, or a number of tokens that is not accepted.
     """
 
     batch_class: type[PaddedBatch]  # set by batch.py

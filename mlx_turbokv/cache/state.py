@@ -12,8 +12,9 @@ import mlx.core as mx
 from ..centring.centre import Centre
 from ..errors import short
 from ..kernels.packed import empty_tiles
+from ..policy.protection import UNPROTECTED, Protection
 from ..quant.formats import KVFormat
-from ..quant.layout import ITEMSIZE, TILE, KVLayout, shared_layout
+from ..quant.layout import ITEMSIZE, TILE, KVLayout, protected_layout, shared_layout
 
 MOST = (1 << 31) - 1  # kernels count rows in 32 bits
 
@@ -80,11 +81,14 @@ def formats(k_format: Any, v_format: Any) -> tuple[KVFormat, KVFormat]:
     return KVFormat.parse(k_format), KVFormat.parse(v_format)
 
 
-def rows(k_format: KVFormat, v_format: KVFormat, values: list[Any]) -> Rows | None:
+def rows(
+    k_format: KVFormat, v_format: KVFormat, values: list[Any], fine_tail: bool = False
+) -> Rows | None:
     """The rows of a state; None of an empty one.
 
     Args:
         values: body, tail, n_body, n_tail, k_head_dim, v_head_dim and dtype.
+        fine_tail: whether the tail's rows are protected.
 
     Raises:
         ValueError: they contradict each other.
@@ -102,10 +106,48 @@ def rows(k_format: KVFormat, v_format: KVFormat, values: list[Any]) -> Rows | No
     dims = count(k_dim, "k_head_dim", 1), count(v_dim, "v_head_dim", 1)
     layout = shared_layout(k_format, v_format, *dims, dtype)
     body = _tiles("body", body, n_body, layout)
-    tail = _tiles("tail", tail, n_tail, layout)
+    tail = _tiles("tail", tail, n_tail, protected_layout(layout) if fine_tail else layout)
     if n_body and n_tail and body.shape[:2] != tail.shape[:2]:
         raise ValueError(f"its body is {body.shape} and its tail {tail.shape}")
     return Rows(layout, body, tail, n_body, n_tail)
+
+
+def protection(values: list[Any]) -> Protection:
+    """The protected tokens of a state's values beside its rows; none without values.
+
+    Raises:
+        ValueError: they are too few, or numbers that are not accepted.
+    """
+    if not values:
+        return UNPROTECTED
+    if len(values) < 6:
+        raise ValueError("it has too few values")
+    return Protection(*values[:2])
+
+
+def segments(values: list[Any], held: Rows) -> tuple[mx.array, int, int, list[int]]:
+    """What protected rows have beside body and tail: sink, n_sunk, tail_start and coarse_end.
+
+    Raises:
+        ValueError: they contradict each other.
+    """
+    n_first, _, sink, n_sunk, start, ends = values
+    start = count(start, "tail_start", 0, held.n_body)
+    n = start + held.n_tail
+    if start % TILE or not max(1, held.n_body - TILE + 1) <= n <= MOST:
+        raise ValueError(f"its body has {held.n_body:,} rows and its tail {n:,} from {start:,} on")
+    batch, n_heads = held.heads
+    ends = counts(ends, "coarse_end", batch, start)
+    if max(ends) > min(n, held.n_body):
+        raise ValueError(f"its body of {held.n_body:,} rows ends at row {max(ends):,} of {n:,}")
+    n_sunk = count(n_sunk, "n_sunk", 0, n)
+    fine = protected_layout(held.layout)
+    if sink is None:
+        return empty_tiles(), n_sunk, start, ends
+    sink = _tiles("sink", sink, n_first, fine)
+    if sink.shape[:3] != (batch, n_heads, n_first // TILE):
+        raise ValueError(f"its sink is {sink.shape} of {n_first} tokens")
+    return sink, n_sunk, start, ends
 
 
 def _tiles(name: str, tiles: Any, n_rows: int, layout: KVLayout) -> mx.array:

@@ -120,9 +120,8 @@ def _rows(cache: Any, packed: bool) -> list[tuple[int, float]]:
     batch, heads = cache.keys.shape[:2]
     n_rows = batch * heads * int(cache.size())
     if packed:
-        layout = cache.layout
-        return [
-            (n_rows * layout.k_head_dim, cache.k_format.bits_per_value(layout.k_head_dim)),
-            (n_rows * layout.v_head_dim, cache.v_format.bits_per_value(layout.v_head_dim)),
-        ]
+        layout, n_protected = cache.layout, heads * cache.n_protected
+        sides = ((cache.k_format, layout.k_head_dim), (cache.v_format, layout.v_head_dim))
+        rows = [((n_rows - n_protected) * dim, fmt.bits_per_value(dim)) for fmt, dim in sides]
+        return rows + [(n_protected * dim, fmt.protected.bits_per_value(dim)) for fmt, dim in sides]
     return [(n_rows * a.shape[-1], 8.0 * a.itemsize) for a in (cache.keys, cache.values)]
