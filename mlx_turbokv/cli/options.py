@@ -11,13 +11,23 @@ import click
 from .. import policy as policies
 from ..errors import InputError
 from ..quant.formats import FORMAT_NAMES, KVFormat
-from .values import BACKEND_VARIABLE, COUNT, BackendType, FormatType, Number, exclude, given
+from .values import (
+    BACKEND_VARIABLE,
+    COUNT,
+    BackendType,
+    FormatType,
+    Number,
+    ProtectedType,
+    exclude,
+    given,
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 DEFAULT_POLICY = "la-v7"
 DTYPES = ("float32", "float16", "bfloat16")
 CACHE_ARGUMENTS = ("cache_type_k", "cache_type_v", "policy", "boundary", "layer_adaptive")
+CACHE_ARGUMENTS += ("sink", "recent")
 CACHE_HELP = (
     "Without cache options: K q8_0 and V by Boundary V (la-v7: q8_0 in the first and last two KV "
     "layers, turbo2 between). -ctv alone gives V that format in every layer; with a policy, "
@@ -79,6 +89,17 @@ centre = combined(
         help="Do not subtract the constant part of turbo keys before they are quantised.",
     ),
 )  # fmt: skip
+protection = combined(
+    click.option(
+        "--sink", type=ProtectedType(), metavar="N",
+        help="Tokens at a sequence's start that are stored in 8.5 bits in every layer: a multiple "
+        "of 32.  [default: the policy's, or 0]",
+    ),
+    click.option(
+        "--recent", type=ProtectedType(), metavar="N",
+        help="The same at a sequence's end, at least.  [default: the policy's, or 0]",
+    ),
+)  # fmt: skip
 policy = combined(
     click.option(
         "-ctk", "--cache-type-k", type=FormatType(),
@@ -100,6 +121,7 @@ policy = combined(
         "--layer-adaptive", metavar="N",
         help="A policy by its TURBO_LAYER_ADAPTIVE mode: 0, 1, 2, 5, 6, 7 or 10.",
     ),
+    protection,
     compress_sliding,
     centre,
 )  # fmt: skip
@@ -213,6 +235,8 @@ def policy_from(
     policy: str | None = None,
     boundary: str | None = None,
     layer_adaptive: str | None = None,
+    sink: int | None = None,
+    recent: int | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> policies.Policy:
     """The policy that the cache options ask for.
@@ -221,6 +245,7 @@ def policy_from(
     variable TURBO_LAYER_ADAPTIVE; then ``-ctv``, the same in every layer; then la-v7.
 
     Args:
+        sink, recent: protected tokens; None: as many as the policy says.
         environ: used in place of the process's environment.
 
     Raises:
@@ -234,14 +259,15 @@ def policy_from(
         )
     k, v = cache_type_k, cache_type_v
     if policy is not None:
-        return policies.load_policy(policy, k, v)
-    if boundary is not None:
-        return policies.parse_boundary(boundary, k, v)
-    if layer_adaptive is not None:
-        return policies.layer_adaptive(layer_adaptive, k, v)
-    from_env = policies.from_environment(k, v, environ)
-    if from_env is not None:
-        return from_env
-    return (
-        policies.load_policy(DEFAULT_POLICY, k) if v is None else policies.Uniform(k or "q8_0", v)
-    )
+        found = policies.load_policy(policy, k, v)
+    elif boundary is not None:
+        found = policies.parse_boundary(boundary, k, v)
+    elif layer_adaptive is not None:
+        found = policies.layer_adaptive(layer_adaptive, k, v)
+    elif (from_env := policies.from_environment(k, v, environ)) is not None:
+        found = from_env
+    elif v is None:
+        found = policies.load_policy(DEFAULT_POLICY, k)
+    else:
+        found = policies.Uniform(k or "q8_0", v)
+    return found.protecting(sink, recent)

@@ -13,6 +13,7 @@ from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from ..errors import InputError
+from ..policy.protection import check_count
 from ..quant.formats import FORMAT_NAMES, KVFormat
 
 MOST_TOKENS = 1 << 24
@@ -64,6 +65,19 @@ class FormatType(click.ParamType):
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
         return [CompletionItem(name) for name in FORMAT_NAMES if name.startswith(incomplete)]
+
+
+class ProtectedType(click.ParamType):
+    """A number of protected tokens."""
+
+    name = "tokens"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            number: Any = int(value)
+        except ValueError:
+            number = value
+        return check_count("--" + (param.name or "") if param else "The number", number)
 
 
 class BackendType(click.ParamType):

@@ -2,6 +2,7 @@
 
 Names: `K/V` (one pair in every layer), a policy's name or file, `K/V@POLICY` and `POLICY:K` (the
 formats that a policy leaves open), and `mlx-kvN[:GROUP]`, mlx-lm's own affine `kv_bits` cache.
+`NAME+SINK,RECENT` protects so many tokens, whatever the policy says.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from ..errors import InputError
 from ..kernels.backend import select_backend
 from ..model.kv_layers import kv_layers
 from ..model.shapes import KVShape
-from ..policy import LayerList, Pair, Policy, Uniform, bits_per_value, load_policy
+from ..policy import LayerList, Pair, Policy, Protection, Uniform, bits_per_value, load_policy
+from ..policy.protection import UNPROTECTED
 from ..quant.formats import as_format
 from .mlx_lm_quantized import DEQUANTIZED, MLX_LM, make_quantized_caches, needs_dequantizing
 
@@ -28,8 +30,11 @@ DEFAULT_CONFIGS = (
     REFERENCE, "q8_0/q8_0", "q8_0/turbo4", "q8_0/turbo3", "q8_0/turbo2", "la-v5", "la-v6", "la-v7",
     "mode-10", "turbo4/turbo4", "turbo3/turbo3",
 )  # fmt: skip
-ACCEPTED = "K/V such as q8_0/turbo3, a policy, K/V@POLICY, POLICY:K or mlx-kvN:GROUP"
+ACCEPTED = (
+    "K/V such as q8_0/turbo3, a policy, K/V@POLICY, POLICY:K, NAME+SINK,RECENT or mlx-kvN:GROUP"
+)
 _MLX_LM_NAME = re.compile(r"mlx-kv([2348])(?::(32|64|128))?")
+_PROTECTED = re.compile(r"(.+)\+\s*([0-9]{1,7})\s*,\s*([0-9]{1,7})\s*")
 _DEFAULT_GROUP = 64
 
 
@@ -46,6 +51,8 @@ class Prepared:
     backend: what packs and reads the rows: a back-end's name, or "mlx-lm" (and whether its rows
         are dequantised for attention).
     centred: what the keys are centred by, in words.
+    protection: the protected tokens; the bits above are those of the others.
+    protected_bits: bits per value of K, of V and of both in protected tokens.
     """
 
     name: str
@@ -57,6 +64,19 @@ class Prepared:
     layer_bits: list[tuple[float, float]] | None = None
     backend: str = MLX_LM
     centred: str = "keys not centred"
+    protection: Protection = UNPROTECTED
+    protected_bits: tuple[float, float, float] | None = None
+
+    def bits_at(self, n: int) -> tuple[float | None, float | None, float | None]:
+        """Bits per value of K, of V and of both after a prompt of ``n`` tokens."""
+        bits = self.k_bits, self.v_bits, self.bits
+        if self.protected_bits is None:
+            return bits
+        share = min(n, self.protection.rows_after(n)[1]) / n
+        k, v, both = (
+            None if x is None else x + share * (y - x) for x, y in zip(bits, self.protected_bits)
+        )
+        return k, v, both
 
 
 class AffineFormat(NamedTuple):
@@ -80,6 +100,8 @@ def parse_policy(name: str) -> Policy:
         InputError: an unknown format or policy.
     """
     text = name.strip()
+    if found := _PROTECTED.fullmatch(text):
+        return parse_policy(found[1]).protecting(int(found[2]), int(found[3]))
     parametrised = re.match(r"(?i)(boundary|last):", text)
     # A file's name may hold anything, so files come before the forms with signs in them.
     if text.lower().endswith(".json"):
@@ -181,14 +203,19 @@ def prepare(
         compress_sliding=compress_sliding,
     )
     pairs = [factory.formats[layer.ordinal] for layer in factory.layers.layers]
+    shapes, protected_bits = kv_shapes(model, compress_sliding), None
+    if policy.protection and shapes is not None:
+        protected_bits = shape_bits([(k.protected, v.protected) for k, v in pairs], shapes)
     packed = not all(k.is_f16 and v.is_f16 for k, v in pairs)
     return Prepared(
         name=name or (config if isinstance(config, str) else policy.name),
         make_caches=factory,
         layers=[(str(k), str(v)) for k, v in pairs],
-        **_bits(pairs, kv_shapes(model, compress_sliding)),
+        **_bits(pairs, shapes),
         backend=select_backend(factory.backend).name if packed else MLX_LM,
         centred=factory.centring.summary(),
+        protection=policy.protection if packed else UNPROTECTED,
+        protected_bits=protected_bits,
     )
 
 

@@ -76,15 +76,17 @@ class Evaluation:
         right = np.concatenate(result.of("top_right"))
         was_right = np.concatenate(reference.of("top_right"))
         all_kld = np.concatenate(kld)
+        k_bits, v_bits, bits = config.bits_at(self.n_ctx)
         return {
             "config": config.name,
-            "bits_per_value": config.bits,
-            "k_bits_per_value": config.k_bits,
-            "v_bits_per_value": config.v_bits,
+            "bits_per_value": bits,
+            "k_bits_per_value": k_bits,
+            "v_bits_per_value": v_bits,
             "layers": config.layers,
             "layer_bits": config.layer_bits,
             "backend": config.backend,
             "centred": config.centred,
+            "protected": str(config.protection) if config.protection else None,
             "kv_bytes": result.kv_bytes,
             "n_predictions": int(all_kld.size),
             "ppl": statistics.perplexity(nll),
@@ -126,7 +128,10 @@ def settings_of(
         "text_sha256": text_sha256,
         "n_ctx": int(windows.shape[1]),
         "first_window": digest(first),
-        "configurations": [[c.name, c.layers, c.backend, c.centred] for c in configs],
+        "configurations": [
+            [c.name, c.layers, c.backend, c.centred, *([str(c.protection)] if c.protection else [])]
+            for c in configs
+        ],
         "versions": {k: versions[k] for k in ("mlx_turbokv", "mlx", "mlx_lm")},
         "device": versions["device"],
     }  # fmt: skip

@@ -8,9 +8,12 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
+from ..cache.summary import leaves
 from ..errors import InputError
+from ..policy.protection import UNPROTECTED
 
 PREFILL_STEP = 2048
+PROTECTED_STEP = 32  # tokens
 SHORTEST = 4  # tokens: two of context, one scored prediction
 
 
@@ -101,7 +104,8 @@ def batch_logits(model, windows: np.ndarray, caches: list) -> mx.array:
     """Logits of the scored positions of several windows at once.
 
     The context half goes in first: only its keys and values are evaluated, so its logits are
-    never computed.
+    never computed. The scored half goes in as one piece, or where newest tokens are protected in
+    steps of PROTECTED_STEP: more tokens at a time would see too many rows as the model made them.
 
     Shapes: windows [B, n_ctx]; returns [B, n_ctx - n_ctx // 2 - 1, vocabulary].
     """
@@ -109,7 +113,14 @@ def batch_logits(model, windows: np.ndarray, caches: list) -> mx.array:
     for start in range(0, first, PREFILL_STEP):
         model(mx.array(windows[:, start : min(start + PREFILL_STEP, first)]), cache=caches)
         mx.eval([c.state for c in caches])
-    return model(mx.array(windows[:, first:-1]), cache=caches)
+    if not any(getattr(c, "protection", UNPROTECTED).recent for c in leaves(caches)):
+        return model(mx.array(windows[:, first:-1]), cache=caches)
+    parts = []
+    for start in range(first, windows.shape[1] - 1, PROTECTED_STEP):
+        stop = min(start + PROTECTED_STEP, windows.shape[1] - 1)
+        parts.append(model(mx.array(windows[:, start:stop]), cache=caches))
+        mx.eval(parts[-1], [c.state for c in caches])
+    return mx.concatenate(parts, axis=1)
 
 
 def digest(windows: np.ndarray) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from ..cache.rotating import SLACK_TOKENS
@@ -12,7 +12,8 @@ from ..errors import InputError
 from ..evaluate.configuration import shape_bits
 from ..loading.known_shapes import ModelShape
 from ..model.shapes import KVShape
-from ..policy import LayerList, Pair, Policy, Uniform
+from ..policy import LayerList, Pair, Policy, Protection, Uniform
+from ..policy.protection import UNPROTECTED
 from ..quant.formats import KVFormat, as_format, check_head_dim
 
 GIB = 1 << 30
@@ -149,7 +150,7 @@ def _row(plan: Plan, name: str, policy: Policy, centre: bool | str) -> Row:
         check_head_dim(k, shape.k_head_dim)
         check_head_dim(v, shape.v_head_dim)
     k_bits, v_bits, bits = shape_bits(formats, shapes)
-    free = plan.free_bytes()
+    free, protection = plan.free_bytes(), policy.protection
     return Row(
         name=name,
         policy=policy,
@@ -157,13 +158,13 @@ def _row(plan: Plan, name: str, policy: Policy, centre: bool | str) -> Row:
         k_bits=k_bits,
         v_bits=v_bits,
         bits=bits,
-        bytes_at={n: _bytes_at(formats, plan.model, n) for n in plan.contexts},
+        bytes_at={n: _bytes_at(formats, plan.model, n, protection) for n in plan.contexts},
         notes=[
             *policy.notes(len(shapes)),
             *_unprofitable(name, formats, shapes, v_bits),
             *_centring(name, plan.model, formats, policy, centre),
         ],
-        max_tokens=None if free is None else _most_tokens(formats, plan.model, free),
+        max_tokens=None if free is None else _most_tokens(formats, plan.model, free, protection),
     )
 
 
@@ -212,20 +213,42 @@ def _centring(
     return [f"{name}: the turbo keys of {n} layer{'s' * (n > 1)} {how}."]
 
 
-def _bytes_at(formats: list[Pair], model: ModelShape, n: int) -> int:
-    """Bytes of all caches after ``n`` tokens."""
+def _bytes_at(
+    formats: list[Pair],
+    model: ModelShape,
+    n: int,
+    protection: Protection = UNPROTECTED,
+    rows_of: Callable[[Protection, int], tuple[int, int]] = Protection.rows_after,
+) -> int:
+    """Bytes of all caches after ``n`` tokens.
+
+    Args:
+        rows_of: how many rows are unprotected and protected, of a protection and of ``n``.
+    """
+    protected = rows_of(protection, n)
     total = sum(x.bytes_at(n) for x in model.uncompressed)
     for layer, shape, (k, v) in zip(model.layers.layers, model.shapes, formats):
         rows = n
         if layer.window is not None:
             spare = 0 if k.is_f16 and v.is_f16 else SLACK_TOKENS
             rows = min(n, layer.window + spare)
-        total += rows * shape.n_kv_heads * k.row_bytes(shape.k_head_dim, F16_BYTES)
-        total += rows * shape.n_kv_heads * v.row_bytes(shape.v_head_dim, F16_BYTES)
+        sides = ((k, shape.k_head_dim), (v, shape.v_head_dim))
+        counts = rows, 0
+        if layer.window is None and any(fmt.protected != fmt for fmt, _ in sides):
+            counts = protected
+        for fmt, dim in sides:
+            for n_rows, stored in zip(counts, (fmt, fmt.protected)):
+                total += n_rows * shape.n_kv_heads * stored.row_bytes(dim, F16_BYTES)
     return total
 
 
-def _most_tokens(formats: list[Pair], model: ModelShape, free: int) -> int | None:
+def _most_tokens(
+    formats: list[Pair], model: ModelShape, free: int, protection: Protection
+) -> int | None:
     """The longest context whose caches fit, or None if every context fits."""
-    more = bisect_right(range(1, MOST_TOKENS + 1), free, key=lambda n: _bytes_at(formats, model, n))
+
+    def most_bytes(n: int) -> int:
+        return _bytes_at(formats, model, n, protection, Protection.most_rows)
+
+    more = bisect_right(range(1, MOST_TOKENS + 1), free, key=most_bytes)
     return None if more == MOST_TOKENS else more

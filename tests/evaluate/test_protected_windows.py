@@ -1,0 +1,82 @@
+"""Scored tokens of protected caches see what generation would: the protocol of the windows."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tiny_models import tiny_model
+
+from mlx_turbokv.evaluate.configuration import prepare
+from mlx_turbokv.evaluate.windows import batch_logits, first_scored
+from mlx_turbokv.policy.protection import Protection
+
+N_CTX = 700
+
+
+class Counting:
+    """A model that notes how many tokens it is given at a time."""
+
+    def __init__(self, model) -> None:
+        self.model, self.lengths = model, []
+
+    def __call__(self, tokens: mx.array, cache: list) -> mx.array:
+        self.lengths.append(tokens.shape[1])
+        return self.model(tokens, cache=cache)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llama", num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def windows() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 60, (2, N_CTX)).astype(np.int32)
+
+
+@pytest.mark.parametrize("name", ["f16/f16", "turbo4/turbo2", "turbo4/turbo2+32,0"])
+def test_rows_that_are_stored_before_they_are_read_take_one_piece(model, windows, name) -> None:
+    counting = Counting(model)
+    batch_logits(counting, windows, prepare(model, name, "reference").make_caches())
+    assert counting.lengths == [first_scored(N_CTX), N_CTX - first_scored(N_CTX) - 1]
+
+
+@pytest.mark.parametrize("n", [100, 2048, 32768])
+def test_bits_are_those_of_all_rows(model, n: int) -> None:
+    plain = prepare(model, "turbo4/turbo3", "reference")
+    config = prepare(model, "turbo4/turbo3+32,128", "reference")
+    fine = min(n, 160) if n > 256 else n
+    for found, coarse in zip(config.bits_at(n), plain.bits_at(n)):
+        assert found == pytest.approx((fine * 8.5 + (n - fine) * coarse) / n)
+    assert prepare(model, "f16/f16+32,128").protection == Protection()
+
+
+def test_protected_caches_take_steps_of_32_tokens(model, windows) -> None:
+    counting = Counting(model)
+    config = prepare(model, "turbo4/turbo2+32,64", "reference")
+    logits = batch_logits(counting, windows, config.make_caches())
+    n = N_CTX - first_scored(N_CTX) - 1
+    assert counting.lengths == [first_scored(N_CTX), *[32] * (n // 32), n % 32]
+    assert logits.shape[:2] == (2, n)
+
+
+def test_the_figures_are_nearer_to_generations_than_to_those_of_one_piece(model, windows) -> None:
+    """Token by token, as generation goes; what one piece would hide is most of the difference."""
+    exact = model(mx.array(windows[:, :-1]))[:, first_scored(N_CTX) :]
+    config = prepare(model, "turbo2/turbo2+32,64", "reference")
+    in_steps = batch_logits(model, windows, config.make_caches())
+    caches = config.make_caches()
+    first = first_scored(N_CTX)
+    model(mx.array(windows[:, :first]), cache=caches)
+    one_piece = model(mx.array(windows[:, first:-1]), cache=caches)
+    caches = config.make_caches()
+    model(mx.array(windows[:, :first]), cache=caches)
+    steps = [model(mx.array(windows[:, i : i + 1]), cache=caches) for i in range(first, N_CTX - 1)]
+    one_by_one = mx.concatenate(steps, axis=1)
+
+    def distance(a: mx.array, b: mx.array) -> float:
+        return float(mx.abs(a - b).mean())
+
+    assert distance(one_piece, exact) < 0.8 * distance(one_by_one, exact)
+    assert abs(distance(in_steps, exact) / distance(one_by_one, exact) - 1) < 0.15
