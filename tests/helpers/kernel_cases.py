@@ -420,7 +420,7 @@ def _near_boundaries(different, units, x, fmt, unsure) -> bool:
     rows = np.array(x.astype(mx.float32)).astype(np.float64)
     y = (rows.reshape(*rows.shape[:-1], -1, len(rotation)) @ rotation.T).reshape(rows.shape)
     if not fmt.has_codebook:
-        return _near_halves(different, y, width)
+        return _near_halves(different, y, width, unsure, len(rotation))
     per_unit = dim // units.shape[-1]
     thresholds = boundaries(fmt.bits, width).astype(np.float64)
     for *row, unit in different:
@@ -440,14 +440,23 @@ def _near_boundaries(different, units, x, fmt, unsure) -> bool:
     return True
 
 
-def _near_halves(different, y: np.ndarray, width: int) -> bool:
-    """The same of turbo8: a value next to the middle of two codes, or a scale of two numbers."""
+def _near_halves(different, y: np.ndarray, width: int, unsure: np.ndarray, rotated: int) -> bool:
+    """The same of turbo8: a value next to the middle of two codes, or a scale of two numbers.
+
+    Args:
+        rotated: dims of a rotation.
+    """
     for *row, unit in different:
         group = y[(*row, slice(unit // width * width, unit // width * width + width))]
-        largest = np.abs(group).max() / 127
-        scales = (largest * (1 + np.array([-1, 0, 1]) * BOUNDARY)).astype(np.float16)
-        near = y[(*row, unit)] / scales[1].astype(np.float64)
-        if len(set(scales)) == 1 and abs(near - np.floor(near) - 0.5) > 127 * BOUNDARY:
+        off = np.linalg.norm(unsure[row[1]][unit // rotated * rotated :][:rotated])
+        most = np.abs(group).max()
+        if 0 < most <= off:  # nothing but rounding
+            continue
+        spread = most * BOUNDARY + off
+        scales = ((most + np.array([-1, 0, 1]) * spread) / 127).astype(np.float16)
+        scale = scales[1].astype(np.float64)
+        near = y[(*row, unit)] / scale
+        if len(set(scales)) == 1 and abs(near - np.floor(near) - 0.5) > spread / scale:
             return False
     return True
 
