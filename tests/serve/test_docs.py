@@ -6,6 +6,7 @@ import plistlib
 import re
 from pathlib import Path
 
+from mlx_turbokv.cli.serve import command
 from mlx_turbokv.serve.options import parse
 
 PAGE = Path(__file__).parents[2] / "docs" / "server.md"
@@ -16,6 +17,8 @@ def test_the_property_list_is_readable_and_its_options_are_accepted() -> None:
     job = plistlib.loads(text.encode())
     program, *options = job["ProgramArguments"]
     assert program.endswith("/mlx_turbokv.serve")
-    assert parse(options).max_tokens == 8192
+    context = command.make_context("serve", options)
+    assert context.params["memory_limit"] == 12_000_000_000
+    assert parse(context.args).max_tokens == 8192
     assert job["KeepAlive"] == {"SuccessfulExit": False}
     assert job["SoftResourceLimits"] == {"NumberOfFiles": 4096}
