@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from pages import kernels, models, plot, quality  # noqa: E402
+from pages import apple, kernels, models, plot, quality  # noqa: E402
 
 FOLDER = ROOT / "docs/results"
 # page: (its maker, what it has)
@@ -30,13 +30,16 @@ PAGES: dict[str, tuple[Callable[[], str], str]] = {
     "memory": (models.memory, "bytes of the cache of known models"),
     "kernels": (kernels.kernels, "times of attention, packing and dequantising"),
     "kv-bits": (kernels.kv_bits, "times of mlx-lm's kv_bits attention"),
-    "kernel-counters": (kernels.counters, "instructions, bytes, what Apple GPUs could reach"),
+    "kernel-counters": (kernels.counters, "instructions and bytes, counted on an NVIDIA GPU"),
     "decode-log": (models.decode_log, "steps of tuning decode attention"),
+    "apple-kernels": (apple.kernels, "registers, spills and loops of every variant on Apple GPUs"),
     "gpu-check": (kernels.gpu_check, "checks of the kernels on an NVIDIA GPU"),
     "long-checks": (models.long_checks, "checks that take longer than tests may"),
     "models": (models.models, "what is compressed in every architecture of mlx-lm"),
     "research": (models.research, "settled research"),
 }  # fmt: skip
+# pages of docs/ that consist of figures, by where they lie from docs/results
+GUIDES: dict[str, Callable[[], str]] = {"../apple.md": apple.apple}
 
 
 def index() -> str:
@@ -51,14 +54,17 @@ def index() -> str:
 def pages() -> dict[str, str]:
     """The text of every page, by file name."""
     made = {f"{name}.md": make() for name, (make, _) in PAGES.items()}
-    return {"README.md": index() + "\n", **{name: f"{text}\n" for name, text in made.items()}}
+    made |= {"README.md": index(), **{name: make() for name, make in GUIDES.items()}}
+    return {name: f"{text}\n" for name, text in made.items()}
 
 
 def differing() -> list[str]:
     """Files of docs/results that are not what the records make, missing and left-over ones too."""
     made = pages()
-    found = {path.name: path.read_text(encoding="utf-8") for path in FOLDER.glob("*.md")}
-    return sorted(name for name in {*made, *found} if made.get(name) != found.get(name))
+    names = {*made, *(path.name for path in FOLDER.glob("*.md"))}
+    paths = {name: FOLDER / name for name in names}
+    found = {name: p.read_text(encoding="utf-8") for name, p in paths.items() if p.is_file()}
+    return sorted(name for name in names if made.get(name) != found.get(name))
 
 
 def main() -> None:

@@ -124,7 +124,7 @@ def _times(record: dict) -> list[str]:
         row.insert(3, f"{_least_us(variant['times']['packed_bytes'], chip)} µs")
     note = (
         "Decode cannot take less than its packed bytes take at the published bandwidth, the "
-        "column after it, unless a cache holds them. docs/kernels.md says what to expect."
+        "column after it, unless a cache holds them. docs/apple.md says what to expect."
     )
     return [title, _table(head, rows), note]
 

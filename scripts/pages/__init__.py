@@ -22,8 +22,11 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return Table(header, rows).markdown()
 
 
-def source(name: str, record: dict | None = None) -> str:
-    """Where figures come from: device, versions, commit, record and the command that made it."""
+def source(name: str, record: dict | None = None, up: str = "../..") -> str:
+    """Where figures come from: device, versions, commit, record and the command that made it.
+
+    ``up`` leads from the page to the repository.
+    """
     record = read(name) if record is None else record
     about = {**record.get("environment", {}), **record}
     versions = [f"{k.replace('mlx_lm', 'mlx-lm')} {about[k]}"
@@ -33,7 +36,7 @@ def source(name: str, record: dict | None = None) -> str:
     commit = f"commit {about['commit']}" if about.get("commit") else "commit not recorded"
     parts += [commit, *([about["date"]] if about.get("date") else [])]
     path = f"benchmarks/{name}.json"
-    text = f"{', '.join(parts)}. Record: [{path}](../../{path})."
+    text = f"{', '.join(parts)}. Record: [{path}]({up}/{path})."
     return f"{text}\n\n{commands(about['command'])}"
 
 

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from math import log2
 
-from mlx_turbokv.kernels.chips import CHIPS, LANES_A_CORE, Chip
 from mlx_turbokv.quant.formats import KVFormat
 
 from . import commands, power, read, source, span, table
 
 SIMD_LANES = 32
-M1_GHZ = 1.278  # metal-benchmarks; the slowest clock known
-LAYERS, KV_HEADS = 32, 8  # Llama-3.1-8B's
-DOCTOR_ROWS = 8192 * 8  # tokens times KV heads that doctor times
-H100 = "NVIDIA H100 80GB HBM3"
 
 
 def _shape(rows: list[dict]) -> str:
@@ -148,14 +143,9 @@ def _needs(record: dict) -> list[dict]:
     return found
 
 
-def _rate(chip: Chip) -> float:
-    """Instructions of one lane for each byte, at the larger bandwidth and a clock of 1 GHz."""
-    return chip.cores * LANES_A_CORE / max(chip.bandwidths)
-
-
 def counters() -> str:
-    """What the kernels need for a token, and what GPUs give in the time that its bytes take."""
-    record, times = read("kernel_counters"), read("bench_kernels")
+    """What the kernels need for a token, counted on an NVIDIA GPU."""
+    record = read("kernel_counters")
     needs = _needs(record)
     rows = [
         [f"{n['kernel']}, {n['pair']}",
@@ -165,55 +155,13 @@ def counters() -> str:
     ]  # fmt: skip
     header = ["", "bytes", "operations at least", "instructions", "on pairs of halves", "registers",
               "threadgroup memory", "threads"]  # fmt: skip
-    decode = {n["pair"]: n for n in needs if n["kernel"] == "decode_partial"}
-    share = {
-        r["variant"]: r["gb_per_s"] / max(CHIPS[times["device"]].bandwidths)
-        for r in times["rows"]
-        if r["part"] == "lengths" and r["tokens"] == record["tokens"] and r["variant"] in decode
-    }
-    apple = {name: chip for name, chip in CHIPS.items() if name.startswith("Apple")}
-    large = [chip for name, chip in apple.items() if name.endswith(("Max", "Ultra"))]
-    packs = span(
-        M1_GHZ * 1e6 * CHIPS["Apple M1"].cores * LANES_A_CORE
-        / ((n["lanes"] + n["halves"]) * LAYERS * KV_HEADS)
-        for n in needs if n["kernel"] == "pack"
-    )  # fmt: skip
-    us = span(DOCTOR_ROWS * n["bytes"] / max(c.bandwidths) / 1e3
-              for c in large for n in decode.values())  # fmt: skip
     return "\n\n".join([
-        "# Kernel counters and bandwidth of GPUs",
+        "# Kernel counters",
         f"For one token of one KV head (head_dim {record['head_dim']}, "
         f"{record['heads'][0] // record['heads'][1]} query heads a KV head). [How to read "
         "it](../kernels.md#instructions-and-bandwidth).",
         table(header, rows), source("kernel_counters", record),
-        "## What to expect on Apple GPUs",
-        "**Computed, not measured: the kernels have not yet run on a Mac.** [How, and how to read "
-        "it](../kernels.md#instructions-and-bandwidth).",
-        _chips(apple, decode, share),
-        f"Share of the H100's bandwidth that decode reaches at {record['tokens']:,} tokens: "
-        f"{', '.join(f'{p} {x:.0%}' for p, x in share.items())}. Time in which Max and Ultra chips "
-        f"read the bytes of `doctor` (8,192 tokens): {us} µs. An M1 packs {packs} thousand tokens "
-        f"a second for {LAYERS} layers of {KV_HEADS} KV heads, by its instructions.",
     ])  # fmt: skip
-
-
-def _chips(apple: dict[str, Chip], decode: dict[str, dict], share: dict[str, float]) -> str:
-    rows = []
-    for name, chip in {**apple, H100: CHIPS[H100]}.items():
-        widths = " or ".join(f"{b:g}" for b in chip.bandwidths)
-        cells = [name, widths, f"{chip.cores * LANES_A_CORE:,}", f"{_rate(chip):.1f}"]
-        for pair, need in decode.items():
-            executed = need["lanes"] + (need["halves"] if name in apple else 0)
-            ghz = executed / need["bytes"] / _rate(chip)
-            low = (
-                min(chip.bandwidths) * share[pair] * (min(1, M1_GHZ / ghz) if name in apple else 1)
-            )
-            cells += [f"{ghz:.2f}", f"{low:.0f} to {max(chip.bandwidths):g}"]
-        rows.append([*cells, chip.source])
-    header = ["", "GB/s", "lanes", "instructions a byte"]
-    for pair in decode:
-        header += [f"{pair}: GHz needed", "`doctor`, GB/s"]
-    return table([*header, "source"], rows)
 
 
 def _decode_errors(rows: list[dict]) -> str:

@@ -9,8 +9,10 @@ from pathlib import Path
 import click
 import pytest
 import results
-from pages import commands, plot, read
+from pages import apple, commands, plot, read
 from pages.kernels import text_cells
+
+from mlx_turbokv.kernels.chips import CHIPS
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -99,3 +101,22 @@ def test_options_in_the_docs_exist():
                 found |= {(path.name, name, option) for option in used - known}
     # serve takes mlx-lm's own flags too
     assert {entry for entry in found if entry[1] != "serve"} == set()
+
+
+@pytest.mark.parametrize("name", [name for name in CHIPS if name.startswith("Apple")])
+@pytest.mark.parametrize("pair", apple.PAIRS)
+def test_what_binds_follows_from_the_clock_that_is_needed(name, pair):
+    needed, binds, reached, microseconds, times = apple._budget(name, CHIPS[name], pair)
+    clock, bandwidth = apple.CLOCKS.get(name), max(CHIPS[name].bandwidths)
+    if float(needed) < apple.SLOWEST or (clock and clock > float(needed)):
+        assert binds == "bytes" and reached == f"{bandwidth:.0f}"
+    elif clock:
+        assert binds == "instructions"
+        assert float(reached) == pytest.approx(bandwidth * clock / float(needed), rel=0.01)
+    else:
+        assert binds == "not known" and reached.split(" to ")[-1] == f"{bandwidth:.0f}"
+    n_bytes, _ = apple._needs(pair)
+    fastest = 8192 * 8 * n_bytes / float(reached.split(" to ")[-1]) / 1e3
+    assert float(microseconds.split(" to ")[0]) == pytest.approx(fastest, rel=0.01, abs=0.6)
+    most = 512 / n_bytes * float(reached.split(" to ")[-1]) / bandwidth
+    assert float(times.split(" to ")[-1]) == pytest.approx(most, abs=0.06)
