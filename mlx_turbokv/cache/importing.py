@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import CacheList, KVCache, QuantizedKVCache, RotatingKVCache
 
-from ..errors import InputError
+from ..errors import InputError, short
 from .rotating import TurboRotatingKVCache
 from .single import TurboKVCache
 
@@ -25,27 +25,38 @@ def dequantized(cache: Any) -> Any:
         return CacheList(*map(dequantized, cache.caches))
     if type(cache) is not QuantizedKVCache:
         return cache
-    if cache.bits not in _BITS or cache.group_size not in _GROUPS or cache.keys is None:
-        raise ValueError(f"it is quantised with {cache.bits} bits for {cache.group_size} values")
+    bits, group = cache.bits, cache.group_size
+    if type(bits) is not int or bits not in _BITS or type(group) is not int or group not in _GROUPS:
+        raise ValueError(f"it is quantised with {short(bits)} bits for {short(group)} values")
     plain = KVCache()
-    plain.keys, plain.values = (_dequantized(rows, cache) for rows in (cache.keys, cache.values))
+    plain.keys, plain.values = (_dequantized(x, group, bits) for x in (cache.keys, cache.values))
     plain.offset = cache.offset
     return plain
 
 
-def _dequantized(rows: Any, cache: QuantizedKVCache) -> mx.array:
-    if not isinstance(rows, (list, tuple)) or len(rows) != 3:
+def _dequantized(rows: Any, group: int, bits: int) -> mx.array:
+    """Rows of [B, H, T, D].
+
+    Raises:
+        ValueError: their codes, scales and biases are none, or contradict each other.
+    """
+    parts = list(rows) if isinstance(rows, (list, tuple)) else []
+    if len(parts) != 3 or not all(isinstance(x, mx.array) and x.ndim == 4 for x in parts):
         raise ValueError("its rows have no codes, scales and biases")
-    codes, scales, biases = rows
-    n_values = codes.shape[-1] * 32 // cache.bits
+    codes, scales, biases = parts
+    *heads, n_words = codes.shape
+    n_groups = n_words * 32 // bits // group
     if (
         codes.dtype != mx.uint32
-        or codes.ndim != 4
-        or scales.shape != (*codes.shape[:3], n_values // cache.group_size)
+        or n_words * 32 != n_groups * group * bits
+        or scales.shape != (*heads, n_groups)
         or biases.shape != scales.shape
+        or not mx.issubdtype(scales.dtype, mx.floating)
+        or biases.dtype != scales.dtype
+        or 0 in codes.shape
     ):
         raise ValueError(f"its codes are {codes.shape} and its scales {scales.shape}")
-    return mx.dequantize(codes, scales, biases, cache.group_size, cache.bits)
+    return mx.dequantize(codes, scales, biases, group, bits)
 
 
 def packed_as(held: Any, fresh: Any) -> Any:

@@ -27,9 +27,11 @@ import fuzz_mutations
 import mlx.core as mx
 from centred_model import centred_model
 from gguf_files import small_model, write_small_gguf
+from mlx_lm.models.cache import make_prompt_cache as mlx_lm_caches
+from mlx_lm.models.cache import save_prompt_cache
 from tiny_models import tiny_model
 
-from mlx_turbokv.cache import files
+from mlx_turbokv.cache import checkpoint, files
 from mlx_turbokv.cache.factory import make_prompt_cache
 from mlx_turbokv.centring.references import References, load_references, save_references
 from mlx_turbokv.errors import InputError
@@ -68,22 +70,35 @@ def cache_files(folder: Path, backend: str) -> Use:
         caches = make_prompt_cache(model, **kwargs)
         mx.eval(model(mx.array([TOKENS]), cache=caches))
         path = folder / f"base-{i}.safetensors"
-        files.save(
-            path, files.Saved(caches, TOKENS, [{"role": "user", "content": "a"}]), "m", model
-        )
+        messages, mark = [{"role": "user", "content": "a"}], checkpoint.take(caches, len(TOKENS))
+        files.save(path, files.Saved(caches, TOKENS, messages, mark), "m", model)
         bases.append((path, model, kwargs))
+    for bits in (None, 8):  # what mlx_lm.cache_prompt writes
+        model, kwargs = small_model("llama", head_dim=32)[0], {"k": "turbo4", "v": "turbo2"}
+        caches = mlx_lm_caches(model)
+        mx.eval(model(mx.array([TOKENS]), cache=caches))
+        caches = [c.to_quantized(32, bits) if bits else c for c in caches]
+        path = folder / f"mlx-lm-{bits}.safetensors"
+        save_prompt_cache(str(path), caches, {"model": "m", "tokenizer_config": "{}"})
+        bases.append((path, model, {**kwargs, "backend": backend}))
 
     def use(rng: random.Random) -> None:
         base, model, kwargs = rng.choice(bases)
         path = folder / "changed.safetensors"
         shutil.copy(base, path)
         if rng.random() < 0.5:  # an earlier version's file names no fingerprint
-            fuzz_mutations.safetensors_files.edit(path, lambda _, m: m.pop("0.fingerprint"))
+            fuzz_mutations.safetensors_files.edit(path, lambda _, m: m.pop("0.fingerprint", None))
         fuzz_mutations.change_safetensors(path, rng)
         fresh = make_prompt_cache(model, **kwargs)
         saved = files.load(path, "m", model, fresh, rng.random() < 0.3)
         mx.eval(model(mx.array([[1]]), cache=saved.caches))
         mx.eval(model(mx.array([[2, 3, 4]]), cache=saved.caches))
+        if saved.checkpoint is not None:
+            checkpoint.restore(saved.caches, saved.checkpoint)
+            mx.eval(model(mx.array([[1]]), cache=saved.caches))
+            saved.tokens = [*saved.tokens[: saved.checkpoint.n_tokens], 1]
+            files.save(path, saved, "m", model)
+            return
         for cache in saved.caches:
             if cache.is_trimmable():
                 cache.trim(2)
