@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import stat
 from itertools import product
@@ -189,7 +190,8 @@ def test_a_kernel_with_wrong_numbers_is_named(planted) -> None:
     planted("merge.metal", "x[j] += factor", "x[j] += 1.01f * factor")
     (failure,) = kernel_failures([SMALL])
     assert "decode_merge" in failure["kernels"]
-    assert "relative error 1.0e-02" in failure["message"]
+    # the factor's, give or take decode's own
+    assert re.search(r"relative error (9\.\de-03|1\.[01]e-02)", failure["message"])
 
 
 def test_a_process_of_its_own_gives_the_same_record() -> None:
