@@ -179,10 +179,13 @@ def main(words: list[str] | None = None) -> int:
             other = Other(args.against, [f"--{key}={value}" for key, value in options.items()])
         except InputError as error:
             parser.error(str(error))
+    from mlx_turbokv.kernels import tuned  # not in every tree that is timed
+
     speeds = timing.copy_speeds()
     copy_speed, rows = max(speeds.values()), []
     report = record(
-        backend=backend.name, rounds=args.rounds, calls_a_step=timing.STEP_CALLS,
+        backend=backend.name, tuning=tuned.summary(backend.name), rounds=args.rounds,
+        calls_a_step=timing.STEP_CALLS,
         copy_gb_per_s=round(copy_speed / 1e9, 1),
         copies_gb_per_s={name: round(speed / 1e9, 1) for name, speed in speeds.items()},
         **({} if other is None else {"against": other.about}), rows=rows,

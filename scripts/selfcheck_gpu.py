@@ -43,6 +43,7 @@ from mlx_turbokv.kernels import (
     reference,
     selfcheck,
     trust,
+    tuning,
 )
 from mlx_turbokv.kernels.packed import PackedKV, empty_tiles
 from mlx_turbokv.kernels.trust import Kernel
@@ -162,7 +163,8 @@ def kernels(name: str) -> list[Kernel]:
             ("pack", {}), ("decode", {"rows": 1, "whole": True, "heads": (4, 1)}),
             ("decode", {"rows": 4, "heads": (4, 1)}), ("dequantize", {}),
         ):  # fmt: skip
-            found.append(Kernel(op, name, layout, mx.float16, centred, **options))
+            cut = tuning.built_in(name) if op == "decode" else None
+            found.append(Kernel(op, name, layout, mx.float16, centred, cut=cut, **options))
     return found
 
 

@@ -171,7 +171,7 @@ def measure(
     from ..evaluate.configuration import prepare
 
     configs = [prepare(model, name, backend, centre=centre, timed=True) for name in names]
-    record = _record(about, names, configs, settings, seed)
+    record = _record(about, names, configs, settings, seed, backend)
     if resume:
         _add_finished_rows(record, json_path, points)
     done = {(row["kind"], row["tokens"]) for row in record["rows"]}
@@ -231,9 +231,13 @@ def vocabulary_size(config: dict[str, Any]) -> int:
     return int(text.get("vocab_size") or 256)
 
 
-def _record(about: dict, names: list[str], configs: list, settings: Any, seed: int) -> dict:
+def _record(
+    about: dict, names: list[str], configs: list, settings: Any, seed: int, backend: str
+) -> dict:
     from ..evaluate.configuration import backend_of
     from ..evaluate.record import checkout_commit, command_line, environment
+    from ..kernels import tuned
+    from ..kernels.backend import select_backend
 
     return {
         "what": WHAT,
@@ -241,6 +245,7 @@ def _record(about: dict, names: list[str], configs: list, settings: Any, seed: i
         "configs": names,
         "centred": {c.name: c.centred for c in configs},
         "backend": backend_of(configs),
+        "tuning": tuned.summary(select_backend(backend).name),
         "generation_tokens": settings.generation_tokens,
         "num_trials": settings.num_trials,
         "prefill_step_size": settings.prefill_step_size,

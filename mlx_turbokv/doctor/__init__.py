@@ -10,6 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..evaluate.record import command_line, environment
+from ..kernels import tuned
 from ..kernels.backend import available_backends, select_backend
 from . import isolate, sources
 from .checks import JOBS
@@ -60,6 +61,7 @@ def examine(
         "neural_accelerators": neural_accelerators(),
         "backends": list(available_backends()),
         "backend": name,
+        "tuning": tuned.summary(name),
         "set": "chosen" if chosen is not None else which,
     }
     progress(f"Kernel sources, then the {name} back-end.")

@@ -45,6 +45,7 @@ def _facts(record: dict) -> list[list[str]]:
         "versions": f"mlx_turbokv {record['mlx_turbokv']}, mlx {record['mlx']}, "
         f"mlx-lm {record['mlx_lm']}",
         "back-ends": f"{', '.join(record['backends'])}; checked here: **{record['backend']}**",
+        "tuning of decode": record.get("tuning"),
         "kernel sources": _sources(record),
         "centred keys": _centred(record["variants"]),
         "command": f"`{record['command']}`",

@@ -39,17 +39,17 @@ def time_variant(variant: Variant, backend: Backend) -> dict:
     dims = variant.k_head_dim, variant.v_head_dim
     dtype = getattr(mx, variant.dtype)
     calls, rounds = (1, 3) if backend.name == "reference" else (8, 5)
-    keys, values = (_noise((1, n_kv_heads, n, dim), dtype) for dim in dims)
-    queries = _noise((1, n_heads, 1, dims[0]), dtype)
+    keys, values = (noise((1, n_kv_heads, n, dim), dtype) for dim in dims)
+    queries = noise((1, n_heads, 1, dims[0]), dtype)
     options = {}
     if variant.centred:
         rope = RopeFrequencies.from_arguments(dims[0], dims[0], False, 1e4)
-        mu = _noise((n_kv_heads, dims[0]), mx.float32)
+        mu = noise((n_kv_heads, dims[0]), mx.float32)
         options = {"centre": Centre(mu, rope, "noise")}
     tiles = backend.pack(keys, values, layout, **options)
     mx.eval(tiles)
     packed = PackedKV(layout, tiles, n, empty_tiles(), 0, options.get("centre"))
-    turns = cycle([packed._replace(body=body) for (body,) in _copies(calls, tiles)])
+    turns = cycle([packed._replace(body=body) for (body,) in copies(calls, tiles)])
     scale = dims[0] ** -0.5
     pack = timed(lambda: backend.pack(keys, values, layout, **options), calls, rounds)
     decode = timed(lambda: attention(queries, next(turns), scale, backend=backend), calls, rounds)
@@ -88,15 +88,15 @@ def _fp16_attention(
     dims: tuple[int, int], shape: tuple[int, int, int], calls: int, rounds: int
 ) -> float:
     n, n_kv_heads, n_heads = shape
-    keys, values = (_noise((1, n_kv_heads, n, dim), mx.float16) for dim in dims)
-    queries = _noise((1, n_heads, 1, dims[0]), mx.float16)
+    keys, values = (noise((1, n_kv_heads, n, dim), mx.float16) for dim in dims)
+    queries = noise((1, n_heads, 1, dims[0]), mx.float16)
     scale = dims[0] ** -0.5
-    turns = cycle(_copies(calls, keys, values))
+    turns = cycle(copies(calls, keys, values))
     attention = mx.fast.scaled_dot_product_attention
     return timed(lambda: attention(queries, *next(turns), scale=scale), calls, rounds)
 
 
-def _copies(most: int, *arrays: mx.array) -> list[list[mx.array]]:
+def copies(most: int, *arrays: mx.array) -> list[list[mx.array]]:
     """As many copies of the arrays as fit in ROTATED_BYTES, at least one."""
     n_bytes = sum(array.nbytes for array in arrays)
     n = max(1, min(most, ROTATED_BYTES // n_bytes))
@@ -105,7 +105,7 @@ def _copies(most: int, *arrays: mx.array) -> list[list[mx.array]]:
     return sets
 
 
-def _noise(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+def noise(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
     array = mx.random.normal(shape, key=mx.random.key(shape[-1])).astype(dtype)
     mx.eval(array)
     return array

@@ -188,8 +188,7 @@ SPEED_HEADER = (
 
 def speed_table(record: dict) -> Table:
     """A record of ``bench``; a context that was filled without the model has no prompt speed."""
-    batch_size = record.get("batch_size", 1)
-    batch = f"batches of {batch_size} sequences, " if batch_size > 1 else ""
+    batch = f"batches of {n} sequences, " if (n := record.get("batch_size", 1)) > 1 else ""
     heading = (
         f"{record['model']['name']}, {record['weights']}; {batch}{record['generation_tokens']} "
         f"tokens generated, {record['num_trials']} trials a row, configurations in turn\n"
@@ -205,6 +204,8 @@ def speed_table(record: dict) -> Table:
             "cache itself, without running the model; its memory is that of generation alone."
         )
     notes += _centring_notes(record.get("centred", {}))
+    if "doctor" in record.get("tuning", ""):
+        notes.append(f"Tuning of decode: {record['tuning']}.")
     return Table(SPEED_HEADER, speed_rows(record["rows"]), heading, notes, left=(1,))
 
 

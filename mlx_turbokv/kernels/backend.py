@@ -12,7 +12,7 @@ import mlx.core as mx
 from ..errors import InputError
 from ..log import warn_once
 from ..quant.layout import KVLayout
-from . import assemble, decode, dequantize, pack, reference, selfcheck, tables, trust
+from . import assemble, decode, dequantize, pack, reference, selfcheck, tables, trust, tuning
 from .trust import UntrustedKernelError
 
 trust.checker = selfcheck.problem
@@ -129,8 +129,15 @@ def _dequantize(name, forced, packed, dtype):
 
 
 def _decode(name, forced, queries, packed, scale, causal=False, sinks=None, left_padding=None):
+    given = queries, packed, scale, causal, sinks, left_padding
     try:
-        return decode.decode(queries, packed, scale, causal, sinks, left_padding, backend=name)
+        return decode.decode(*given, backend=name)
+    except UntrustedKernelError as error:
+        failed = error
+    try:  # where doctor --tune had chosen another tuning
+        output = decode.decode(*given, backend=name, cut=tuning.built_in(name))
+        warn_once(f"{failed} The built-in tuning takes over: run `mlx_turbokv doctor --tune`.")
+        return output
     except UntrustedKernelError as error:
         _refuse(name, forced, error)
     mask = "causal" if causal else None

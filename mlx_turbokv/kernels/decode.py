@@ -10,7 +10,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ..quant.layout import TILE, KVLayout
-from . import assemble, tables, tuning
+from . import assemble, tables, tuned, tuning
 from .checks import (
     Input,
     anchor_inputs,
@@ -76,6 +76,27 @@ class DecodeParams(NamedTuple):
     stats_offset: int
 
 
+def rows_and_splits(
+    cut: Tuning, backend: str, n_rows: int, widest: int, n_groups: int, n_tokens: int,
+    splits: int | None = None,
+) -> tuple[int, int]:  # fmt: skip
+    """Query rows of a threadgroup, and splits of a head's tokens, as a tuning cuts a launch.
+
+    Args:
+        n_rows: query rows a KV head.
+        widest: the larger head_dim.
+        n_groups: sequences times KV heads.
+        splits: those asked for; None: as the tuning says.
+    """
+    rows = cut.rows_at_once(n_rows, widest)
+    if splits is None:
+        passes, n_tiles = -(-n_rows // rows), -(-n_tokens // TILE)
+        splits = cut.n_splits(n_tiles, n_groups * passes, tuning.n_cores(backend))
+    if splits == 1 and n_groups * n_rows <= cut.whole_rows:
+        rows = 1
+    return rows, splits
+
+
 @lru_cache(maxsize=256)
 def _launch(
     factory: Callable | None,
@@ -106,15 +127,11 @@ def _launch(
     check_heads("decode", n_heads, n_kv_heads, n_queries)
     causal, has_sinks, has_padding = flags
     n_rows = n_heads // n_kv_heads * n_queries
-    rows = cut.rows_at_once(n_rows, max(k.dim, v.dim))
     n_groups = batch * n_kv_heads
-    n_tiles = -(-(n_body + n_tail) // TILE)
-    if splits is None:
-        n_cores = tuning.n_cores(backend)
-        splits = cut.n_splits(n_tiles, n_groups * -(-n_rows // rows), n_cores)
+    rows, splits = rows_and_splits(
+        cut, backend, n_rows, max(k.dim, v.dim), n_groups, n_body + n_tail, splits
+    )
     whole = splits == 1
-    if whole and n_groups * n_rows <= cut.whole_rows:
-        rows = 1
     n_partial = 0 if whole else n_groups * n_rows * splits * v.dim
     output = (batch, n_heads, n_queries, v.dim)
     template = ("T", dtype), *tables.template(layout), ("RAW", tables.RAW[layout.dtype])
@@ -223,7 +240,8 @@ def decode(
         left_padding: rows before the first valid one of each sequence; None where there are none.
             Positions of centred keys count from it.
         splits: parts that the tokens of a head are cut into; None: as many as suit their number.
-        cut: how the kernel is cut for the GPU; None: as the package has it for the back-end.
+        cut: how the kernel is cut for the GPU; None: as doctor --tune found it best on this
+            machine, else as the package has it for the back-end.
 
     Shapes:
         queries: [B, n_heads, L, k_head_dim]; sinks: [n_heads]; left_padding: [B] int32.
@@ -234,18 +252,19 @@ def decode(
     """
     layout, body, n_body, tail, n_tail, centre, _ = packed
     batch, n_heads, n_queries, _ = queries.shape
+    n_kv_heads = packed.newest.shape[1]
     launch = _launch(
         assemble.factory,
         backend,
         layout,
         queries.dtype,
-        (batch, n_heads, packed.newest.shape[1], n_queries),
+        (batch, n_heads, n_kv_heads, n_queries),
         (n_body, body.shape[2] if n_body else 0, n_tail, tail.shape[2] if n_tail else 0),
         scale,
         (causal, sinks is not None, left_padding is not None),
         None if centre is None else (centre.rope.split_pairs, centre.first_key_uncentred),
         splits,
-        cut or tuning.built_in(backend),
+        cut or tuned.cut_for(backend, layout, n_heads // n_kv_heads * n_queries, n_body + n_tail),
     )
     return launch.call(
         queries,

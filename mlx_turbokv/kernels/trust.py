@@ -14,7 +14,7 @@ import platform
 import plistlib
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.metadata import version
@@ -92,15 +92,24 @@ _found: dict[tuple, str | None] = {}  # what is wrong with a kernel; None: it ag
 _local = threading.local()
 
 
-@contextmanager
-def unchecked() -> Iterator[None]:
+def unchecked() -> AbstractContextManager[None]:
     """Kernels are launched without a check meanwhile, as those who compare them themselves want."""
-    before = getattr(_local, "unchecked", False)
-    _local.unchecked = True
+    return _switched(False)
+
+
+def checked() -> AbstractContextManager[None]:
+    """Kernels are checked meanwhile, whatever TURBOKV_SELFCHECK is."""
+    return _switched(True)
+
+
+@contextmanager
+def _switched(on: bool) -> Iterator[None]:
+    before = getattr(_local, "on", None)
+    _local.on = on
     try:
         yield
     finally:
-        _local.unchecked = before
+        _local.on = before
 
 
 def is_on() -> bool:
@@ -111,6 +120,8 @@ def is_on() -> bool:
     Raises:
         InputError: it is neither.
     """
+    if (on := getattr(_local, "on", None)) is not None:
+        return on
     value = os.environ.get(VARIABLE, "")
     if value not in ("", "0", "1"):
         raise InputError(f"{VARIABLE} is {short(value)}: accepted are 0 and 1.")
@@ -125,7 +136,7 @@ def require(kernel: Kernel) -> None:
     Raises:
         UntrustedKernelError: it differs from the reference, or does not compile or run.
     """
-    if getattr(_local, "unchecked", False) or not is_on():
+    if not is_on():
         return
     with _lock:
         key = assemble.factory, digest(kernel.op, kernel.backend), kernel.name
