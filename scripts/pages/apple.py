@@ -205,7 +205,7 @@ def apple() -> str:
     return "\n\n".join([
         "# Apple GPUs",
         "**Computed, not measured: the kernels have not yet run on a Mac.** The text of every "
-        f"variant that Metal's tuning uses ({len(record['rows'])} texts) was compiled for M1 and "
+        f"variant that Metal's tuning uses ({len(record['rows'])} of them) was compiled for M1 and "
         f"M2 by {record['compiler']}'s compiler, which needs no Mac. It is not Apple's compiler, "
         "but it meets the same register file. Figures below are from commit "
         f"{before['commit']}, whose kernels were tuned on an NVIDIA H100, → commit "
