@@ -55,7 +55,7 @@ class Entry:
         n = len(self.tokens)
         if n_common >= n:
             return n
-        if self.only_grows or 0 < n_common >= n - self.reach():
+        if self.only_grows or (n_common and _can_go_back(held_back(self.caches), n - n_common)):
             return n_common
         return max((p for p in self.marks if p <= n_common), default=0)
 

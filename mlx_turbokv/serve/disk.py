@@ -8,12 +8,9 @@ not used.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
-import re
-import secrets
 import sqlite3
 import threading
 import zlib
@@ -26,19 +23,15 @@ import numpy as np
 
 from ..cache import files
 from ..cache.file_checks import check_contents, check_kinds
-from ..errors import InputError
-from ..files import check_can_write
 from ..log import warn_once
 from .checkpoints import Entry, held_back, n_common
+from .folder import Folder
 from .identity import CacheKind
-from .index import Index, Row
+from .index import Row
 from .options import DEFAULTS
 from .writer import Job, Writer, file_digest, frozen
 
 FILE_VERSION = 1
-INDEX = "index.sqlite"
-LOCK = "lock"
-_OWN_FILE = re.compile(r"entry-[0-9a-f]{16}\.safetensors|\.turbokv-.*\.safetensors")
 logger = logging.getLogger(__name__)
 
 
@@ -68,28 +61,11 @@ class DiskCache:
     def __init__(
         self, folder: str | os.PathLike[str], max_bytes: int = DEFAULTS["prompt_cache_disk"]
     ) -> None:
-        self.folder, self.max_bytes = Path(folder), max_bytes
+        self.max_bytes = max_bytes
         self.counts = DiskCounts()
-        try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            check_can_write(self.folder / INDEX)
-            self._lock = open(self.folder / LOCK, "w")  # noqa: SIM115
-        except OSError as error:
-            raise InputError(
-                f"--prompt-cache-dir {str(folder)!r} cannot be used ({error.strerror}): give a "
-                "folder that can be written."
-            ) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
-            raise InputError(
-                f"--prompt-cache-dir {str(folder)!r} is in use by another server: give each a "
-                "folder of its own."
-            ) from error
+        self.folder = Folder(folder)
         self._files = threading.Lock()  # one file is not removed while it is read
-        self._index = self._open_index()
-        self._remove_strangers()
+        self._index, self.counts.damaged = self.folder.open()
         self._said_for: set[str] = set()
         self._writer = Writer(self._write)
 
@@ -97,7 +73,7 @@ class DiskCache:
         """Write what is waiting, and let the next server use the folder."""
         self._writer.close()
         self._index.close()
-        self._lock.close()
+        self.folder.close()
 
     @property
     def totals(self) -> tuple[int, int]:
@@ -127,12 +103,17 @@ class DiskCache:
         Args:
             has_room: whether as many bytes can be loaded.
         """
-        self._say_what_is_there(kind)
         try:
-            rows = self._index.sharing(kind.digest, tokens)
-        except (sqlite3.Error, zlib.error, ValueError) as error:
-            warn_once(f"The prompt cache's index in {self.folder} cannot be read ({error}).")
+            return self._find(kind, tokens, least, has_room)
+        except (OSError, sqlite3.Error, zlib.error, ValueError, TypeError) as error:
+            warn_once(f"The prompt cache in {self.folder.path} cannot be read ({error}).")
             return None
+
+    def _find(
+        self, kind: CacheKind, tokens: np.ndarray, least: int, has_room: Callable[[int], bool]
+    ) -> Entry | None:
+        self._say_what_is_there(kind)
+        rows = self._index.sharing(kind.digest, tokens)
         found = [(row.position(n_common(row.tokens, tokens[:-1])), row) for row in rows]
         for position, row in sorted(found, key=lambda x: (-x[0], len(x[1].tokens))):
             if position < least:
@@ -153,30 +134,6 @@ class DiskCache:
         job = Job(kind, entry.tokens, frozen(entry.caches), marks, entry.reach())
         self._writer.put(job)
 
-    def _open_index(self) -> Index:
-        path = self.folder / INDEX
-        try:
-            return Index(path)
-        except sqlite3.Error as error:
-            logger.warning(
-                "The prompt cache's index %s cannot be read (%s); the folder starts empty.",
-                path, error,
-            )  # fmt: skip
-            for end in ("", "-wal", "-shm"):
-                Path(f"{path}{end}").unlink(missing_ok=True)
-            return Index(path)
-
-    def _remove_strangers(self) -> None:
-        """Remove files that a killed process left, and entries whose file is gone or cut short."""
-        named = {file: (id, nbytes) for id, file, nbytes in self._index.by_use()}
-        for path in self.folder.iterdir():
-            if _OWN_FILE.fullmatch(path.name) and path.name not in named:
-                path.unlink(missing_ok=True)
-        for file, (id, nbytes) in named.items():
-            path = self.folder / file
-            if not path.is_file() or path.stat().st_size != nbytes:
-                self._drop(id, file, "it is missing or cut short")
-
     def _say_what_is_there(self, kind: CacheKind) -> None:
         if kind.digest in self._said_for:
             return
@@ -188,16 +145,16 @@ class DiskCache:
         )  # fmt: skip
         logger.info(
             "Prompt cache on disk: %s holds %s entries of this model, %.2f GB%s.",
-            self.folder, f"{n:,}", nbytes / 1e9, others,
+            self.folder.path, f"{n:,}", nbytes / 1e9, others,
         )  # fmt: skip
 
     def _read(self, kind: CacheKind, row: Row) -> Entry | None:
         """An entry's caches, if its file is what was written."""
-        path = self.folder / row.file
         with self._files:
             if not self._index.holds(row.id):  # a longer one has taken its place meanwhile
                 return None
             try:
+                path = self.folder / row.file
                 if (digest := file_digest(path)) != row.digest:
                     raise ValueError(f"its digest is {digest[:12]}, not {row.digest[:12]}")
                 caches, marks = self._caches(path, kind, row)
@@ -230,9 +187,9 @@ class DiskCache:
     def _drop(self, id: int, file: str, why: str) -> None:
         """Remove an entry that cannot be used."""
         self.counts.damaged += 1
-        logger.warning("The prompt cache entry %s is not used: %s.", self.folder / file, why)
+        logger.warning("The prompt cache entry %s is not used: %s.", file, why)
         self._index.remove(id)
-        (self.folder / file).unlink(missing_ok=True)
+        self.folder.remove(file)
 
     def _write(self, job: Job) -> None:
         """Write a file and enter it; the writer's thread."""
@@ -246,7 +203,7 @@ class DiskCache:
             return
         replaced = self._replaced(job)
         self._make_room(nbytes, {row.id for row in replaced})
-        file = f"entry-{secrets.token_hex(8)}.safetensors"
+        file = self.folder.new_file()
         path = self.folder / file
         metadata = {
             "maker": "mlx_turbokv serve",
@@ -261,7 +218,7 @@ class DiskCache:
         with self._files:
             self._index.add(row, [old.id for old in replaced])
             for old in replaced:
-                (self.folder / old.file).unlink(missing_ok=True)
+                self.folder.remove(old.file)
         self.counts.written += 1
         self.counts.written_bytes += size
         self._make_room(0, set())
@@ -289,6 +246,6 @@ class DiskCache:
                 return
             with self._files:
                 self._index.remove(id)
-                (self.folder / file).unlink(missing_ok=True)
+                self.folder.remove(file)
             total -= size
             self.counts.evictions += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import shutil
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -17,11 +18,12 @@ import disk_writer
 import numpy as np
 import pytest
 from disk_writer import LENGTHS, entry_of, kind, same, tokens_of
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from mlx_turbokv.errors import InputError
-from mlx_turbokv.serve.disk import INDEX, DiskCache
+from mlx_turbokv.serve.disk import DiskCache
+from mlx_turbokv.serve.folder import INDEX, Folder
 from mlx_turbokv.serve.writer import MOST_WAITING, Writer
 
 KILLS = 3
@@ -124,6 +126,7 @@ def test_damaged_entry_is_never_used(folder: Path, flips: dict[float, int], cut:
 
 @ON_COPIES
 @given(place=PLACE, noise=st.binary(min_size=1, max_size=64))
+@example(place=0.12109375, noise=b"\x80")  # the error's text is no UTF-8
 def test_damaged_index_gives_no_wrong_entry(folder: Path, place: float, noise: bytes) -> None:
     with copied(folder) as copy:
         path = copy / INDEX
@@ -138,6 +141,34 @@ def test_damaged_index_gives_no_wrong_entry(folder: Path, place: float, noise: b
         disk.offer(kind(), entry_of(3, 900))
         assert disk.wait(60)
         disk.close()
+
+
+def test_an_index_names_no_other_files(folder: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.safetensors"
+    mine.write_bytes(b"mine")
+    database = sqlite3.connect(folder / INDEX)
+    database.execute("UPDATE entries SET file = '../mine.safetensors' WHERE id = 1")
+    database.commit()
+    database.close()
+    disk = DiskCache(folder)
+    assert found(disk, 1) is None and mine.read_bytes() == b"mine"
+    disk.close()
+    held = Folder(folder)
+    for name in ("../mine.safetensors", "/etc/passwd", "entry-0.safetensors", ""):
+        with pytest.raises(ValueError, match="no entry's file"):
+            held.remove(name)
+    held.close()
+
+
+def test_a_folder_that_goes_is_said_and_ends_nothing(folder: Path, caplog) -> None:
+    disk = DiskCache(folder)
+    shutil.rmtree(folder)
+    assert found(disk, 1) is None
+    disk.offer(kind(), entry_of(3, 900))
+    assert disk.wait(60)
+    assert found(disk, 3) is None
+    assert "was not written to disk" in caplog.text
+    disk.close()
 
 
 def test_what_a_killed_process_left_is_removed(folder: Path) -> None:

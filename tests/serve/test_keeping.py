@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from gguf_files import TOKENS, write_small_gguf
 from mlx_lm.server import GenerationContext
@@ -28,6 +29,16 @@ from mlx_turbokv.serve.schema import TextBody
 pytestmark = pytest.mark.slow
 
 EVERY = 64
+
+
+@pytest.fixture(autouse=True)
+def limit_of_mlx() -> Iterator[None]:
+    """A server's limit is MLX's too."""
+    before = mx.set_memory_limit(1 << 40)
+    yield
+    mx.set_memory_limit(before)
+
+
 PATH = "/v1/completions"
 
 
