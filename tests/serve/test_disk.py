@@ -26,7 +26,7 @@ from mlx_turbokv.serve.disk import DiskCache
 from mlx_turbokv.serve.folder import INDEX, Folder
 from mlx_turbokv.serve.writer import MOST_WAITING, Writer
 
-KILLS = 3
+KILLS = 2
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_least_recently_used_entries_go_first(folder: Path) -> None:
     assert sum(path.stat().st_size for path in folder.glob("entry-*")) < 2.5 * size
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=8)
 @given(seeds=st.lists(st.tuples(st.integers(0, 3), st.sampled_from(LENGTHS)), max_size=8))
 def test_files_never_exceed_the_limit(tmp_path_factory, seeds) -> None:
     folder = tmp_path_factory.mktemp("disk")
@@ -95,7 +95,7 @@ def test_files_never_exceed_the_limit(tmp_path_factory, seeds) -> None:
 
 PLACE = st.floats(0, 1, exclude_max=True)
 ON_COPIES = settings(
-    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 

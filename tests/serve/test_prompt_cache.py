@@ -74,8 +74,10 @@ def fresh_answer(name: str, sliding: bool, prompt: tuple[int, ...]) -> list[int]
     return Service(model_of(name, sliding)).answer(list(prompt))[0]
 
 
-@pytest.mark.parametrize("name", ["llama", *HYBRIDS])
-@pytest.mark.parametrize("sliding", [False, True])
+@pytest.mark.parametrize(
+    ("name", "sliding"),
+    [("llama", False), *((name, False) for name in HYBRIDS), ("gemma3_text", True)],
+)
 def test_edited_last_turn_reuses_its_prefix(name: str, sliding: bool) -> None:
     service = Service(model_of(name, sliding))
     first = prompt_of(200)
@@ -90,7 +92,7 @@ def test_edited_last_turn_reuses_its_prefix(name: str, sliding: bool) -> None:
     assert len(service.cache) == 2
 
 
-@pytest.mark.parametrize("name", ["llama", *HYBRIDS])
+@pytest.mark.parametrize("name", ["llama", "lfm2"])
 def test_the_same_prompt_leaves_a_token_to_read(name: str) -> None:
     service = Service(model_of(name))
     prompt = prompt_of(130)
@@ -103,7 +105,7 @@ def test_the_same_prompt_leaves_a_token_to_read(name: str) -> None:
     assert len(prompt) - 1 <= n < len(whole)
 
 
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=5)
 @given(
     name=st.sampled_from(["llama", *HYBRIDS]),
     sliding=st.booleans(),
@@ -124,7 +126,7 @@ def test_any_requests_are_answered_as_without_a_cache(name, sliding, turns, size
         assert service.cache.nbytes == sum(entry.nbytes for entry in held)
 
 
-@pytest.mark.parametrize("name", ["llama", *HYBRIDS])
+@pytest.mark.parametrize("name", ["llama", "lfm2", "gemma3_text"])
 def test_conversation_goes_on_after_a_restart(name: str, tmp_path) -> None:
     model = model_of(name)
     first = prompt_of(LEAST_PROMPT + 100)
