@@ -67,7 +67,7 @@ class Tuning:
         return max(1, min(wave // n_groups, -(-n_tiles // self.min_split_tiles)))
 
 
-# Measured on an H100 (docs/results/speed.md).
+# Measured on an H100 (docs/results/kernels.md).
 CUDA = Tuning(
     step=2,
     simd_groups=8,
