@@ -136,7 +136,8 @@ def _launch(
     output = (batch, n_heads, n_queries, v.dim)
     template = ("T", dtype), *tables.template(layout), ("RAW", tables.RAW[layout.dtype])
     template += ("ROWS", rows), ("CENTRED", anchors is not None), ("WHOLE", whole)
-    template += ("STEP", cut.tiles_at_once(rows, v.dim)), ("SIMD_GROUPS", cut.simd_groups)
+    step = cut.tiles_at_once(rows, v.dim, anchors is not None and k.bits == 8)
+    template += ("STEP", step), ("SIMD_GROUPS", cut.simd_groups)
     template += ("KEY_COLUMNS", cut.key_columns), ("LUT_KIB", cut.lut_words // 256)
     template += ("PREFETCH", cut.prefetch), ("HALF2", cut.half2)
     threads = 32 * cut.simd_groups

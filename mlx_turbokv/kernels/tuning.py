@@ -49,9 +49,13 @@ class Tuning:
         most = max(1, self.most_rows // -(-widest // self.wide_head))
         return -(-n_rows // -(-n_rows // most))
 
-    def tiles_at_once(self, rows: int, v_head_dim: int) -> int:
-        """Tiles that a SIMD group handles at a time."""
-        return self.step if rows <= 4 and v_head_dim <= 256 else 1
+    def tiles_at_once(self, rows: int, v_head_dim: int, centred_int8: bool) -> int:
+        """Tiles that a SIMD group handles at a time: where two do not fit registers, one.
+
+        Args:
+            centred_int8: whether keys are int8 and centred.
+        """
+        return self.step if rows <= 4 and v_head_dim <= 256 and not centred_int8 else 1
 
     def n_splits(self, n_tiles: int, n_groups: int, n_cores: int) -> int:
         """Into how many splits the tokens of a head are cut: no more than run at once.

@@ -62,7 +62,7 @@ def _variants(cut: tuning.Tuning):
                                 "raw": tables.RAW[dtype],
                                 "rows": most,
                                 "centred": str(centred).lower(),
-                                "step": cut.tiles_at_once(most, v.dim),
+                                "step": cut.tiles_at_once(most, v.dim, centred and k.bits == 8),
                                 "cut": cut,
                                 "lut_kib": cut.lut_words // 256,
                                 "prefetch": str(cut.prefetch).lower(),
