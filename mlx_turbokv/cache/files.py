@@ -24,6 +24,7 @@ from ..files import parse_json
 from ..model.fingerprint import fingerprint
 from ..model.probing import after_one_token
 from ..safetensors import read_header
+from . import end_token
 from .base import PackedCache
 from .checkpoint import Checkpoint
 from .file_checks import (
@@ -55,6 +56,7 @@ class Saved:
     checkpoint: of an earlier place in the conversation, where caches cannot be trimmed.
     is_prompt: whether it is a prompt that is used again and again, and no conversation.
     n_packed: layers whose rows were packed when they were read.
+    end_token: the tokenizer's, where it is not the model's own.
     """
 
     caches: list[Any]
@@ -63,11 +65,7 @@ class Saved:
     checkpoint: Checkpoint | None = None
     is_prompt: bool = False
     n_packed: int = 0
-
-    @property
-    def is_foreign(self) -> bool:
-        """Whether mlx-lm read its first tokens."""
-        return FOREIGN in self.tokens
+    end_token: str | None = None
 
 
 def save(path: Path, saved: Saved, name: str, model: nn.Module) -> None:
@@ -80,7 +78,7 @@ def save(path: Path, saved: Saved, name: str, model: nn.Module) -> None:
         "maker": MAKER,
         "model": name,
         "fingerprint": fingerprint(model, adapters=True),
-        "tokenizer_config": "{}",
+        **end_token.written(saved.end_token),
         "tokens": json.dumps(saved.tokens),
         "messages": json.dumps(saved.messages),
     }
@@ -132,12 +130,14 @@ def load(
         check_kinds(caches, fresh)
         _check_options(path, caches, fresh, same_formats)
         tokens, messages = _conversation(metadata)
+        end = end_token.read(metadata)
         own = after_one_token(model)
         check_contents(caches, own, len(tokens))
         checkpoint = _checkpoint(metadata, copies, len(tokens))
         check_checkpoint(checkpoint, caches, own)
         work_as(caches, fresh)
-    return Saved(caches, tokens, messages, checkpoint, metadata.get("kind") == PROMPT)
+    is_prompt = metadata.get("kind") == PROMPT
+    return Saved(caches, tokens, messages, checkpoint, is_prompt, end_token=end)
 
 
 def _load_foreign(
@@ -147,13 +147,15 @@ def _load_foreign(
     """A file of mlx_lm.cache_prompt's, its rows packed."""
     _check_name(path, metadata, {Path(name).name for name in names if name})
     with _sentences(path):
+        end = end_token.read(metadata)
         caches = [dequantized(cache) for cache in caches]
         n_tokens = check_fit(path, caches, fresh, model)
         packed = [packed_as(held, new) for held, new in zip(caches, fresh)]
         _check_options(path, packed, fresh, same_formats)
         work_as(packed, fresh)
     n_packed = sum(new is not held for new, held in zip(leaves(packed), leaves(caches)))
-    return Saved(packed, [FOREIGN] * n_tokens, is_prompt=True, n_packed=n_packed)
+    tokens = [FOREIGN] * n_tokens
+    return Saved(packed, tokens, is_prompt=True, n_packed=n_packed, end_token=end)
 
 
 def check_fit(path: Path, caches: list[Any], fresh: list[Any], model: nn.Module) -> int:

@@ -43,6 +43,7 @@ def command(**args: Any) -> None:
         loaded,
         lambda: make_prompt_cache(loaded.model, **cache_options, max_kv_size=args["max_kv_size"]),
     )
+    conversation.end_token.use(args["eos_token"], "--eos-token")
     tokens = conversation.read_prompt(text)
     with Reading(len(tokens)) as progress:
         read(loaded.model, tokens, conversation.caches, args["prefill_step_size"], progress)

@@ -15,6 +15,7 @@ from ..cache import checkpoint, files
 from ..cache.file_checks import offsets
 from ..errors import InputError
 from ..files import cache_dir
+from .end_tokens import EndToken
 from .output import KEPT, print_status, shorten
 
 _MARK = "<query>"  # stands before a message whose beginning mlx-lm read
@@ -75,6 +76,7 @@ class Conversation:
         self.make_caches = make_caches
         self.arguments = arguments or {}
         self.use_template = use_template and loaded.tokenizer.has_chat_template
+        self.end_token = EndToken(loaded)
         self.reset()
 
     def reset(self) -> None:
@@ -97,6 +99,7 @@ class Conversation:
         saved = files.load(
             file, loaded.name, loaded.model, self.make_caches(), same_formats, loaded.source
         )
+        self.end_token.use(saved.end_token, f"The end token in {file},")
         self.caches, self.held, self.messages = saved.caches, saved.tokens, saved.messages
         self.checkpoint = saved.checkpoint
         return saved
@@ -174,23 +177,21 @@ class Conversation:
         if not text:
             raise InputError("The prompt is empty; give --prompt some text.")
         if not self.use_template:
-            tokens = encode(text)
-        else:
-            self.messages = [{"role": "user", "content": text}]
-            try:
-                rendered = self.loaded.tokenizer.apply_chat_template(
-                    self.messages,
-                    tokenize=False,
-                    add_generation_prompt=False,
-                    continue_final_message=True,
-                    **self.arguments,
-                )
-            except Exception as error:  # a template may raise anything
-                raise InputError(
-                    f"The chat template of {self.loaded.name} refuses this prompt ({error})."
-                ) from error
-            tokens = encode(rendered, add_special_tokens=False)
-        return tokens
+            return encode(text)
+        self.messages = [{"role": "user", "content": text}]
+        try:
+            rendered = self.loaded.tokenizer.apply_chat_template(
+                self.messages,
+                tokenize=False,
+                add_generation_prompt=False,
+                continue_final_message=True,
+                **self.arguments,
+            )
+        except Exception as error:  # a template may raise anything
+            raise InputError(
+                f"The chat template of {self.loaded.name} refuses this prompt ({error})."
+            ) from error
+        return encode(rendered, add_special_tokens=False)
 
     def go_back(self, tokens: list[int]) -> tuple[list[int], int]:
         """Take the caches back to what ``tokens`` begins with.
@@ -276,6 +277,7 @@ class Conversation:
         Raises: InputError: the file cannot be written; the message says where it is kept instead.
         """
         saved = files.Saved(self.caches, self.held, self.messages, self.checkpoint, is_prompt)
+        saved.end_token = self.end_token.text
         model = self.loaded.name, self.loaded.model
         try:
             files.save(file, saved, *model)

@@ -26,7 +26,7 @@ def command(source: Path, target: Path, **args: Any) -> None:
     A file of mlx_lm.cache_prompt, quantised with --kv-bits or not, is packed: generate and chat go
     on with it. A packed one is dequantised: mlx_lm.generate reads it without this package.
     """
-    from ..cache import files
+    from ..cache import end_token, files
     from ..cache.factory import make_prompt_cache
     from ..cache.importing import unpacked
     from ..cache.summary import mib, summarize
@@ -47,7 +47,8 @@ def command(source: Path, target: Path, **args: Any) -> None:
     if is_packed:
         caches = [unpacked(cache) for cache in saved.caches]
         # mlx_lm.generate compares its --model with this
-        save_prompt_cache(target, caches, {"model": loaded.source, "tokenizer_config": "{}"})
+        metadata = {"model": loaded.source, **end_token.written(saved.end_token)}
+        save_prompt_cache(target, caches, metadata)
         kind = "dequantised"
     else:
         caches, kind = saved.caches, cache_options["policy"].name

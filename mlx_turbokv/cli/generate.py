@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import click
 
 from ..errors import InputError
 from . import options, sampling
+from .end_tokens import add_end_tokens
 from .entry import console_script
 from .mlx_lm_options import MlxLmCommand
 from .output import print_status
@@ -98,7 +98,7 @@ def _generate(args: dict[str, Any], is_distributed: bool) -> None:
     cache_options = options.attach_options(args)
     text = prompt_text(args["prompt"])
     loaded = _load(args, is_distributed)
-    _add_end_tokens(loaded, args["extra_eos_token"])
+    add_end_tokens(loaded, args["extra_eos_token"])
     sampling.check_vocabulary(loaded, args)
     if not loaded.tokenizer.has_chat_template:
         refuse(_OF_CHAT, f"with {loaded.name}, which has no chat template")
@@ -212,18 +212,6 @@ def _load(args: dict[str, Any], is_distributed: bool) -> Any:
     if args["seed"] is not None:
         mx.random.seed(args["seed"])
     return load_model(args)
-
-
-def _add_end_tokens(loaded: Any, tokens: tuple[str, ...]) -> None:
-    vocabulary = loaded.tokenizer.get_vocab()
-    for token in tokens:
-        is_number = re.fullmatch("[0-9]{1,9}", token) and int(token) < len(vocabulary)
-        if token not in vocabulary and not is_number:
-            raise InputError(
-                f"--extra-eos-token {token!r} is no token of {loaded.name}; give a token's text "
-                "or its number."
-            )
-        loaded.tokenizer.add_eos_token(token)
 
 
 def most_new_tokens(loaded: Any, max_tokens: int, n_prompt: int) -> float:

@@ -131,7 +131,7 @@ def _classes(file):
     return {key: value for key, value in found.items() if key.startswith("1.")}
 
 
-def mlx_lm_prompt(folder, file, bits=None, max_kv_size=None, text=QUESTIONS[0]):
+def mlx_lm_prompt(folder, file, bits=None, max_kv_size=None, text=QUESTIONS[0], **tokenizer_config):
     """What mlx_lm.cache_prompt writes, and its caches."""
     loaded = models.load(str(folder))
     prompt = loaded.tokenizer.apply_chat_template(
@@ -143,7 +143,9 @@ def mlx_lm_prompt(folder, file, bits=None, max_kv_size=None, text=QUESTIONS[0]):
     mx.eval(loaded.model(mx.array([prompt]), cache=caches))
     if bits:
         caches = [c.to_quantized(32, bits) if type(c) is KVCache else c for c in caches]
-    save_prompt_cache(str(file), caches, {"model": str(folder), "tokenizer_config": "{}"})
+    save_prompt_cache(
+        str(file), caches, {"model": str(folder), "tokenizer_config": json.dumps(tokenizer_config)}
+    )
     return loaded, prompt, caches
 
 
@@ -217,6 +219,61 @@ def test_cache_prompt_serves_any_number_of_questions(folders, tmp_path, name):
         assert found["prompt_tokens_read"] == n_prompt - 8
         assert "p.safetensors holds a prompt of 8 tokens; the file stays as it is" in said
         assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("maker", ["ours", "mlx-lm's"])
+def test_the_end_token_of_a_prompt_ends_its_answers(folders, tmp_path, maker):
+    """--eos-token goes into the file; mlx_lm.generate, which reads it there, is the oracle."""
+    folder, file = folders("llama", head_dim=32), tmp_path / "p.safetensors"
+    common = ("--model", folder, "--prompt-cache-file", file)
+    made = ("cache_prompt", *common, "--prompt", "the fox")
+    assert call(*made, *FORMATS).status == 0
+    whole = record(folder, file, " jumps?")[0]["text"]
+    token = next(c for c in whole[1:] if not c.islower())  # of one letter, as no merge has it
+    if maker == "ours":
+        assert call(*made, *FORMATS, "--eos-token", token).status == 0
+    else:
+        mlx_lm_prompt(folder, file, text="the fox", eos_token=token)
+    found, _ = record(folder, file, " jumps?")
+    assert found["text"] == whole[: whole.index(token)] and found["finish_reason"] == "stop"
+    asked = ("--prompt", " jumps?", "-m", N)
+    theirs = call("run", *FORMATS, "--", "mlx_lm.generate", *common, *asked)
+    assert theirs.status == 0 and theirs.out.split("=" * 10)[1].strip() == found["text"].strip()
+
+
+def test_the_end_token_of_a_prompt_goes_where_its_caches_go(folders, tmp_path, monkeypatch):
+    """Into files of /save and convert_cache; a file without one brings the model's own back."""
+    monkeypatch.chdir(tmp_path)
+    folder = folders("llama", head_dim=32)
+    made = ("cache_prompt", "--model", folder, "--prompt", "the fox", *FORMATS)
+    assert call(*made, "--prompt-cache-file", "a.safetensors", "--eos-token", "q").status == 0
+    assert call(*made, "--prompt-cache-file", "b.safetensors").status == 0
+    typed = "/load a\nwhy\n/save c\n/load b\nwhy\n/save d\nq\n"
+    assert call("chat", "--model", folder, "-m", N, stdin=typed.encode()).status == 0
+    convert = ("convert_cache", "--model", folder)
+    assert call(*convert, "a.safetensors", "e.safetensors").status == 0
+    assert call(*convert, "e.safetensors", "f.safetensors").status == 0
+    for name, expected in {"c": {"eos_token": "q"}, "d": {}, "e": {"eos_token": "q"}}.items():
+        found = {}
+        edit(tmp_path / f"{name}.safetensors", lambda a, m, found=found: found.update(m))
+        assert json.loads(found["0.tokenizer_config"]) == expected, name
+    edit(tmp_path / "f.safetensors", lambda a, m: found.update(m))
+    assert json.loads(found["0.tokenizer_config"]) == {"eos_token": "q"}
+
+
+def test_end_tokens_that_are_none(folders, tmp_path):
+    folder, file = folders("llama"), tmp_path / "p.safetensors"
+    made = ("cache_prompt", "--model", folder, "--prompt-cache-file", file, "--prompt", "the fox")
+    for token in ("<|none|>", ""):
+        assert f"--eos-token {token!r} is no token of" in call(*made, "--eos-token", token).error()
+        assert not file.exists()
+    assert call(*made, "--eos-token", "q").status == 0
+    before = file.read_bytes()
+    for config in ("{", "[]", '{"eos_token": 3}', '{"eos_token": "<|none|>"}'):
+        edit(file, lambda a, m, config=config: m.update({"0.tokenizer_config": config}))
+        said = call("generate", "--model", folder, "-p", "a", "--prompt-cache-file", file).error()
+        assert str(file) in said and "token" in said
+        file.write_bytes(before)
 
 
 def test_cache_prompt_needs_a_prompt_and_a_file(folders, tmp_path):
