@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 
 # tests compare kernels themselves; those of the self-check turn it on
@@ -17,6 +18,9 @@ from hypothesis import settings
 from metal_host import HostMetal
 from metal_host.coverage import FileCoverage, collect, report, session_folder
 
+# A script's background processes ignore Ctrl-C, and so would what the tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # A slow machine is no failure.
 settings.register_profile("mlx_turbokv", deadline=None)
 settings.load_profile("mlx_turbokv")
