@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import kernel_cases
 import mlx.core as mx
@@ -64,6 +65,14 @@ def test_case_agrees_with_float64(host, case: Case) -> None:
 @pytest.mark.parametrize("case", NVIDIA_CASES, ids=str)
 def test_case_agrees_with_float64_as_cut_for_nvidia(host, monkeypatch, case: Case) -> None:
     monkeypatch.setattr(tuning, "built_in", lambda backend: tuning.CUDA)
+    assert run_case(case, "metal")["failures"] == []
+
+
+def test_a_threadgroup_may_have_more_rows_than_simd_groups(host, monkeypatch) -> None:
+    """As `doctor --tune` may cut it."""
+    cut = replace(tuning.CUDA, simd_groups=4)
+    monkeypatch.setattr(tuning, "built_in", lambda backend: cut)
+    case = Case("turbo4", "turbo3", (64, 64), heads=(1, 1, 4), n_queries=2, splits=2)
     assert run_case(case, "metal")["failures"] == []
 
 
