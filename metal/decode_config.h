@@ -179,7 +179,26 @@ TKV_FN uint row_value(threadgroup const uint* at, int r) {
   return as_type<uint>(row_value<RP>((threadgroup const float*)at, r));
 }
 
-// Loads N halves, four at a time where possible.
+// Loads N words: two, or four at a time.
+template <int N>
+TKV_FN void load_words(thread uint* words, threadgroup const uint* at) {
+  if (N == 2) {
+    const uint2 v = *(threadgroup const uint2*)at;
+    words[0] = v.x;
+    words[1] = v.y;
+    return;
+  }
+  TKV_UNROLL
+  for (int i = 0; i < N / 4; i++) {
+    const uint4 v = ((threadgroup const uint4*)at)[i];
+    words[4 * i] = v.x;
+    words[4 * i + 1] = v.y;
+    words[4 * i + 2] = v.z;
+    words[4 * i + 3] = v.w;
+  }
+}
+
+// Loads N halves, four at a time.
 template <int N>
 TKV_FN void load_halves(thread half* values, threadgroup const half* at) {
   TKV_UNROLL

@@ -53,19 +53,6 @@ TKV_FN void load_value_scales(thread uint* scales, thread const Tiles<C>& tiles,
   }
 }
 
-// Loads N words, four at a time. `words`: aligned to 16 bytes.
-template <int N>
-TKV_FN void load_words(thread uint* w, threadgroup const uint* words) {
-  TKV_UNROLL
-  for (int i = 0; i < N / 4; i++) {
-    const uint4 v = ((threadgroup const uint4*)words)[i];
-    w[4 * i] = v.x;
-    w[4 * i + 1] = v.y;
-    w[4 * i + 2] = v.z;
-    w[4 * i + 3] = v.w;
-  }
-}
-
 // Half `i` of an array of words.
 TKV_FN half half_of(thread const uint* words, int i) {
   const half2 two = as_type<half2>(words[i / 2]);

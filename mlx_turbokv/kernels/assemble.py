@@ -21,8 +21,8 @@ SHARED_FILES = ("common.h", "hadamard.h")
 NEEDS = {
     "decode.metal": (
         *("attention.h", "anchor.h", "lut.h", "decode_config.h", "decode_queries.h"),
-        *("decode_keys.h", "decode_anchors.h", "decode_values.h", "decode_softmax.h"),
-        "decode_join.h",
+        *("decode_columns.h", "decode_keys.h", "decode_anchors.h", "decode_values.h"),
+        *("decode_softmax.h", "decode_join.h"),
     ),
     "merge.metal": ("attention.h",),
     "pack.metal": ("anchor.h", "pack_quantize.h", "pack_words.h"),
