@@ -1,6 +1,7 @@
 """Checks of a prompt cache file: of its header before it is loaded, of its caches before their use.
 
-Errors are ValueErrors whose text goes into a sentence about the file.
+Errors are ValueErrors whose text goes into a sentence about the file, read_prompt_header's
+InputErrors.
 """
 
 from __future__ import annotations
@@ -8,13 +9,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, KVCache, RotatingKVCache
 
-from ..safetensors import Header
+from ..errors import InputError
+from ..safetensors import Header, read_header
 from .base import PackedCache
 from .checkpoint import Checkpoint, always_trims
 from .rotating import TurboRotatingKVCache
@@ -274,3 +277,19 @@ def window(cache: Any) -> str:
     """What a cache's window is called."""
     size = getattr(cache, "max_size", None)
     return "no window" if size is None else f"a window of {size} tokens"
+
+
+def read_prompt_header(path: Path) -> Header:
+    """The header of a prompt cache file.
+
+    Raises:
+        InputError: it cannot be read, or is no prompt cache.
+    """
+    try:
+        return read_header(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror or error}).") from error
+    except ValueError as error:
+        raise InputError(
+            f"{path} is not a prompt cache, or it is damaged or cut short: {error}."
+        ) from error

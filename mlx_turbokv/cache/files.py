@@ -23,7 +23,6 @@ from ..errors import InputError, short
 from ..files import parse_json
 from ..model.fingerprint import fingerprint
 from ..model.probing import after_one_token
-from ..safetensors import read_header
 from . import end_token
 from .base import PackedCache
 from .checkpoint import Checkpoint
@@ -34,6 +33,7 @@ from .file_checks import (
     check_kinds,
     formats,
     offsets,
+    read_prompt_header,
     window,
 )
 from .importing import dequantized, packed_as
@@ -224,14 +224,7 @@ def read(path: Path, n_layers: int) -> tuple[list[Any], dict[str, Any]]:
     Raises:
         InputError: it cannot be read, is damaged, or asks for more than it holds.
     """
-    try:
-        header = read_header(path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror or error}).") from error
-    except ValueError as error:
-        raise InputError(
-            f"{path} is not a prompt cache, or it is damaged or cut short: {error}."
-        ) from error
+    header = read_prompt_header(path)
     try:
         check_header(header, n_layers)
         caches, metadata = load_prompt_cache(str(path), return_metadata=True)

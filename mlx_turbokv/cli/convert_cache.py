@@ -62,16 +62,9 @@ def _is_packed(path: Path) -> bool:
 
     Raises: InputError where it cannot be read, or is no prompt cache.
     """
-    from ..safetensors import read_header
+    from ..cache.file_checks import read_prompt_header
 
-    try:
-        metadata = read_header(path).metadata
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror or error}).") from error
-    except ValueError as error:
-        raise InputError(
-            f"{path} is not a prompt cache, or it is damaged or cut short: {error}."
-        ) from error
+    metadata = read_prompt_header(path).metadata
     classes = [name for key, name in metadata.items() if key.startswith("1.")]
     return any(name.startswith("Turbo") for name in classes)
 
