@@ -28,6 +28,7 @@ from ..errors import InputError
 from ..kernels.backend import select_backend
 from ..model.fingerprint import fingerprint
 from . import distributed, models
+from .patching import patched
 
 MOST_LAYERS = 1024  # of a prompt cache file, before its model is known
 Say = Callable[[str], None]
@@ -196,19 +197,6 @@ class Attaching:
 
         with patched(CacheFactory, __call__=counted):
             yield
-
-
-@contextlib.contextmanager
-def patched(target: Any, **values: Any) -> Iterator[None]:
-    """Set attributes for the duration of the block."""
-    old = {name: getattr(target, name) for name in values}
-    try:
-        for name, value in values.items():
-            setattr(target, name, value)
-        yield
-    finally:
-        for name, value in old.items():
-            setattr(target, name, value)
 
 
 def _command(name: str) -> Any:

@@ -18,9 +18,9 @@ from ..cache.factory import attach
 from ..errors import InputError, short
 from ..kernels.backend import select_backend
 from ..loading import distributed, models
+from ..loading.patching import patched
 from .errors import RequestError, SpeculationError
 from .names import ModelNames, base_name
-from .patching import patched
 from .requests import DEFAULT_MODEL
 
 Key = tuple[str | None, str | None, str | None]

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from mlx_lm import server
 
 from ..errors import InputError
-from .patching import patched
+from ..loading.patching import patched
 
 NO_LIMIT = 1 << 63
 MOST_TOKENS = 1 << 24
