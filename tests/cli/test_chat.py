@@ -15,13 +15,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from chat_models import write_chat_folder
+from chat_models import answers_read_at_once, write_chat_folder
 from command_calls import call
-from mlx_lm import stream_generate
 
-from mlx_turbokv import make_prompt_cache
 from mlx_turbokv.cli.chat import _stopping
-from mlx_turbokv.loading import models
 
 QUESTIONS = ["the quick fox", "and the dog?", "who else", "the end"]
 FORMATS = ("-ctk", "q8_0", "-ctv", "q8_0")
@@ -37,17 +34,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def answers(folder) -> list[str]:
     """The oracle: each turn's whole prompt read by a new cache."""
-    loaded, messages, found = models.load(str(folder)), [], []
-    for question in QUESTIONS:
-        messages.append({"role": "user", "content": question})
-        prompt = loaded.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        cache = make_prompt_cache(loaded.model, "q8_0", "q8_0")
-        parts = stream_generate(
-            loaded.model, loaded.tokenizer, prompt, max_tokens=N, prompt_cache=cache
-        )
-        found.append("".join(part.text for part in parts))
-        messages.append({"role": "assistant", "content": found[-1]})
-    return found
+    return [answer for answer, _ in answers_read_at_once(folder, QUESTIONS, N)]
 
 
 class Terminal:

@@ -7,7 +7,7 @@ import re
 
 import mlx.core as mx
 import pytest
-from chat_models import DROPPED, write_chat_folder
+from chat_models import DROPPED, answers_read_at_once, write_chat_folder
 from command_calls import call
 from mlx_lm import stream_generate
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache, save_prompt_cache
@@ -48,27 +48,11 @@ def record(folder, file, question, *more):
     return json.loads(result.out), result.err
 
 
-def answers_read_at_once(folder, questions):
-    """The oracle: each turn's whole prompt read by a new cache."""
-    loaded, messages, found = models.load(str(folder)), [], []
-    for question in questions:
-        messages.append({"role": "user", "content": question})
-        prompt = loaded.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        cache = make_prompt_cache(loaded.model, "q8_0", "q8_0")
-        parts = stream_generate(
-            loaded.model, loaded.tokenizer, prompt, max_tokens=N, prompt_cache=cache
-        )
-        answer = "".join(part.text for part in parts)
-        messages.append({"role": "assistant", "content": answer})
-        found.append((answer, len(prompt)))
-    return found
-
-
 @pytest.mark.parametrize("name", ["llama", *HYBRIDS])
 def test_a_template_that_drops_earlier_thinking(folders, tmp_path, name):
     """Each turn goes on from the end of the last question, and nothing is read twice before it."""
     folder, file = folders(name), tmp_path / "c.safetensors"
-    expected = answers_read_at_once(folder, QUESTIONS)
+    expected = answers_read_at_once(folder, QUESTIONS, N)
     n_stable = 0
     for question, (answer, n_prompt) in zip(QUESTIONS, expected):
         found, said = record(folder, file, question)
@@ -81,7 +65,7 @@ def test_a_template_that_drops_earlier_thinking(folders, tmp_path, name):
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_without_a_checkpoint_the_prompt_is_read_again_which_is_said(folders, tmp_path, name):
     folder, file = folders(name), tmp_path / "c.safetensors"
-    expected = answers_read_at_once(folder, QUESTIONS[:2])
+    expected = answers_read_at_once(folder, QUESTIONS[:2], N)
     record(folder, file, QUESTIONS[0], "--system-prompt", "be brief")
     # another system prompt: nothing that was read can stay
     found, said = record(folder, file, QUESTIONS[1], "--system-prompt", "be long")
@@ -214,7 +198,7 @@ def test_cache_prompt_serves_any_number_of_questions(folders, tmp_path, name):
     before = file.read_bytes()
     for question in (" jumps?", "\nwhy"):
         found, said = record(folder, file, question)
-        [(answer, n_prompt)] = answers_read_at_once(folder, ["the fox" + question])
+        [(answer, n_prompt)] = answers_read_at_once(folder, ["the fox" + question], N)
         assert found["text"] == answer and found["prompt_tokens"] == n_prompt
         assert found["prompt_tokens_read"] == n_prompt - 8
         assert "p.safetensors holds a prompt of 8 tokens; the file stays as it is" in said

@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeVar
 
 from .errors import HostError
 from .generated import Launch
-from .opencl import KERNEL, compiled_source
+from .opencl import KERNEL, TYPES, compiled_source
 from .toolchain import HERE, cached, clang, digest
 
 PRELUDE = HERE / "amdgpu.h"
@@ -103,7 +103,7 @@ def _ir(launch: Launch) -> Path:
     source = compiled_source(launch.text, launch.name, x * y * z)
     source = source.replace("__attribute__((reqd_", f"__attribute__(({_WAVES}, reqd_")
     command = [clang(), *_FRONT, *_TARGET, "-include", str(PRELUDE), "kernel.cl"]
-    key = f"ir-{digest(source, PRELUDE, command[1:])}"
+    key = f"ir-{digest(source, PRELUDE, TYPES, command[1:])}"
 
     def make(folder: Path) -> None:
         (folder / "kernel.cl").write_text(source)

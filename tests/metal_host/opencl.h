@@ -9,21 +9,7 @@
 #define thread __private
 #define METAL_FUNC inline
 
-typedef unsigned char uchar;
-typedef unsigned short ushort;
-typedef unsigned int uint;
-typedef unsigned long ulong;
-typedef signed char int8_t;
-typedef short int16_t;
-typedef int int32_t;
-typedef long int64_t;
-typedef uchar uint8_t;
-typedef ushort uint16_t;
-typedef uint uint32_t;
-typedef ulong uint64_t;
-typedef __SIZE_TYPE__ size_t;
-typedef __PTRDIFF_TYPE__ ptrdiff_t;
-typedef half float16_t;
+#include "opencl_types.h"
 
 // A type of its own that keeps to 16 bits. It narrows by itself, which Metal's does not: the host
 // layer has a bfloat that refuses that, and clang 14 cannot construct such a class here.

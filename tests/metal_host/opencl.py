@@ -14,6 +14,7 @@ from .toolchain import HERE, clang
 MAX_THREADGROUP_BYTES = 32 * 1024
 KERNEL = "compiled_kernel"  # what compiled_source calls it
 PRELUDE = HERE / "opencl.h"
+TYPES = HERE / "opencl_types.h"  # of this prelude and amdgpu.h
 # of all warnings those of what Metal up to 3.2 lacks, which is C++14
 FLAGS = (
     "-x cl -cl-std=clc++2021 -cl-no-stdinc -target spir64 -ferror-limit=8 -Wno-everything "

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from . import text as metal
 from .generated import Launch
-from .opencl import FLAGS, PRELUDE, checked_source
+from .opencl import FLAGS, PRELUDE, TYPES, checked_source
 from .toolchain import cached, clang, digest
 
 MAX_THREADS = 512  # register pressure caps pipelines below 1024 on some chips
@@ -115,7 +115,7 @@ def check_types(text: str, name: str) -> list[Problem]:
     except ValueError as error:
         return [Problem(name, str(error))]
     command = [clang(), *FLAGS, "-fsyntax-only", "-include", str(PRELUDE), "kernel.cl"]
-    key = f"types-{digest(source, PRELUDE, command[1:])}"
+    key = f"types-{digest(source, PRELUDE, TYPES, command[1:])}"
 
     def make(folder: Path) -> None:
         (folder / "kernel.cl").write_text(source)
