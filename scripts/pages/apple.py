@@ -140,7 +140,7 @@ def _needs(pair: str) -> tuple[int, int]:
 
 
 def _budget(name: str, chip: Chip, pair: str) -> list[str]:
-    """GHz at which instructions take as long as bytes, what binds, and what that allows.
+    """GHz at which instructions take as long as bytes, what limits decode, and what that allows.
 
     Where the clock is not known, from the slowest that is known to one at which bytes bind.
     """
@@ -150,14 +150,14 @@ def _budget(name: str, chip: Chip, pair: str) -> list[str]:
     by_bytes = n_bytes / bandwidth  # ns a token, as are the others
     by_instructions = instructions / (lanes * CLOCKS.get(name, SLOWEST))
     times = [max(by_bytes, by_instructions)]
-    binds = "bytes" if by_bytes >= by_instructions else "instructions"
-    if binds == "instructions" and name not in CLOCKS:
-        binds, times = "not known", [*times, by_bytes]
+    limit = "bytes" if by_bytes >= by_instructions else "instructions"
+    if limit == "instructions" and name not in CLOCKS:
+        limit, times = "not known", [*times, by_bytes]
 
     def shown(figures: Iterable[float], spec: str) -> str:
         return " to ".join(dict.fromkeys(f"{x:{spec}}" for x in figures))
 
-    return [f"{instructions / lanes / by_bytes:.2f}", binds,
+    return [f"{instructions / lanes / by_bytes:.2f}", limit,
             shown((n_bytes / t for t in times), ".0f"),
             shown((tokens * n_kv_heads * t / 1e3 for t in reversed(times)), ".0f"),
             shown((4 * DIM / bandwidth / t for t in times), ".1f")]  # fmt: skip
@@ -166,7 +166,7 @@ def _budget(name: str, chip: Chip, pair: str) -> list[str]:
 def _budgets() -> str:
     header = ["", "GB/s", "lanes", "clock, GHz"]
     for pair in PAIRS:
-        header += [f"{pair}: GHz needed", "binds", "GB/s", "`doctor`, µs", "times fp16"]
+        header += [f"{pair}: GHz needed", "limited by", "GB/s", "`doctor`, µs", "times fp16"]
     lines = []
     for name, chip in CHIPS.items():
         if name.startswith("Apple"):
@@ -225,11 +225,11 @@ def apple() -> str:
         "All variants: seven pairs of formats, 1 to 8 rows, centred keys and not, split and whole. "
         "[Each of them](results/apple-kernels.md).", _summary(),
         "## Packing, merging, dequantising", _others(),
-        "## What binds on which chip",
+        "## What limits which chip",
         f"One token of one KV head, head_dim {DIM}, {ROWS} query rows: {needs}. A chip reads so "
         "many bytes at its published bandwidth (the larger one, where it was sold with two), and "
         f"executes so many instructions on {LANES_A_CORE} lanes a core, one a cycle: what takes "
-        "longer binds.",
+        "longer limits decode.",
         "- *GHz needed*: the clock from which on bytes bind.\n"
         "- *clock*: Apple publishes none. M1 and M2 as metal-benchmarks found them (of M2 Pro, Max "
         "and Ultra it gives a lower bound), M4 Pro as powermetrics reports it "
