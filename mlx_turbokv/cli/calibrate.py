@@ -51,6 +51,7 @@ RECORD = "calibration.json"
     "--base", default="f16/f16", metavar="CONFIG",
     help="The formats of the other layers while one is measured.",
 )  # fmt: skip
+@options.protection
 @click.option(
     "--refine", type=click.IntRange(0, 1000), default=0, metavar="N",
     help="Measure again around each policy, one step up and down, and take what is better; at "
@@ -149,7 +150,7 @@ def check_options(args: dict[str, Any]) -> None:
     for at, name in enumerate(names):
         if name in names[:at]:
             raise InputError(f"Budget {args['budgets'][at]} would write {name} a second time.")
-    parse_policy(args["base"])
+    parse_policy(args["base"]).protecting(args["sink"], args["recent"])
     for name in args["compare"]:
         check_name(name)
     budgets = [name for name in args["budgets"] if not calibrate.is_number(name)]

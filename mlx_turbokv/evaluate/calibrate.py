@@ -216,7 +216,8 @@ def calibrate(
         budgets: bits per value of K and V together, or configurations whose bits are meant.
         formats: what K and V of every layer may get.
         base: the configuration of the layers that are not changed while one is.
-        options: those of `sensitivity.measure`: backend, centre, batch, records and progress.
+        options: those of `sensitivity.measure`: backend, centre, batch, protection, records and
+            progress.
 
     Shapes: windows [n_windows, n_ctx], as `cut_windows` makes them.
     Raises: InputError for bad budgets or formats, and as `sensitivity.measure`.

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..model.shapes import KVShape
+from ..policy import Protection
 from ..policy.files import write_layer_list
 from . import statistics
 from .calibrate import Assigned, row_sizes
@@ -75,11 +76,14 @@ def held_out_record(evaluation: Evaluation, compared: Sequence[str]) -> list[dic
     return summary
 
 
-def write_policies(folder: Path, pairs: dict[str, list], record: dict) -> None:
+def write_policies(
+    folder: Path, pairs: dict[str, list], protection: Protection, record: dict
+) -> None:
     """One policy file a budget, each with the evidence for it.
 
     Args:
         pairs: formats of every KV layer, by file name.
+        protection: the protected tokens that they were measured with.
         record: the whole calibration's.
 
     Raises: InputError where the folder cannot be written.
@@ -94,4 +98,4 @@ def write_policies(folder: Path, pairs: dict[str, list], record: dict) -> None:
             held_out = {k: v for k, v in record["held_out"].items() if k != "results"}
             held_out |= {k: found[k] for k in names}
         evidence = {**at, "held_out": held_out, **{k: record[k] for k in shared}}
-        write_layer_list(folder / name, pairs[name], **evidence)
+        write_layer_list(folder / name, pairs[name], protection, **evidence)

@@ -18,7 +18,14 @@ from . import calibrate
 from . import calibration_record as records
 from .calibrate import Assigned
 from .checkpoint import Checkpoint, Journal, journal_path
-from .configuration import REFERENCE, Prepared, layer_list, prepare
+from .configuration import (
+    REFERENCE,
+    Prepared,
+    layer_list,
+    parse_policy,
+    prepare,
+    protected_name,
+)
 from .perplexity import Evaluation, evaluate_windows, settings_of
 from .record import command_line, environment, model_record, weights_digest
 from .sensitivity import default_batch
@@ -42,7 +49,8 @@ class Calibration:
         loaded: a `models.Loaded`.
         folder: an existing folder.
         options: those of the command, checked: ctx_size, chunks, held_out_chunks, budgets,
-            formats, base, refine, compare, batch_size, backend, keys, no_centre and resume.
+            formats, base, sink, recent, refine, compare, batch_size, backend, keys, no_centre and
+            resume.
         note: prints a line apart from the results.
         progress: makes what is called with (runs done, all runs, what ran); a context manager.
     """
@@ -63,6 +71,9 @@ class Calibration:
         # What turbo keys are centred by, and its description.
         self.centre: bool | References = not options["no_centre"]
         self.keys = "centred by the bias, if any" if self.centre else "not centred"
+        self.protected = options["sink"], options["recent"]
+        # The base's own where it names some: of all that is measured, and of the policies.
+        self.protection = parse_policy(options["base"]).protecting(*self.protected).protection
 
     def run(self, source: TextSource, other: TextSource | None) -> dict:
         """Calibrate on one text, check on another; returns the record."""
@@ -79,6 +90,7 @@ class Calibration:
             "backend": options["backend"],
             "centre": self.centre,
             "batch": options["batch_size"] or default_batch(),
+            "protection": self.protection,
             "records": self._measurements(sample),
         }
         with self.progress() as progress:
@@ -106,6 +118,7 @@ class Calibration:
                 "base": options["base"],
                 "refine": options["refine"],
                 "keys": self.keys,
+                **self._protected_record(),
             },
             "sensitivity": records.sensitivity_record(found, shapes, formats),
             "policies": [
@@ -123,7 +136,7 @@ class Calibration:
 
         Raises: InputError where the folder cannot be written.
         """
-        records.write_policies(folder, self.pairs, record)
+        records.write_policies(folder, self.pairs, self.protection, record)
         if isinstance(self.centre, References):
             for name in self.pairs:
                 save_references(folder / name, self.centre)
@@ -138,7 +151,10 @@ class Calibration:
     def _settings(self, sample: Sample, configs: list[Prepared]) -> dict:
         name, sha256 = self.model["fingerprint"], sample.source.sha256
         settings = settings_of(sample.windows, configs, name, sha256, self.environment)
-        return settings | {"keys": self.keys}
+        return settings | {"keys": self.keys, **self._protected_record()}
+
+    def _protected_record(self) -> dict[str, str]:
+        return {"protected": str(self.protection)} if self.protection else {}
 
     def _measurements(self, sample: Sample) -> Journal:
         """The measurements in the folder, of this model and text."""
@@ -179,7 +195,8 @@ class Calibration:
     def _held_out(self, other: TextSource, policies: dict[str, Assigned]) -> dict:
         """The policies on held-out windows, with what they are compared with."""
         sample = self._sample(other, self.options["held_out_chunks"])
-        compare = list(dict.fromkeys(self.options["compare"]))
+        names = [protected_name(name, *self.protected) for name in self.options["compare"]]
+        compare = list(dict.fromkeys(names))
         evaluation = self._evaluate(sample, policies, compare)
         return {
             "text": other.record(),
@@ -195,9 +212,8 @@ class Calibration:
         model, backend = self.loaded.model, self.options["backend"]
         configs = [prepare(model, REFERENCE, backend)]
         for name, policy in policies.items():
-            configs.append(
-                prepare(model, layer_list(policy.pairs, name), backend, centre=self.centre)
-            )
+            config = layer_list(policy.pairs, name, self.protection)
+            configs.append(prepare(model, config, backend, centre=self.centre))
         configs += [prepare(model, name, backend, centre=self.centre) for name in more]
         settings = self._settings(sample, configs) | {"windows": digest(sample.windows)}
         resume = False if self.options["resume"] is False else None

@@ -21,6 +21,7 @@ from ..kernels.backend import select_backend
 from ..model.kv_layers import kv_layers
 from ..model.shapes import KVShape
 from ..policy import LayerList, Pair, Policy, Protection, Uniform, bits_per_value, load_policy
+from ..policy.policies import DEFAULT_PROTECTION
 from ..policy.protection import UNPROTECTED
 from ..quant.formats import as_format
 from .mlx_lm_quantized import DEQUANTIZED, MLX_LM, make_quantized_caches, needs_dequantizing
@@ -219,9 +220,19 @@ def prepare(
     )
 
 
-def layer_list(pairs: Sequence[tuple[str, str]], name: str) -> LayerList:
+def layer_list(
+    pairs: Sequence[tuple[str, str]], name: str, protection: Protection = DEFAULT_PROTECTION
+) -> LayerList:
     """The policy of one pair of formats, by name, for each KV layer."""
-    return LayerList(tuple((as_format(k), as_format(v)) for k, v in pairs), name)
+    formats = tuple((as_format(k), as_format(v)) for k, v in pairs)
+    return LayerList(formats, name, protection=protection)
+
+
+def protected_name(name: str, sink: int | None, recent: int | None) -> str:
+    """A configuration with these protected tokens; one that names its own keeps them."""
+    if (sink is None and recent is None) or is_mlx_lm(name) or _PROTECTED.fullmatch(name.strip()):
+        return name
+    return f"{name}+{parse_policy(name).protecting(sink, recent).protection}"
 
 
 def _prepare_mlx_lm(model: nn.Module, name: str, fmt: AffineFormat, timed: bool) -> Prepared:

@@ -18,6 +18,8 @@ import numpy as np
 
 from ..cache.factory import CacheFactory
 from ..model.caches import own_caches
+from ..policy import Protection
+from ..policy.policies import DEFAULT_PROTECTION
 from .checkpoint import Journal
 from .configuration import layer_list
 from .divergence import Reference, check_finite
@@ -121,6 +123,7 @@ def measure(
     backend: str | None = None,
     centre: Any = True,
     batch: int | None = None,
+    protection: Protection = DEFAULT_PROTECTION,
     records: Journal | None = None,
     progress: Progress | None = None,
 ) -> Sensitivity:
@@ -130,6 +133,7 @@ def measure(
         base: the pair of every KV layer that is not changed.
         backend, centre: as `make_prompt_cache` takes them.
         batch: windows at a time; None as `default_batch`.
+        protection: the protected tokens, of the base as of every change.
         records: what was measured before is taken from it, what is measured is added to it.
         progress: called with (runs done, all runs, what ran) after each.
 
@@ -138,10 +142,10 @@ def measure(
     """
     base, changes = list(base), list(changes)
     batch = batch or default_batch()
-    factory = CacheFactory(model, layer_list(base, "base"), backend, centre=centre)
+    factory = CacheFactory(model, layer_list(base, "base", protection), backend, centre=centre)
     # A format that does not fit is refused here, before anything is measured.
     makers: dict[str, Callable[[], list]] = {
-        c.key: factory.with_policy(layer_list(c.applied(base), c.key)) for c in changes
+        c.key: factory.with_policy(layer_list(c.applied(base), c.key, protection)) for c in changes
     }
     if any(name != "f16" for pair in base for name in pair):
         makers = {"base": factory, **makers}
