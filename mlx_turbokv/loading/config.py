@@ -45,8 +45,14 @@ def max_context(config: dict[str, Any]) -> int | None:
     return None
 
 
+# Models that have an output layer of their own until mlx-lm sees weights without one.
+_TIED_BY_WEIGHTS = ("gemma3", "gemma3_text")
+
+
 def build_model(config: dict[str, Any], name: str | None = None) -> Any:
     """The mlx-lm model of a configuration, with lazy weights.
+
+    One whose embedding is its output layer too, by the configuration, has no other.
 
     Raises:
         InputError: mlx-lm has no such model, or the configuration does not fit it.
@@ -55,11 +61,14 @@ def build_model(config: dict[str, Any], name: str | None = None) -> Any:
 
     try:
         model_class, args_class = _get_classes(config)
-        return model_class(args_class.from_dict(config))
+        model = model_class(args_class.from_dict(config))
     except Exception as error:  # a model's own code may raise anything
         kind = f"model type {config.get('model_type')!r}"
         what = f"{name} ({kind})" if name else kind
         raise InputError(f"mlx-lm cannot build {what}: {first_line(error)}") from error
+    if config["model_type"] in _TIED_BY_WEIGHTS and config.get("tie_word_embeddings", True):
+        getattr(model, "language_model", model).sanitize({})
+    return model
 
 
 def parameters(model: nn.Module) -> dict[str, Any]:

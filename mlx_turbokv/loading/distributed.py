@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from ..errors import InputError
 from .config import first_line, max_context
+from .gguf.shards import gguf_source
 from .models import Loaded, check_weights
 
 
@@ -27,8 +28,8 @@ def rank() -> int:
 
 
 def check_source(model: str | None) -> None:
-    """Raises: InputError for what mlx-lm cannot split: the default model and .gguf files."""
-    if model is None or str(model).endswith(".gguf"):
+    """Raises: InputError for what mlx-lm cannot split: the default model and GGUF files."""
+    if model is None or gguf_source(model):
         raise InputError(
             f"{model or 'The default model'} cannot be split over several machines: give --model "
             "a hub id or a folder as mlx-lm takes it."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from ..files import check_regular
 from ..log import warn_once
 from . import blas, default_model
 from .config import first_line, max_context, parameters, read_config
+from .gguf.shards import gguf_source
 
 
 @dataclass
@@ -71,9 +72,9 @@ def load(
     form = None
     if dtype is not None or packed is not None or not _runs_on_linux_cpu():
         form = Form(dtype, True if packed is None else packed)
-    if source.endswith(".gguf"):
+    if gguf := gguf_source(source):
         template = (tokenizer_config or {}).get("chat_template")
-        loaded = _load_gguf(Path(source), form, template)
+        loaded = _load_gguf(gguf, form, template)
         loaded.name = name or loaded.name
         if adapter_path is not None:
             with _load_errors("from GGUF", adapter_path):
@@ -102,11 +103,12 @@ def load_config(model: str | os.PathLike[str] | None = None) -> tuple[dict[str, 
     """
     from huggingface_hub import hf_hub_download
 
-    from .gguf.reader import config_from_gguf, open_gguf
+    from .gguf.hyperparameters import config_from_gguf
+    from .gguf.reader import open_gguf
 
     source, name = _locate(model)
-    if source.endswith(".gguf"):
-        file = open_gguf(source)
+    if gguf := gguf_source(source):
+        file = open_gguf(gguf)
         return config_from_gguf(file), name or file.name, source
     path = Path(source)
     if path.is_dir():
@@ -172,30 +174,55 @@ def _locate(model: str | os.PathLike[str] | None) -> tuple[str, str | None]:
     source = str(model)
     if not source:
         raise InputError("The model's name is empty; give a hub id, a folder or a .gguf file.")
-    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        raise InputError(f"The folder {source} holds no model: it has no config.json.")
-    if Path(source).is_file() and not source.endswith((".gguf", ".json")):
-        raise InputError(
-            f"{source} is a file, and the only files accepted as a model are .gguf files."
-        )
+    path = Path(source)
+    if gguf_source(source) is None:
+        if path.is_dir() and not (path / "config.json").is_file():
+            raise InputError(
+                f"The folder {source} holds no model: it has neither a config.json nor a .gguf "
+                "file."
+            )
+        if path.is_file() and path.suffix != ".json":
+            raise InputError(
+                f"{source} is a file, and the only files accepted as a model are GGUF files."
+            )
     return source, None
 
 
 def _load_gguf(path: Path, form: Form | None, chat_template: str | None = None) -> Loaded:
+    from .gguf.hyperparameters import config_from_gguf
     from .gguf.model import model_from_gguf
-    from .gguf.reader import config_from_gguf, open_gguf
+    from .gguf.reader import open_gguf
     from .gguf.tokenizer import build_tokenizer
 
     file = open_gguf(path)
     if form is None:
         form = cpu_form(sum(int(tensor.n_elements) for tensor in file.tensors.values()))
-    tokenizer = build_tokenizer(file.metadata, chat_template)
-    n_tokens, n_rows = len(tokenizer.get_vocab()), config_from_gguf(file)["vocab_size"]
-    if n_tokens > n_rows:
-        raise file.error(f"has {n_tokens:,} tokens and an embedding of {n_rows:,}.")
-    model, config = model_from_gguf(file, packed=form.packed, dtype=form.dtype)
+    with _progress(f"Loading {file.name}") as progress:
+        tokenizer = build_tokenizer(file.metadata, chat_template)
+        n_tokens, n_rows = len(tokenizer.get_vocab()), config_from_gguf(file)["vocab_size"]
+        if n_tokens > n_rows:
+            raise file.error(f"has {n_tokens:,} tokens and an embedding of {n_rows:,}.")
+        model, config = model_from_gguf(
+            file, packed=form.packed, dtype=form.dtype, progress=progress
+        )
     context = config["max_position_embeddings"]
     return Loaded(model, tokenizer, file.name, config, context, str(path))
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of bytes on stderr, of what takes longer than a second."""
+    from tqdm import tqdm
+
+    bar = tqdm(desc=what, unit="B", unit_scale=True, delay=1, leave=False, file=sys.stderr,
+               mininterval=0.5 if sys.stderr.isatty() else 10)  # fmt: skip
+
+    def show(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+
+    with bar:
+        yield show
 
 
 def _load_mlx_lm(

@@ -155,7 +155,7 @@ def _check_allowed(source: str) -> None:
     if os.path.exists(source):
         return
     try:
-        if source.endswith(".gguf") or source.startswith(_PATH_STARTS):
+        if source.lower().endswith(".gguf") or source.startswith(_PATH_STARTS):
             raise HFValidationError
         validate_repo_id(source)
     except HFValidationError as error:

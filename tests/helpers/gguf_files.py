@@ -31,13 +31,29 @@ _NAMES = [
     (r"model\.layers\.(\d+)\.mlp\.gate_up_proj", r"blk.\1.ffn_up"),
     (r"model\.layers\.(\d+)\.mlp\.(gate|up|down)_proj", r"blk.\1.ffn_\2"),
 ]
+_GEMMA3_NAMES = [
+    (r"model\.layers\.(\d+)\.post_attention_layernorm", r"blk.\1.post_attention_norm"),
+    (r"model\.layers\.(\d+)\.pre_feedforward_layernorm", r"blk.\1.ffn_norm"),
+    (r"model\.layers\.(\d+)\.post_feedforward_layernorm", r"blk.\1.post_ffw_norm"),
+]
+# Two layers, a window of 8 tokens and full attention; what mlx-lm calls it, and GGUF.
+GEMMA3 = {
+    "sliding_window": 8, "sliding_window_pattern": 2, "rope_local_base_freq": 700.0,
+    "query_pre_attn_scalar": HEAD_DIM,
+}  # fmt: skip
+GEMMA3_FIELDS = {
+    "attention.key_length": HEAD_DIM, "attention.value_length": HEAD_DIM,
+    "attention.sliding_window": 8, "attention.sliding_window_pattern": 2,
+    "rope.freq_base_swa": 700.0,
+}  # fmt: skip
 
 
 def small_model(architecture: str, seed: int = 0, **overrides):
     """An mlx-lm model with random float32 weights, norms and biases included."""
-    module = importlib.import_module(f"mlx_lm.models.{architecture}")
+    name = "gemma3_text" if architecture == "gemma3" else architecture
+    module = importlib.import_module(f"mlx_lm.models.{name}")
     config = {
-        "model_type": architecture,
+        "model_type": name,
         "hidden_size": HIDDEN,
         "num_hidden_layers": LAYERS,
         "intermediate_size": MLP,
@@ -49,9 +65,12 @@ def small_model(architecture: str, seed: int = 0, **overrides):
         "max_position_embeddings": 512,
         "rope_theta": 5000.0,
         "tie_word_embeddings": False,
+        **(GEMMA3 if architecture == "gemma3" else {}),
         **overrides,
     }
     model = module.Model(module.ModelArgs.from_dict(config))
+    if architecture == "gemma3" and config["tie_word_embeddings"]:
+        model.sanitize({})  # weights without an output layer
     rng = np.random.default_rng(seed)
     weights = {
         name: rng.normal(1.0 if "norm" in name else 0.0, 0.2, value.shape).astype(np.float32)
@@ -66,9 +85,9 @@ def load(model, weights: dict[str, np.ndarray]) -> None:
     mx.eval(model.parameters())
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, architecture: str = "llama") -> str:
     path, _, suffix = name.rpartition(".")
-    for pattern, replacement in _NAMES:
+    for pattern, replacement in (_GEMMA3_NAMES if architecture == "gemma3" else []) + _NAMES:
         if re.fullmatch(pattern, path):
             return f"{re.sub(pattern, replacement, path)}.{suffix}"
     raise KeyError(name)
@@ -107,13 +126,16 @@ def write_gguf(
     writer.add_rope_freq_base(5000.0)
     if vocabulary:
         add_bpe(writer)
-    for key, value in (fields or {}).items():
+    known = GEMMA3_FIELDS if architecture == "gemma3" else {}
+    for key, value in {**known, **(fields or {})}.items():
         add = writer.add_float32 if isinstance(value, float) else (
             writer.add_string if isinstance(value, str) else writer.add_uint32
         )  # fmt: skip
         add(f"{architecture}.{key}", value)
     for name, value in weights.items():
-        target = gguf_name(name)
+        target = gguf_name(name, architecture)
+        if architecture == "gemma3" and name.endswith("norm.weight"):
+            value = value + 1  # Gemma multiplies by 1 + weight, and GGUF files hold that
         if architecture == "llama" and ".attn_q." in target:
             value = permuted(value, HEADS)
         if architecture == "llama" and ".attn_k." in target:

@@ -24,12 +24,13 @@ from hypothesis import strategies as st
 
 from mlx_turbokv.errors import InputError
 from mlx_turbokv.loading.gguf.model import model_from_gguf
-from mlx_turbokv.loading.gguf.reader import config_from_gguf, open_gguf
+from mlx_turbokv.loading.gguf.hyperparameters import config_from_gguf
+from mlx_turbokv.loading.gguf.reader import open_gguf
 from mlx_turbokv.loading.gguf.repack import BITS, repack
 
 Kind = gguf.GGMLQuantizationType
 LOGITS_TOLERANCE = 2e-5  # float32 sums in another order
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "phi3")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "phi3", "gemma3")
 
 
 def _same_logits(path, weights, architecture, **overrides):
@@ -86,8 +87,14 @@ LONGROPE = {"type": "longrope", "long_factor": LONG.tolist(), "short_factor": SH
             {"rope_factors_long.weight": LONG, "rope_factors_short.weight": SHORT},
             {"rope_scaling": LONGROPE, "original_max_position_embeddings": 128},
         ),
+        (
+            "gemma3",
+            {"type": "linear", "factor": 8.0},
+            {},
+            {"rope_scaling": {"type": "linear", "factor": 8.0}},
+        ),
     ],
-    ids=["linear", "yarn", "longrope"],
+    ids=["linear", "yarn", "longrope", "linear in the layers without a window"],
 )  # fmt: skip
 def test_rope_scaling(tmp_path, architecture, fields, tensors, overrides):
     _, weights = small_model(architecture, **overrides)
@@ -172,7 +179,7 @@ def test_config_carries_the_hyperparameters(tmp_path):
 def test_unknown_architecture(tmp_path):
     _, weights = small_model("llama")
     path = write_gguf(tmp_path / "m.gguf", "gptneox", weights)
-    with pytest.raises(InputError, match="'gptneox'; accepted are llama, qwen2, qwen3, phi3"):
+    with pytest.raises(InputError, match="'gptneox'; accepted are llama, qwen2, qwen3, phi3, gemma3"):
         open_gguf(path)
 
 

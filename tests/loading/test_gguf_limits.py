@@ -13,8 +13,8 @@ from gguf_files import LAYERS, TOKENS, logits, write_small_gguf
 
 from mlx_turbokv import InputError
 from mlx_turbokv.loading import models
-from mlx_turbokv.loading.gguf.reader import config_from_gguf, open_gguf
-from mlx_turbokv.loading.known_shapes import shape_from_config
+from mlx_turbokv.loading.gguf.hyperparameters import config_from_gguf
+from mlx_turbokv.loading.gguf.reader import open_gguf
 
 
 @pytest.fixture(scope="module")
@@ -56,20 +56,6 @@ def test_layers_that_a_file_does_not_have_are_refused_at_once(path, n):
     refused(path, "layers")
     assert time.perf_counter() - start < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
-
-
-def test_a_part_of_a_split_file_can_be_planned(path):
-    """It has the tensors of some layers alone."""
-
-    def split(parts: Parts) -> None:
-        parts.fields[b"split.count"] = gguf_edit.U16, 2
-        parts.fields[b"llama.block_count"] = U32, 9
-
-    gguf_edit.edit(path, split)
-    shape = shape_from_config(config_from_gguf(open_gguf(path)), "m")
-    assert len(shape.layers.layers) == 9
-    gguf_edit.edit(path, set_field("llama.block_count", U32, 60_000))
-    refused(path, "60,000 layers")
 
 
 @pytest.mark.parametrize(

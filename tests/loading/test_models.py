@@ -107,8 +107,8 @@ def test_weights_that_cannot_be_used(tmp_path, value, message):
         ("absent.gguf", "no GGUF file at absent.gguf"),
         ("/absent/folder", "no model at /absent/folder"),
         ("", "name is empty"),
-        (__file__, "only files accepted as a model are .gguf"),
-        (os.path.dirname(__file__), "has no config.json"),
+        (__file__, "only files accepted as a model are GGUF"),
+        (os.path.dirname(__file__), "neither a config.json nor a .gguf"),
     ],
 )
 def test_missing_models(given, message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -10,7 +11,8 @@ import numpy as np
 
 from ...errors import InputError, short
 from ..config import build_model, parameters
-from .reader import ROPE_FACTORS, GGUFFile, config_from_gguf, rope_factors
+from .hyperparameters import ROPE_FACTORS, config_from_gguf, rope_factors
+from .reader import GGUFFile
 from .repack import BITS, GROUP_SIZE, repack
 
 _NUMPY = {mx.float32: np.float32, mx.float16: np.float16}
@@ -33,12 +35,18 @@ class FactoredRoPE(nn.Module):
 
 
 def model_from_gguf(
-    file: GGUFFile, *, packed: bool = True, dtype: mx.Dtype | None = None
+    file: GGUFFile,
+    *,
+    packed: bool = True,
+    dtype: mx.Dtype | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Build mlx-lm's model of the file's architecture and give it every tensor of the file.
 
-    packed: keep Q4_0, Q4_1, Q4_K and Q8_0 weights quantised, as MLX's affine groups of 32.
-    dtype: of everything else; None takes bfloat16 for a file with BF16 weights, else float16.
+    packed: keep weights of the types in ``repack.BITS`` quantised, as MLX's affine groups of 32.
+    dtype: of everything else; None takes bfloat16 for a file with BF16 weights and for gemma3,
+        whose activations exceed float16, else float16.
+    progress: called with the bytes read and those of all tensors.
 
     Raises:
         InputError: a tensor is of an unsupported type, has no place in the model or another shape
@@ -46,10 +54,13 @@ def model_from_gguf(
     """
     config = config_from_gguf(file)
     model = build_model(config)
-    targets = parameters_by_tensor(model, config)
+    targets = parameters_by_tensor(model, file.architecture, config["num_hidden_layers"])
     reader = _TensorReader(file, config, packed, dtype or _default_dtype(file))
     weights: dict[str, mx.array] = {}
+    done, total = 0, sum(int(tensor.n_bytes) for tensor in file.tensors.values())
     for name, tensor in file.tensors.items():
+        progress(done, total)
+        done += int(tensor.n_bytes)
         if name in ROPE_FACTORS:
             continue
         if name not in targets:
@@ -70,12 +81,12 @@ def model_from_gguf(
     return model, config
 
 
-def parameters_by_tensor(model: nn.Module, config: dict[str, Any]) -> dict[str, str]:
+def parameters_by_tensor(model: nn.Module, architecture: str, n_layers: int) -> dict[str, str]:
     """The model's parameters by the names of their GGUF tensors."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-    kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == config["model_type"])
-    names = get_tensor_name_map(kind, config["num_hidden_layers"])
+    kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    names = get_tensor_name_map(kind, n_layers)
     found = {}
     for parameter in parameters(model):
         if tensor := names.get_name(parameter, try_suffixes=(".weight", ".bias")):
@@ -108,7 +119,10 @@ class _TensorReader:
                 f"{path}.scales": scales.astype(self.dtype),
                 f"{path}.biases": biases.astype(self.dtype),
             }
-        return {target: self._to_dtype(self._unpermute(name, self._dequantize(name, tensor)))}
+        values = self._unpermute(name, self._dequantize(name, tensor))
+        if self.file.architecture == "gemma3" and target.endswith("norm.weight"):
+            values = values - 1  # the file has what rows are multiplied by, mlx-lm one less
+        return {target: self._to_dtype(values)}
 
     def _dequantize(self, name: str, tensor: Any) -> np.ndarray:
         from gguf.quants import dequantize
@@ -147,14 +161,14 @@ class _TensorReader:
                 f"magnitudes up to {_LARGEST_HALF:g}."
             )
         if self.dtype in _NUMPY:
-            return mx.array(values.astype(_NUMPY[self.dtype]))
+            return mx.array(values.astype(_NUMPY[self.dtype], copy=False))
         return mx.array(values).astype(self.dtype)
 
 
 def _default_dtype(file: GGUFFile) -> mx.Dtype:
     kinds = {t.tensor_type.name for t in file.tensors.values() if len(t.shape) == 2}
-    # bfloat16 weights may lie outside float16's range.
-    return mx.bfloat16 if "BF16" in kinds else mx.float16
+    # bfloat16 weights, and the activations of gemma3, may lie outside float16's range.
+    return mx.bfloat16 if "BF16" in kinds or file.architecture == "gemma3" else mx.float16
 
 
 def _fill_absent_biases(model: nn.Module, weights: dict[str, mx.array], dtype: mx.Dtype) -> None:
