@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import struct
+from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import mlx.core as mx
@@ -21,11 +23,13 @@ from gguf_files import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_turbokv.errors import InputError
-from mlx_turbokv.loading.gguf.model import model_from_gguf
 from mlx_turbokv.loading.gguf.hyperparameters import config_from_gguf
-from mlx_turbokv.loading.gguf.reader import open_gguf
+from mlx_turbokv.loading.gguf.model import model_from_gguf
+from mlx_turbokv.loading.gguf.reader import GGUFFile, open_gguf
 from mlx_turbokv.loading.gguf.repack import BITS, repack
 
 Kind = gguf.GGMLQuantizationType
@@ -136,10 +140,8 @@ def test_packed_model_computes_with_the_values_of_the_gguf_package(tmp_path, kin
 
 
 def _affine(words, scales, biases, bits):
-    per_word = 32 // bits
-    shifts = np.arange(per_word, dtype=np.uint64) * bits
-    codes = (words.astype(np.uint64)[..., None] >> shifts) & ((1 << bits) - 1)
-    codes = codes.reshape(words.shape[0], -1, 32).astype(np.float64)
+    stream = np.unpackbits(words.view(np.uint8), axis=-1, bitorder="little")
+    codes = stream.reshape(words.shape[0], -1, 32, bits) @ (1 << np.arange(bits)).astype(np.float64)
     values = codes * scales.astype(np.float64)[..., None] + biases.astype(np.float64)[..., None]
     return values.reshape(words.shape[0], -1)
 
@@ -151,7 +153,7 @@ def test_repacked_codes_are_the_gguf_package_s_values(kind, seed, rows, blocks):
     block, block_bytes = gguf.GGML_QUANT_SIZES[Kind[kind]]
     rng = np.random.default_rng(seed)
     raw = rng.integers(0, 256, (rows, blocks, block_bytes), dtype=np.uint8)
-    n_scales = 1 if kind in ("Q4_0", "Q8_0") else 2
+    n_scales = 1 if kind in ("Q4_0", "Q5_0", "Q8_0") else 2
     halves = rng.normal(0, 0.1, (rows, blocks, n_scales)).astype(np.float16)
     raw[..., : 2 * n_scales] = halves.view(np.uint8)
     raw = raw.reshape(rows, -1)
@@ -160,12 +162,13 @@ def test_repacked_codes_are_the_gguf_package_s_values(kind, seed, rows, blocks):
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6 * np.abs(want).max())
 
 
-def test_repacked_words_are_read_so_by_mlx():
+@pytest.mark.parametrize("kind", [Kind.Q4_1, Kind.Q5_1, Kind.Q8_0])
+def test_repacked_words_are_read_so_by_mlx(kind):
     rng = np.random.default_rng(3)
-    raw = gguf.quants.quantize(rng.normal(size=(4, 64)).astype(np.float32), Kind.Q4_1)
-    words, scales, biases = (mx.array(x) for x in repack(raw, "Q4_1", np.float32))
-    got = np.array(mx.dequantize(words, scales, biases, group_size=32, bits=4))
-    np.testing.assert_allclose(got, gguf.quants.dequantize(raw, Kind.Q4_1), atol=1e-6)
+    raw = gguf.quants.quantize(rng.normal(size=(4, 64)).astype(np.float32), kind)
+    words, scales, biases = (mx.array(x) for x in repack(raw, kind.name, np.float32))
+    got = np.array(mx.dequantize(words, scales, biases, group_size=32, bits=BITS[kind.name]))
+    np.testing.assert_allclose(got, gguf.quants.dequantize(raw, kind), atol=1e-6)
 
 
 def test_config_carries_the_hyperparameters(tmp_path):
@@ -179,8 +182,50 @@ def test_config_carries_the_hyperparameters(tmp_path):
 def test_unknown_architecture(tmp_path):
     _, weights = small_model("llama")
     path = write_gguf(tmp_path / "m.gguf", "gptneox", weights)
-    with pytest.raises(InputError, match="'gptneox'; accepted are llama, qwen2, qwen3, phi3, gemma3"):
+    with pytest.raises(InputError, match="'gptneox'; accepted are llama.*, gemma3"):
         open_gguf(path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"attention.sliding_window_pattern": 3}, "has 2 layers and none without a window, which is every 3th"),
+        ({"final_logit_softcapping": 30.0}, "has final_logit_softcapping"),
+        ({"attention.sliding_window": 0}, "gemma3.attention.sliding_window"),
+        ({"rope.freq_base_swa": 0.0}, "gemma3.rope.freq_base_swa"),
+    ],
+)
+def test_a_gemma_that_mlx_lm_has_not(tmp_path, fields, message):
+    with pytest.raises(InputError, match=message):
+        config_from_gguf(open_gguf(write_small_gguf(tmp_path, "gemma3", fields=fields)))
+
+
+def test_the_queries_scale_of_the_largest_gemma_is_of_its_width():
+    """62 layers, 5376 wide, 32 heads of 128: 1 / sqrt(168), as google/gemma-3-27b-it says."""
+    fields = {"attention.sliding_window": 1024, "embedding_length": 5376, "block_count": 62}
+    fields |= {"attention.head_count": 32, "attention.key_length": 128, "feed_forward_length": 1}
+    fields |= {"attention.layer_norm_rms_epsilon": 1e-6, "context_length": 131072}
+    metadata = {f"gemma3.{key}": value for key, value in fields.items()}
+    metadata["general.architecture"] = "gemma3"
+    embedding = SimpleNamespace(shape=np.array([5376, 7]))
+    names = {f"blk.{i}.attn_norm.weight": embedding for i in range(62)}
+    file = GGUFFile([Path("m.gguf")], metadata, {"token_embd.weight": embedding, **names})
+    assert config_from_gguf(file)["query_pre_attn_scalar"] == 168
+
+
+def test_gemma_generates_past_its_window_as_mlx_lm_does(tmp_path):
+    _, weights = small_model("gemma3", tie_word_embeddings=True)
+    file = open_gguf(write_gguf(tmp_path / "m.gguf", "gemma3", weights))
+    model, _ = model_from_gguf(file, dtype=mx.float32)
+    expected, _ = small_model("gemma3", tie_word_embeddings=True)
+    prompt = mx.array([3, 1, 4, 1, 5])
+
+    def greedy(model):
+        steps = generate_step(prompt, model, max_tokens=30, prompt_cache=make_prompt_cache(model))
+        return [token for token, _ in steps]
+
+    assert greedy(model) == greedy(expected)
+    assert model_from_gguf(file)[0].model.norm.weight.dtype == mx.bfloat16
 
 
 UP_PROJ = "model.layers.1.mlp.up_proj.weight"

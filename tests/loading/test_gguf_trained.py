@@ -1,4 +1,4 @@
-"""Trained GGUF files against llama.cpp's tokens and loss, and against mlx-lm on the same weights."""
+"""Trained GGUF files: llama.cpp's tokens and loss, and mlx-lm's model of the same weights."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from gguf_files import gguf_name
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.gemma3_text import Model, ModelArgs
 from mlx_lm.utils import load_model
 from trained_models import trained_model
 
@@ -61,8 +62,6 @@ def gemma_folder(path: Path, folder: Path) -> Path:
     """The file's values as mlx-lm keeps a model, without the package's reader."""
     reader = gguf.GGUFReader(path)
     values = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}
-    from mlx_lm.models.gemma3_text import Model, ModelArgs
-
     model = Model(ModelArgs.from_dict(GEMMA_CONFIG))
     model.sanitize({})
     weights = {}
@@ -95,7 +94,7 @@ def test_gemma_ids_are_those_of_llama_cpp(gemma):
     assert gemma.tokenizer.eos_token_ids == {1, 106}
 
 
-def test_gemma_s_greedy_text_is_that_of_mlx_lm_on_the_same_weights(gemma, tmp_path):
+def test_gemma_s_greedy_text_is_mlx_lm_s_on_the_same_weights(gemma, tmp_path):
     expected, _ = load_model(gemma_folder(trained_model("gemma"), tmp_path))
     prompt = gemma.tokenizer.encode("Once upon a time")
     tokens = greedy(gemma.model, prompt, 24)

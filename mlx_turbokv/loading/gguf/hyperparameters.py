@@ -17,6 +17,7 @@ _GEMMA3_PATTERN = 6  # every sixth layer attends to all tokens
 _GEMMA3_LOCAL_BASE = 10_000.0
 _GEMMA3_27B_LAYERS = 62  # the one size whose queries are not scaled by head_dim
 
+
 def config_from_gguf(file: GGUFFile) -> dict[str, Any]:
     """The file's hyperparameters under the names of mlx-lm's (and Hugging Face's) config.json.
 
@@ -85,7 +86,7 @@ def _gemma3(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
     pattern = file.count("attention.sliding_window_pattern", _GEMMA3_PATTERN)
     if n_layers < pattern:
         raise file.error(
-            f"has {n_layers} layers, of which one in {pattern} attends to all tokens: there is none."
+            f"has {n_layers} layers and none without a window, which is every {pattern}th."
         )
     head_dim = config["head_dim"]
     is_27b = n_layers == _GEMMA3_27B_LAYERS
