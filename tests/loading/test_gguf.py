@@ -189,7 +189,7 @@ def test_unknown_architecture(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"attention.sliding_window_pattern": 3}, "has 2 layers and none without a window, which is every 3th"),
+        ({"attention.sliding_window_pattern": 3}, "has 2 layers; one in 3"),
         ({"final_logit_softcapping": 30.0}, "has final_logit_softcapping"),
         ({"attention.sliding_window": 0}, "gemma3.attention.sliding_window"),
         ({"rope.freq_base_swa": 0.0}, "gemma3.rope.freq_base_swa"),

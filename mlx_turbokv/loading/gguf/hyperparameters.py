@@ -86,7 +86,7 @@ def _gemma3(file: GGUFFile, config: dict[str, Any]) -> dict[str, Any]:
     pattern = file.count("attention.sliding_window_pattern", _GEMMA3_PATTERN)
     if n_layers < pattern:
         raise file.error(
-            f"has {n_layers} layers and none without a window, which is every {pattern}th."
+            f"has {n_layers} layers; one in {pattern} has no window, so there must be {pattern}."
         )
     head_dim = config["head_dim"]
     is_27b = n_layers == _GEMMA3_27B_LAYERS
