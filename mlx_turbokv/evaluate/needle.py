@@ -22,7 +22,9 @@ from . import statistics
 from .checkpoint import Journal
 from .configuration import Prepared
 from .divergence import check_finite
+from .first_piece import FirstPiece
 from .haystack import Case, Haystack, Prompt, is_found
+from .windows import read_prompt
 
 SPARE_TOKENS = 2  # generated beyond the answer's own, for a quote or a space
 Progress = Callable[[int, int, str], None]
@@ -54,8 +56,11 @@ def run_cases(
                 break
             prompt = haystack.prompt(case)
             record = _describe(case, prompt)
+            first_piece = FirstPiece(model)
             for j, config in enumerate(configs):
-                result = ask(model, haystack.tokenizer, prompt, config, prefill_step_size)
+                result = ask(
+                    model, haystack.tokenizer, prompt, config, prefill_step_size, first_piece
+                )
                 record["results"][config.name] = result
                 if progress:
                     progress(i * len(configs) + j + 1, total, f"{case.name} {config.name}")
@@ -73,8 +78,12 @@ def ask(
     prompt: Prompt,
     config: Prepared,
     prefill_step_size: int = 2048,
+    first_piece: FirstPiece | None = None,
 ) -> dict:
     """A configuration's answer to a prompt, and its score.
+
+    Args:
+        first_piece: of the prompt, shared by configurations.
 
     Returns:
         ``found``, the ``response``, ``logp``, the log-probability in nats of the whole answer, and
@@ -82,10 +91,7 @@ def ask(
     """
     caches = config.make_caches()
     tokens = mx.array(prompt.tokens)
-    for start in range(0, len(prompt.tokens) - 1, prefill_step_size):
-        piece = tokens[start : min(start + prefill_step_size, len(prompt.tokens) - 1)]
-        model(piece[None], cache=caches)
-        mx.eval([c.state for c in caches])
+    read_prompt(model, tokens[None, :-1], caches, prefill_step_size, first_piece)
     trimmable = can_trim_prompt_cache(caches)
     again = caches if trimmable else copy.deepcopy(caches)
     answer = mx.array(prompt.answer_tokens)
@@ -139,13 +145,15 @@ def _describe(case: Case, prompt: Prompt) -> dict:
 def summarise(records: Sequence[dict], configs: Sequence[Prepared]) -> list[dict]:
     """One record a configuration, over all cases, by kind and by context; the first is f16's."""
     names = [c.name for c in configs]
+    n = max(1, round(float(np.mean([r["prompt_tokens"] for r in records]))))
     summary = []
     for config in configs:
         row = {
             "config": config.name,
-            "bits_per_value": config.bits,
+            "bits_per_value": config.bits_at(n)[2],
             "backend": config.backend,
             "centred": config.centred,
+            "protected": str(config.protection) if config.protection else None,
             **_rates(records, config.name, names[0]),
         }
         for key in ("kind", "context"):

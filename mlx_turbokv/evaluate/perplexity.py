@@ -19,6 +19,7 @@ from . import statistics
 from .checkpoint import Checkpoint
 from .configuration import Prepared
 from .divergence import PositionStats, Reference, check_finite
+from .first_piece import FirstPiece
 from .windows import digest, first_scored, scored_logits, targets_of
 
 Progress = Callable[[int, int, str], None]
@@ -182,10 +183,10 @@ def _measure_window(
     model: nn.Module, window: np.ndarray, configs: Sequence[Prepared]
 ) -> Iterator[tuple[Prepared, tuple[PositionStats, int]]]:
     """Each configuration with its statistics and KV bytes; the first is the reference."""
-    reference = None
+    reference, first_piece = None, FirstPiece(model)
     for config in configs:
         caches = config.make_caches()
-        logits = scored_logits(model, window, caches)
+        logits = scored_logits(model, window, caches, first_piece)
         if reference is None:
             reference = Reference(logits, targets_of(window))
             stats = reference.own_stats()

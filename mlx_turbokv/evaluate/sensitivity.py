@@ -23,6 +23,7 @@ from ..policy.policies import DEFAULT_PROTECTION
 from .checkpoint import Journal
 from .configuration import layer_list
 from .divergence import Reference, check_finite
+from .first_piece import FirstPiece
 from .windows import batch_logits, targets_of
 
 PARTS = ("k", "v")
@@ -179,6 +180,7 @@ class _Measurer:
     def begin(self, start: int, windows: np.ndarray) -> None:
         """Go on to the batch of windows that begins at ``start``."""
         self.start, self.windows, self.reference = start, windows, None
+        self.first_piece = FirstPiece(self.model)
 
     def kld(self, key: str, make_caches: Callable[[], list]) -> tuple[np.ndarray, bool]:
         """Mean KLD of each window of the batch, and whether it had been measured before."""
@@ -200,6 +202,6 @@ class _Measurer:
         return means, False
 
     def _logits(self, caches: list) -> mx.array:
-        logits = batch_logits(self.model, self.windows, caches)
+        logits = batch_logits(self.model, self.windows, caches, self.first_piece)
         mx.eval(logits)
         return logits.reshape(-1, logits.shape[-1])

@@ -11,6 +11,7 @@ import numpy as np
 from ..cache.summary import leaves
 from ..errors import InputError
 from ..policy.protection import UNPROTECTED
+from .first_piece import FirstPiece
 
 PREFILL_STEP = 2048
 PROTECTED_STEP = 32  # tokens
@@ -92,27 +93,32 @@ def targets_of(windows: np.ndarray) -> mx.array:
     return mx.array(windows[..., first_scored(windows.shape[-1]) + 1 :])
 
 
-def scored_logits(model, window: np.ndarray, caches: list) -> mx.array:
+def scored_logits(
+    model, window: np.ndarray, caches: list, first_piece: FirstPiece | None = None
+) -> mx.array:
     """Logits of a window's scored positions, computed through the given empty caches.
 
     Shapes: window [n_ctx]; returns [n_ctx - n_ctx // 2 - 1, vocabulary].
     """
-    return batch_logits(model, window[None], caches)[0]
+    return batch_logits(model, window[None], caches, first_piece)[0]
 
 
-def batch_logits(model, windows: np.ndarray, caches: list) -> mx.array:
+def batch_logits(
+    model, windows: np.ndarray, caches: list, first_piece: FirstPiece | None = None
+) -> mx.array:
     """Logits of the scored positions of several windows at once.
 
     The context half goes in first: only its keys and values are evaluated, so its logits are
     never computed. The scored half goes in as one piece, or where newest tokens are protected in
     steps of PROTECTED_STEP: more tokens at a time would see too many rows as the model made them.
 
+    Args:
+        first_piece: of these windows, shared by configurations.
+
     Shapes: windows [B, n_ctx]; returns [B, n_ctx - n_ctx // 2 - 1, vocabulary].
     """
     first = first_scored(windows.shape[1])
-    for start in range(0, first, PREFILL_STEP):
-        model(mx.array(windows[:, start : min(start + PREFILL_STEP, first)]), cache=caches)
-        mx.eval([c.state for c in caches])
+    read_prompt(model, mx.array(windows[:, :first]), caches, PREFILL_STEP, first_piece)
     if not any(getattr(c, "protection", UNPROTECTED).recent for c in leaves(caches)):
         return model(mx.array(windows[:, first:-1]), cache=caches)
     parts = []
@@ -121,6 +127,23 @@ def batch_logits(model, windows: np.ndarray, caches: list) -> mx.array:
         parts.append(model(mx.array(windows[:, start:stop]), cache=caches))
         mx.eval(parts[-1], [c.state for c in caches])
     return mx.concatenate(parts, axis=1)
+
+
+def read_prompt(
+    model, tokens: mx.array, caches: list, step: int, first_piece: FirstPiece | None = None
+) -> None:
+    """Read tokens into empty caches, ``step`` at a time.
+
+    Args:
+        first_piece: of these tokens, shared by configurations.
+
+    Shapes: tokens [B, n].
+    """
+    if tokens.shape[1]:
+        (first_piece or FirstPiece(model)).read(tokens[:, :step], caches)
+    for start in range(step, tokens.shape[1], step):
+        model(tokens[:, start : start + step], cache=caches)
+        mx.eval([c.state for c in caches])
 
 
 def digest(windows: np.ndarray) -> str:

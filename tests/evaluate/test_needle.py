@@ -23,6 +23,7 @@ from mlx_turbokv.evaluate import configuration, haystack, needle
 from mlx_turbokv.evaluate.checkpoint import Journal
 from mlx_turbokv.evaluate.haystack import Case, Haystack, Prompt, is_found, make_cases
 from mlx_turbokv.evaluate.tables import Table, needle_cells
+from mlx_turbokv.policy import Protection
 
 TEXT = " ".join(f"Sentence {i} says that {i} follows {i - 1}." for i in range(1, 60))
 LOGP_TOLERANCE = 1e-3  # nats over an answer: float32 through a cache against float64 of one pass
@@ -186,7 +187,7 @@ def _records() -> list[dict]:
     return [
         {
             "case": f"number/{c}/0.5/{i}", "kind": "number", "context": c, "depth": 0.5,
-            "repeat": i,
+            "repeat": i, "prompt_tokens": c - 12,
             "results": {n: {"found": found[n][i], "logp": logp[n][i]} for n in found},
         }
         for i, c in enumerate((512, 512, 1024))
@@ -206,6 +207,17 @@ def test_rates_are_counted_against_what_f16_finds():
     assert by_context == [(512, 1, 2), (1024, 1, 1)]
     text = Table(*needle_cells([reference, other])).text().splitlines()
     assert text[2].split()[:4] == ["q8_0/turbo2", "?", "2/3", "1/2"]
+
+
+def test_bits_count_the_protected_tokens_of_the_prompts():
+    protected = configuration.Prepared(
+        "f16/f16", list, k_bits=4.0, v_bits=3.0, bits=3.5,
+        protection=Protection(32, 128), protected_bits=(8.5, 8.5, 8.5),
+    )  # fmt: skip
+    (row,) = needle.summarise([r | {"prompt_tokens": 1000} for r in _records()], [protected])
+    stored_fine = 1000 - (1000 - 128) // 32 * 32 + 32
+    assert row["bits_per_value"] == pytest.approx(3.5 + 5 * stored_fine / 1000)
+    assert row["protected"] == "32,128"
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(model, hay, tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from tiny_models import tiny_model
 
 from mlx_turbokv.evaluate.configuration import prepare
+from mlx_turbokv.evaluate.first_piece import FirstPiece
 from mlx_turbokv.evaluate.windows import batch_logits, first_scored
 from mlx_turbokv.policy.protection import Protection
 
@@ -59,6 +60,21 @@ def test_protected_caches_take_steps_of_32_tokens(model, windows) -> None:
     n = N_CTX - first_scored(N_CTX) - 1
     assert counting.lengths == [first_scored(N_CTX), *[32] * (n // 32), n % 32]
     assert logits.shape[:2] == (2, n)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_a_first_piece_is_computed_once_where_all_read_it_as_it_was_made(windows, kind) -> None:
+    """A model with sliding windows, whose caches are of another kind, runs each time."""
+    model = tiny_model(kind, num_hidden_layers=2)
+    counting, first = Counting(model), first_scored(N_CTX)
+    shared = FirstPiece(counting)
+    names = ["f16/f16", "turbo4/turbo2+32,64", "f16/turbo3+0,32", "turbo4/turbo2", "q8_0/q8_0+0,64"]
+    for name in names:
+        config = prepare(model, name, "reference")
+        found = batch_logits(counting, windows, config.make_caches(), shared)
+        alone = batch_logits(model, windows, config.make_caches())
+        assert mx.array_equal(found, alone).item(), name
+    assert counting.lengths.count(first) == (2 if kind == "llama" else len(names))
 
 
 def test_the_figures_are_nearer_to_generations_than_to_those_of_one_piece(model, windows) -> None:
