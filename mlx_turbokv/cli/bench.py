@@ -39,8 +39,8 @@ _SETTINGS = (
 @options.model
 @click.option(
     "--shape", metavar="NAME|FILE",
-    help="In place of a model: random weights of phi-4, Qwen2.5-7B, Llama-3.1-8B, Qwen3.5-27B or "
-    "a config.json.",
+    help="In place of a model: random weights of one of plan's built-in shapes, such as "
+    "Llama-3.1-8B, or of a config.json.",
 )  # fmt: skip
 @click.option(
     "--weight-bits", default="4", type=click.Choice(WEIGHT_BITS),

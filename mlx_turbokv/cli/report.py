@@ -257,7 +257,7 @@ class _Report:
 
     def _plan(self) -> dict:
         from ..evaluate.configuration import parse_policy
-        from ..loading.known_shapes import shape_from_config
+        from ..loading.model_shape import shape_from_config
         from ..report.plan import make_plan
         from ..report.plan_table import as_json
 

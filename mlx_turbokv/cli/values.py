@@ -111,15 +111,43 @@ class Size(click.ParamType):
     name = "size"
     _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
     _MOST = 1 << 62
+    _END = "B?"
+    _EXAMPLE = "a number of bytes such as 12GB"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?)\s*([KMGT]?)B?", value.strip(), re.I)
+        match = re.fullmatch(
+            rf"(\d{{1,18}}(?:\.\d{{1,9}})?)\s*([KMGT]?){self._END}", value.strip(), re.I
+        )
         size = int(Decimal(match[1]) * self._UNITS[match[2].upper()]) if match else 0
         if not 0 < size < self._MOST:
-            self.fail(f"{value} is not a number of bytes such as 12GB", param, ctx)
+            self.fail(f"{value} is not {self._EXAMPLE}", param, ctx)
         return size
+
+
+class MemorySize(Size):
+    """A number of GiB, or one with MB, GB or TB, which are binary as memory is sold."""
+
+    name = "memory"
+    _UNITS = {"": 1 << 30, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+    _END = "(?:i?B)?"
+    _EXAMPLE = "a size of memory such as 16GB"
+
+
+class TokenCount(click.ParamType):
+    """A number of tokens; K and M are 1,024 and 1,024 times that."""
+
+    name = "tokens"
+    _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20}
+    MOST = 1 << 40
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        match = re.fullmatch(r"(\d{1,13}(?:\.\d{1,3})?)([KM]?)", str(value).strip(), re.I)
+        n = Decimal(match[1]) * self._UNITS[match[2].upper()] if match else Decimal(0)
+        if n != int(n) or not 1 <= n <= self.MOST:
+            self.fail(f"{value} is not a number of tokens such as 32768 or 128K", param, ctx)
+        return int(n)
 
 
 UNIT = Number(0, 1)

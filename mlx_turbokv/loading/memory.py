@@ -42,7 +42,7 @@ class Footprint:
         models = list(models)
         self.step = step
         self.weights = sum(_weight_bytes(model) for model in models)
-        self._activations = max((_activation_bytes(model) for model in models), default=0)
+        self._activations = max((activation_bytes(model) for model in models), default=0)
         self._heads = max((_n_heads(model) for model in models), default=0)
         self._leaves: list[tuple[Any, Any, int]] | None = []
         for model in models:
@@ -71,17 +71,36 @@ class Footprint:
 
     def scratch(self, n_tokens: int, n_sequences: int = 1) -> int:
         """Bytes above weights and caches while a prompt of ``n_tokens`` is read."""
-        n = min(self.step, n_tokens)
-        activations = n * n_sequences * self._activations
-        pairs = n * n_tokens * n_sequences
         if mx.default_device() == mx.gpu:
-            return TABLES_BYTES + activations + DEQUANTIZE_BYTES + pairs  # a mask, a byte a pair
+            return gpu_scratch(n_tokens, self.step, self._activations, n_sequences)
+        n = min(self.step, n_tokens) * n_sequences
         # MLX's CPU back-end makes all scores, and their softmax, in float32
-        return TABLES_BYTES + activations + 2 * 4 * self._heads * pairs
+        return TABLES_BYTES + n * (self._activations + 2 * 4 * self._heads * n_tokens)
 
     def _cache_bytes(self, n_tokens: int) -> int:
         return sum(n * _bytes_after(fresh, shapes, n_tokens, self.step)
                    for fresh, shapes, n in self._leaves or ())  # fmt: skip
+
+
+def gpu_scratch(n_tokens: int, step: int, activations: int, n_sequences: int = 1) -> int:
+    """Bytes above weights and caches while a GPU reads a prompt of ``n_tokens``.
+
+    Args:
+        step: prompt tokens at a time.
+        activations: bytes of one token, as ``activation_bytes`` says.
+    """
+    n = min(step, n_tokens) * n_sequences
+    # a mask takes a byte a pair of tokens
+    return TABLES_BYTES + DEQUANTIZE_BYTES + n * (activations + n_tokens)
+
+
+def apple_gpu_bytes(memory: int) -> int:
+    """Bytes that macOS lets the GPU of a Mac with ``memory`` bytes use, at least.
+
+    Two thirds up to 32 GiB and three quarters beyond; a newer macOS gives more. The machine itself
+    says it exactly: ``default_limit``.
+    """
+    return memory * 2 // 3 if memory <= 32 << 30 else memory * 3 // 4
 
 
 def default_limit() -> int:
@@ -153,7 +172,7 @@ def _n_heads(model: nn.Module) -> int:
     return _arguments(model, "num_attention_heads", "n_heads", "num_heads", "n_head")
 
 
-def _activation_bytes(model: nn.Module) -> int:
+def activation_bytes(model: nn.Module) -> int:
     """Bytes of a layer's activations of one token."""
     norms = [w for name, w in _weights(model) if w.ndim == 1 and "norm" in name]
     width = max((w.size for w in norms), default=0)

@@ -16,7 +16,7 @@ import mlx.nn as nn
 from ..errors import InputError
 from ..files import check_regular
 from ..log import warn_once
-from . import blas, default_model
+from . import blas, default_model, hub
 from .config import first_line, max_context, parameters, read_config
 from .gguf.shards import gguf_source
 
@@ -101,8 +101,6 @@ def load_config(model: str | os.PathLike[str] | None = None) -> tuple[dict[str, 
     Raises:
         InputError: missing, damaged, of an unsupported kind, or not to be fetched.
     """
-    from huggingface_hub import hf_hub_download
-
     from .gguf.hyperparameters import config_from_gguf
     from .gguf.reader import open_gguf
 
@@ -114,8 +112,7 @@ def load_config(model: str | os.PathLike[str] | None = None) -> tuple[dict[str, 
     if path.is_dir():
         path = path / "config.json"
     elif not path.is_file():
-        with _load_errors(source):
-            path = Path(hf_hub_download(source, "config.json"))
+        path = hub.fetch_config(source)
     return read_config(path, source), _source_name(source), source
 
 

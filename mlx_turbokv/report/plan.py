@@ -10,15 +10,16 @@ from ..cache.rotating import SLACK_TOKENS
 from ..centring.references import paths_for
 from ..errors import InputError
 from ..evaluate.configuration import shape_bits
-from ..loading.known_shapes import ModelShape
+from ..loading.model_shape import ModelShape
 from ..model.shapes import KVShape
 from ..policy import LayerList, Pair, Policy, Protection, Uniform
 from ..policy.protection import UNPROTECTED
+from ..policy.recommended import options
 from ..quant.formats import KVFormat, as_format, check_head_dim
 
-GIB = 1 << 30
 MOST_TOKENS = 1 << 40  # what more tokens would take is not asked
 F16_BYTES = 2
+STEP = 2048  # prompt tokens at a time
 # What a boundary is measured against: the next uniform step up from turbo2.
 RIVAL_V = "turbo3"
 
@@ -35,6 +36,7 @@ class Row:
         bytes_at: bytes of all caches of a sequence by context length, those left alone included.
         notes: sentences about this configuration.
         max_tokens: tokens that fit the memory, or None without a limit.
+        typed: the options that select it, where there are such.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Row:
     bytes_at: dict[int, int]
     notes: list[str] = field(default_factory=list)
     max_tokens: int | None = None
+    typed: str | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,9 @@ class Plan:
         f16_bytes_at: bytes of the same caches in 16 bits, by context length.
         uncompressed_bytes_at: of these, bytes of sliding windows and states that are not packed.
         weight_bytes: what the weights take, or None where they are not known.
-        memory_bytes: what there is for weights and cache, or None.
+        memory_bytes: what the GPU may use, or None.
+        machine_bytes: the memory of which this is a part, or None.
+        step: prompt tokens at a time.
     """
 
     model: ModelShape
@@ -66,12 +71,23 @@ class Plan:
     weight_bytes: int | None = None
     memory_bytes: int | None = None
     uncompressed_bytes_at: dict[int, int] = field(default_factory=dict)
+    machine_bytes: int | None = None
+    step: int = STEP
 
     def free_bytes(self) -> int | None:
         """Memory that the weights leave."""
         if self.memory_bytes is None:
             return None
         return self.memory_bytes - (self.weight_bytes or 0)
+
+    def scratch(self, n_tokens: int) -> int:
+        """Bytes above weights and caches while a prompt is read."""
+        return self.model.scratch(n_tokens, self.step)
+
+    def fits(self, row: Row, n_tokens: int) -> bool:
+        """Whether caches of one of the contexts fit."""
+        free = self.free_bytes()
+        return free is None or row.bytes_at[n_tokens] + self.scratch(n_tokens) <= free
 
 
 def make_plan(
@@ -81,11 +97,14 @@ def make_plan(
     memory_bytes: int | None = None,
     weight_bytes: int | None = None,
     centre: bool | str = True,
+    machine_bytes: int | None = None,
+    step: int = STEP,
 ) -> Plan:
     """Compute a plan.
 
     Args:
         policies: (name, policy), a row each.
+        memory_bytes, weight_bytes, machine_bytes, step: as ``Plan`` has them.
         centre: as ``make_prompt_cache`` takes it.
 
     Raises:
@@ -107,6 +126,8 @@ def make_plan(
         weight_bytes=weight_bytes,
         memory_bytes=memory_bytes,
         uncompressed_bytes_at={n: sum(x.bytes_at(n) for x in model.uncompressed) for n in contexts},
+        machine_bytes=machine_bytes,
+        step=step,
     )
     plan.rows.extend(_row(plan, name, policy, centre) for name, policy in policies)
     return plan
@@ -164,7 +185,8 @@ def _row(plan: Plan, name: str, policy: Policy, centre: bool | str) -> Row:
             *_unprofitable(name, formats, shapes, v_bits),
             *_centring(name, plan.model, formats, policy, centre),
         ],
-        max_tokens=None if free is None else _most_tokens(formats, plan.model, free, protection),
+        max_tokens=None if free is None else _most_tokens(plan, formats, free, protection),
+        typed=options(policy),
     )
 
 
@@ -242,13 +264,12 @@ def _bytes_at(
     return total
 
 
-def _most_tokens(
-    formats: list[Pair], model: ModelShape, free: int, protection: Protection
-) -> int | None:
-    """The longest context whose caches fit, or None if every context fits."""
+def _most_tokens(plan: Plan, formats: list[Pair], free: int, protection: Protection) -> int | None:
+    """The longest context that fits, or None if every context fits."""
 
     def most_bytes(n: int) -> int:
-        return _bytes_at(formats, model, n, protection, Protection.most_rows)
+        caches = _bytes_at(formats, plan.model, n, protection, Protection.most_rows)
+        return caches + plan.scratch(n)
 
     more = bisect_right(range(1, MOST_TOKENS + 1), free, key=most_bytes)
     return None if more == MOST_TOKENS else more

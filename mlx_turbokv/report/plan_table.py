@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from ..evaluate.tables import Table
+from ..evaluate.tables import Table, bytes_text
+from ..loading.weight_bits import bits_text
 from ..model.shapes import KVShape
-from .plan import GIB, Plan, Row, raw_index_v_bits, runs
-
-MIB = 1 << 20
+from .plan import Plan, Row, raw_index_v_bits, runs
+from .verdict import chosen, verdict
 
 
 def plan_table(plan: Plan) -> Table:
@@ -45,28 +46,45 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "max_context": model.max_context,
         "weight_bytes": plan.weight_bytes,
         "memory_bytes": plan.memory_bytes,
+        "machine_bytes": plan.machine_bytes,
+        "scratch_bytes": {n: plan.scratch(n) for n in plan.contexts},
         "f16_bytes": plan.f16_bytes_at,
         "bytes_left_alone": plan.uncompressed_bytes_at,
         "windows": [layer.window for layer in model.layers.layers],
         "rows": [_json_row(plan, row) for row in plan.rows],
+        "chosen": None if (sentence := verdict(plan)) is None else _name(chosen(plan)),
+        "verdict": sentence,
     }
 
 
 def table_of_json(record: dict[str, Any]) -> Table:
     """The table of a plan that ``as_json`` gave, for the report."""
-    names_by_note: dict[str, list[str]] = {}
-    for row in record["rows"]:
-        for note in row["notes"]:
-            text = note.removeprefix(f"{row['name']}: ")
-            names_by_note.setdefault(text, []).extend([row["name"]] if text != note else [])
-    # A note that several rows have in common is given once.
-    notes = [f"{', '.join(names)}: {x}" if names else x for x, names in names_by_note.items()]
+    notes = _joined((row["name"], note) for row in record["rows"] for note in row["notes"])
     return Table(*_cells(record), notes=[*record["left_alone"], *notes])
+
+
+def _joined(notes: Iterable[tuple[str, str]]) -> list[str]:
+    """Notes on rows, by the rows' names; what several rows have in common is said once."""
+    names_by_note: dict[str, list[str]] = {}
+    for name, note in notes:
+        text = note.removeprefix(f"{name}: ")
+        names_by_note.setdefault(text, []).extend([name] if text != note else [])
+    return [f"{_listed(names)}: {x}" if names else x for x, names in names_by_note.items()]
+
+
+def _listed(names: list[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _name(row: Row | None) -> str | None:
+    return None if row is None else row.name
 
 
 def _cells(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """(header, rows) of a plan as JSON; numbers of tokens may be text, as JSON's keys are."""
     memory, f16_bytes = record["memory_bytes"], record["f16_bytes"]
+    scratch = record.get("scratch_bytes", {})  # older records have none
     free = math.inf if memory is None else memory - (record["weight_bytes"] or 0)
     header = ["cache", "K bits", "V bits", "bits", "of f16"]
     header += [f"{int(n):,} tokens" for n in f16_bytes]
@@ -74,8 +92,11 @@ def _cells(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for row in record["rows"]:
         bits = [f"{row[key]:.2f}" for key in ("k_bits", "v_bits", "bits")]
-        sizes = (row["bytes"][n] for n in f16_bytes)
-        held = [_size(n) + (" (too much)" if n > free else "") for n in sizes]
+        needed = {n: (row["bytes"][n], row["bytes"][n] + scratch.get(n, 0)) for n in f16_bytes}
+        held = [
+            bytes_text(size) + (" (too much)" if total > free else "")
+            for size, total in needed.values()
+        ]
         cells = [row["name"], *bits, f"{row['bits'] / 16:.1%}", *held]
         if memory is not None:
             cells.append("" if row["max_tokens"] is None else f"{row['max_tokens']:,}")
@@ -92,6 +113,7 @@ def _json_row(plan: Plan, row: Row) -> dict[str, Any]:
         "formats": [f"{k}/{v}" for k, v in row.formats],
         "bytes": row.bytes_at,
         "max_tokens": row.max_tokens,
+        "typed": row.typed,
         "notes": row.notes,
     }
     raw = raw_index_v_bits(row.policy, plan.model)
@@ -118,12 +140,6 @@ def _shape_text(shape: KVShape) -> str:
     return f"{shape.n_kv_heads} KV heads, head_dim {dims}"
 
 
-def _size(n_bytes: int) -> str:
-    if n_bytes >= GIB:
-        return f"{n_bytes / GIB:.2f} GiB"
-    return f"{n_bytes / MIB:.1f} MiB"
-
-
 def _notes(plan: Plan) -> list[str]:
     lines = []
     for row in plan.rows:
@@ -131,8 +147,8 @@ def _notes(plan: Plan) -> list[str]:
         if len(pieces) > 1:
             parts = [_run_text(*piece) for piece in pieces]
             lines.append(f"{row.name}: KV layers {', '.join(parts)}.")
+    lines += _joined((row.name, note) for row in plan.rows for note in row.notes)
     for row in plan.rows:
-        lines += row.notes
         raw = raw_index_v_bits(row.policy, plan.model)
         if raw is not None:
             bits, hit, right = raw
@@ -143,14 +159,36 @@ def _notes(plan: Plan) -> list[str]:
             )
     lines += plan.model.layers.notes()
     lines += _uncompressed(plan)
-    if plan.memory_bytes is not None and plan.weight_bytes is not None:
-        lines.append(
-            f"Of {_size(plan.memory_bytes)}, the weights take about {_size(plan.weight_bytes)}; "
-            "what the computation needs besides weights and cache is not counted."
-        )
-    if plan.model.max_context and any(n > plan.model.max_context for n in plan.contexts):
+    lines += _protected(plan)
+    lines += _counted(plan)
+    if sentence := verdict(plan):
+        lines.append(sentence)
+    elif plan.model.max_context and max(plan.contexts, default=0) > plan.model.max_context:
         lines.append(f"The model's context is {plan.model.max_context:,} tokens.")
     return lines
+
+
+def _protected(plan: Plan) -> list[str]:
+    """What +SINK,RECENT in the rows' names says."""
+    found = {str(x): x for row in plan.rows if (x := row.policy.protection)}
+    return [
+        f"+{text}: the first {x.sink} and the newest {x.recent} tokens, at least, take 8.5 bits a "
+        f"value (--sink {x.sink} --recent {x.recent})."
+        for text, x in found.items()
+    ]
+
+
+def _counted(plan: Plan) -> list[str]:
+    """Sentences on what is counted besides the caches where there is a memory."""
+    if plan.memory_bytes is None or plan.weight_bytes is None:
+        return []
+    scratch = [f"{bytes_text(plan.scratch(n))} at {n:,}" for n in plan.contexts]
+    n_weights = plan.model.n_parameters
+    bits = f" at {bits_text(plan.weight_bytes, n_weights)} bits each" if n_weights else ""
+    return [
+        f"The weights take {bytes_text(plan.weight_bytes)}{bits}; reading a prompt takes "
+        f"{', '.join(scratch)} tokens, {plan.step:,} at a time."
+    ]
 
 
 def _uncompressed(plan: Plan) -> list[str]:
@@ -160,9 +198,9 @@ def _uncompressed(plan: Plan) -> list[str]:
     parts = [f"{kinds.count(kind)} {names[kind]}" for kind in names if kind in kinds]
     if not parts:
         return []
-    sizes = [f"{_size(size)} at {n:,}" for n, size in plan.uncompressed_bytes_at.items()]
+    sizes = [f"{bytes_text(size)} at {n:,}" for n, size in plan.uncompressed_bytes_at.items()]
     if len(set(plan.uncompressed_bytes_at.values())) == 1:
-        sizes = [_size(next(iter(plan.uncompressed_bytes_at.values())))]
+        sizes = [bytes_text(next(iter(plan.uncompressed_bytes_at.values())))]
     return [f"Every row counts {' and '.join(parts)} as mlx-lm keeps them: {', '.join(sizes)}."]
 
 

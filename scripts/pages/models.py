@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from mlx_turbokv.evaluate.configuration import parse_policy
 from mlx_turbokv.evaluate.tables import bytes_text
-from mlx_turbokv.loading.known_shapes import known_config, shape_from_config
+from mlx_turbokv.loading.known_shapes import known_config
+from mlx_turbokv.loading.model_shape import shape_from_config
 from mlx_turbokv.report.plan import make_plan
 
 from . import SETTLED, commands, read, source, table

@@ -391,7 +391,8 @@ def test_the_closing_line_says_what_is_centred():
 
 
 def test_plans_say_what_is_centred(tmp_path):
-    from mlx_turbokv.loading.known_shapes import KNOWN, shape_from_config
+    from mlx_turbokv.loading.known_shapes import KNOWN
+    from mlx_turbokv.loading.model_shape import shape_from_config
     from mlx_turbokv.policy import Uniform, load_policy
     from mlx_turbokv.policy.files import write_layer_list
     from mlx_turbokv.report.plan import make_plan

@@ -37,7 +37,7 @@ from mlx_turbokv.centring.references import References, load_references, save_re
 from mlx_turbokv.errors import InputError
 from mlx_turbokv.kernels import assemble
 from mlx_turbokv.loading import models
-from mlx_turbokv.loading.known_shapes import shape_from_config
+from mlx_turbokv.loading.model_shape import shape_from_config
 from mlx_turbokv.model.fingerprint import fingerprint
 from mlx_turbokv.policy import load_policy
 

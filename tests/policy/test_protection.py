@@ -13,7 +13,8 @@ from mlx_turbokv import InputError, LayerList, Uniform, load_policy
 from mlx_turbokv.cli.options import policy_from
 from mlx_turbokv.cli.values import ProtectedType
 from mlx_turbokv.evaluate.configuration import parse_policy
-from mlx_turbokv.loading.known_shapes import KNOWN, shape_from_config
+from mlx_turbokv.loading.known_shapes import KNOWN
+from mlx_turbokv.loading.model_shape import shape_from_config
 from mlx_turbokv.policy.files import read_layer_list, write_layer_list
 from mlx_turbokv.policy.protection import LEAVE_TOGETHER, STEP, Protection
 from mlx_turbokv.report.plan import make_plan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import mlx.core as mx
 import pytest
@@ -15,9 +16,11 @@ from mlx_turbokv.cache.summary import leaves
 from mlx_turbokv.cli.entry import run
 from mlx_turbokv.cli.plan import command
 from mlx_turbokv.errors import InputError
-from mlx_turbokv.loading.known_shapes import KNOWN, hypothetical_shape, shape_from_config
+from mlx_turbokv.loading.known_shapes import KNOWN
+from mlx_turbokv.loading.model_shape import hypothetical_shape, shape_from_config
 from mlx_turbokv.model.caches import own_caches
 from mlx_turbokv.policy import LayerList, Uniform, load_policy
+from mlx_turbokv.policy.recommended import label, recommended
 from mlx_turbokv.report.plan import make_plan, raw_index_v_bits, runs
 
 
@@ -80,6 +83,7 @@ def test_bytes_against_hand_made_figures() -> None:
     assert plan["f16_bytes"] == {"1000": 2 * 2 * values}
     assert plan["rows"][0]["bytes"] == {"1000": values * (8.5 + 3.125) / 8}
     # 8,030,261,248 parameters, as Meta's model card rounds to 8.03 B
+    plan = plan_json("--model", "Llama-3.1-8B", "--weight-bits", "16", "--gpu-memory", "1GB")
     assert plan["weight_bytes"] == 2 * 8_030_261_248
 
 
@@ -133,18 +137,20 @@ def test_windows_that_are_packed_are_counted_packed_and_bounded() -> None:
 
 def test_memory_goes_to_windows_and_states_first(tmp_path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(tiny_config("gemma3")))
-    args = ["--model", str(tmp_path), "--memory", "0.01", "-ctk", "q8_0", "-ctv", "turbo2"]
-    plan = plan_json(*args)
+    args = ["--model", str(tmp_path), "--gpu-memory", "256MB", "-ctk", "q8_0", "-ctv", "turbo2"]
+    plan = plan_json(*args, "--prefill-step-size", "1", "-c", "4096")
     free = plan["memory_bytes"] - plan["weight_bytes"]
     window = 3 * 2 * 16 * 32 * 2 * 2
-    assert plan["rows"][0]["max_tokens"] == (free - window) // (3 * 2 * (34 + 10))
+    # a step of one token reads its own activations, and a byte of mask for each token
+    fixed = plan["scratch_bytes"]["4096"] - 4096
+    assert plan["rows"][0]["max_tokens"] == (free - window - fixed) // (3 * 2 * (34 + 10) + 1)
     sliding = plan_json(*args, "--compress-sliding")
     assert (plan["kv_layers"], sliding["kv_layers"]) == (3, 6)
     assert sliding["windows"] == [16, None] * 3
     text = CliRunner().invoke(command, [*args, "-c", "4096"]).stdout
-    assert "Every row counts 3 windows as mlx-lm keeps them: 0.0 MiB." in text
+    assert "Every row counts 3 windows as mlx-lm keeps them: 12.0 KiB." in text
     text = CliRunner().invoke(command, [*args, "-c", "4", "-c", "9"]).stdout
-    assert "keeps them: 0.0 MiB at 4, 0.0 MiB at 9." in text
+    assert "keeps them: 3.0 KiB at 4, 6.8 KiB at 9." in text
 
 
 def test_a_boundary_that_does_not_pay_is_said_so() -> None:
@@ -177,18 +183,21 @@ def test_runs_of_equal_layers() -> None:
 
 def test_memory_limits_the_tokens() -> None:
     plan = plan_json(
-        "--kv-layers", "2", "--kv-heads", "1", "--head-dim", "128", "--memory", "1", "-ctk", "q8_0",
-        "-ctv", "q8_0",
+        "--kv-layers", "2", "--kv-heads", "1", "--head-dim", "128", "--gpu-memory", "1",
+        "-ctk", "q8_0", "-ctv", "q8_0",
     )  # fmt: skip
     assert plan["rows"][0]["max_tokens"] == (1 << 30) // (2 * 2 * 136)
 
 
-def test_default_rows_put_the_uniform_steps_beside_boundary_v() -> None:
-    rows = plan_json("--model", "phi-4")["rows"]
-    assert [row["name"] for row in rows] == [
-        "f16/f16", "q8_0/q8_0", "q8_0/turbo3", "q8_0/turbo2", "la-v7", "mode-10",
-    ]  # fmt: skip
-    assert rows[0]["bits"] == 16
+def test_default_rows_are_the_recommended_settings_as_they_are_typed() -> None:
+    rows = plan_json("--model", "phi-4", "-c", "4096")["rows"]
+    assert [row["name"] for row in rows] == [label(policy) for policy in recommended()]
+    assert rows[0]["bits"] == 16 and any(row["typed"] == "--policy la-v7" for row in rows)
+    for row in rows:
+        (typed,) = plan_json("--model", "phi-4", "-c", "4096", *row["typed"].split())["rows"]
+        assert {**typed, "name": row["name"], "notes": row["notes"]} == row
+        (named,) = plan_json("--model", "phi-4", "-c", "4096", "--config", row["name"])["rows"]
+        assert named == row
 
 
 def test_a_config_json_is_enough(tmp_path) -> None:
@@ -200,7 +209,7 @@ def test_a_config_json_is_enough(tmp_path) -> None:
 def test_markdown_is_a_table() -> None:
     result = CliRunner().invoke(command, ["--model", "phi-4", "-c", "2048", "--markdown"])
     lines = [line for line in result.stdout.splitlines() if line.startswith("|")]
-    assert len(lines) == 2 + 6
+    assert len(lines) == 2 + len(recommended())
     assert len({line.count("|") for line in lines}) == 1
 
 
@@ -211,7 +220,20 @@ def test_markdown_is_a_table() -> None:
         (["--model", "phi-4", "--policy", "la-v9"], "Unknown policy 'la-v9'"),
         (["--model", "phi-4", "-ctv", "turbo9"], "Unknown KV format 'turbo9'"),
         (["--model", "phi-4", "-c", "0"], "--context"),
-        (["--model", "phi-4", "--memory", "-1"], "--memory"),
+        (["--model", "phi-4", "-c", "nan"], "such as 32768 or 128K"),
+        (["--model", "phi-4", "-c", "1e300"], "such as 32768 or 128K"),
+        (["--model", "phi-4", "-c", "9999999999M"], "such as 32768 or 128K"),
+        (["--model", "phi-4", "-c", "1.0001K"], "such as 32768 or 128K"),
+        (["--model", "phi-4", "--memory", "-1"], "such as 16GB"),
+        (["--model", "phi-4", "--memory", "nan"], "such as 16GB"),
+        (["--model", "phi-4", "--memory", "1e300"], "such as 16GB"),
+        (["--model", "phi-4", "--memory", "0"], "such as 16GB"),
+        (["--model", "phi-4", "--gpu-memory", "inf"], "such as 16GB"),
+        (["--model", "phi-4", "--gpu-memory", "9", "--memory", "9"], "cannot be given together"),
+        (["--model", "phi-4", "--weight-bits", "nan"], "--weight-bits"),
+        (["--model", "phi-4", "--weight-bits", "-4"], "--weight-bits"),
+        (["--model", "phi-4", "--weight-bits", "1e300"], "--weight-bits"),
+        (["--kv-layers", "2", "--prefill-step-size", "4"], "--prefill-step-size has no effect"),
         (["--model", "phi-4", "--kv-layers", "2"], "cannot be given together"),
         (["--kv-layers", "2", "--head-dim", "88", "-ctv", "turbo2"], "head_dim 88"),
         (["--kv-layers", "0"], "--kv-layers"),
@@ -238,3 +260,23 @@ def test_an_architecture_that_mlx_lm_lacks_is_refused(tmp_path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "nothing"}')
     with pytest.raises(InputError, match="'nothing'"):
         CliRunner().invoke(command, ["--model", str(tmp_path)], catch_exceptions=False)
+
+
+@pytest.mark.parametrize("offline", [True, False], ids=["told to be", "no network"])
+def test_a_hub_id_without_a_network_names_the_shapes_at_once(monkeypatch, offline) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    start = time.perf_counter()
+    with pytest.raises(InputError) as raised:
+        CliRunner().invoke(
+            command, ["--model", "some-one/Qwen3-8B-Instruct-5bit"], catch_exceptions=False
+        )
+    assert time.perf_counter() - start < 1
+    said = str(raised.value)
+    assert "config.json" in said and "Qwen3-8B, Qwen3-14B" in said
+    assert said.endswith("Qwen3-8B is the most like it.")
+
+
+def test_a_name_that_is_no_hub_id_names_the_shapes() -> None:
+    with pytest.raises(InputError, match=r"no model at qwen\?3.*Llama-3.1-8B"):
+        CliRunner().invoke(command, ["--model", "qwen?3"], catch_exceptions=False)

@@ -1,0 +1,55 @@
+"""The settings worth recommending, best first, and what to type for them.
+
+`plan` shows them and takes the first that fits.
+"""
+
+from __future__ import annotations
+
+from .policies import DEFAULT_PROTECTION, Policy, Preset, Uniform
+from .presets import load_policy
+from .protection import UNPROTECTED, Protection
+
+PROTECTED = Protection(32, 128)
+_PAIRS = (
+    ("q8_0", "q8_0"), ("turbo6", "turbo5"), ("turbo5", "turbo4"), ("turbo4", "turbo3"),
+    ("turbo3", "turbo3"), ("turbo3", "turbo2"),
+)  # fmt: skip
+
+
+def recommended() -> list[Policy]:
+    """Policies in order of their quality: f16, pairs with protected tokens, then without.
+
+    Q8_0 protects itself. The paper's policy is among those without.
+    """
+    pairs = [Uniform(k, v, protection=UNPROTECTED) for k, v in _PAIRS]
+    first, turbo = pairs[0], pairs[1:]
+    return [
+        Uniform("f16", "f16", protection=UNPROTECTED),
+        first,
+        *(pair.protecting(PROTECTED.sink, PROTECTED.recent) for pair in turbo),
+        *turbo[:3],
+        load_policy("la-v7").protecting(0, 0),
+    ]
+
+
+def label(policy: Policy) -> str:
+    """A policy as a configuration names it, such as turbo4/turbo3+32,128."""
+    name = f"{policy.k}/{policy.v}" if isinstance(policy, Uniform) else policy.name
+    return name + (f"+{policy.protection}" if policy.protection else "")
+
+
+def options(policy: Policy) -> str | None:
+    """The options of the commands that select a policy; None for one that takes more than a name.
+
+    Protected tokens are left out where they are the default.
+    """
+    if isinstance(policy, Uniform):
+        words = [f"-ctk {policy.k} -ctv {policy.v}"]
+    elif isinstance(policy, Preset):
+        words = [f"--policy {policy.name}"]
+    else:
+        return None
+    own, default = policy.protection, DEFAULT_PROTECTION
+    words += [f"--sink {own.sink}"] if own.sink != default.sink else []
+    words += [f"--recent {own.recent}"] if own.recent != default.recent else []
+    return " ".join(words)
