@@ -11,7 +11,7 @@ of one token but pass them to attention gets ``Handle``s instead (cache/factory.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -51,7 +51,8 @@ class TurboArray(mx.array):
 class Handle:
     """K or V of a packed cache without an array.
 
-    ``shape``, ``dtype`` and ``ndim`` are those of the array that it replaces.
+    ``shape``, ``dtype`` and ``ndim`` are those of the array that it replaces; an index gives what
+    that array would, for models that cut rows off once there are many.
     """
 
     __slots__ = ("dtype", "is_keys", "source")
@@ -68,6 +69,9 @@ class Handle:
         layout = packed.layout
         head_dim = layout.k_head_dim if self.is_keys else layout.v_head_dim
         return batch, n_heads, packed.n_tokens - hidden.count, head_dim
+
+    def __getitem__(self, index: Any) -> mx.array:
+        return as_array(self)[index]
 
 
 KVArray = mx.array | Handle  # what attention takes for K and V

@@ -87,7 +87,7 @@ class AttentionFunctions:
         name = scaled_dot_product_attention.__name__
         self._functions = [
             (module, name, getattr(module, name))
-            for module in (mx.fast, base, *modules)
+            for module in (mx.fast, base, sys.modules.get("mlx_vlm.models.base"), *modules)
             if hasattr(module, name)
         ]
 

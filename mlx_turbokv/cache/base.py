@@ -15,6 +15,7 @@ from ..kernels.decode import MAX_QUERIES
 from ..kernels.segments import SegmentedKV, unsegmented
 from ..quant.layout import TILE
 from . import state as checks
+from .prefix import PrefixCached
 from .protected import ProtectedRows, Segments, check_covered
 
 UNPROTECTED_VERSION, STATE_VERSION = 2, 3  # the first is written where no tokens are protected
@@ -30,7 +31,7 @@ def loadable(cls: Cache) -> Cache:
     return cls
 
 
-class PackedCache(ProtectedRows, mlx_lm_cache._BaseCache):
+class PackedCache(ProtectedRows, PrefixCached, mlx_lm_cache._BaseCache):
     """Packed K and V of one layer, with what mlx-lm asks of every cache.
 
     Args:

@@ -7,7 +7,6 @@ import os
 from typing import Any
 
 import mlx.nn as nn
-from mlx_lm.models.cache import RotatingKVCache
 
 from ..attention.hook import AttentionFunctions
 from ..centring.choose import Choice
@@ -15,7 +14,8 @@ from ..centring.references import References
 from ..errors import InputError
 from ..kernels.backend import select_backend
 from ..log import warn_once
-from ..model.caches import ModelReference, own_caches, put_cache
+from ..model.caches import ModelReference, cache_at, language_model, own_caches, put_cache
+from ..model.kinds import new_cache
 from ..model.kv_layers import KVLayer, KVLayers, kv_layers
 from ..model.probing import only_forwards_kv
 from ..policy import Pair, Policy, Uniform, load_policy
@@ -76,7 +76,7 @@ def make_prompt_cache(
     """
     policy = _as_policy(model, k, v, policy).protecting(sink, recent)
     options = centre, compress_sliding, max_kv_size, handles
-    return CacheFactory(model, policy, backend, None, *options)()
+    return CacheFactory(language_model(model), policy, backend, None, *options)()
 
 
 def attach(
@@ -95,6 +95,7 @@ def attach(
 ) -> nn.Module:
     """Make packed caches the model's own, for every function of mlx-lm that creates caches.
 
+    A model of mlx-vlm has them at its ``language_model``, where mlx-vlm's functions look for them.
     Attaching again replaces what was attached. The arguments are those of ``make_prompt_cache``.
     What mlx-lm's functions are given as ``max_kv_size`` reaches no model that has a factory of its
     own, and this gives it one: give ``max_kv_size`` here.
@@ -106,22 +107,23 @@ def attach(
         InputError: as ``make_prompt_cache``.
     """
     policy = _as_policy(model, k, v, policy).protecting(sink, recent)
-    previous = vars(model).get("make_cache")
+    inner = language_model(model)
+    previous = vars(inner).get("make_cache")
     if isinstance(previous, CacheFactory):
         previous = previous.turbokv_previous
-    model.make_cache = CacheFactory(
-        model, policy, backend, previous, centre, compress_sliding, max_kv_size, handles
+    inner.make_cache = CacheFactory(
+        inner, policy, backend, previous, centre, compress_sliding, max_kv_size, handles
     )
     return model
 
 
 def detach(model: nn.Module) -> nn.Module:
     """Give the model its own caches back; without anything attached this does nothing."""
-    factory = vars(model).get("make_cache")
-    if isinstance(factory, CacheFactory):
-        del model.make_cache
+    inner = language_model(model)
+    if isinstance(factory := vars(inner).get("make_cache"), CacheFactory):
+        del inner.make_cache
         if factory.turbokv_previous is not None:
-            model.make_cache = factory.turbokv_previous
+            inner.make_cache = factory.turbokv_previous
     return model
 
 
@@ -186,14 +188,13 @@ class CacheFactory:
             sliding = [x for x in self.layers.layers if x.window]
             sliding = KVLayers(sliding, [], self.layers.n_total)
             notes += Choice(model, sliding, False, policy).of(self.formats).notes
+        if max_kv_size is not None and all(x.window for x in self.layers.layers):
+            notes.append("max_kv_size has no effect: no layer keeps all tokens in a KV cache.")
         for note in notes:
             warn_once(note, type(model).__module__)
         functions = AttentionFunctions(model)
         if handles and only_forwards_kv(model, _with_handles(self(), functions)):
             self._attention = functions
-        if max_kv_size is not None and all(x.window for x in self.layers.layers):
-            note = "max_kv_size has no effect: no layer keeps all tokens in a KV cache."
-            warn_once(note, type(model).__module__)
 
     @property
     def model(self) -> nn.Module:
@@ -230,8 +231,7 @@ class CacheFactory:
         """Fresh caches; arguments go to the model's own factory."""
         caches = own_caches(self.model, *args, **kwargs)
         for layer in self._layers_of(caches).layers:
-            own = caches[layer.index]
-            own = own if layer.sub is None else own.caches[layer.sub]
+            own = cache_at(caches, layer.index, layer.sub)
             put_cache(caches, layer.index, layer.sub, self._cache(layer, own))
         return _with_handles(caches, self._attention)
 
@@ -239,11 +239,11 @@ class CacheFactory:
         """The cache of a KV layer in place of the model's own."""
         k, v = self.formats[layer.ordinal]
         is_f16 = k.is_f16 and v.is_f16
-        windowed = layer.window is not None or self.max_kv_size is not None
         window, keep = layer.window, getattr(own, "keep", 0)
+        windowed = window is not None or self.max_kv_size is not None
         if window is None and self.max_kv_size is not None:
             window, keep = self.max_kv_size, KEPT_TOKENS
-            own = RotatingKVCache(window, keep)
+            own = new_cache(self.model, "RotatingKVCache", window, keep)
         # one mask serves all windows, and mlx-lm's columns are in another order than ours
         if is_f16 and not (windowed and self._packs_windows):
             return own
@@ -282,7 +282,7 @@ def _check_model(model: Any) -> None:
             "A tuple is not accepted as a model: give the model without its tokenizer."
         )
     raise InputError(
-        f"{model!r} is not accepted as a model: give a model of mlx-lm, as mlx_lm.load returns it."
+        f"{model!r} is not accepted as a model: give one that mlx_lm.load or mlx_vlm.load returns."
     )
 
 

@@ -180,6 +180,13 @@ class TurboRotatingKVCache(RotatingRows):
         self.n_hidden = min(self.n_hidden, self._n_hidden_next())
         return n
 
+    def to_batch(self, left_padding: Sequence[int]) -> PaddedBatch:
+        """An empty batch of the same window, as mlx-vlm asks for it; it keeps no first tokens."""
+        formats = self.k_format, self.v_format
+        batch = self.batch_class(*formats, self.max_size, left_padding, self._backend_name)
+        batch.handles = self.handles
+        return batch
+
     @classmethod
     def merge(cls, caches: Sequence[TurboRotatingKVCache]) -> PaddedBatch:
         """One batch of the sequences of several caches; as in mlx-lm, it keeps no first tokens.

@@ -40,6 +40,15 @@ class TurboKVCache(PackedCache):
         """The causal mask of the next tokens; before the update, as mlx-lm calls it."""
         return create_attention_mask(*args, offset=self.offset, **kwargs)
 
+    def to_batch(self, left_padding: Sequence[int]) -> PaddedBatch:
+        """An empty batch of the same formats, as mlx-vlm asks for it."""
+        batch = self.batch_class(
+            self.k_format, self.v_format, left_padding, self._backend_name, self.centre,
+            **vars(self.protection),
+        )  # fmt: skip
+        batch.handles = self.handles
+        return batch
+
     @classmethod
     def merge(cls, caches: Sequence[TurboKVCache]) -> PaddedBatch:
         """One batch of the sequences of several caches.

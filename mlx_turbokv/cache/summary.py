@@ -7,10 +7,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_lm.models.cache import CacheList, KVCache
-
 from ..centring.choose import describe
 from ..kernels.trust import refused
+from ..model.kinds import is_a, is_just
 from .rotating import TurboRotatingKVCache
 from .single import TurboKVCache
 
@@ -69,7 +68,7 @@ def mib(n_bytes: int) -> str:
 def leaves(caches: Iterable[Any]) -> Iterator[Any]:
     """The caches with every CacheList opened."""
     for cache in caches:
-        if isinstance(cache, CacheList):
+        if is_a(cache, "CacheList"):
             yield from leaves(cache.caches)
         else:
             yield cache
@@ -77,7 +76,7 @@ def leaves(caches: Iterable[Any]) -> Iterator[Any]:
 
 def summarize(caches: list[Any]) -> KVSummary:
     """Count what caches hold."""
-    layers = [c for c in leaves(caches) if isinstance(c, PACKED) or type(c) is KVCache]
+    layers = [c for c in leaves(caches) if isinstance(c, PACKED) or is_just(c, "KVCache")]
     pairs: Counter[str] = Counter()
     n_values = n_bits = 0.0
     for cache in layers:

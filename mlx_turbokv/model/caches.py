@@ -6,7 +6,8 @@ import weakref
 from typing import Any
 
 import mlx.nn as nn
-from mlx_lm.models.cache import CacheList, KVCache
+
+from .kinds import is_of_mlx_vlm, new_cache
 
 Position = tuple[int, "int | None"]  # index in the list of caches, index in a CacheList or None
 
@@ -37,6 +38,12 @@ class ModelReference:
         return ModelReference(memo.get(id(model), model))
 
 
+def language_model(model: nn.Module) -> nn.Module:
+    """The model that caches are made for and called with: of mlx-vlm's models, a part."""
+    inner = getattr(model, "language_model", None) if is_of_mlx_vlm(model) else None
+    return inner if isinstance(inner, nn.Module) else model
+
+
 def own_caches(model: nn.Module, *args: Any, **kwargs: Any) -> list[Any]:
     """Caches from the model's own factory, whatever is attached to the instance."""
     attached: Any = vars(model).get("make_cache")
@@ -47,7 +54,7 @@ def own_caches(model: nn.Module, *args: Any, **kwargs: Any) -> list[Any]:
     factory: Any = getattr(type(model), "make_cache", None)
     if factory is not None:
         return factory(model, *args, **kwargs)
-    return [KVCache() for _ in model_layers(model)]
+    return [new_cache(model, "KVCache") for _ in model_layers(model)]
 
 
 def model_layers(model: nn.Module) -> list[nn.Module]:
@@ -56,10 +63,15 @@ def model_layers(model: nn.Module) -> list[nn.Module]:
     return list(layers)
 
 
+def cache_at(caches: list[Any], index: int, sub: int | None) -> Any:
+    """The cache at this position."""
+    return caches[index] if sub is None else caches[index].caches[sub]
+
+
 def put_cache(caches: list[Any], index: int, sub: int | None, cache: Any) -> None:
     """Put a cache in a list of caches, or in the CacheList at ``index``."""
     if sub is None:
         caches[index] = cache
         return
-    holder: CacheList = caches[index]
+    holder = caches[index]
     holder.caches = tuple(cache if i == sub else c for i, c in enumerate(holder.caches))

@@ -1,4 +1,4 @@
-"""Finds the KV layers of any mlx-lm model, in order.
+"""Finds the KV layers of any model of mlx-lm or mlx-vlm, in order.
 
 The model's own cache factory says what each layer keeps. A plain ``KVCache`` grows with the
 context and is compressed; a ``RotatingKVCache`` holds a sliding window and is compressed if that is
@@ -15,15 +15,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.nn as nn
-from mlx_lm.models.cache import (
-    ArraysCache,
-    CacheList,
-    ChunkedKVCache,
-    KVCache,
-    RotatingKVCache,
-)
 
 from .caches import Position, model_layers, own_caches
+from .kinds import is_a, is_just
 from .probing import probe_shapes
 from .shapes import KVShape
 
@@ -147,13 +141,13 @@ def _classify(model: nn.Module, caches: list[Any], compress_sliding: bool) -> KV
     layers: list[KVLayer] = []
     skipped: list[Skipped] = []
     for index, cache in enumerate(caches):
-        if isinstance(cache, CacheList) and _is_hybrid_list(cache):
+        if is_a(cache, "CacheList") and _is_hybrid_list(cache):
             entries = [(sub, entry) for sub, entry in enumerate(cache.caches)]
         else:
             entries = [(None, cache)]
         for sub, entry in entries:
             reason = _why_not(entry, index in latent, compress_sliding)
-            window = entry.max_size if isinstance(entry, RotatingKVCache) else None
+            window = entry.max_size if is_a(entry, "RotatingKVCache") else None
             if reason is None:
                 layers.append(KVLayer(len(layers), index, sub, window=window))
             else:
@@ -161,24 +155,25 @@ def _classify(model: nn.Module, caches: list[Any], compress_sliding: bool) -> KV
     return KVLayers(layers, skipped, len(layers))
 
 
-def _is_hybrid_list(cache: CacheList) -> bool:
+def _is_hybrid_list(cache: Any) -> bool:
     """Whether the list is one recurrent and one attention cache of a parallel hybrid layer.
 
     Lists of KV caches alone belong to models that use them for other things than K and V.
     """
-    return any(isinstance(entry, ArraysCache) for entry in cache.caches)
+    return any(is_a(entry, "ArraysCache") for entry in cache.caches)
 
 
 def _why_not(cache: Any, latent: bool, compress_sliding: bool) -> str | None:
-    if type(cache) is KVCache or (compress_sliding and type(cache) is RotatingKVCache):
+    rotates = is_just(cache, "RotatingKVCache")
+    if is_just(cache, "KVCache") or (compress_sliding and rotates):
         return LATENT if latent else None
-    if isinstance(cache, ArraysCache):
+    if is_a(cache, "ArraysCache"):
         return RECURRENT
-    if isinstance(cache, RotatingKVCache):
+    if is_a(cache, "RotatingKVCache"):
         return f"sliding window of {cache.max_size} tokens"
-    if isinstance(cache, ChunkedKVCache):
+    if is_a(cache, "ChunkedKVCache"):
         return f"chunked attention of {cache.chunk_size} tokens"
-    if isinstance(cache, CacheList):
+    if is_a(cache, "CacheList"):
         return LATENT if latent else COMPOSITE
     return f"a cache of its own kind, {type(cache).__name__}"
 

@@ -5,7 +5,8 @@ MLX is lazy: nothing is computed, so a model whose weights were never evaluated 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -34,6 +35,30 @@ class RecordingCache(KVCache):
         return keys, values
 
 
+@contextmanager
+def _kept_as_it_is(model: nn.Module) -> Iterator[None]:
+    """Take back what calls leave in a model: mlx-vlm's keep the positions of the last prompt."""
+    before = [(module, dict(module), dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, items, attributes in before:
+            dict.clear(module)
+            dict.update(module, items)
+            vars(module).clear()
+            vars(module).update(attributes)
+
+
+def call_with_one_token(model: nn.Module, caches: list[Any]) -> None:
+    """Call a model with one token; it stays as it is, and its caches hold what they were given.
+
+    Raises:
+        Exception: what the model raises: which, only it knows.
+    """
+    with _kept_as_it_is(model):
+        model(mx.zeros((1, 1), mx.int32), cache=caches)
+
+
 def record_one_token(
     model: nn.Module, positions: Iterable[Position], offset: int = 0
 ) -> dict[Position, RecordingCache]:
@@ -46,7 +71,7 @@ def record_one_token(
         caches = own_caches(model)
         for (index, sub), cache in recording.items():
             put_cache(caches, index, sub, cache)
-        model(mx.zeros((1, 1), mx.int32), cache=caches)
+        call_with_one_token(model, caches)
     except Exception as error:  # what a model needs beyond tokens is known to its own loader alone
         log_failure(f"{type(model).__name__} cannot be called with tokens alone", error)
         return {}
@@ -60,7 +85,7 @@ def after_one_token(model: nn.Module) -> list[Any] | None:
     """
     try:
         caches = own_caches(model)
-        model(mx.zeros((1, 1), mx.int32), cache=caches)
+        call_with_one_token(model, caches)
     except Exception as error:  # what a model needs beyond tokens is known to its own loader alone
         log_failure(f"{type(model).__name__} cannot be called with tokens alone", error)
         return None
@@ -86,7 +111,7 @@ def only_forwards_kv(model: nn.Module, caches: list[Any]) -> bool:
         caches: new ones that return ``Handle``s; they are used up.
     """
     try:
-        model(mx.zeros((1, 1), mx.int32), cache=caches)
+        call_with_one_token(model, caches)
     except Exception as error:  # whatever a model or MLX raises where a handle is no array
         log_failure(f"{type(model).__name__} does more with K and V than attention", error)
         return False

@@ -46,7 +46,7 @@ def test_a_deep_copy_makes_caches_of_its_own_model() -> None:
 @pytest.mark.parametrize("given", ["mlx-community/some-model", (1, 2), None])
 def test_what_is_no_model_is_refused(given) -> None:
     for function in (attach, make_prompt_cache):
-        with pytest.raises(InputError, match="a model of mlx-lm"):
+        with pytest.raises(InputError, match="one that mlx_lm.load or mlx_vlm.load returns"):
             function(given)
 
 
