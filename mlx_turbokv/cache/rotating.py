@@ -8,6 +8,7 @@ window and at most SLACK_TOKENS more, and after a longer update the rows of that
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
@@ -182,8 +183,9 @@ class TurboRotatingKVCache(RotatingRows):
 
     def to_batch(self, left_padding: Sequence[int]) -> PaddedBatch:
         """An empty batch of the same window, as mlx-vlm asks for it; it keeps no first tokens."""
+        kind: Any = self.batch_class
         formats = self.k_format, self.v_format
-        batch = self.batch_class(*formats, self.max_size, left_padding, self._backend_name)
+        batch = kind(*formats, self.max_size, left_padding, self._backend_name)
         batch.handles = self.handles
         return batch
 

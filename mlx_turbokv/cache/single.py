@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from mlx_lm.models.cache import create_attention_mask
 
@@ -42,10 +43,9 @@ class TurboKVCache(PackedCache):
 
     def to_batch(self, left_padding: Sequence[int]) -> PaddedBatch:
         """An empty batch of the same formats, as mlx-vlm asks for it."""
-        batch = self.batch_class(
-            self.k_format, self.v_format, left_padding, self._backend_name, self.centre,
-            **vars(self.protection),
-        )  # fmt: skip
+        kind: Any = self.batch_class
+        formats, options = (self.k_format, self.v_format), (self._backend_name, self.centre)
+        batch = kind(*formats, left_padding, *options, **vars(self.protection))
         batch.handles = self.handles
         return batch
 
