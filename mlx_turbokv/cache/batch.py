@@ -53,7 +53,7 @@ class BatchTurboKVCache(PaddedBatch):
 
     def _set_left_padding(self, left_padding: Sequence[int]) -> None:
         super()._set_left_padding(left_padding)
-        self._offset: tuple[int, mx.array] | None = None
+        self._offset_at: tuple[int, mx.array] | None = None
 
     def _position_padding(self) -> mx.array | None:
         return self.left_padding if any(self._left_padding) else None
@@ -62,9 +62,14 @@ class BatchTurboKVCache(PaddedBatch):
     def offset(self) -> mx.array:
         """Tokens of each sequence, negative while its padding is still to come; [B] int32."""
         size = self.size()
-        if self._offset is None or self._offset[0] != size:
-            self._offset = size, mx.array([size - n for n in self._left_padding], mx.int32)
-        return self._offset[1]
+        if self._offset_at is None or self._offset_at[0] != size:
+            self._offset_at = size, mx.array([size - n for n in self._left_padding], mx.int32)
+        return self._offset_at[1]
+
+    @property
+    def _idx(self) -> int:
+        """Rows held, padding included, where models of mlx-vlm look for them."""
+        return self.size()
 
     def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None):
         """The causal mask of the next tokens; without padding it needs no array."""

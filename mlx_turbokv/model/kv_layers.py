@@ -5,7 +5,7 @@ context and is compressed; a ``RotatingKVCache`` holds a sliding window and is c
 asked for; everything else is left alone, with a reason. A factory does not tell that absorbed
 multi-head latent attention (MLA) keeps latents in its ``KVCache``: the attention modules show that.
 Nor does it tell which layers use another layer's K and V and leave their own cache empty: a call
-with one token shows that, and the shapes of K and V.
+with one token shows that, the shapes of K and V, and whose K and V a model takes by itself.
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ from typing import Any
 import mlx.nn as nn
 
 from .caches import Position, model_layers, own_caches
-from .kinds import is_a, is_just
-from .probing import probe_shapes
+from .kinds import is_a, is_just, is_of_mlx_vlm
+from .probing import record_one_token
 from .shapes import KVShape
 
 RECURRENT = "recurrent state"
 LATENT = "MLA latent"
 COMPOSITE = "several caches a layer, with keys of an indexer"
 UNUSED = "unused: the layer stores no K and V of its own"
+READ = "shared: other layers take K and V out of the cache's state"
+CROSS = "self- and cross-attention of a decoder"
+DIFFUSION = "diffusion: the model takes K and V out of the cache itself"
 
 
 @dataclass(frozen=True)
@@ -121,23 +124,23 @@ def model_skeleton(model: nn.Module) -> nn.Module:
 
 def _without_unused(model: nn.Module, found: KVLayers) -> KVLayers:
     """Adds the shapes, and takes out layers that were seen to store nothing."""
-    shapes = probe_shapes(model, found.positions)
-    if not shapes:
+    recorded = record_one_token(model, found.positions)
+    if not recorded:
         return found
     layers: list[KVLayer] = []
     skipped = list(found.skipped)
     for layer in found.layers:
-        shape = shapes.get((layer.index, layer.sub))
-        if shape is None:
-            skipped.append(Skipped(layer.index, UNUSED, layer.sub))
+        cache = recorded.get((layer.index, layer.sub))
+        if cache is None or cache.is_read:
+            skipped.append(Skipped(layer.index, UNUSED if cache is None else READ, layer.sub))
         else:
-            layers.append(replace(layer, ordinal=len(layers), shape=shape))
+            layers.append(replace(layer, ordinal=len(layers), shape=cache.shape))
     skipped.sort(key=lambda x: x.index)
     return KVLayers(layers, skipped, len(layers))
 
 
 def _classify(model: nn.Module, caches: list[Any], compress_sliding: bool) -> KVLayers:
-    latent = _latent_indices(model, len(caches))
+    latent, diffuses = _latent_indices(model, len(caches)), _diffuses(model)
     layers: list[KVLayer] = []
     skipped: list[Skipped] = []
     for index, cache in enumerate(caches):
@@ -147,6 +150,7 @@ def _classify(model: nn.Module, caches: list[Any], compress_sliding: bool) -> KV
             entries = [(None, cache)]
         for sub, entry in entries:
             reason = _why_not(entry, index in latent, compress_sliding)
+            reason = DIFFUSION if reason is None and diffuses else reason
             window = entry.max_size if is_a(entry, "RotatingKVCache") else None
             if reason is None:
                 layers.append(KVLayer(len(layers), index, sub, window=window))
@@ -174,7 +178,8 @@ def _why_not(cache: Any, latent: bool, compress_sliding: bool) -> str | None:
     if is_a(cache, "ChunkedKVCache"):
         return f"chunked attention of {cache.chunk_size} tokens"
     if is_a(cache, "CacheList"):
-        return LATENT if latent else COMPOSITE
+        is_decoder = any(is_a(entry, "SimpleKVCache") for entry in cache.caches)
+        return LATENT if latent else CROSS if is_decoder else COMPOSITE
     return f"a cache of its own kind, {type(cache).__name__}"
 
 
@@ -195,6 +200,13 @@ def _latent_indices(model: nn.Module, n_caches: int) -> set[int]:
 def _has_latent_attention(layer: nn.Module) -> bool:
     """Whether the layer holds an absorbed MLA: it maps queries into the latent and out of it."""
     return any("embed_q" in module and "unembed_out" in module for module in _modules(layer))
+
+
+def _diffuses(model: nn.Module) -> bool:
+    """Whether a model of mlx-vlm writes blocks of tokens at once, and generates by itself."""
+    kind = type(model)
+    is_named_so = "diffusion" in kind.__module__
+    return is_of_mlx_vlm(model) and (is_named_so or callable(getattr(kind, "generate", None)))
 
 
 def _modules(module: nn.Module) -> Iterator[nn.Module]:

@@ -23,16 +23,32 @@ class RecordingCache(KVCache):
 
     Args:
         offset: how many tokens it claims to hold.
+
+    Attributes:
+        is_read: whether somebody took K and V out of its state.
     """
 
     def __init__(self, offset: int = 0) -> None:
         super().__init__()
         self.offset = offset
+        self.is_read = False
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self.keys, self.values = keys, values
         self.offset += keys.shape[2]
         return keys, values
+
+    @property
+    def state(self) -> tuple[mx.array | None, mx.array | None]:
+        """K and V, as the state of mlx-vlm's caches."""
+        self.is_read = True
+        return self.keys, self.values
+
+    @property
+    def shape(self) -> KVShape:
+        """The shape of K and V."""
+        keys, values = self.keys, self.values
+        return KVShape(keys.shape[1], keys.shape[-1], values.shape[-1])
 
 
 @contextmanager
@@ -90,18 +106,6 @@ def after_one_token(model: nn.Module) -> list[Any] | None:
         log_failure(f"{type(model).__name__} cannot be called with tokens alone", error)
         return None
     return caches
-
-
-def probe_shapes(model: nn.Module, positions: Iterable[Position]) -> dict[Position, KVShape]:
-    """Shapes of what the layers at these positions store.
-
-    A layer that stores nothing of its own is missing from the answer. A model that cannot be
-    called with tokens alone gives an empty one.
-    """
-    return {
-        position: KVShape(cache.keys.shape[1], cache.keys.shape[-1], cache.values.shape[-1])
-        for position, cache in record_one_token(model, positions).items()
-    }
 
 
 def only_forwards_kv(model: nn.Module, caches: list[Any]) -> bool:

@@ -76,14 +76,14 @@ def tiny_model(name: str, seed: int = 0, **changes: Any) -> nn.Module:
     module = import_architecture(name)
     mx.random.seed(seed)
     model = module.Model(module.ModelArgs.from_dict(tiny_config(name, **changes)))
-    model.update(tree_map(_lively, model.parameters()))
+    model.update(tree_map(lively, model.parameters()))
     if name in ADJUST:
         ADJUST[name](model)
     mx.eval(model.parameters())
     return model.eval()
 
 
-def _lively(weight: mx.array) -> mx.array:
+def lively(weight: mx.array) -> mx.array:
     """Weights as they are, but zeros become small noise: a zero bias or sink would hide errors."""
     if not mx.issubdtype(weight.dtype, mx.floating):
         return weight

@@ -17,7 +17,7 @@ from tiny_models import tiny_model
 from mlx_turbokv import TurboKVCache, attach, detach, log, make_prompt_cache
 from mlx_turbokv.errors import InputError
 from mlx_turbokv.model.kv_layers import kv_layers
-from mlx_turbokv.model.probing import probe_shapes
+from mlx_turbokv.model.probing import record_one_token
 from mlx_turbokv.model.shapes import KVShape
 from mlx_turbokv.policy import LayerList
 from mlx_turbokv.policy.files import write_layer_list
@@ -43,7 +43,8 @@ def test_shapes_are_learnt_without_computing() -> None:
     # a weight that cannot be computed: evaluating it raises
     model.model.layers[0].self_attn.k_proj.weight = mx.zeros((64, 128)) + _poison((64, 128))
     layers = kv_layers(model)
-    assert probe_shapes(model, layers.positions) == {
+    recorded = record_one_token(model, layers.positions)
+    assert {position: cache.shape for position, cache in recorded.items()} == {
         (0, None): KVShape(2, 32, 32),
         (1, None): KVShape(2, 32, 32),
     }

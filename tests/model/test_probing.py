@@ -15,7 +15,7 @@ from mlx_turbokv import log
 from mlx_turbokv.centring.bias import key_biases
 from mlx_turbokv.centring.rope import find_rope_frequencies, recorded_rope
 from mlx_turbokv.model.kv_layers import kv_layers
-from mlx_turbokv.model.probing import only_forwards_kv, probe_shapes
+from mlx_turbokv.model.probing import only_forwards_kv, record_one_token
 
 
 class Refusing(nn.Module):
@@ -35,7 +35,7 @@ class Refusing(nn.Module):
 @pytest.mark.parametrize(
     "probe",
     [
-        lambda model: probe_shapes(model, [(0, None)]),
+        lambda model: record_one_token(model, [(0, None)]),
         lambda model: only_forwards_kv(model, [KVCache()]),
         lambda model: kv_layers(model),
     ],

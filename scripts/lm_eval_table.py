@@ -1,0 +1,149 @@
+"""Accuracy of models through packed caches: lm-eval by mlx_lm.evaluate, one task of BIG-bench.
+
+    pip download --no-deps bigbench==1.0.0
+    python scripts/lm_eval_table.py bigbench-1.0.0.tar.gz --limit 200 --json benchmarks/lm_eval.json
+
+The task is goal_inference (which of four goals does a step serve?), its data what the package
+``bigbench`` of the Python package index brings. Each item follows examples that are not among the
+items, so that its prompt is longer than the tokens that caches protect. All configurations answer
+the same items. A model's rows replace those that the record has of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from record import record, write  # noqa: E402
+
+from mlx_turbokv.cli.output import print_status  # noqa: E402
+from mlx_turbokv.evaluate.configuration import parse_policy  # noqa: E402
+from mlx_turbokv.loading import blas  # noqa: E402
+from mlx_turbokv.loading.default_model import default_model_file  # noqa: E402
+
+TASK = "goal_inference"
+MEMBER = "bigbench-1.0.0/bigbench/benchmark_tasks/goal_step_wikihow/goal_inference/task.json"
+N_EXAMPLES = 200  # items from which the examples before a question are drawn
+SEED = 0
+YAML = f"""task: {TASK}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: test.jsonl, shots: shots.jsonl}}}}
+output_type: multiple_choice
+test_split: test
+fewshot_split: shots
+doc_to_text: "Q: {{{{input}}}}\\nA:"
+doc_to_choice: choices
+doc_to_target: label
+metric_list:
+- {{metric: acc, aggregation: mean, higher_is_better: true}}
+- {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
+metadata: {{version: 1}}
+"""
+
+
+def write_task(archive: Path, folder: Path) -> None:
+    """The task's files: items in an order of our own, the first of them as examples."""
+    with tarfile.open(archive) as files:
+        examples = json.load(files.extractfile(MEMBER))["examples"]
+    items = []
+    for example in examples:
+        choices, scores = zip(*example["target_scores"].items())
+        if list(scores).count(1) == 1:
+            text = example["input"].strip()
+            items.append({"input": text, "choices": choices, "label": scores.index(1)})
+    random.Random(SEED).shuffle(items)
+    for name, part in (("shots", items[:N_EXAMPLES]), ("test", items[N_EXAMPLES:])):
+        lines = "".join(json.dumps(item) + "\n" for item in part)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    (folder / f"{TASK}.yaml").write_text(YAML, encoding="utf-8")
+
+
+def answers(folder: Path, policy, args: argparse.Namespace) -> dict[str, list[float]]:
+    """What lm-eval found, item by item: acc, acc_norm (by length), log-likelihood of what is right.
+
+    Runs what ``mlx_turbokv run … -- mlx_lm.evaluate --tasks goal_inference.yaml`` runs.
+    """
+    import lm_eval
+
+    from mlx_turbokv.loading.attached import Attaching
+
+    evaluate, found = lm_eval.simple_evaluate, {}
+
+    def keeping(*given, **options):
+        found.update(evaluate(*given, **options))
+        return found
+
+    command = ["--model", args.model, "--tasks", f"{TASK}.yaml", "--limit", str(args.limit),
+               "--num-shots", str(args.num_shots), "--no-apply-chat-template",
+               "--output-dir", str(folder / "results")]  # fmt: skip
+    attaching = Attaching(print_status, lambda *_: None, policy=policy)
+    with contextlib.chdir(folder), mock.patch.object(lm_eval, "simple_evaluate", keeping):
+        attaching.run("evaluate", command)
+    if not attaching.has_packed:
+        raise SystemExit("mlx_lm.evaluate made no cache of ours")
+    samples = sorted(found["samples"][TASK], key=lambda sample: sample["doc_id"])
+    return {
+        **{name: [float(sample[name]) for sample in samples] for name in ("acc", "acc_norm")},
+        "log_likelihood": [sample["filtered_resps"][sample["target"]][0] for sample in samples],
+    }
+
+
+def row(config: str, given: dict[str, list[float]], first: dict[str, list[float]]) -> dict:
+    """Means of a configuration, and of the differences to the first, item by item."""
+    found: dict = {"config": config, "items": len(given["acc"])}
+    for name, values in given.items():
+        apart = [a - b for a, b in zip(values, first[name], strict=True)]
+        found[name] = {"mean": mean_and_error(values), "difference": mean_and_error(apart)}
+        found[name]["changed"] = sum(x != 0 for x in apart)
+    return found
+
+
+def mean_and_error(values: list[float]) -> list[float]:
+    """The mean, and its standard error."""
+    n = len(values)
+    mean = sum(values) / n
+    variance = sum((value - mean) ** 2 for value in values) / (n - 1)
+    return [mean, (variance / n) ** 0.5]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("archive", type=Path, help="bigbench-1.0.0.tar.gz")
+    parser.add_argument("--model", help="the default model where not given")
+    parser.add_argument("--configs", nargs="+", default=["f16/f16", "la-v7", "turbo4/turbo4"])
+    parser.add_argument("--limit", type=int, default=200, help="items")
+    parser.add_argument("--num-shots", type=int, default=10)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    blas.require_mlx()
+    args.model = args.model or str(default_model_file())
+    if args.json is not None:
+        args.json = args.json.resolve()
+    rows, first = [], None
+    kept = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
+    with tempfile.TemporaryDirectory() as name:
+        write_task(args.archive, Path(name))
+        for text in args.configs:
+            given = answers(Path(name), parse_policy(text), args)
+            first = first or given
+            rows.append(row(text, given, first))
+            print(rows[-1], flush=True)
+            about = record(num_shots=args.num_shots, rows=rows)
+            models = {**kept.get("models", {}), Path(args.model).stem: about}
+            write(args.json, {"task": TASK, "data": "bigbench==1.0.0", "models": models})
+
+
+if __name__ == "__main__":
+    main()

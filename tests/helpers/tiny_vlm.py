@@ -1,0 +1,112 @@
+"""Tiny random language models of every package of the installed mlx-vlm that has one.
+
+The values of mlx-lm's tiny models serve here as well; what a package needs beyond them stands in
+``tiny_vlm_configs.py``. Vision towers are left out: caches belong to language models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import tiny_configs
+from mlx.utils import tree_map
+from tiny_models import lively
+from tiny_vlm_configs import OVERRIDES, WITHOUT_CACHES
+
+# what language models ask of their vision configuration
+VISION = SimpleNamespace(spatial_merge_size=2)
+
+
+def language_models() -> list[str]:
+    """Every package of mlx_vlm.models that holds a language model."""
+    import mlx_vlm.models
+
+    found = {module.name for module in pkgutil.iter_modules(mlx_vlm.models.__path__) if module.ispkg}
+    return sorted(found - WITHOUT_CACHES)
+
+
+def tiny_language_model(name: str, seed: int = 0, **changes: Any) -> nn.Module:
+    """The language model of package ``name`` with random float32 weights.
+
+    Args:
+        changes: fields of its text configuration to set otherwise.
+    """
+    mx.random.seed(seed)
+    model = _build(name, changes)
+    model.update(tree_map(lively, model.parameters()))
+    mx.eval(model.parameters())
+    return model.eval()
+
+
+def _build(name: str, changes: dict[str, Any]) -> nn.Module:
+    package = importlib.import_module(f"mlx_vlm.models.{name}")
+    kind = _class_of_language_model(package, name)
+    if kind is None:
+        config = _filled(package.ModelConfig, name, changes)
+        model = package.Model(config)
+        return getattr(model, "language_model", model)
+    parameters = [p for p in inspect.signature(kind).parameters.values()
+                  if p.kind is p.POSITIONAL_OR_KEYWORD]  # fmt: skip
+    is_whole = parameters[0].annotation in ("ModelConfig", package.ModelConfig)
+    whole = _whole_config(package, name, changes)
+    if is_whole or not hasattr(package, "TextConfig"):
+        return kind(whole)
+    return kind(*[whole.text_config, whole][: min(len(parameters), 2)])
+
+
+def _class_of_language_model(package: Any, name: str) -> type | None:
+    for module in (package, _submodule(package, name), _submodule(package, "language")):
+        kind = getattr(module, "LanguageModel", None)
+        if isinstance(kind, type) and issubclass(kind, nn.Module):
+            return kind
+    return None
+
+
+def _submodule(package: Any, name: str) -> Any:
+    try:
+        return importlib.import_module(f"{package.__name__}.{name}")
+    except ModuleNotFoundError:
+        return None
+
+
+def _whole_config(package: Any, name: str, changes: dict[str, Any]) -> Any:
+    """A model's configuration, of which only the text model's part is filled."""
+    names = {field.name for field in dataclasses.fields(package.ModelConfig)}
+    if "text_config" not in names and "thinker_config" not in names:
+        return _filled(package.ModelConfig, name, changes)
+    text = _filled(package.TextConfig, name, changes)
+    values = {"model_type": name, **vars(text), "text_config": text, "vision_config": VISION}
+    return SimpleNamespace(**{**_defaults(package.ModelConfig), **values})
+
+
+def _defaults(kind: type) -> dict[str, Any]:
+    return {
+        field.name: field.default
+        for field in dataclasses.fields(kind)
+        if field.default is not dataclasses.MISSING
+    }
+
+
+def _filled(kind: Any, name: str, changes: dict[str, Any]) -> Any:
+    """A configuration of class ``kind`` with small values."""
+    inner, own = name, {}
+    if name in tiny_configs.INNER:
+        inner, _, own = tiny_configs.INNER[name]
+    base = tiny_configs.OVERRIDES.get(inner, {})
+    known = {**tiny_configs.COMMON, "model_type": name, **base, **own, **OVERRIDES.get(name, {})}
+    names = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{key: value for key, value in {**known, **changes}.items() if key in names})
+
+
+@cache
+def shared_language_model(name: str) -> nn.Module:
+    """``tiny_language_model(name)``, built once; tests leave it as it is."""
+    return tiny_language_model(name)
