@@ -1,20 +1,30 @@
 """What is compressed in every architecture of the installed mlx-lm, as tiny models have it.
 
 python scripts/models_table.py && python scripts/results.py
+python scripts/models_table.py --mlx-vlm && python scripts/results.py
+
+With --mlx-vlm the language models of the installed mlx-vlm, each of which is also run through
+packed caches: a prompt in uneven cuts, decoded tokens, a trim, and more.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests" / "helpers")]
 
+import mlx.core as mx  # noqa: E402
+from architecture_cases import Q8_TOLERANCE, TURBO4_TOLERANCE  # noqa: E402
 from record import record  # noqa: E402
-from tiny_models import HELPERS, architectures, shared_model  # noqa: E402
+from tiny_models import HELPERS, architectures, run_session, shared_model  # noqa: E402
+from tiny_vlm import language_models, tiny_language_model  # noqa: E402
+from tiny_vlm_configs import NEEDS_METAL, NOT_BY_TOKENS, WITHOUT_CACHES  # noqa: E402
 
+from mlx_turbokv import make_prompt_cache  # noqa: E402
 from mlx_turbokv.cli.output import write_json  # noqa: E402
 from mlx_turbokv.model.caches import own_caches  # noqa: E402
 from mlx_turbokv.model.kv_layers import KVLayers, kv_layers  # noqa: E402
@@ -24,15 +34,53 @@ REMARKS = {
     "muse_spark": "tested on GPUs alone: mlx-lm has its attention's kernels for nothing else",
     "olmo": "mlx-lm needs the package ai2-olmo for it, and takes prompts only a token at a time",
 }
+VLM_REMARKS = {
+    "bitnet": "not run: mlx-vlm has its kernels for Metal alone",
+    "diffusion_gemma": "not run: it writes whole blocks of tokens",
+    "muse_spark": "not run: mlx-vlm has its kernels for Metal alone",
+    "nemotron_parse": "not run: its decoder starts from an image",
+}
+PREFILL_CUTS, N_DECODE = [5, 1, 17, 14], 20
+TOLERANCES = {"q8_0": Q8_TOLERANCE, "turbo4": TURBO4_TOLERANCE}
 
 
 def rows() -> list[dict]:
     """What happens to the caches of every architecture."""
-    return [_row(name) for name in architectures()]
+    return [_row(name, shared_model(name), REMARKS.get(name, "")) for name in architectures()]
 
 
-def _row(name: str) -> dict:
-    model = shared_model(name)
+def vlm_rows(names: list[str]) -> tuple[list[dict], list[str]]:
+    """The same of mlx-vlm's language models, with the errors of logits through packed caches.
+
+    Returns:
+        the rows, and what quantisation does not explain.
+    """
+    found, failures = [], []
+    for name in names:
+        model = tiny_language_model(name)
+        row = _row(name, model, VLM_REMARKS.get(name, "")) | {"error": _errors(name, model)}
+        found.append(row)
+        print(row, flush=True)
+        for fmt, error in row["error"].items():
+            if not error <= TOLERANCES[fmt]:
+                failures.append(f"{name}, {fmt}: the logits' error is {error:.3f}.")
+    return found, failures
+
+
+def _errors(name: str, model) -> dict[str, float]:
+    """Root mean square of the logits' error over their standard deviation, by format."""
+    if name in NOT_BY_TOKENS or (name in NEEDS_METAL and not mx.metal.is_available()):
+        return {}
+    own = run_session(model, own_caches(model), PREFILL_CUTS, N_DECODE)
+    errors = {}
+    for fmt in TOLERANCES:
+        packed = run_session(model, make_prompt_cache(model, fmt, fmt), PREFILL_CUTS, N_DECODE)
+        error = mx.sqrt(mx.mean(mx.square(packed - own))) / mx.std(own)
+        errors[fmt] = round(error.item(), 4)
+    return errors
+
+
+def _row(name: str, model, remark: str) -> dict:
     found = kv_layers(model)
     return {
         "architecture": name,
@@ -41,7 +89,7 @@ def _row(name: str) -> dict:
         "added_with_sliding": len(kv_layers(model, compress_sliding=True).layers)
         - len(found.layers),
         "left_alone": _left_alone(found),
-        "remark": REMARKS.get(name, ""),
+        "remark": remark,
     }
 
 
@@ -54,9 +102,20 @@ def _left_alone(found: KVLayers) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", default=str(ROOT / "benchmarks" / "models.json"))
-    found = record(what="caches by architecture", helpers=sorted(HELPERS), rows=rows())
-    write_json(parser.parse_args().json, found)
+    parser.add_argument("--mlx-vlm", action="store_true")
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    helpers, failures, versions = HELPERS, [], {}
+    if args.mlx_vlm:
+        helpers, versions = WITHOUT_CACHES, {"mlx_vlm": version("mlx-vlm")}
+        found, failures = vlm_rows(language_models())
+    else:
+        found = rows()
+    path = args.json or ROOT / "benchmarks" / ("models_vlm.json" if args.mlx_vlm else "models.json")
+    what = "caches by architecture"
+    write_json(str(path), record(what=what, **versions, helpers=sorted(helpers), rows=found))
+    if failures:
+        sys.exit("\n".join(failures))
 
 
 if __name__ == "__main__":

@@ -137,7 +137,9 @@ def run_session(model: nn.Module, caches: list[Any], cuts: list[int], n_decode: 
 
     def feed(n: int) -> None:
         nonlocal at
-        logits.append(model(mx.array([tokens[at : at + n]]), cache=caches)[0].astype(mx.float32))
+        output = model(mx.array([tokens[at : at + n]]), cache=caches)
+        output = getattr(output, "logits", output)  # mlx-vlm's models return more than logits
+        logits.append(output[0].astype(mx.float32))
         mx.eval(logits[-1])
         at += n
 
