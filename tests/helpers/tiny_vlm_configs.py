@@ -87,7 +87,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "kolibri1": _SLIDING,
     "lfm2_vl": _LFM2,
     "limite": {"rope_n_pairs": 8, "attn_gate_channels": 32, "ve_dim": 32,
-               "softcap_logits": {"a": 23.0, "b": 5.0, "c": 7.5}},
+               "softcap_logits": {"kind": "sigmoid", "a": 23.0, "b": 5.0, "c": 7.5}},
     "llava": {"model_type": "llama"},
     "llava_next": {"model_type": "llama"},
     "llmjpvl": {"model_type": "llama"},
