@@ -286,9 +286,9 @@ def test_a_second_start_costs_little(checked) -> None:
         forget()
         trust._digest.cache_clear()
         assemble.header_text.cache_clear()
-        start = time.perf_counter()
+        start = time.process_time()
         for kernel in kernels:
             trust.require(kernel)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     assert len(checked) == len(kernels)
     assert min(seconds) < 0.05

@@ -50,11 +50,11 @@ def test_parts_are_written_as_they_were(path, intact):
 @pytest.mark.parametrize("n", [LAYERS + 1, 1000, 60_000, 2**31 - 1])
 def test_layers_that_a_file_does_not_have_are_refused_at_once(path, n):
     gguf_edit.edit(path, set_field("llama.block_count", U32, n))
-    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(InputError, match=f"declares {n:,} layers and has tensors of {LAYERS}"):
         config_from_gguf(open_gguf(path))
     refused(path, "layers")
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
 
 
@@ -175,10 +175,10 @@ def test_a_tensor_of_more_than_the_file_has_is_refused(path, dims):
 @pytest.mark.parametrize("what", ["n_fields", "n_tensors"])
 @pytest.mark.parametrize("n", [0, 1, 1 << 20, 1 << 40, (1 << 64) - 1])
 def test_numbers_of_fields_and_tensors_are_checked(path, what, n):
-    start = time.perf_counter()
+    start = time.process_time()
     gguf_edit.edit(path, lambda parts: setattr(parts, what, n))
     refused(path)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def many(n: int, kind: int):
@@ -202,9 +202,9 @@ def many(n: int, kind: int):
 @pytest.mark.parametrize("kind", [1, 3, 4], ids=["normal", "control", "user-defined"])
 def test_300_000_strings_are_read_quickly(path, kind):
     gguf_edit.edit(path, many(300_000, kind))
-    start = time.perf_counter()
+    start = time.process_time()
     loaded = models.load(path)
-    assert time.perf_counter() - start < 15
+    assert time.process_time() - start < 15
     assert loaded.tokenizer.vocab_size == len(TOKENS) + 300_000
     assert logits(loaded.model, 2).shape[-1] == len(TOKENS) + 300_000
 
