@@ -1,6 +1,6 @@
-"""One rank of test_distributed.py: generates with a split tiny model and writes its results.
+"""One rank of test_distributed.py: generates with split tiny models and writes its results.
 
-mlx.launch -n 2 --backend ring tests/helpers/distributed_run.py ARCHITECTURE HOW FOLDER
+mlx.launch -n 2 --backend ring tests/helpers/distributed_run.py FOLDER ARCHITECTURE:HOW...
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from varied_models import varied_model
 
 POLICY = "boundary:1,1"
-PROMPT = [(7 * i * i + 3 * i + 1) % 89 for i in range(300)]
-N_TOKENS = 30
+PROMPT = [(7 * i * i + 3 * i + 1) % 89 for i in range(312)]  # nine tiles and most of a tenth
+N_TOKENS = 12
 
 
 def run(architecture: str, how: str) -> dict:
@@ -57,6 +57,7 @@ def run(architecture: str, how: str) -> dict:
 
 
 if __name__ == "__main__":
-    found = run(sys.argv[1], sys.argv[2])
+    folder, *names = sys.argv[1:]
+    found = {name: run(*name.split(":")) for name in names}
     rank = mx.distributed.init().rank()
-    (Path(sys.argv[3]) / f"{rank}.json").write_text(json.dumps(found))
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(found))

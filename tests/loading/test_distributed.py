@@ -3,64 +3,69 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 from distributed_run import N_TOKENS, run
+from two_ranks import ENVIRONMENT, LAUNCH, SECONDS
 
 pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).resolve().parents[1] / "helpers" / "distributed_run.py"
-LAUNCH = Path(sys.executable).parent / "mlx.launch"
+TENSOR = ["tensor", "tensor-late"]
+PIPELINE = ["pipeline", "pipeline-late"]
+WINDOWED, HYBRID = "ministral3", "qwen3_next"
+SLIDING = ["tensor-sliding", "pipeline-sliding", "pipeline-sliding-late"]
+
+alone = cache(run)
 
 
-def launch(architecture: str, how: str, folder: Path) -> list[dict]:
-    """What both ranks saw."""
-    port = 20_000 + os.getpid() % 20_000  # mlx.launch's default serves one run on a machine
-    command = [sys.executable, str(LAUNCH), "-n", "2", "--backend", "ring"]
-    command += ["--starting-port", str(port), "--python", sys.executable]
-    command += [str(SCRIPT), architecture, how, str(folder)]
-    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory):
+    """What both ranks saw of an architecture split in a way; all ways in one launch."""
+    names = [f"llama:{how}" for how in TENSOR]
+    names += [f"{name}:{how}" for name in (WINDOWED, HYBRID) for how in PIPELINE]
+    names += [f"{WINDOWED}:{how}" for how in SLIDING]
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [*LAUNCH, str(SCRIPT), str(folder), *names]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, timeout=SECONDS, env=ENVIRONMENT
+    )
     files = sorted(folder.glob("*.json"))
     assert len(files) == 2, ended.stdout + ended.stderr
-    return [json.loads(file.read_text()) for file in files]
+    found = [json.loads(file.read_text()) for file in files]
+    return lambda architecture, how: [rank[f"{architecture}:{how}"] for rank in found]
 
 
-@pytest.mark.parametrize("how", ["tensor", "tensor-late"])
-def test_tensor_parallel_gives_the_tokens_of_one_process(how: str, tmp_path: Path) -> None:
-    alone, ranks = run("llama", "alone"), launch("llama", how, tmp_path)
-    assert len(alone["tokens"]) == N_TOKENS
-    for rank in ranks:
-        assert rank["tokens"] == alone["tokens"]
-        assert rank["formats"] == alone["formats"]
-        assert [2 * n for n in rank["heads"]] == alone["heads"]
+@pytest.mark.parametrize("how", TENSOR)
+def test_tensor_parallel_gives_the_tokens_of_one_process(how: str, ranks) -> None:
+    one = alone("llama", "alone")
+    assert len(one["tokens"]) == N_TOKENS
+    for rank in ranks("llama", how):
+        assert rank["tokens"] == one["tokens"]
+        assert rank["formats"] == one["formats"]
+        assert [2 * n for n in rank["heads"]] == one["heads"]
 
 
-@pytest.mark.parametrize("architecture", ["ministral3", "qwen3_next"])
-@pytest.mark.parametrize("how", ["pipeline", "pipeline-late"])
-def test_pipeline_counts_kv_layers_over_the_whole_model(
-    architecture: str, how: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("architecture", [WINDOWED, HYBRID])
+@pytest.mark.parametrize("how", PIPELINE)
+def test_pipeline_counts_kv_layers_over_the_whole_model(architecture: str, how: str, ranks) -> None:
     """The last rank holds the first layers; a boundary is the model's, not a rank's."""
-    alone, ranks = run(architecture, "alone"), launch(architecture, how, tmp_path)
-    assert len(set(alone["formats"]) - {"none"}) == 2
-    for rank in ranks:
-        assert rank["tokens"] == alone["tokens"]
-    assert ranks[1]["formats"] + ranks[0]["formats"] == alone["formats"]
-    assert ranks[0]["formats"] and ranks[1]["formats"]
+    one, (first, last) = alone(architecture, "alone"), ranks(architecture, how)
+    assert len(set(one["formats"]) - {"none"}) == 2
+    assert first["tokens"] == last["tokens"] == one["tokens"]
+    assert last["formats"] + first["formats"] == one["formats"]
+    assert first["formats"] and last["formats"]
 
 
-@pytest.mark.parametrize("how", ["tensor-sliding", "pipeline-sliding", "pipeline-sliding-late"])
-def test_windows_are_packed_on_every_rank(how: str, tmp_path: Path) -> None:
-    alone, ranks = run("ministral3", "alone-sliding"), launch("ministral3", how, tmp_path)
-    assert alone["formats"] == ["q8_0/q8_0", *["q8_0/turbo6"] * 4, "q8_0/q8_0"]
-    for rank in ranks:
-        assert rank["tokens"] == alone["tokens"]
+@pytest.mark.parametrize("how", SLIDING)
+def test_windows_are_packed_on_every_rank(how: str, ranks) -> None:
+    one, (first, last) = alone(WINDOWED, "alone-sliding"), ranks(WINDOWED, how)
+    assert one["formats"] == ["q8_0/q8_0", *["q8_0/turbo6"] * 4, "q8_0/q8_0"]
+    assert first["tokens"] == last["tokens"] == one["tokens"]
     if how.startswith("tensor"):
-        assert {tuple(rank["formats"]) for rank in ranks} == {tuple(alone["formats"])}
+        assert first["formats"] == last["formats"] == one["formats"]
     else:
-        assert ranks[1]["formats"] + ranks[0]["formats"] == alone["formats"]
+        assert last["formats"] + first["formats"] == one["formats"]
