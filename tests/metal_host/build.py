@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 from dataclasses import dataclass
@@ -141,6 +142,7 @@ def host_source(text: str, name: str, call: str | None = None) -> tuple[str, met
     return body + entry, kernel
 
 
+@functools.cache
 def compile_kernel(text: str, name: str, call: str | None = None) -> Compiled:
     """Compiles a kernel for every build, or finds it in the cache.
 
