@@ -44,9 +44,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 _found: dict[str, FileCoverage] = {}  # lines of metal/, once a run has ended
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node) -> None:
+    """The processes of `pytest -n` count in one folder: gcov's counters are added under a lock."""
+    node.workerinput["metal_host_coverage"] = str(session_folder())
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """In a process of `pytest -n`, counts where the others do."""
+    if hasattr(config, "workerinput"):
+        os.environ["METAL_HOST_COVERAGE"] = config.workerinput["metal_host_coverage"]
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A run of all tests fails where a line of metal/ never ran on the CPU."""
-    if session_folder.cache_info().currsize == 0:
+    if hasattr(session.config, "workerinput") or session_folder.cache_info().currsize == 0:
         return
     _found.update(collect(session_folder()))
     if "METAL_HOST_COVERAGE" not in os.environ:
