@@ -169,6 +169,6 @@ def _large(
     names = ", ".join(sorted({str(formats[i][0]) for i in norms}))
     return [
         f"The key projection has a large bias (norm up to {max(norms.values()):,.0f}, layers "
-        f"{ranges(sorted(norms))}) and these keys are not centred: expect {names} keys to harm the "
-        "model."
+        f"{ranges(sorted(norms))}) and these keys are not centred: {names} keys then ruin what "
+        "the model says. Let them be centred, or give K q8_0."
     ]

@@ -113,7 +113,9 @@ def measure(
     path = journal_path("perplexity", run.settings, json_path)
     checkpoint = Checkpoint(path, run.settings, resume)
     if kept := sum(i < len(run.windows) for i in checkpoint.windows):
-        print_status(f"{kept} of {len(run.windows)} windows were finished before ({path}).")
+        print_status(
+            f"{kept} of {len(run.windows)} windows were finished before ({checkpoint.found_in})."
+        )
     with Progress(len(run.windows) * len(names)) as progress:
         evaluation = evaluate_windows(loaded.model, run.windows, run.configs, checkpoint, progress)
     record = {
@@ -133,7 +135,7 @@ def measure(
     }
     if json_path is not None:
         write_json(json_path, record)
-    checkpoint.done()
+    checkpoint.done(keep=json_path is not None)
     return record
 
 

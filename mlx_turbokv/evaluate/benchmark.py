@@ -21,7 +21,7 @@ import mlx.nn as nn
 from ..errors import InputError
 from ..model.caches import own_caches
 from ..model.kv_layers import KVLayers, kv_layers
-from .configuration import Prepared
+from .prepared import Prepared
 from .timed_generation import build_times, caches_for, generate
 
 FILL_STEP = 8192  # rows written at a time into a cache that is filled without the model
@@ -254,7 +254,7 @@ def _row(point: Point, trial: Trials, first: Trials, batch_size: int = 1) -> dic
         "tokens": point.tokens,
         "batch_size": batch_size,
         "config": trial.config.name,
-        "bits_per_value": trial.config.bits,
+        "bits_per_value": trial.config.bits_at(point.tokens)[2],
         "backend": trial.config.backend,
     }
     if trial.error is not None or not trial.generation_s:

@@ -6,12 +6,14 @@ dropped; everything before it counts.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
+import zlib
 from pathlib import Path
 
 from ..errors import InputError
-from ..files import cache_dir, parse_json, write_text
+from ..files import cache_dir, parse_json, write_bytes, write_text
 from ..log import warn_once
 from .divergence import PositionStats
 
@@ -113,11 +115,37 @@ class Journal:
 class Checkpoint(Journal):
     """Finished windows at `path`, for a run with these settings; the arguments are a journal's.
 
-    The settings are everything but the number of windows.
+    The settings are everything but the number of windows. A run that has ended may keep its windows
+    (``done``), and a later one with the same settings adds to them.
 
     Raises:
         InputError: the file belongs to a run with other settings, or there is nothing to resume.
     """
+
+    def __init__(self, path: str | Path, settings: dict, resume: bool | None = None):
+        self.ended, ended = Path(f"{str(path).removesuffix('.partial')}.windows.gz"), []
+        if resume is not False and not Path(path).is_file():
+            ended = _ended_parts(self.ended, settings)
+        super().__init__(path, settings, None if ended else resume)
+        self.parts = ended or self.parts
+        self.found_in = self.ended if ended else self.path
+
+    def done(self, keep: bool = False) -> None:
+        """The run has ended and its results are stored: delete the file.
+
+        keep: its windows go to a file of their own, so that a run over more windows takes them.
+        """
+        if keep:
+            records = [{"settings": self.settings}, *self.parts]
+            text = "".join(json.dumps(record) + "\n" for record in records)
+            try:
+                write_bytes(self.ended, gzip.compress(text.encode(), mtime=0))
+            except OSError as error:
+                warn_once(
+                    f"Warning: {self.ended} cannot be written ({error.strerror}): a run over more "
+                    "windows will measure all of them."
+                )
+        super().done()
 
     @property
     def windows(self) -> dict[int, dict[str, dict]]:
@@ -140,3 +168,14 @@ class Checkpoint(Journal):
             name: {"stats": stats.to_json(), "kv_bytes": n} for name, (stats, n) in results.items()
         }
         self.add({"window": index, "results": record})
+
+
+def _ended_parts(path: Path, settings: dict) -> list[dict]:
+    """The windows of a run that has ended; none where it had other settings."""
+    try:
+        lines = gzip.decompress(path.read_bytes()).decode("utf-8").splitlines()
+        first, *parts = (parse_json(line) for line in lines)
+        same = first["settings"] == json.loads(json.dumps(settings))
+        return parts if same and all(part["window"] >= 0 for part in parts) else []
+    except (OSError, EOFError, ValueError, TypeError, KeyError, zlib.error):
+        return []  # there is no such file, or a damaged one

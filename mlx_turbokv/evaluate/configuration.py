@@ -8,8 +8,7 @@ formats that a policy leaves open), and `mlx-kvN[:GROUP]`, mlx-lm's own affine `
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ from ..policy.policies import DEFAULT_PROTECTION
 from ..policy.protection import UNPROTECTED
 from ..quant.formats import as_format
 from .mlx_lm_quantized import DEQUANTIZED, MLX_LM, make_quantized_caches, needs_dequantizing
+from .prepared import Prepared
 
 REFERENCE = "f16/f16"
 DEFAULT_CONFIGS = (
@@ -37,47 +37,6 @@ ACCEPTED = (
 _MLX_LM_NAME = re.compile(r"mlx-kv([2348])(?::(32|64|128))?")
 _PROTECTED = re.compile(r"(.+)\+\s*([0-9]{1,7})\s*,\s*([0-9]{1,7})\s*")
 _DEFAULT_GROUP = 64
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A configuration made ready for one model.
-
-    name: what the table calls it.
-    make_caches: makes empty caches.
-    layers: names of K's and V's format in each KV layer.
-    k_bits, v_bits, bits: bits per value of K, of V and of both; None if the model's shapes
-        cannot be learnt.
-    layer_bits: the same of K and V in each KV layer.
-    backend: what packs and reads the rows: a back-end's name, or "mlx-lm" (and whether its rows
-        are dequantised for attention).
-    centred: what the keys are centred by, in words.
-    protection: the protected tokens; the bits above are those of the others.
-    protected_bits: bits per value of K, of V and of both in protected tokens.
-    """
-
-    name: str
-    make_caches: Callable[[], list[Any]]
-    layers: list[tuple[str, str]] = field(default_factory=list)
-    k_bits: float | None = None
-    v_bits: float | None = None
-    bits: float | None = None
-    layer_bits: list[tuple[float, float]] | None = None
-    backend: str = MLX_LM
-    centred: str = "keys not centred"
-    protection: Protection = UNPROTECTED
-    protected_bits: tuple[float, float, float] | None = None
-
-    def bits_at(self, n: int) -> tuple[float | None, float | None, float | None]:
-        """Bits per value of K, of V and of both after a prompt of ``n`` tokens."""
-        bits = self.k_bits, self.v_bits, self.bits
-        if self.protected_bits is None:
-            return bits
-        share = min(n, self.protection.rows_after(n)[1]) / n
-        k, v, both = (
-            None if x is None else x + share * (y - x) for x, y in zip(bits, self.protected_bits)
-        )
-        return k, v, both
 
 
 class AffineFormat(NamedTuple):
@@ -217,6 +176,9 @@ def prepare(
         centred=factory.centring.summary(),
         protection=policy.protection if packed else UNPROTECTED,
         protected_bits=protected_bits,
+        centres=tuple(factory.centring.centres.values()),
+        n_values=_n_values(shapes or []),
+        warnings=tuple(factory.centring.notes),
     )
 
 
@@ -233,6 +195,11 @@ def protected_name(name: str, sink: int | None, recent: int | None) -> str:
     if (sink is None and recent is None) or is_mlx_lm(name) or _PROTECTED.fullmatch(name.strip()):
         return name
     return f"{name}+{parse_policy(name).protecting(sink, recent).protection}"
+
+
+def _n_values(shapes: Sequence[KVShape]) -> tuple[int, int]:
+    heads = [(s.n_kv_heads * s.k_head_dim, s.n_kv_heads * s.v_head_dim) for s in shapes]
+    return sum(k for k, _ in heads), sum(v for _, v in heads)
 
 
 def _prepare_mlx_lm(model: nn.Module, name: str, fmt: AffineFormat, timed: bool) -> Prepared:

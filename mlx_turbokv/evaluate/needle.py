@@ -20,10 +20,10 @@ from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
 from . import statistics
 from .checkpoint import Journal
-from .configuration import Prepared
 from .divergence import check_finite
 from .first_piece import FirstPiece
 from .haystack import Case, Haystack, Prompt, is_found
+from .prepared import Prepared
 from .windows import read_prompt
 
 SPARE_TOKENS = 2  # generated beyond the answer's own, for a quote or a space

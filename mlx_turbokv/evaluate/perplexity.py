@@ -17,9 +17,9 @@ import numpy as np
 from ..errors import InputError
 from . import statistics
 from .checkpoint import Checkpoint
-from .configuration import Prepared
 from .divergence import PositionStats, Reference, check_finite
 from .first_piece import FirstPiece
+from .prepared import Prepared
 from .windows import digest, first_scored, scored_logits, targets_of
 
 Progress = Callable[[int, int, str], None]
@@ -87,6 +87,7 @@ class Evaluation:
             "layer_bits": config.layer_bits,
             "backend": config.backend,
             "centred": config.centred,
+            "warnings": list(config.warnings),
             "protected": str(config.protection) if config.protection else None,
             "kv_bytes": result.kv_bytes,
             "n_predictions": int(all_kld.size),

@@ -111,6 +111,7 @@ def perplexity_table(record: dict) -> Table:
         f"{results[-1]['delta_nll']['se_over']}."
     ]
     notes += _centring_notes({row["config"]: row.get("centred") for row in results})
+    notes += [f"Warning: {r['config']}: {text}" for r in results for text in r.get("warnings", ())]
     if record["model"].get("kv_itemsize") == 4:
         notes.append(
             "This model runs in float32 here: its f16 rows hold 4 bytes a value, and bits/value "
@@ -148,10 +149,9 @@ def _perplexity_row(result: dict, is_reference: bool) -> list[str]:
 def needle_table(record: dict) -> Table:
     """A record of ``needle``."""
     kinds, n = ", ".join(record["kinds"]), len(record["depths"])
-    depths = "1 depth" if n == 1 else f"{n} depths"
     heading = (
         f"{_model_on_text(record, ', needles in')}: {len(record['cases'])} cases ({kinds}; "
-        f"{depths})\n{_environment(record)}"
+        f"{n} depth{'s' * (n > 1)})\n{_environment(record)}"
     )
     summary = record["summary"]
     notes = [
