@@ -231,7 +231,7 @@ def test_what_a_terminal_cannot_print_is_replaced():
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     ended = _program("plan", "--kv-layers", "4", env=environment, stdout=subprocess.PIPE)
     assert ended.returncode == 0, ended.stderr
-    assert b"q8_0/turbo2" in ended.stdout
+    assert b"turbo3/turbo2" in ended.stdout
 
 
 def test_a_prompt_cache_is_kept_where_its_file_cannot_be_written(tmp_path, own_cache):
