@@ -1,4 +1,4 @@
-"""``mlx_turbokv run``: a command of mlx-lm's, with packed caches."""
+"""``mlx_turbokv run``: a command of mlx-lm's or mlx-vlm's, with packed caches."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ COMMANDS = (
 )  # fmt: skip
 WITHOUT_CACHES = (
     "awq", "convert", "dwq", "dynamic_quant", "fuse", "gptq", "manage", "share", "upload",
+)  # fmt: skip
+VLM_COMMANDS = ("chat", "generate", "server")
+_NO_EFFECT = (
+    "kv_group_size", "quantized_kv_start", "kv_key_bits", "kv_value_bits", "kv_key_scheme",
+    "kv_value_scheme", "kv_quant_scheme",
 )  # fmt: skip
 _WORDS = "mlx_turbokv.words"
 _PYTHON = ("python", "python3")
@@ -46,60 +51,70 @@ def command(ctx: click.Context, words: tuple[str, ...], **args: Any) -> None:
 
     COMMAND is generate, chat, evaluate, benchmark, perplexity, cache_prompt, server or lora, whose
     evaluations read packed caches too. --model takes .gguf files as well. --max-kv-size goes to the
-    packed caches.
+    packed caches. Vision models: -- mlx_vlm.generate, chat or server, where mlx-vlm is installed.
     """
     from ..loading import blas
 
-    name, rest = mlx_lm_command(words)
-    if name == "server":  # which needs more than attached caches
+    package, name, rest = command_of(words)
+    if (package, name) == ("mlx_lm", "server"):  # which needs more than attached caches
         from .serve import command as serve
 
         given = ctx.meta[_WORDS][: len(ctx.meta[_WORDS]) - len(words)]
         serve.main([*(word for word in given if word != "--"), *rest], standalone_mode=False)
         return
     blas.require_mlx()
-    from ..loading.attached import Attaching
+    if package == "mlx_vlm":
+        from ..loading.attached_vlm import AttachingVLM as Attaching
+    else:
+        from ..loading.attached import Attaching
 
     attaching = Attaching(print_status, _check, **options.attach_options(args))
     attaching.run(name, rest)
     if not attaching.has_packed:
-        print_status(f"mlx_lm.{name} made no KV cache.")
+        print_status(f"{package}.{name} made no KV cache.")
 
 
 main = console_script(command)
 
 
-def mlx_lm_command(words: tuple[str, ...]) -> tuple[str, list[str]]:
-    """The command's name in mlx_lm, and its arguments.
+def command_of(words: tuple[str, ...]) -> tuple[str, str, list[str]]:
+    """The package, the command's name in it, and its arguments.
 
     Args:
-        words: ``mlx_lm.NAME …``, ``mlx_lm NAME …``, or either after ``python -m``.
+        words: ``mlx_lm.NAME …``, ``mlx_lm NAME …``, or either after ``python -m``; or of mlx_vlm.
 
     Raises: InputError for anything else, or a command that makes no cache.
     """
     rest = list(words)
     if len(rest) > 1 and os.path.basename(rest[0]) in _PYTHON and rest[1] == "-m":
         rest = rest[2:]
-    if rest and os.path.basename(rest[0]) == "mlx_lm":
-        rest = [f"mlx_lm.{rest[1]}", *rest[2:]] if len(rest) > 1 else rest
+    package = os.path.basename(rest[0]).split(".")[0] if rest else ""
+    if rest and os.path.basename(rest[0]) == package and len(rest) > 1:
+        rest = [f"{package}.{rest[1]}", *rest[2:]]
     first = os.path.basename(rest[0]) if rest else ""
-    name = first.removeprefix("mlx_lm.")
-    if first != name and name in WITHOUT_CACHES:
+    name = first.removeprefix(f"{package}.")
+    if package == "mlx_lm" and name in WITHOUT_CACHES:
         raise InputError(f"mlx_lm.{name} makes no KV cache: run it by itself.")
-    if first == name or name not in COMMANDS:
+    accepted = {"mlx_lm": COMMANDS, "mlx_vlm": VLM_COMMANDS}.get(package, ())
+    if first == name or name not in accepted:
         said = f"{first!r} is not accepted" if first else "There is no command"
+        of, accepted = ("mlx-vlm", VLM_COMMANDS) if package == "mlx_vlm" else ("mlx-lm", COMMANDS)
         raise InputError(
-            f"{said}: give one of mlx_lm's after --, {', '.join(COMMANDS[:-1])} or {COMMANDS[-1]}, "
-            "as in -- mlx_lm.chat --model ID."
+            f"{said}: give one of {of}'s after --, {', '.join(accepted[:-1])} or {accepted[-1]}, "
+            f"as in -- {of.replace('-', '_')}.chat --model ID."
         )
-    return name, rest[1:]
+    return package, name, rest[1:]
 
 
 def _check(attaching: Any, given: Any, parser: Any) -> None:
     """Refuse or pass on what a command does of its own with caches."""
     if (bits := getattr(given, "kv_bits", None)) is not None:
         raise InputError(instead_of_kv_bits(str(bits), " to mlx_turbokv run, before the --"))
-    for name in ("kv_group_size", "quantized_kv_start"):
+    if attaching.package == "mlx_vlm" and getattr(given, "draft_model", None) is not None:
+        raise InputError(
+            "--draft-model is not accepted: mlx-vlm's speculative decoding needs caches of its own."
+        )
+    for name in _NO_EFFECT:
         if getattr(given, name, None) != parser.get_default(name):
             option = f"--{name.replace('_', '-')}"
             raise InputError(f"{option} has no effect on packed caches: omit it.")

@@ -43,6 +43,8 @@ class Attaching:
         cache_options: as ``attach`` takes them.
     """
 
+    package = "mlx_lm"
+
     def __init__(
         self, say: Say, check: Callable[[Attaching, Any, argparse.ArgumentParser], None],
         **cache_options: Any,
@@ -54,7 +56,8 @@ class Attaching:
         self.n_caches = 0  # lists of caches that were made for the command
         self._files: list[tuple[Path, list[Any], dict[str, Any]]] = []
         self._is_loading = False
-        self._load, self._sharded_load = utils.load, utils.sharded_load
+        self._load: Any = utils.load
+        self._sharded_load = utils.sharded_load
 
     def run(self, name: str, args: list[str]) -> None:
         """Run a command of mlx-lm to its end.
@@ -65,20 +68,23 @@ class Attaching:
         Raises:
             InputError: the command, its options or a model cannot be used so.
         """
-        command = _command(name)
+        command = _command(self.package, name)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(patched(sys, argv=[f"mlx_lm.{name}", *args]))
-            stack.enter_context(self._patched_everywhere("load", self._load, self.load))
-            stack.enter_context(
-                self._patched_everywhere("sharded_load", self._sharded_load, self.load_sharded)
-            )
-            original = mlx_lm_cache.load_prompt_cache
-            stack.enter_context(
-                self._patched_everywhere("load_prompt_cache", original, self.load_prompt_cache)
-            )
+            stack.enter_context(patched(sys, argv=[f"{self.package}.{name}", *args]))
+            for replaced in self._replaced():
+                stack.enter_context(self._patched_everywhere(*replaced))
             stack.enter_context(self._checked_options())
             stack.enter_context(self._counted_caches())
             command.main()
+
+    def _replaced(self) -> list[tuple[str, Any, Any]]:
+        """Functions of the package: the name of each, itself, and what stands in for it."""
+        load_prompt_cache = mlx_lm_cache.load_prompt_cache
+        return [
+            ("load", self._load, self.load),
+            ("sharded_load", self._sharded_load, self.load_sharded),
+            ("load_prompt_cache", load_prompt_cache, self.load_prompt_cache),
+        ]
 
     @property
     def has_packed(self) -> bool:
@@ -135,17 +141,19 @@ class Attaching:
             self.say(f"The draft model {name} keeps mlx-lm's own cache.")
             return
         attach(model, **self.cache_options)
-        factory: Any = model.make_cache
         _cache_every_call(model)
         if distributed.rank() == 0:
-            pairs = Counter(f"{k}/{v}" for k, v in factory.formats)
-            layers = ", ".join(f"{n} x {pair}" for pair, n in pairs.items())
-            backend = select_backend(self.cache_options.get("backend")).name
-            policy = self.cache_options["policy"].name
-            self.say(f"{name}: KV cache {policy} ({layers} layers), {backend} back-end")
+            self._say_formats(model.make_cache, name)
         for path, caches, metadata in self._files:
             self._pack(path, caches, metadata, model)
         self.n_caches = 0
+
+    def _say_formats(self, factory: Any, name: str) -> None:
+        pairs = Counter(f"{k}/{v}" for k, v in factory.formats)
+        layers = ", ".join(f"{n} x {pair}" for pair, n in pairs.items()) or "no"
+        backend = select_backend(self.cache_options.get("backend")).name
+        policy = self.cache_options["policy"].name
+        self.say(f"{name}: KV cache {policy} ({layers} layers), {backend} back-end")
 
     def _pack(
         self, path: Path, caches: list[Any], metadata: dict[str, Any], model: nn.Module
@@ -167,10 +175,10 @@ class Attaching:
 
     @contextlib.contextmanager
     def _patched_everywhere(self, name: str, old: Any, new: Any) -> Iterator[None]:
-        """Replace a function in every module of mlx-lm that has it by name."""
+        """Replace a function in every module of the package that has it by name."""
         with contextlib.ExitStack() as stack:
             for module_name, module in list(sys.modules.items()):
-                if module_name.split(".")[0] == "mlx_lm" and vars(module).get(name) is old:
+                if module_name.split(".")[0] == self.package and vars(module).get(name) is old:
                     stack.enter_context(patched(module, **{name: new}))
             yield
 
@@ -199,13 +207,13 @@ class Attaching:
             yield
 
 
-def _command(name: str) -> Any:
+def _command(package: str, name: str) -> Any:
     try:
-        return importlib.import_module(f"mlx_lm.{name}")
+        return importlib.import_module(f"{package}.{name}")
     except ImportError as error:
-        missing = (error.name or "").replace("_", "-")
+        missing = (error.name or "").replace("_", "-") or "what it needs"
         raise InputError(
-            f"mlx_lm.{name} cannot be loaded ({error}): pip install {missing or 'what it needs'}."
+            f"{package}.{name} cannot be loaded ({error}): pip install {missing}."
         ) from error
 
 

@@ -220,7 +220,9 @@ def _pipeline_stage(model: nn.Module) -> Any | None:
     while isinstance(module, nn.Module):
         if getattr(module, "pipeline_size", 1) > 1 and hasattr(module, "start_idx"):
             return module
-        module = getattr(module, "language_model", None) or getattr(module, "model", None)
+        inner = getattr(module, "language_model", None)
+        is_own = inner is module  # some of mlx-vlm's models are their own language model
+        module = getattr(module, "model", None) if inner is None or is_own else inner
     return None
 
 

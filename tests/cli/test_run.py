@@ -29,7 +29,7 @@ from server_process import free_port, wait_until_ready
 
 from mlx_turbokv import TurboKVCache, make_prompt_cache
 from mlx_turbokv.cache.base import PackedCache
-from mlx_turbokv.cli.run import COMMANDS, WITHOUT_CACHES, mlx_lm_command
+from mlx_turbokv.cli.run import COMMANDS, WITHOUT_CACHES, command_of
 from mlx_turbokv.loading import models
 
 FORMATS = ("-ctk", "turbo4", "-ctv", "turbo3")
@@ -98,12 +98,19 @@ def test_every_command_that_mlx_lm_ships_is_run_or_refused():
      ["/usr/bin/python3", "-m", "mlx_lm.generate"], ["/opt/bin/mlx_lm.generate"]],
 )  # fmt: skip
 def test_the_ways_to_name_a_command(words):
-    assert mlx_lm_command((*words, "--model", "x")) == ("generate", ["--model", "x"])
+    assert command_of((*words, "--model", "x")) == ("mlx_lm", "generate", ["--model", "x"])
+    words = [word.replace("mlx_lm", "mlx_vlm") for word in words]
+    assert command_of((*words, "--model", "x")) == ("mlx_vlm", "generate", ["--model", "x"])
 
 
 @pytest.mark.parametrize("words", [[], ["mlx_lm"], ["generate"], ["ls"], ["mlx_lm.nothing"], [""]])
 def test_other_commands_are_refused(words):
     assert "mlx_lm.chat --model ID" in call("run", "--", *words).error()
+
+
+@pytest.mark.parametrize("words", [["mlx_vlm"], ["mlx_vlm.convert"], ["mlx_vlm", "train"]])
+def test_other_commands_of_mlx_vlm_are_refused(words):
+    assert "chat, generate or server" in call("run", "--", *words).error()
 
 
 def test_generate(folder, text):

@@ -69,6 +69,8 @@ def _build(name: str, changes: dict[str, Any]) -> nn.Module:
     if kind is None:
         config = _filled(package.ModelConfig, name, changes)
         model = package.Model(config)
+        if name == "phi3_v":  # its vision tower, which has one size alone
+            del model.model.vision_embed_tokens
         return getattr(model, "language_model", model)
     parameters = [p for p in inspect.signature(kind).parameters.values()
                   if p.kind is p.POSITIONAL_OR_KEYWORD]  # fmt: skip

@@ -66,7 +66,7 @@ class Batches:
         self.generator = BatchGenerator(model.language_model, processor, **options)
 
     def answers(self, prompts: list[list[int]], n: int, later: int = 0) -> list[list[int]]:
-        """Greedy answers of ``n`` tokens; the last prompt comes ``later`` steps after the others."""
+        """Greedy answers of ``n`` tokens; the last prompt comes ``later`` steps afterwards."""
         first = prompts[:-1] if later else prompts
         found = {uid: [] for uid in self._insert(first, n)}
         for step in range(10_000):

@@ -117,6 +117,13 @@ def test_pipeline_ranks_count_over_the_whole_model() -> None:
     assert v[0] == ["turbo2", "q8_0", "q8_0"]
 
 
+def test_a_model_may_be_its_own_language_model() -> None:
+    model = tiny_model("llama")
+    type_of_it = type("Whole", (type(model),), {"language_model": property(lambda self: self)})
+    object.__setattr__(model, "__class__", type_of_it)
+    assert [layer.index for layer in kv_layers(model).layers] == [0, 1, 2]
+
+
 class _Group(SimpleNamespace):
     def __init__(self, rank: int, size: int) -> None:
         super().__init__(rank=lambda: rank, size=lambda: size)
