@@ -21,6 +21,12 @@ struct DecodeParams {
   int split_pairs;       // as in anchor.h
   int n_uncentred;       // first keys of a sequence without an anchor
   int stats_offset;      // offset of maxima and sums in `result`
+  // of protected rows
+  int n_sunk;        // rows whose first tokens are stored apart
+  int first_tiles;   // most tiles of first tokens
+  int first_stride;  // tiles of one head in their buffer
+  int tail_start;    // the tail's first row, a multiple of 32
+  int body_splits;   // splits that read the body; the others read protected rows
 };
 
 // The softmax weight of an output row's sink relative to `max_score`, at most 2^120.

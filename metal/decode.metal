@@ -15,8 +15,8 @@
 template <typename C>
 TKV_FN void add_values(thread float* output, thread uint* words, threadgroup const uint* weights,
                        threadgroup const float4* shared, uint copy,
-                       DecodeInputs<typename C::T> inputs, Split split, int t, int next_t,
-                       int n_units, int lane) {
+                       DecodeInputs<typename C::T> inputs, Split split, Place place, int t,
+                       int next_t, int n_units, int lane) {
   const int part = C::PARTS == 2 ? lane / HALF_LANES : 0;
   const int first_vec4 = C::PARTS == 2 ? lane % HALF_LANES : lane;
   for (int u = 0; u < n_units; u++) {
@@ -33,10 +33,10 @@ TKV_FN void add_values(thread float* output, thread uint* words, threadgroup con
                           tile_weights + unit * (C::UNIT_TOKENS * C::PADDED_ROWS / 2), shared, copy,
                           tile, unit, next, next_unit, first_vec4);
     } else {
-      const int base = (t + step) * TILE;
-      const int from = larger(split.padding - base, 0);
-      const int n_left = inputs.params->n_tokens - base;
-      const int to = t + step >= split.end ? 0 : (n_left < TILE ? n_left : TILE);
+      const int base = (place.tile + step) * TILE;
+      const int from = larger(place.from - base, 0);
+      const bool idle = C::PARTS < C::OUTPUT_PARTS && lane >= HALF_LANES;
+      const int to = idle || t + step >= split.end ? 0 : smaller(place.to - base, TILE);
       if (!C::PREFETCH) {
         load_unit<C>(words, tile, unit, first_vec4);
       }
@@ -52,22 +52,20 @@ TKV_FN void add_values(thread float* output, thread uint* words, threadgroup con
   }
 }
 
-template <typename C, typename Result>
-TKV_FN void decode_partial(DecodeInputs<typename C::T> inputs, device Result* result,
-                           threadgroup float4* shared, uint3 group, uint simd, uint lane_index) {
+// Attends to the tiles of a split: adds to `softmax` and `output`.
+template <typename C>
+TKV_FN void attend(thread Softmax<C::ROWS>& softmax, thread float* output,
+                   DecodeInputs<typename C::T> inputs, Split split, threadgroup float4* shared,
+                   int simd_group, int lane) {
   typedef typename C::K K;
   typedef typename C::V V;
   typedef DecodeMemory<C> Memory;
-  const int lane = int(lane_index);
-  const int simd_group = int(simd);
   const int thread_index = simd_group * LANES + lane;
   threadgroup uint* words = (threadgroup uint*)shared;
   threadgroup float* floats = (threadgroup float*)shared;
   const device DecodeParams& params = *inputs.params;
-  const Split split = split_of<C>(inputs, group);
   const device typename C::T* q = inputs.queries + size_t(split.first_row) * K::DIM;
   const float scale = params.scale * LOG2_E;
-  const int n_tokens = params.n_tokens;
 
   // loads that the set-up needs, and those of the first tiles: K's first span is loaded during p.v
   // of the step before, V's first unit during q.k
@@ -103,13 +101,6 @@ TKV_FN void decode_partial(DecodeInputs<typename C::T> inputs, device Result* re
   store_n_seen<C>(words + Memory::N_SEEN, split, params, thread_index);
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
-  float output[C::VEC4S * C::ROWS * 4];
-  TKV_UNROLL
-  for (int i = 0; i < C::VEC4S * C::ROWS * 4; i++) {
-    output[i] = 0.0f;
-  }
-  Softmax<C> softmax;
-  start_softmax<C>(softmax);
   const int one = params.opaque_one;  // keeps the compiler from adding offsets at each use
   const uint k_copy = lane_copy<K::BITS, C::K_COPIES>(shared, Memory::K_LUT * one, lane);
   const uint v_copy = lane_copy<V::BITS, C::V_COPIES>(shared, Memory::V_LUT * one, lane);
@@ -117,11 +108,14 @@ TKV_FN void decode_partial(DecodeInputs<typename C::T> inputs, device Result* re
   threadgroup float* anchor_scores =
       floats + Memory::ANCHOR_SCORES + simd_group * Memory::ANCHOR_WORDS;
   int anchor_step = 0;  // since store_anchor_scores
-  const int anchor_steps = C::ANCHORS / (C::STEP * blocks_of_tile(split.padding));
+  const int anchor_steps =
+      C::READS == READS_PROTECTED ? 1 : C::ANCHORS / (C::STEP * blocks_of_tile(split.padding));
   // loops stay rolled: unrolled they exceed the instruction cache
   const int n_spans = C::SPANS == 1 ? 1 : C::SPANS - 1 + one;
   const int n_units = C::STEP / C::PARTS * C::UNITS - 1 + one;
   for (int t = first_t; t < split.end; t += C::STRIDE) {
+    const Place place = place_of<C>(split, t, params);
+    threadgroup const uint* n_seen = words + Memory::N_SEEN + place.n_seen;
     Tiles<C> next_tiles;
     float score[C::STEP * C::ROWS];
     TKV_UNROLL
@@ -143,11 +137,11 @@ TKV_FN void decode_partial(DecodeInputs<typename C::T> inputs, device Result* re
     }
     if (C::CENTRED) {
       if (anchor_step == 0) {
-        store_anchor_scores<C>(anchor_scores, floats + Memory::PAIRS, inputs.cos_sin_table, t,
-                               split.padding, n_tokens, one, lane);
+        store_anchor_scores<C>(anchor_scores, floats + Memory::PAIRS, inputs.cos_sin_table,
+                               place.tile, place.padding, params.n_tokens, one, lane);
       }
-      add_anchor_scores<C>(score, anchor_scores, anchor_step, t, split.padding,
-                           split.padding + params.n_uncentred, lane);
+      add_anchor_scores<C>(score, anchor_scores, anchor_step, place.tile, place.padding,
+                           place.padding + params.n_uncentred, lane);
       anchor_step = anchor_step + 1 < anchor_steps ? anchor_step + 1 : 0;
     }
 
@@ -160,16 +154,68 @@ TKV_FN void decode_partial(DecodeInputs<typename C::T> inputs, device Result* re
     if (C::PREFETCH) {
       load_value_scales<C>(v_scales, next_tiles, lane);
     }
-    const uint first = uint(t * TILE + lane - split.padding);
-    raise_max_scores<C>(softmax, output, score, logs, words + Memory::N_SEEN, first);
-    store_step_weights<C>(softmax, weights, score, scales, words + Memory::N_SEEN, first, lane);
+    const uint first = uint(place.tile * TILE + lane - place.from);
+    raise_max_scores<C>(softmax, output, score, logs, n_seen, first);
+    store_step_weights<C>(softmax, weights, score, scales, n_seen, first, lane);
     simdgroup_barrier(mem_flags::mem_threadgroup);
-    add_values<C>(output, v_words, weights, shared, v_copy, inputs, split, t, t + C::STRIDE,
-                  n_units, lane);
+    add_values<C>(output, v_words, weights, shared, v_copy, inputs, split, place, t,
+                  t + C::STRIDE, n_units, lane);
     if (C::PREFETCH) {
       tiles = next_tiles;
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
   }
-  join<C>(result, floats, output, softmax, split, inputs, int(group.y), simd_group, lane);
+}
+
+// Starts sums of nothing.
+template <typename C>
+TKV_FN void start(thread Softmax<C::ROWS>& softmax, thread float* output) {
+  start_softmax(softmax);
+  TKV_UNROLL
+  for (int i = 0; i < C::VEC4S * C::ROWS * 4; i++) {
+    output[i] = 0.0f;
+  }
+}
+
+template <typename C, typename Result>
+TKV_FN void decode_partial(DecodeInputs<typename C::T> inputs, device Result* result,
+                           threadgroup float4* shared, uint3 group, uint simd_group, uint lane) {
+  Split split = query_rows_of<C>(inputs, group);
+  take_all<C>(split, inputs, int(group.y));
+  Softmax<C::ROWS> softmax;
+  float output[C::VEC4S * C::ROWS * 4];
+  start<C>(softmax, output);
+  attend<C>(softmax, output, inputs, split, shared, int(simd_group), int(lane));
+  join<C>(result, (threadgroup float*)shared, output, softmax, split, inputs, int(group.y),
+          int(simd_group), int(lane));
+}
+
+// The same of protected rows. C: of the body, P: of the first tokens and the tail. The first splits
+// read the body, the others protected rows; with WHOLE one reads both.
+template <typename C, typename P, typename Result>
+TKV_FN void decode_protected(DecodeInputs<typename C::T> inputs, device Result* result,
+                             threadgroup float4* shared, uint3 group, uint simd_group,
+                             uint lane) {
+  static_assert(C::ROWS == P::ROWS && C::VEC4S == P::VEC4S, "both add to the same sums");
+  static_assert(C::OUTPUT_PARTS == P::OUTPUT_PARTS, "both add to the same sums");
+  const int n_body = inputs.params->body_splits;
+  const int index = int(group.y);
+  Split split = query_rows_of<C>(inputs, group);
+  Softmax<C::ROWS> softmax;
+  float output[C::VEC4S * C::ROWS * 4];
+  start<C>(softmax, output);
+  if (C::WHOLE || index < n_body) {
+    take_body<C>(split, inputs, index);
+    if (split.begin < split.end) {
+      attend<C>(softmax, output, inputs, split, shared, int(simd_group), int(lane));
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+  if (C::WHOLE || index >= n_body) {
+    take_protected<P>(split, inputs, C::WHOLE ? 0 : index - n_body);
+    attend<P>(softmax, output, inputs, split, shared, int(simd_group), int(lane));
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  join<C>(result, (threadgroup float*)shared, output, softmax, split, inputs, index,
+          int(simd_group), int(lane));
 }

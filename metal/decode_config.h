@@ -13,7 +13,16 @@ struct DecodeInputs {
   const device float* mu;  // of centred keys (anchor.h)
   const device uint* cos_sin_table;
   const device T* sinks;  // [query head of a sequence]
+  // of protected rows (kernels/segments.py)
+  const device uint* first_tokens;  // [KV head][tile][word]
+  const device int* body_ends;      // [sequence]: rows before the first that the tail holds
 };
+
+// What a pass of the loop reads: body and tail of one layout; or the body between the first tokens
+// and the tail; or these two, which are protected.
+constant constexpr int READS_ALL = 0;
+constant constexpr int READS_BODY = 1;
+constant constexpr int READS_PROTECTED = 2;
 
 // Dims of K in one pass (a span) of the q.k loop: 32, or with `columns` 64 as many as fill whole
 // columns. The whole row where that neither divides a scale group nor is divided by one, or where
@@ -42,9 +51,11 @@ TKV_CONST_FN int padded_rows(int rows) {
 constant constexpr int CHAIN = 16;
 constant constexpr int CHAIN_TOKENS = 8;
 
-// K_, V_: Tensor. COLUMNS: of span_columns. LUT_KIB: most KiB of K's LUT.
+// K_, V_: Tensor. COLUMNS: of span_columns. LUT_KIB: most KiB of K's LUT. OUTPUT_PARTS_: PARTS of
+// the pass that the output is shared with, or 1.
 template <typename T_, typename K_, typename V_, int RAW_, int ROWS_, bool CENTRED_, bool WHOLE_,
-          int STEP_, int SIMD_GROUPS_, int COLUMNS, int LUT_KIB, bool PREFETCH_, bool HALF2_>
+          int STEP_, int SIMD_GROUPS_, int COLUMNS, int LUT_KIB, bool PREFETCH_, bool HALF2_,
+          int READS_, int OUTPUT_PARTS_>
 struct DecodeConfig {
   typedef T_ T;
   typedef K_ K;
@@ -57,6 +68,8 @@ struct DecodeConfig {
   static constant constexpr int SIMD_GROUPS = SIMD_GROUPS_;  // of a threadgroup
   static constant constexpr bool PREFETCH = PREFETCH_;       // load K and V before they are used
   static constant constexpr bool HALF2 = HALF2_;             // sums of half2 in short chains
+  static constant constexpr int READS = READS_;
+  static_assert(READS >= READS_ALL && READS <= READS_PROTECTED, "all, the body or protected rows");
   static_assert(RAW >= 0 && RAW <= 2, "unquantised rows are half, bfloat or float");
   static_assert(ROWS >= 1 && ROWS <= 16, "1 to 16 rows");
   static_assert(STEP == 1 || STEP == 2, "1 or 2 tiles");
@@ -98,6 +111,8 @@ struct DecodeConfig {
   static constant constexpr int VEC4S = ceil_div(V::DIM, 4 * LANES);  // of a lane
   // half a SIMD group per tile where heads are narrow
   static constant constexpr int PARTS = V::DIM <= 64 && STEP >= 2 ? 2 : 1;
+  static constant constexpr int OUTPUT_PARTS = larger(PARTS, OUTPUT_PARTS_);
+  static_assert(PARTS == OUTPUT_PARTS || !V_IN_HALF, "half values fill the lanes of their part");
   static constant constexpr int UNIT_TOKENS = unit_tokens(V::BITS, PREFETCH);
   static constant constexpr int UNITS = TILE / UNIT_TOKENS;
   static constant constexpr int UNIT_WORDS = UNIT_TOKENS * V::BITS / 8;  // of a vec4
@@ -155,7 +170,8 @@ struct DecodeMemory {
   static constant constexpr int V_LUT = K_LUT == 0 ? K_LUT_WORDS : 0;
   static constant constexpr int ROW_SCALES = K_LUT_WORDS + V_LUT_WORDS;
   static constant constexpr int N_SEEN = aligned(ROW_SCALES + C::PADDED_ROWS);
-  static constant constexpr int BIASES = aligned(N_SEEN + C::PADDED_ROWS);
+  static constant constexpr int BIASES =  // of the tail's rows, then of the first tokens
+      aligned(N_SEEN + C::PADDED_ROWS * (C::READS == READS_PROTECTED ? 2 : 1));
   static constant constexpr int QUERIES =
       aligned(BIASES + (C::K_BIASED ? K::GROUPS * C::PADDED_ROWS : 0));
   static constant constexpr int WEIGHTS = QUERIES + query_words<C>(K::DIM);
@@ -211,63 +227,3 @@ TKV_FN void load_halves(thread half* values, threadgroup const half* at) {
   }
 }
 
-// The tokens, heads and query rows of a threadgroup. Rows and tiles of all heads are counted in 32
-// bits, elements and words in 64.
-struct Split {
-  int head;       // KV head, of all sequences'
-  int row0;       // first query row of the KV head
-  int n_rows;     // valid query rows
-  int first_row;  // of all heads' query rows
-  int padding;    // rows before the sequence's first token
-  int begin;      // tiles
-  int end;
-  int body_tiles;           // of the head
-  int body_first;           // tile 0 of the head in the body's buffer
-  int tail_first;           // tile 0 of the head, if it were in the tail's buffer
-  const device uint* body;  // tile `body_first`, and `tail_first` + `body_tiles`
-  const device uint* tail;
-};
-
-// Cuts the tiles of a head into `n_splits` parts of nearly the same length. Tiles of nothing but
-// left padding are skipped.
-template <typename C>
-TKV_FN Split split_of(DecodeInputs<typename C::T> inputs, uint3 group) {
-  const device DecodeParams& params = *inputs.params;
-  Split split;
-  split.head = int(group.x);
-  split.row0 = int(group.z) * C::ROWS;
-  const int rows_left = params.n_rows - split.row0;
-  split.n_rows = rows_left < C::ROWS ? rows_left : C::ROWS;
-  split.first_row = split.head * params.n_rows + split.row0;
-  split.padding =
-      params.has_left_padding != 0 ? inputs.left_padding[split.head / params.n_kv_heads] : 0;
-  split.body_tiles = params.body_tiles;
-  split.body_first = split.head * params.body_stride;
-  split.tail_first = split.head * params.tail_stride - params.body_tiles;
-  split.body = inputs.body + size_t(uint(split.body_first)) * C::TILE_WORDS;
-  split.tail = inputs.tail + size_t(uint(split.head * params.tail_stride)) * C::TILE_WORDS;
-  const int n_tokens = params.n_tokens;
-  const int first_tile = (split.padding < n_tokens ? split.padding : n_tokens) / TILE;
-  const int n_tiles = (n_tokens + TILE - 1) / TILE - first_tile;
-  const int n_splits = C::WHOLE ? 1 : params.n_splits;
-  const int index = int(group.y);
-  const int length = C::WHOLE ? n_tiles : int(uint(n_tiles) / uint(n_splits));
-  const int n_longer = C::WHOLE ? 0 : n_tiles - length * n_splits;
-  split.begin = first_tile + index * length + (index < n_longer ? index : n_longer);
-  split.end = split.begin + length + (index < n_longer ? 1 : 0);
-  return split;
-}
-
-// The words of tile `tile`; past the split's end those of its last tile, which are then unused.
-// Counting from the head's pointers is faster, from the buffers' takes fewer registers.
-template <typename C>
-TKV_FN const device uint* tile_at(DecodeInputs<typename C::T> inputs, Split split, int tile) {
-  const int at = tile < split.end ? tile : split.end - 1;
-  const bool in_body = at < split.body_tiles;
-  if (C::PREFETCH) {
-    return (in_body ? split.body : split.tail) +
-           size_t(uint(in_body ? at : at - split.body_tiles)) * C::TILE_WORDS;
-  }
-  return (in_body ? inputs.body : inputs.tail) +
-         size_t(uint(at + (in_body ? split.body_first : split.tail_first))) * C::TILE_WORDS;
-}

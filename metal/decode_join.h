@@ -29,8 +29,8 @@ template <typename C>
 TKV_FN void store_rows(threadgroup float* joined, thread const float* output,
                        thread const float* factors, int r0, int simd_group, int lane) {
   constexpr int ROWS_JOINED = DecodeMemory<C>::ROWS_JOINED;
-  const int part = C::PARTS == 2 ? lane / HALF_LANES : 0;
-  const int first_vec4 = C::PARTS == 2 ? lane % HALF_LANES : lane;
+  const int part = C::OUTPUT_PARTS == 2 ? lane / HALF_LANES : 0;
+  const int first_vec4 = C::OUTPUT_PARTS == 2 ? lane % HALF_LANES : lane;
   TKV_UNROLL
   for (int r = 0; r < C::ROWS; r++) {
     if (r >= r0 && r < r0 + ROWS_JOINED) {
@@ -39,7 +39,7 @@ TKV_FN void store_rows(threadgroup float* joined, thread const float* output,
         TKV_UNROLL
         for (int d = 0; d < 4; d++) {
           float value = output[(s * C::ROWS + r) * 4 + d] * factors[r];
-          if (C::PARTS == 2) {
+          if (C::OUTPUT_PARTS == 2) {
             value += simd_shuffle_xor(value, ushort(HALF_LANES));
           }
           const int vec4 = first_vec4 + s * LANES;
@@ -99,7 +99,7 @@ TKV_FN void write_whole(device Result* result, threadgroup float* words, Split s
 // Joins the SIMD groups' rows and writes them.
 template <typename C, typename Result>
 TKV_FN void join(device Result* result, threadgroup float* words, thread const float* output,
-                 thread const Softmax<C>& softmax, Split split, DecodeInputs<typename C::T> inputs,
+                 thread const Softmax<C::ROWS>& softmax, Split split, DecodeInputs<typename C::T> inputs,
                  int index, int simd_group, int lane) {
   typedef DecodeMemory<C> Memory;
   const int thread_index = simd_group * LANES + lane;

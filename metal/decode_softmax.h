@@ -11,23 +11,23 @@ constant constexpr float MARGIN = 4.0f;
 // the smallest subnormal of half: smaller scales of V are taken as this
 constant constexpr float LOWEST_SCALE = 5.96e-8f;
 
-template <typename C>
+template <int ROWS>
 struct Softmax {
-  float max_score[C::ROWS];
-  float sum_exp[C::ROWS];  // of this lane's tokens
+  float max_score[ROWS];
+  float sum_exp[ROWS];  // of this lane's tokens
 };
 
-template <typename C>
-TKV_FN void start_softmax(thread Softmax<C>& softmax) {
+template <int ROWS>
+TKV_FN void start_softmax(thread Softmax<ROWS>& softmax) {
   TKV_UNROLL
-  for (int r = 0; r < C::ROWS; r++) {
+  for (int r = 0; r < ROWS; r++) {
     softmax.max_score[r] = LOWEST;
     softmax.sum_exp[r] = 0.0f;
   }
 }
 
-// Stores how many tokens each row sees, after the left padding and up to the split's end. Rows of
-// earlier queries miss the last tokens.
+// Stores how many rows each query sees of those that are read, up to the split's end. Earlier
+// queries miss the last rows.
 template <typename C>
 TKV_FN void store_n_seen(threadgroup uint* n_seen, Split split, const device DecodeParams& params,
                          int thread_index) {
@@ -35,8 +35,16 @@ TKV_FN void store_n_seen(threadgroup uint* n_seen, Split split, const device Dec
     const int n_queries = params.n_queries;
     const int query = (split.row0 + thread_index) % n_queries;
     const int n_visible = params.n_tokens - (params.causal != 0 ? n_queries - 1 - query : 0);
-    const int last = n_visible < split.end * TILE ? n_visible : split.end * TILE;
-    n_seen[thread_index] = thread_index < C::ROWS ? uint(larger(last - split.padding, 0)) : 0u;
+    const int to = C::READS == READS_BODY ? smaller(n_visible, split.to) : n_visible;
+    // protected rows are cut into whole steps, after which there is none
+    const int last = C::READS == READS_PROTECTED ? to : smaller(to, split.end * TILE);
+    const bool valid = thread_index < C::ROWS;
+    n_seen[thread_index] = valid ? uint(larger(last - split.from, 0)) : 0u;
+    if (C::READS == READS_PROTECTED) {
+      const int n_first = n_first_tokens(params, split.padding);
+      const int n = smaller(n_visible - split.padding, n_first);
+      n_seen[C::PADDED_ROWS + thread_index] = valid ? uint(larger(n, 0)) : 0u;
+    }
   }
 }
 
@@ -57,9 +65,9 @@ TKV_FN void folded_scales(thread float* scales, thread float* logs, thread const
 }
 
 // Raises max_score where a score asks for it, and scales the sums and the output to it. `first`:
-// the lane's token in the step's first tile, counted from the left padding.
+// the lane's row in the step's first tile, counted from the first that is read.
 template <typename C>
-TKV_FN void raise_max_scores(thread Softmax<C>& softmax, thread float* output,
+TKV_FN void raise_max_scores(thread Softmax<C::ROWS>& softmax, thread float* output,
                              thread const float* score, thread const float* logs,
                              threadgroup const uint* n_seen, uint first) {
   bool grown = false;
@@ -97,7 +105,7 @@ TKV_FN void raise_max_scores(thread Softmax<C>& softmax, thread float* output,
 
 // Adds the weights of a step's tokens to sum_exp, and stores them in threadgroup memory.
 template <typename C>
-TKV_FN void store_step_weights(thread Softmax<C>& softmax, threadgroup uint* weights,
+TKV_FN void store_step_weights(thread Softmax<C::ROWS>& softmax, threadgroup uint* weights,
                                thread const float* score, thread const float* scales,
                                threadgroup const uint* n_seen, uint first, int lane) {
   TKV_UNROLL

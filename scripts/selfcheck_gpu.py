@@ -37,7 +37,7 @@ from mlx_turbokv.errors import InputError
 from mlx_turbokv.kernels import (
     assemble,
     backend,
-    decode,
+    decode_launch,
     dequantize,
     pack,
     reference,
@@ -101,7 +101,7 @@ def forget() -> None:
     trust._found.clear()
     trust._machine.cache_clear()
     log._given.clear()
-    for cached in (assemble._build, pack._launch, decode._launch, decode._call):
+    for cached in (assemble._build, pack._launch, decode_launch.launch_for, decode_launch._call):
         cached.cache_clear()
     for cached in (dequantize._launch, dequantize._restoring):
         cached.cache_clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import mlx.core as mx
 
@@ -11,7 +12,7 @@ from ..kernels.decode import MAX_QUERIES
 from ..kernels.heads import attention_by_heads, scaled_dot_product_attention
 from ..kernels.packed import PackedKV, PaddedCausal
 from ..kernels.reference import with_left_padding
-from ..kernels.segments import AnyKV, SegmentedKV
+from ..kernels.segments import AnyKV, SegmentedKV, all_rows
 from ..quant.layout import KVLayout
 from ..quant.rotate import rotate
 from .pacing import limit_in_flight
@@ -59,9 +60,9 @@ def attention(
         return output.astype(queries.dtype)
     backend = backend.covering(packed.layout)
     decode, rotated_rows = backend.decode, backend.rotated_rows
-    if decode is None or rotated_rows is None or isinstance(packed, SegmentedKV):
+    if decode is None or rotated_rows is None:
         return backend.attention(queries, packed, scale, mask, sinks, left_padding)
-    few = queries.shape[2] <= MAX_QUERIES
+    few = queries.shape[2] <= MAX_QUERIES and packed.n_packed == packed.n_tokens
     # rows of padding have no positions, so they must be hidden
     hidden = packed.left_padding is None or left_padding is not None
     if few and hidden and not isinstance(mask, mx.array):
@@ -78,16 +79,17 @@ def attention(
     return _dequantized(queries, packed, scale, mask, sinks, rotated_rows)
 
 
-def _is_causal_with_padding(mask: PaddedCausal, queries: mx.array, packed: PackedKV) -> bool:
+def _is_causal_with_padding(mask: PaddedCausal, queries: mx.array, packed: AnyKV) -> bool:
     """Whether the mask says no more than where these sequences begin, and is causal."""
     if mask.shape != (queries.shape[0], 1, queries.shape[2], packed.n_tokens):
         return False
-    return packed.centre is None or packed.left_padding is not None
+    anywhere = packed.centre is None and isinstance(packed, PackedKV)
+    return anywhere or packed.left_padding is not None
 
 
 def _dequantized(
     queries: mx.array,
-    packed: PackedKV,
+    packed: AnyKV,
     scale: float,
     mask: mx.array | str | None,
     sinks: mx.array | None,
@@ -103,7 +105,7 @@ def _dequantized(
     bytes_each = packed.row_values(queries.shape[0]) * dtype.size
     output = attention_by_heads(
         q,
-        lambda first, count: rotated_rows(packed, dtype, first, count),
+        partial(_rows, packed, dtype, rotated_rows),
         n_kv_heads,
         bytes_each,
         scale,
@@ -116,3 +118,12 @@ def _dequantized(
     if queries.shape[2] > MAX_QUERIES:
         limit_in_flight(output, packed.newest, bytes_each * n_kv_heads + output.nbytes)
     return output
+
+
+def _rows(
+    packed: AnyKV, dtype: mx.Dtype, rotated_rows: Callable, first: int, count: int
+) -> tuple[mx.array, mx.array]:
+    """Rows of KV heads in the rotated basis, those too that are not packed yet."""
+    if isinstance(packed, SegmentedKV):
+        return all_rows(packed, (first, count), rotated_rows, dtype)
+    return rotated_rows(packed, dtype, first, count)

@@ -20,8 +20,8 @@ SHARED_FILES = ("common.h", "hadamard.h")
 # the other files that a kernel needs, in order
 NEEDS = {
     "decode.metal": (
-        *("attention.h", "anchor.h", "lut.h", "decode_config.h", "decode_queries.h"),
-        *("decode_columns.h", "decode_keys.h", "decode_anchors.h", "decode_values.h"),
+        *("attention.h", "anchor.h", "lut.h", "decode_config.h", "decode_split.h"),
+        *("decode_queries.h", "decode_columns.h", "decode_keys.h", "decode_anchors.h", "decode_values.h"),
         *("decode_softmax.h", "decode_join.h"),
     ),
     "merge.metal": ("attention.h",),

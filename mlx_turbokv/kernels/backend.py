@@ -13,6 +13,7 @@ from ..errors import InputError
 from ..log import warn_once
 from ..quant.layout import KVLayout
 from . import assemble, decode, dequantize, pack, reference, selfcheck, tables, trust, tuning
+from .segments import SegmentedKV, dequantized
 from .trust import UntrustedKernelError
 
 trust.checker = selfcheck.problem
@@ -120,6 +121,8 @@ def _pack(name, forced, keys, values, layout, tail=None, n_tail=0, **options):
 
 
 def _dequantize(name, forced, packed, dtype):
+    if isinstance(packed, SegmentedKV):
+        return dequantized(packed, dtype, partial(_rotated_rows, name, forced))
     if _covered(name, forced, packed.layout):
         try:
             return dequantize.dequantize(packed, dtype, backend=name)

@@ -73,6 +73,24 @@ def check_counts(op: str, n_body: int, body_tiles: int, n_tail: int, tail_tiles:
         )
 
 
+def check_segments(
+    op: str, batch: int, n_body: int, n_tokens: int, n_sunk: int, first_tiles: int,
+    first_stride: int, tail_start: int, body_ends: Sequence[int],
+) -> None:  # fmt: skip
+    """Check that protected rows lie within their tiles.
+
+    Raises:
+        ValueError: they don't.
+    """
+    bounds = tail_start % TILE == 0 and 0 <= tail_start <= n_body and 0 <= n_sunk <= n_tokens
+    ends = len(body_ends) == batch and all(0 <= end <= n_body for end in body_ends)
+    if not (bounds and ends and 0 <= first_tiles <= first_stride):
+        raise ValueError(
+            f"[{op}] {n_tokens} rows with a body of {n_body} that ends at {list(body_ends)}, a "
+            f"tail from {tail_start} on and {n_sunk} rows in {first_stride} first tiles do not fit."
+        )
+
+
 def check_packed(op: str, packed: PackedKV) -> tuple[int, int]:
     """Check packed rows whole.
 

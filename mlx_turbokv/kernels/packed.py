@@ -60,6 +60,11 @@ class PackedKV(NamedTuple):
         return self.n_body + self.n_tail
 
     @property
+    def n_packed(self) -> int:
+        """Rows that are packed: all."""
+        return self.n_tokens
+
+    @property
     def tiles(self) -> mx.array:
         """Body and tail as one array, the last tile perhaps partly filled.
 

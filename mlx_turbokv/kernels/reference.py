@@ -24,7 +24,7 @@ from .checks import (
 )
 from .heads import attention_by_heads
 from .packed import PackedKV
-from .segments import AnyKV, SegmentedKV, all_rows, packed_rows
+from .segments import AnyKV, SegmentedKV, all_rows, dequantized
 
 
 def pack(
@@ -89,7 +89,7 @@ def attention(
         returns: [B, n_heads, L, v_head_dim], in the queries' dtype.
     """
     layout = packed.layout
-    batch, n_kv_heads = _heads("attention", packed)
+    batch, n_kv_heads = _heads(packed)
     check_heads("attention", queries.shape[1], n_kv_heads, queries.shape[2])
     shape = batch, *queries.shape[1:3], layout.k_head_dim
     check_inputs("attention", [Input("queries", shape, queries.dtype)], [queries])
@@ -132,18 +132,18 @@ def with_left_padding(
     return mx.where(seen, mask, -mx.inf)
 
 
-def _heads(op: str, packed: AnyKV) -> tuple[int, int]:
+def _heads(packed: AnyKV) -> tuple[int, int]:
     """Sequences and KV heads of rows, checked whole where they are not made here."""
     if isinstance(packed, SegmentedKV):
         batch, n_heads = packed.newest.shape[:2]
         return batch, n_heads
-    return check_packed(op, packed)
+    return check_packed("attention", packed)
 
 
 def _rows_of(packed: AnyKV) -> Callable[[int, int], tuple[mx.array, mx.array]]:
     """Makes the rows of ``count`` KV heads from ``first`` on, in the rotated basis."""
     if isinstance(packed, SegmentedKV):
-        return lambda first, count: all_rows(packed, (first, count))
+        return lambda first, count: all_rows(packed, (first, count), rotated_rows, mx.float32)
     tiles = packed.tiles
     return lambda first, count: _rotated(tiles[:, first : first + count], packed, first)
 
@@ -156,23 +156,16 @@ def dequantize(packed: AnyKV, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
     Shapes:
         returns: [B, H, n, k_head_dim] and [B, H, n, v_head_dim] in ``dtype``.
     """
-    layout = packed.layout
-    _, n_heads = _heads("dequantize", packed)
     if isinstance(packed, SegmentedKV):
-        if packed.n_packed == 0 and packed.fresh is not None:
-            return packed.fresh[0].astype(dtype), packed.fresh[1].astype(dtype)
-        keys, values = packed_rows(packed, (0, n_heads))
-    else:
-        keys, values = _rotated(packed.tiles, packed)
+        return dequantized(packed, dtype, rotated_rows)
+    layout = packed.layout
+    check_packed("dequantize", packed)
+    keys, values = _rotated(packed.tiles, packed)
     if layout.k_format.is_turbo:
         keys = rotate(keys, layout.k_head_dim, inverse=True)
     if layout.v_format.is_turbo:
         values = rotate(values, layout.v_head_dim, inverse=True)
-    keys, values = keys.astype(dtype), values.astype(dtype)
-    if isinstance(packed, SegmentedKV) and packed.fresh is not None:
-        parts = zip((keys, values), packed.fresh)
-        keys, values = (mx.concatenate([x, y.astype(dtype)], axis=2) for x, y in parts)
-    return keys, values
+    return keys.astype(dtype), values.astype(dtype)
 
 
 def rotated_rows(

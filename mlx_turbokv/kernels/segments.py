@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import mlx.core as mx
 
 from ..centring.centre import Centre
-from ..quant import quantize
 from ..quant.layout import TILE, KVLayout
 from ..quant.rotate import rotate
-from ..quant.tiles import tiles_to_rows
 from .packed import PackedKV, empty_tiles
 
 Heads = tuple[int, int]  # the first KV head, and how many
+Rows = tuple[mx.array, mx.array]  # K and V
+# rows of KV heads, as reference.rotated_rows gives them
+Reader = Callable[[PackedKV, mx.Dtype, int, int], Rows]
 
 
 class SegmentedKV(NamedTuple):
@@ -91,49 +93,61 @@ class SegmentedKV(NamedTuple):
 AnyKV = PackedKV | SegmentedKV
 
 
-def packed_rows(kv: SegmentedKV, heads: Heads) -> tuple[mx.array, mx.array]:
-    """The packed rows of some KV heads, turbo rows in the rotated basis, float32.
+def packed_rows(kv: SegmentedKV, heads: Heads, read: Reader, dtype: mx.Dtype) -> Rows:
+    """The packed rows of some KV heads, turbo rows in the rotated basis.
+
+    Args:
+        read: a back-end's ``rotated_rows``.
 
     Shapes:
-        returns: [B, heads, kv.n_packed, k_head_dim] and [.., v_head_dim].
+        returns: [B, heads, kv.n_packed, k_head_dim] and [.., v_head_dim], in ``dtype``.
     """
-    head = slice(heads[0], heads[0] + heads[1])
-    n = kv.n_packed
-    parts = []
-    if kv.tail_start:
-        parts.append(_read(kv.body[:, head], kv.layout, 0, kv.tail_start))
-    if kv.n_tail:
-        tail = _read(kv.tail[:, head], kv.tail_layout, 0, kv.n_tail)
-        parts.append(_with_coarse_rows(kv, head, tail) if _overlap(kv) else tail)
-    keys, values = _joined(parts)
-    if kv.n_sink and kv.n_sunk:
-        first = _read(kv.sink[:, head], kv.sink_layout, 0, kv.n_sink)
-        keys, values = (_with_first_rows(kv, x, y) for x, y in zip((keys, values), first))
-    if kv.centre is not None:
-        dim = kv.layout.k_head_dim
-        anchors = kv.centre.rows(0, n, kv.left_padding, lambda x: rotate(x, dim))
-        keys = keys + anchors[:, head]
-    return keys, values
+    return _joined(_parts(kv, heads, read, dtype))
 
 
-def all_rows(kv: SegmentedKV, heads: Heads) -> tuple[mx.array, mx.array]:
-    """All rows of some KV heads, turbo rows in the rotated basis, float32.
+def all_rows(kv: SegmentedKV, heads: Heads, read: Reader, dtype: mx.Dtype) -> Rows:
+    """All rows of some KV heads, turbo rows in the rotated basis.
+
+    Args:
+        read: a back-end's ``rotated_rows``.
 
     Shapes:
-        returns: [B, heads, kv.n_tokens, k_head_dim] and [.., v_head_dim].
+        returns: [B, heads, kv.n_tokens, k_head_dim] and [.., v_head_dim], in ``dtype``.
     """
-    parts = [packed_rows(kv, heads)] if kv.n_packed else []
+    parts = _parts(kv, heads, read, dtype) if kv.n_packed else []
     if kv.fresh is not None:
         head = slice(heads[0], heads[0] + heads[1])
         fresh = []
         for x, fmt in zip(kv.fresh, (kv.layout.k_format, kv.layout.v_format)):
-            x = x[:, head].astype(mx.float32)
-            fresh.append(rotate(x, x.shape[-1]) if fmt.is_turbo else x)
+            x = x[:, head].astype(dtype)
+            fresh.append(rotate(x, x.shape[-1], dtype=dtype) if fmt.is_turbo else x)
         parts.append((fresh[0], fresh[1]))
     return _joined(parts)
 
 
-def _joined(parts: list[tuple[mx.array, mx.array]]) -> tuple[mx.array, mx.array]:
+def dequantized(kv: SegmentedKV, dtype: mx.Dtype, read: Reader) -> Rows:
+    """K and V as the model would have made them; rows that are not packed yet are exact.
+
+    Args:
+        read: a back-end's ``rotated_rows``.
+
+    Shapes:
+        returns: [B, H, n, k_head_dim] and [B, H, n, v_head_dim] in ``dtype``.
+    """
+    fresh = () if kv.fresh is None else tuple(x.astype(dtype) for x in kv.fresh)
+    if not kv.n_packed:
+        return fresh[0], fresh[1]
+    layout = kv.layout
+    keys, values = packed_rows(kv, (0, kv.newest.shape[1]), read, mx.float32)
+    if layout.k_format.is_turbo:
+        keys = rotate(keys, layout.k_head_dim, inverse=True)
+    if layout.v_format.is_turbo:
+        values = rotate(values, layout.v_head_dim, inverse=True)
+    keys, values = keys.astype(dtype), values.astype(dtype)
+    return _joined([(keys, values), fresh]) if fresh else (keys, values)
+
+
+def _joined(parts: list[Rows]) -> Rows:
     """K and V of consecutive rows."""
     if len(parts) == 1:
         return parts[0]
@@ -141,44 +155,70 @@ def _joined(parts: list[tuple[mx.array, mx.array]]) -> tuple[mx.array, mx.array]
     return keys, values
 
 
-def _overlap(kv: SegmentedKV) -> bool:
-    """Whether a row from ``tail_start`` on is read from the body."""
-    return max(kv.coarse_end) > kv.tail_start
+def _parts(kv: SegmentedKV, heads: Heads, read: Reader, dtype: mx.Dtype) -> list[Rows]:
+    """Consecutive packed rows."""
+    parts: list[Rows] = []
+    first = None
+    if kv.n_sink and kv.n_sunk:
+        first = read(_tail_alone(kv.sink_layout, kv.sink, kv.n_sink, kv.centre), dtype, *heads)
+    padded = any(kv.starts)
+    n_first = 0 if first is None or padded else min(kv.n_sink, kv.n_sunk)
+    if first is not None and n_first:
+        parts.append(_from(0, (first[0][:, :, :n_first], first[1][:, :, :n_first])))
+    if kv.tail_start > n_first:
+        body = PackedKV(
+            kv.layout, kv.body, kv.tail_start, empty_tiles(), 0, kv.centre, kv.left_padding
+        )
+        parts.append(_from(n_first, read(body, dtype, *heads)))
+    if kv.n_packed > max(n_first, kv.tail_start):
+        parts.append(_from(max(0, n_first - kv.tail_start), _tail_rows(kv, heads, read, dtype)))
+    if first is None or not padded:
+        return parts
+    keys, values = (_with_first_rows(kv, x, y) for x, y in zip(_joined(parts), first))
+    return [(keys, values)]
 
 
-def _read(tiles: mx.array, layout: KVLayout, first: int, n_rows: int) -> tuple[mx.array, mx.array]:
-    """Rows ``first`` to ``first + n_rows`` of tiles; ``first`` is a multiple of 32."""
-    last = -(-(first + n_rows) // TILE)
-    rows = tiles_to_rows(tiles[:, :, first // TILE : last], layout)
-    k, k_scales, v, v_scales = (part[:, :, :n_rows] for part in rows)
-    dtype = getattr(mx, layout.dtype)
-    return (
-        quantize.values(k, k_scales, layout.k_format, layout.k_head_dim, dtype),
-        quantize.values(v, v_scales, layout.v_format, layout.v_head_dim, dtype),
-    )
+def _from(first: int, rows: Rows) -> Rows:
+    """Rows from number ``first`` on."""
+    return (rows[0][:, :, first:], rows[1][:, :, first:]) if first else rows
 
 
-def _with_coarse_rows(
-    kv: SegmentedKV, head: slice, tail: tuple[mx.array, mx.array]
-) -> tuple[mx.array, mx.array]:
-    """The tail's rows, or the body's where a sequence has them there."""
-    n = min(kv.n_body - kv.tail_start, kv.n_tail)
-    body = _read(kv.body[:, head], kv.layout, kv.tail_start, n)
-    rows = mx.arange(kv.tail_start, kv.tail_start + n)
-    coarse = (rows < mx.array(kv.coarse_end)[:, None])[:, None, :, None]
-    keys, values = (
-        mx.concatenate([mx.where(coarse, x, y[:, :, :n]), y[:, :, n:]], axis=2)
-        for x, y in zip(body, tail)
-    )
-    return keys, values
+def _tail_alone(
+    layout: KVLayout, tiles: mx.array, n: int, centre: Centre | None = None
+) -> PackedKV:
+    """The first ``n`` rows of tiles."""
+    return PackedKV(layout, empty_tiles(), 0, tiles, n, centre)
+
+
+def _tail_rows(kv: SegmentedKV, heads: Heads, read: Reader, dtype: mx.Dtype) -> Rows:
+    """The rows from ``tail_start`` on: the tail's, or the body's where a sequence has them there.
+
+    Anchors are added here: the rows do not begin at row 0.
+    """
+    own = dtype if kv.centre is None else mx.float32
+    keys, values = read(_tail_alone(kv.tail_layout, kv.tail, kv.n_tail), own, *heads)
+    if max(kv.coarse_end) > kv.tail_start:
+        n = min(kv.n_body - kv.tail_start, kv.n_tail)
+        tiles = kv.body[:, :, kv.tail_start // TILE : -(-(kv.tail_start + n) // TILE)]
+        body = read(_tail_alone(kv.layout, tiles, n), own, *heads)
+        rows = mx.arange(kv.tail_start, kv.tail_start + n)
+        coarse = (rows < mx.array(kv.coarse_end)[:, None])[:, None, :, None]
+        keys, values = (
+            mx.concatenate([mx.where(coarse, x, y[:, :, :n]), y[:, :, n:]], axis=2)
+            for x, y in zip(body, (keys, values))
+        )
+    if kv.centre is not None:
+        dim, head = kv.layout.k_head_dim, slice(heads[0], heads[0] + heads[1])
+        anchors = kv.centre.rows(
+            kv.tail_start, kv.n_tail, kv.left_padding, lambda x: rotate(x, dim)
+        )
+        keys = keys + anchors[:, head]
+    return keys.astype(dtype), values.astype(dtype)
 
 
 def _with_first_rows(kv: SegmentedKV, rows: mx.array, first: mx.array) -> mx.array:
     """Rows with each sequence's first ones in the place of its own."""
     n = rows.shape[2]
-    if not any(kv.starts):
-        n_first = min(kv.n_sink, kv.n_sunk, n)
-        return mx.concatenate([first[:, :, :n_first], rows[:, :, n_first:]], axis=2)
     index = mx.arange(n) - mx.array(kv.starts)[:, None]
     held = (index >= 0) & (index < kv.n_sink) & (mx.arange(n) < kv.n_sunk)
     index = mx.clip(index, 0, kv.n_sink - 1)[:, None, :, None]

@@ -51,6 +51,7 @@ class Kernel:
         whole: whether decode is one launch; if not, merge follows.
         cut: the tuning of decode.
         heads: GQA factor and queries that decode is checked with.
+        protected: whether decode reads protected rows.
     """
 
     op: str
@@ -62,6 +63,7 @@ class Kernel:
     whole: bool = False
     cut: Any = None
     heads: tuple[int, int] = (1, 1)
+    protected: bool = False
 
     def __str__(self) -> str:
         layout, dims = self.layout, f"{self.layout.k_head_dim}"
@@ -71,6 +73,7 @@ class Kernel:
         parts += [str(self.dtype).removeprefix("mlx.core.")]
         parts += ["centred keys"] * self.centred
         if self.op == "decode":
+            parts += ["protected tokens"] * self.protected
             parts += [f"{self.rows} rows at once", "in one launch" if self.whole else "in splits"]
         return f"{self.op} of {', '.join(parts)}"
 

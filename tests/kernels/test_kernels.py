@@ -21,6 +21,7 @@ from mlx_turbokv.kernels import (
     assemble,
     backend,
     decode,
+    decode_launch,
     dequantize,
     heads,
     pack,
@@ -337,7 +338,7 @@ def test_parameters_are_those_of_the_kernels_struct() -> None:
     text = (assemble.metal_folder() / "attention.h").read_text()
     struct = re.search(r"struct DecodeParams \{(.*?)\n\};", text, re.S).group(1)
     fields = re.findall(r"^  (?:int|float) (\w+);", struct, re.M)
-    assert tuple(fields) == decode.DecodeParams._fields
+    assert tuple(fields) == decode_launch.DecodeParams._fields
 
 
 def test_an_odd_gpu_has_the_cores_of_a_common_one(monkeypatch) -> None:

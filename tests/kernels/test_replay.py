@@ -8,7 +8,7 @@ from threading import Thread
 import mlx.core as mx
 import pytest
 
-from mlx_turbokv.kernels import assemble, decode, dequantize, pack
+from mlx_turbokv.kernels import assemble, decode, decode_launch, dequantize, pack
 from mlx_turbokv.kernels.packed import PackedKV, empty_tiles
 from mlx_turbokv.quant.formats import KVFormat
 from mlx_turbokv.quant.layout import KVLayout
@@ -33,7 +33,8 @@ def calls(monkeypatch):
         return kernel
 
     def forget():
-        for cached in (assemble._build, pack._launch, decode._launch, decode._call):
+        decodes = decode_launch.launch_for, decode_launch._call
+        for cached in (assemble._build, pack._launch, *decodes):
             cached.cache_clear()
         dequantize._launch.cache_clear()
         dequantize._restoring.cache_clear()

@@ -10,7 +10,7 @@ import pytest
 from metal_host import toolchain
 from metal_host.opencl import MAX_THREADGROUP_BYTES
 
-from mlx_turbokv.kernels import assemble, decode, dequantize, pack, tables, tuning
+from mlx_turbokv.kernels import assemble, decode_launch, dequantize, pack, tables, tuning
 from mlx_turbokv.kernels.assemble import metal_folder
 from mlx_turbokv.kernels.tables import MAX_HEAD_DIM
 from mlx_turbokv.quant.formats import KVFormat
@@ -111,9 +111,9 @@ def test_every_layout_fits_on_every_apple_gpu(tmp_path, file: str) -> None:
 def test_the_program_counts_as_the_kernels_declare() -> None:
     """The expressions above are those of the launchers' sources."""
     assert "TKV_SHARED_ALIGNED(float4, shared, DecodeMemory<Config>::END / 4)" in (
-        decode.PARTIAL_SOURCE
+        decode_launch.PARTIAL_SOURCE
     )
-    assert "TKV_SHARED(float4, shared, 2 * VD)" in decode.MERGE_SOURCE
+    assert "TKV_SHARED(float4, shared, 2 * VD)" in decode_launch.MERGE_SOURCE
     assert "TKV_SHARED(float4, shared, dequantize_floats(KD, CENTRED) / 4)" in dequantize.SOURCE
     declared = re.findall(r"TKV_SHARED\((\w+), \w+, (.*)\);", pack.SOURCE)
     assert declared == [
