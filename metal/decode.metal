@@ -181,7 +181,7 @@ template <typename C, typename Result>
 TKV_FN void decode_partial(DecodeInputs<typename C::T> inputs, device Result* result,
                            threadgroup float4* shared, uint3 group, uint simd_group, uint lane) {
   Split split = query_rows_of<C>(inputs, group);
-  take_all<C>(split, inputs, int(group.y));
+  take_all<C>(split, inputs, int(group.y), inputs.params->n_splits);
   Softmax<C::ROWS> softmax;
   float output[C::VEC4S * C::ROWS * 4];
   start<C>(softmax, output);
@@ -190,8 +190,8 @@ TKV_FN void decode_partial(DecodeInputs<typename C::T> inputs, device Result* re
           int(simd_group), int(lane));
 }
 
-// The same of protected rows. C: of the body, P: of the first tokens and the tail. The first splits
-// read the body, the others protected rows; with WHOLE one reads both.
+// The same where tokens are protected. C: of the other rows, P: of protected ones. The first splits
+// read the others, the rest protected rows; with WHOLE one reads both.
 template <typename C, typename P, typename Result>
 TKV_FN void decode_protected(DecodeInputs<typename C::T> inputs, device Result* result,
                              threadgroup float4* shared, uint3 group, uint simd_group,

@@ -18,11 +18,13 @@ struct DecodeInputs {
   const device int* body_ends;      // [sequence]: rows before the first that the tail holds
 };
 
-// What a pass of the loop reads: body and tail of one layout; or the body between the first tokens
-// and the tail; or these two, which are protected.
+// What a pass of the loop reads: body and tail of one layout; the same but for the first tokens; the
+// body between the first tokens and the tail; or protected rows, which are the first tokens and,
+// unless it is of the body's layout, the tail.
 constant constexpr int READS_ALL = 0;
-constant constexpr int READS_BODY = 1;
-constant constexpr int READS_PROTECTED = 2;
+constant constexpr int READS_REST = 1;
+constant constexpr int READS_BODY = 2;
+constant constexpr int READS_PROTECTED = 3;
 
 // Dims of K in one pass (a span) of the q.k loop: 32, or with `columns` 64 as many as fill whole
 // columns. The whole row where that neither divides a scale group nor is divided by one, or where

@@ -65,12 +65,15 @@ TKV_FN int n_first_tokens(const device DecodeParams& params, int padding) {
   return larger(smaller(params.n_sunk - padding, params.first_tiles * TILE), 0);
 }
 
-// Body and tail of one layout. Tiles of nothing but left padding are skipped.
+// Part `index` of `n` of body and tail. Tiles of which no row is read are skipped.
 template <typename C>
-TKV_FN void take_all(thread Split& split, DecodeInputs<typename C::T> inputs, int index) {
+TKV_FN void take_all(thread Split& split, DecodeInputs<typename C::T> inputs, int index, int n) {
   const device DecodeParams& params = *inputs.params;
   const int n_tokens = params.n_tokens;
   split.from = split.padding;
+  if (C::READS == READS_REST) {
+    split.from += n_first_tokens(params, split.padding);
+  }
   split.to = n_tokens;
   split.body_tiles = params.body_tiles;
   split.body_first = split.head * params.body_stride;
@@ -79,13 +82,17 @@ TKV_FN void take_all(thread Split& split, DecodeInputs<typename C::T> inputs, in
   split.body = inputs.body + size_t(uint(split.body_first)) * C::TILE_WORDS;
   split.tail = inputs.tail + size_t(uint(split.head * params.tail_stride)) * C::TILE_WORDS;
   const int first = smaller(split.from, n_tokens) / TILE;
-  take_part<C>(split, first, ceil_div(n_tokens, TILE) - first, index, params.n_splits);
+  take_part<C>(split, first, ceil_div(n_tokens, TILE) - first, index, n);
 }
 
 // The rows that are not protected.
 template <typename C>
 TKV_FN void take_body(thread Split& split, DecodeInputs<typename C::T> inputs, int index) {
   const device DecodeParams& params = *inputs.params;
+  if (C::READS == READS_REST) {
+    take_all<C>(split, inputs, index, params.body_splits);
+    return;
+  }
   split.from = split.padding + n_first_tokens(params, split.padding);
   split.to = inputs.body_ends[split.head / params.n_kv_heads];
   split.body_tiles = 0;
@@ -96,7 +103,8 @@ TKV_FN void take_body(thread Split& split, DecodeInputs<typename C::T> inputs, i
                params.body_splits);
 }
 
-// The first tokens, in whole steps, then the tail from its first row on that is read.
+// The first tokens, in whole steps, then the tail from its first row on that is read. A tail of the
+// body's layout counts as empty: `tail_start` is n_tokens.
 template <typename C>
 TKV_FN void take_protected(thread Split& split, DecodeInputs<typename C::T> inputs, int index) {
   const device DecodeParams& params = *inputs.params;

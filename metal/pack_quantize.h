@@ -108,8 +108,8 @@ struct Anchors {
 };
 
 // Turbo codes and scales of a row, those of turbo8 as q8_0's; with CENTRED its anchor is subtracted
-// first.
-template <typename T, int BITS, int GROUP, int DIM, int WIDTH, bool CENTRED>
+// first. ROTATED: the row is in the rotated basis.
+template <typename T, int BITS, int GROUP, int DIM, int WIDTH, bool CENTRED, bool ROTATED>
 TKV_FN void quantize_turbo(const device T* x, threadgroup float* row, threadgroup uchar* codes,
                            threadgroup ushort* scales, threadgroup const float* levels,
                            const device uint* constants, Anchors anchors, int lane) {
@@ -128,12 +128,14 @@ TKV_FN void quantize_turbo(const device T* x, threadgroup float* row, threadgrou
       }
       y[j] = bounded<T>(y[j]);
     }
-    rotate<WIDTH>(y, constants, row + first, lane);
-    simdgroup_barrier(mem_flags::mem_threadgroup);
+    if (!ROTATED) {
+      rotate<WIDTH>(y, constants, row + first, lane);
+      simdgroup_barrier(mem_flags::mem_threadgroup);
+    }
     TKV_UNROLL
     for (int j = 0; j < N; j++) {
       if (lane + j * LANES < WIDTH) {
-        row[first + lane + j * LANES] = y[j] * factor;
+        row[first + lane + j * LANES] = ROTATED ? y[j] : y[j] * factor;
       }
     }
   }

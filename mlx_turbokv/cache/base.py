@@ -16,7 +16,7 @@ from ..kernels.segments import SegmentedKV, unsegmented
 from ..quant.layout import TILE
 from . import state as checks
 from .prefix import PrefixCached
-from .protected import ProtectedRows, Segments, check_covered
+from .protected import ProtectedRows, Segments
 
 UNPROTECTED_VERSION, STATE_VERSION = 2, 3  # the first is written where no tokens are protected
 STATE_LENGTH = 11  # values of the state that all packed caches have
@@ -196,7 +196,6 @@ class PackedCache(ProtectedRows, PrefixCached, mlx_lm_cache._BaseCache):
         self._clear()
         if not hasattr(self, "_backend_name"):
             self._backend_name = select_backend().request
-        check_covered(self.protection, self.backend)
         if rows is not None:
             self.layout, self.body, self.tail, self.n_body, self.n_tail = rows
             if self.protection:

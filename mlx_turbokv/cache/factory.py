@@ -12,7 +12,6 @@ from ..attention.hook import AttentionFunctions
 from ..centring.choose import Choice
 from ..centring.references import References
 from ..errors import InputError
-from ..kernels.backend import select_backend
 from ..log import warn_once
 from ..model.caches import ModelReference, cache_at, language_model, own_caches, put_cache
 from ..model.kinds import new_cache
@@ -21,7 +20,6 @@ from ..model.probing import only_forwards_kv
 from ..policy import Pair, Policy, Uniform, load_policy
 from ..quant.formats import KVFormat, as_format, check_head_dim
 from .base import PackedCache
-from .protected import check_covered
 from .rotating import TurboRotatingKVCache
 from .single import TurboKVCache
 from .summary import leaves
@@ -170,7 +168,6 @@ class CacheFactory:
         self.turbokv_previous = previous
         self.compress_sliding = compress_sliding
         self.max_kv_size = max_kv_size
-        check_covered(policy.protection, select_backend(backend))  # or an error now, not later
         caches = own_caches(model)
         self._n_caches = len(caches)
         self.layers: KVLayers = kv_layers(model, caches, compress_sliding)

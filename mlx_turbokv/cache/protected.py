@@ -13,16 +13,13 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ..centring.centre import Centre
-from ..errors import InputError
-from ..kernels.backend import Backend
 from ..kernels.packed import empty_tiles
 from ..kernels.segments import AnyKV, SegmentedKV
 from ..policy.protection import LEAVE_TOGETHER, UNPROTECTED, Protection
 from ..quant.formats import KVFormat
 from ..quant.layout import TILE, KVLayout, protected_layout
-from ..quant.requantize import requantize
 from .moving import joined, moved
-from .regrid import Part, gridded, protected_grid
+from .regrid import Part, gridded, joined_sinks, protected_grid
 from .rows import PackedRows
 
 
@@ -43,8 +40,7 @@ class ProtectedRows(PackedRows):
         recent: tokens at its end that are, at least.
 
     Raises:
-        InputError: as ``PackedRows``; a number of tokens that is not accepted, or a back-end whose
-            kernels do not read protected tokens.
+        InputError: as ``PackedRows``, or a number of tokens that is not accepted.
     """
 
     protection: Protection = UNPROTECTED
@@ -60,7 +56,6 @@ class ProtectedRows(PackedRows):
     ) -> None:
         self.protection = Protection(sink, recent)
         super().__init__(k_format, v_format, backend, centre)
-        check_covered(self.protection, self.backend)
 
     def _clear(self) -> None:
         super()._clear()
@@ -115,8 +110,8 @@ class ProtectedRows(PackedRows):
         n_sink = self._n_sink(self.layout) if self.segments.sink.size else 0
         n = 0
         for first, end in zip(self.starts, coarse_end):
-            newest = max(start, end)
-            n += self.n_rows - newest if self.protection.recent else 0
+            newest = max(start, end) if self.protection.recent else self.n_rows
+            n += self.n_rows - newest
             n += min(max(min(n_sunk, newest) - first, 0), n_sink)
         return n
 
@@ -175,7 +170,7 @@ class ProtectedRows(PackedRows):
         n_tiles, n_new = -(-n_old // TILE), max(0, stop - before)
         tiles = empty_tiles()
         if n_old:
-            tiles = requantize(self.tail[:, :, :n_tiles], tail_layout, layout)
+            tiles = self.backend.requantize(self.tail[:, :, :n_tiles], tail_layout, layout)
         if n_new:
             new = keys[:, :, :n_new], values[:, :, :n_new]
             tiles = self._pack_rows(*new, layout, tiles, n_old, before)
@@ -242,8 +237,13 @@ class ProtectedRows(PackedRows):
         if not self.protection:
             self._set_tiles(gridded(parts, n, layout, n_heads), n, layout)
             return
-        tail_layout = self._layouts(layout)[0]
-        grid = protected_grid(parts, n, layout, n_heads, tail_layout)
+        if not self.protection.recent:
+            sink, start = joined_sinks(parts, protected_layout(layout), n_heads), n // TILE * TILE
+            ends = [start] * sum(len(part.shifts) for part in parts)
+            self._set_tiles(gridded(parts, n, layout, n_heads), n, layout)
+            self.segments = Segments(sink, n, start, ends)
+            return
+        grid = protected_grid(parts, n, layout, n_heads)
         self.layout = layout
         self.body, self.n_body, self.tail, self.n_tail = grid[:4]
         self.segments = Segments(*grid[4:])
@@ -257,8 +257,13 @@ class ProtectedRows(PackedRows):
         coarse_end = [min(end, kept) for end in coarse_end]
         if kept < start:  # the tail goes on in the body's last tile, whose rows stay coarse
             start = kept // TILE * TILE
-            words = self._layouts(self.layout)[0].tile_words
-            self.tail = mx.zeros((*self.body.shape[:2], 1, words), mx.uint32)
+            self.tail = mx.contiguous(self.body[:, :, start // TILE : start // TILE + 1])
+            if self.protection.recent:
+                words = self._layouts(self.layout)[0].tile_words
+                self.tail = mx.zeros((*self.body.shape[:2], 1, words), mx.uint32)
+            else:
+                coarse_end = [min(end, start) for end in coarse_end]
+                self.n_body = start
         self.n_tail = kept - start
         if self.n_tail == 0:
             self.tail = empty_tiles()
@@ -268,19 +273,6 @@ class ProtectedRows(PackedRows):
         if kept == 0:
             self._clear()
         return n
-
-
-def check_covered(protection: Protection, backend: Backend) -> None:
-    """Check that a back-end reads protected tokens.
-
-    Raises:
-        InputError: it does not.
-    """
-    if protection and backend.decode is not None:
-        raise InputError(
-            f"Protected tokens ({protection.sink} first, {protection.recent} newest) are not "
-            f"accepted with the {backend.name} back-end: give 0 and 0, or the reference back-end."
-        )
 
 
 def _written_over(

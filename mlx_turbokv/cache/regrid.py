@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from ..kernels.packed import PackedKV, empty_tiles
+from ..kernels.packed import empty_tiles
 from ..quant.layout import TILE, KVLayout, protected_layout
 from .moving import moved
 
@@ -35,7 +35,7 @@ class Part(NamedTuple):
 
 
 def gridded(parts: Sequence[Part], n: int, layout: KVLayout, n_heads: int) -> mx.array:
-    """Tiles of unprotected rows: the newest ``n`` of all sequences.
+    """Tiles of rows whose newest ones are not protected: the newest ``n`` of all sequences.
 
     Shapes:
         returns: [B, n_heads, ceil(n / 32), layout.tile_words].
@@ -44,9 +44,7 @@ def gridded(parts: Sequence[Part], n: int, layout: KVLayout, n_heads: int) -> mx
     def tiles(part: Part) -> mx.array | None:
         if part.cache.layout is None:
             return None
-        held = part.cache.packed
-        if not isinstance(held, PackedKV):
-            raise TypeError("protected rows are no tiles of one layout")
+        held = part.cache.body_and_tail
         return moved(part.tiles(held.tiles), layout, part.shifts, part.ends, n)
 
     return _joined(parts, -(-n // TILE), layout, n_heads, tiles)
@@ -65,11 +63,10 @@ class Protected(NamedTuple):
     coarse_end: list[int]
 
 
-def protected_grid(
-    parts: Sequence[Part], n: int, layout: KVLayout, n_heads: int, tail_layout: KVLayout
-) -> Protected:
+def protected_grid(parts: Sequence[Part], n: int, layout: KVLayout, n_heads: int) -> Protected:
     """The newest ``n`` rows of all sequences; each row keeps the format that it has."""
     coarse_end, fine_start = [], []
+    fine = protected_layout(layout)
     for part in parts:
         starts = part.of(part.cache.starts)
         held = part.of(part.cache.segments.coarse_end)
@@ -93,21 +90,25 @@ def protected_grid(
         old = part.cache.segments.tail_start
         shifts = [shift + old - start for shift in part.shifts]
         ends = [min(end - old, part.cache.n_tail) for end in part.ends]
-        return moved(part.tiles(part.cache.tail), tail_layout, shifts, ends, n_tail)
+        return moved(part.tiles(part.cache.tail), fine, shifts, ends, n_tail)
 
-    sinks = [part.tiles(part.cache.with_first_tokens().sink) for part in parts]
-    n_sink = max(sink.shape[2] for sink in sinks)
-    fine = protected_layout(layout)
     return Protected(
         _joined(parts, n_body // TILE, layout, n_heads, body),
         n_body,
-        _joined(parts, -(-n_tail // TILE), tail_layout, n_heads, tail),
+        _joined(parts, -(-n_tail // TILE), fine, n_heads, tail),
         n_tail,
-        _joined(parts, n_sink, fine, n_heads, lambda part: _if_any(sinks[parts.index(part)])),
+        joined_sinks(parts, fine, n_heads),
         n,
         start,
         [max(end, start) for end in coarse_end],
     )
+
+
+def joined_sinks(parts: Sequence[Part], fine: KVLayout, n_heads: int) -> mx.array:
+    """The first tokens of all sequences, in the layout of protected rows."""
+    sinks = [part.tiles(part.cache.with_first_tokens().sink) for part in parts]
+    n_sink = max(sink.shape[2] for sink in sinks)
+    return _joined(parts, n_sink, fine, n_heads, lambda part: _if_any(sinks[parts.index(part)]))
 
 
 def _if_any(tiles: mx.array) -> mx.array | None:

@@ -69,6 +69,15 @@ class PackedRows:
         Raises:
             ValueError: the cache is empty.
         """
+        return self.body_and_tail
+
+    @property
+    def body_and_tail(self) -> PackedKV:
+        """Body and tail, where they are of one layout.
+
+        Raises:
+            ValueError: the cache is empty.
+        """
         if self.layout is None:
             raise ValueError(f"[{type(self).__name__}] the cache is empty.")
         padding = None if self.centre is None else self._position_padding()

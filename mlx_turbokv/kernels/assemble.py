@@ -21,7 +21,13 @@ SHARED_FILES = ("common.h", "hadamard.h")
 NEEDS = {
     "decode.metal": (
         *("attention.h", "anchor.h", "lut.h", "decode_config.h", "decode_split.h"),
-        *("decode_queries.h", "decode_columns.h", "decode_keys.h", "decode_anchors.h", "decode_values.h"),
+        *(
+            "decode_queries.h",
+            "decode_columns.h",
+            "decode_keys.h",
+            "decode_anchors.h",
+            "decode_values.h",
+        ),
         *("decode_softmax.h", "decode_join.h"),
     ),
     "merge.metal": ("attention.h",),

@@ -12,7 +12,18 @@ import mlx.core as mx
 from ..errors import InputError
 from ..log import warn_once
 from ..quant.layout import KVLayout
-from . import assemble, decode, dequantize, pack, reference, selfcheck, tables, trust, tuning
+from . import (
+    assemble,
+    decode,
+    dequantize,
+    pack,
+    reference,
+    requantize,
+    selfcheck,
+    tables,
+    trust,
+    tuning,
+)
 from .segments import SegmentedKV, dequantized
 from .trust import UntrustedKernelError
 
@@ -52,6 +63,12 @@ class Backend(NamedTuple):
         if self.decode is None or _covered(self.name, self.forced, layout):
             return self
         return REFERENCE
+
+    def requantize(self, tiles: mx.array, layout: KVLayout, new: KVLayout) -> mx.array:
+        """Tiles in other formats of the same basis, as ``requantize.requantize``."""
+        own = self.covering(layout)
+        read = own.rotated_rows or reference.rotated_rows
+        return requantize.requantize(tiles, layout, new, read, own.pack)
 
 
 REFERENCE = Backend("reference", reference.pack, reference.dequantize)

@@ -87,7 +87,8 @@ def _segments(packed: AnyKV) -> Segments | None:
         raise ValueError("[decode] rows that are not packed cannot be read.")
     stride = packed.sink.shape[2] if packed.n_sink else 0
     sunk, first_tiles = packed.n_sunk, packed.n_sink // TILE
-    return Segments(sunk, first_tiles, stride, packed.tail_start, packed.coarse_end)
+    fine = packed.tail_layout == packed.sink_layout
+    return Segments(sunk, first_tiles, stride, packed.tail_start, packed.coarse_end, fine)
 
 
 def _sinks(sinks: mx.array | None, queries: mx.array) -> mx.array:

@@ -1,4 +1,4 @@
-"""The launches of metal/decode.metal and merge.metal: their text, template values and parameters."""
+"""The launches of metal/decode.metal and merge.metal: text, template values and parameters."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from .trust import Kernel, require
 from .tuning import Tuning
 
 MERGE_THREADS = 256
+READS_REST, READS_BODY = 1, 2  # of metal/decode_config.h
 _TENSORS = "T, Tensor<KB, KG, KD, KW>, Tensor<VB, VG, VD, VW>, RAW, ROWS, CENTRED, WHOLE"
 _TUNING = "SIMD_GROUPS, KEY_COLUMNS, LUT_KIB, PREFETCH, HALF2"
 _INPUTS = """queries, body, tail, left_padding, (const device DecodeParams*)params, k_constants,
@@ -38,7 +39,7 @@ decode_partial<Config>(inputs, result, shared, {assemble.THREAD});
 """
 _PROTECTED = _TENSORS.replace("KB, KG", "PKB, PKG").replace("VB, VG", "PVB, PVG")
 PROTECTED_SOURCE = f"""
-typedef DecodeConfig<{_TENSORS}, STEP, {_TUNING}, READS_BODY, 1> Body;
+typedef DecodeConfig<{_TENSORS}, STEP, {_TUNING}, READS, 1> Body;
 typedef DecodeConfig<{_PROTECTED}, P_STEP, {_TUNING}, READS_PROTECTED,
                      Body::PARTS> Protected;
 TKV_SHARED_ALIGNED(float4, shared,
@@ -69,18 +70,25 @@ class Launch(NamedTuple):
 
 
 class Segments(NamedTuple):
-    """Where protected rows lie: numbers of kernels/segments.py."""
+    """Where protected rows lie: what kernels/segments.py says of them.
+
+    Args:
+        tail_protected: whether the tail is of the protected rows' layout.
+    """
 
     n_sunk: int
     first_tiles: int
     first_stride: int
     tail_start: int
     body_ends: tuple[int, ...]
+    tail_protected: bool
 
     def body_splits(self, n_tokens: int, splits: int) -> int:
         """How many of a head's splits read the body; at least one is left for protected rows."""
-        n_body = -(-max(self.body_ends) // TILE)
-        n_protected = self.first_tiles + -(-n_tokens // TILE) - self.tail_start // TILE
+        n_tiles, n_body = -(-n_tokens // TILE), -(-max(self.body_ends) // TILE)
+        n_tail = n_tiles - self.tail_start // TILE
+        n_body, n_tail = (n_body, n_tail) if self.tail_protected else (n_tiles, 0)
+        n_protected = self.first_tiles + n_tail
         share = splits * n_body / (n_body + n_protected)
         return 0 if n_body == 0 else min(max(1, round(share)), splits - 1)
 
@@ -172,7 +180,7 @@ def launch_for(
     whole = splits == 1
     n_partial = 0 if whole else n_groups * n_rows * splits * v.dim
     output = (batch, n_heads, n_queries, v.dim)
-    template = _template(layout, dtype, rows, anchors is not None, whole, cut, segments is not None)
+    template = _template(layout, dtype, rows, anchors is not None, whole, cut, segments)
     threads = 32 * cut.simd_groups
     partial_options = (
         ("template", template),
@@ -209,19 +217,23 @@ def launch_for(
     )
     heads = batch, n_kv_heads
     fine = layout if segments is None else protected_layout(layout)
+    tail_layout = fine if segments is None or segments.tail_protected else layout
     wanted: tuple[Input | None, ...] = (
         Input("queries", (batch, n_heads, n_queries, k.dim), dtype),
         tiles_input("body", layout, heads, body_stride),
-        tiles_input("tail", fine, heads, tail_stride),
+        tiles_input("tail", tail_layout, heads, tail_stride),
         padding_input(batch) if has_padding else None,
         *(None, None, None),
         *anchor_inputs(layout, heads, anchors is not None, False)[:2],
         Input("sinks", (max(n_heads, 8),), dtype) if has_sinks else None,
     )
     if segments is not None:
-        check_segments("decode", batch, n_body, n_tokens, *segments)
+        check_segments("decode", batch, n_body, n_tokens, *segments[:5])
         params = params._replace(
-            **{name: getattr(segments, name) for name in segments._fields[:-1]},
+            n_sunk=segments.n_sunk,
+            first_tiles=segments.first_tiles,
+            first_stride=segments.first_stride,
+            tail_start=segments.tail_start if segments.tail_protected else n_tokens,
             body_splits=segments.body_splits(n_tokens, splits),
         )
         wanted += (tiles_input("first tokens", fine, heads, segments.first_stride), None)
@@ -229,7 +241,7 @@ def launch_for(
     require(
         Kernel(
             "decode", backend, layout, dtype, anchors is not None, rows, whole, cut, heads,
-            segments is not None,
+            protected=None if segments is None else segments.tail_protected,
         )
     )  # fmt: skip
     call = _call(factory, backend, partial_options, None if whole else merge_options, wanted)
@@ -240,7 +252,7 @@ def launch_for(
 
 def _template(
     layout: KVLayout, dtype: mx.Dtype, rows: int, centred: bool, whole: bool, cut: Tuning,
-    protected: bool,
+    segments: Segments | None,
 ) -> tuple[tuple[str, object], ...]:  # fmt: skip
     """Template values of decode_partial, or of decode_protected."""
     k, v = tables.tensor_parameters(layout)
@@ -251,11 +263,19 @@ def _template(
         ("KEY_COLUMNS", cut.key_columns), ("LUT_KIB", cut.lut_words // 256),
         ("PREFETCH", cut.prefetch), ("HALF2", cut.half2),
     )  # fmt: skip
-    if not protected:
+    if segments is None:
         return template
     k, v = tables.tensor_parameters(protected_layout(layout))
     step = cut.tiles_at_once(rows, v.dim, centred and k.bits == 8)
-    own = ("PKB", k.bits), ("PKG", k.group), ("PVB", v.bits), ("PVG", v.group), ("P_STEP", step)
+    reads = READS_BODY if segments.tail_protected else READS_REST
+    own = (
+        ("READS", reads),
+        ("PKB", k.bits),
+        ("PKG", k.group),
+        ("PVB", v.bits),
+        ("PVG", v.group),
+        ("P_STEP", step),
+    )
     return template + own
 
 

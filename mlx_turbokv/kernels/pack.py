@@ -21,7 +21,7 @@ TKV_SHARED(float, row_buffers, pack_groups(larger(KD, VD)) * larger(KD, VD));
 TKV_SHARED(uchar, codes, 32 * larger(KD, VD));
 TKV_SHARED(ushort, scales, (pack_scales<K, V>()));
 TKV_SHARED(float, levels, 2 * MAX_LEVELS);
-pack<T, K, V, CENTRED>(
+pack<T, K, V, CENTRED, ROTATED>(
     keys, values, tail, params, k_constants, v_constants, mu, cos_sin_table, left_padding, packed,
     row_buffers, codes, scales, levels, {assemble.THREAD});
 """
@@ -45,6 +45,7 @@ def _launch(
     layout: KVLayout,
     dtype: mx.Dtype,
     centred: bool,
+    rotated: bool,
     has_padding: bool,
     shape: tuple[int, int, int],
     tiles: tuple[int, int],
@@ -57,8 +58,9 @@ def _launch(
     """
     k, v = tables.tensor_parameters(layout)
     template = [("T", dtype), *tables.template(layout), ("CENTRED", centred)]
+    template += [("ROTATED", rotated)]
     threads = 128 if max(k.dim, v.dim) > WIDE else 256
-    require(Kernel("pack", backend, layout, dtype, centred))
+    require(Kernel("pack", backend, layout, dtype, centred, rotated=rotated))
     kernel = assemble.build("pack", "pack.metal", INPUTS, ("packed",), SOURCE, backend)
     batch, n_heads, _ = shape
     wanted = (
@@ -93,6 +95,7 @@ def pack(
     centre: Centre | None = None,
     first: int = 0,
     left_padding: mx.array | None = None,
+    rotated: bool = False,
     *,
     backend: str = "metal",
 ) -> mx.array:
@@ -104,6 +107,7 @@ def pack(
         centre: what is subtracted from the keys.
         first: the new tokens' first row in the sequence, for ``centre``.
         left_padding: rows before position 0 of each sequence; None where there are none.
+        rotated: turbo rows are in the rotated basis already, and centred.
 
     Shapes:
         keys, values: [B, H, L, k_head_dim or v_head_dim].
@@ -128,6 +132,7 @@ def pack(
         layout,
         keys.dtype,
         centre is not None,
+        rotated,
         has_padding,
         (batch, n_heads, n_new),
         (stride, n_tiles),

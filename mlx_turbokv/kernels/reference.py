@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from ..centring.centre import Centre
 from ..quant import quantize
+from ..quant.formats import KVFormat
 from ..quant.layout import TILE, KVLayout
 from ..quant.rotate import rotate
 from ..quant.tiles import Rows, first_rows_mask, padded, rows_to_tiles, tiles_to_rows
@@ -36,6 +37,7 @@ def pack(
     centre: Centre | None = None,
     first: int = 0,
     left_padding: mx.array | None = None,
+    rotated: bool = False,
 ) -> mx.array:
     """Quantise new tokens and append them to the tail.
 
@@ -45,6 +47,7 @@ def pack(
         centre: what is subtracted from the keys.
         first: the new tokens' first row in the sequence, for ``centre``.
         left_padding: rows before position 0 of each sequence; None where there are none.
+        rotated: turbo rows are in the rotated basis already, and centred.
 
     Shapes:
         keys, values: [B, H, L, k_head_dim or v_head_dim].
@@ -55,9 +58,9 @@ def pack(
     n_full, n_partial = divmod(n_tail, TILE)
     if centre is not None:
         keys = keys.astype(mx.float32) - centre.rows(first, keys.shape[2], left_padding)
-    k = quantize.quantize(keys, layout.k_format)
-    v = quantize.quantize(values, layout.v_format)
-    rows = Rows(*k, *v)
+    rows = Rows(
+        *_quantized(keys, layout.k_format, rotated), *_quantized(values, layout.v_format, rotated)
+    )
     if n_partial:
         rows = padded(rows, n_partial, 0)
     tiles = rows_to_tiles(rows, layout)
@@ -67,6 +70,13 @@ def pack(
         kept = tail[:, :, n_full : n_full + 1] & first_rows_mask(layout, n_partial)
         tiles = mx.concatenate([kept | tiles[:, :, :1], tiles[:, :, 1:]], axis=2)
     return mx.concatenate([tail[:, :, :n_full], tiles], axis=2) if n_full else tiles
+
+
+def _quantized(x: mx.array, fmt: KVFormat, rotated: bool) -> tuple[mx.array, mx.array]:
+    """Units and scales of rows."""
+    if rotated and fmt.is_turbo:
+        return quantize.quantize_rotated(x.astype(mx.float32), fmt)
+    return quantize.quantize(x, fmt)
 
 
 def attention(

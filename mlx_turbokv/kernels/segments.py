@@ -30,7 +30,8 @@ class SegmentedKV(NamedTuple):
 
     Args:
         layout: of the body.
-        tail_layout, sink_layout: those of the other two; the same basis, head_dims and dtype.
+        tail_layout, sink_layout: those of the other two; the same basis, head_dims and dtype. The
+            sink's is ``protected_layout(layout)``, the tail's that or ``layout``.
         n_sink: tokens of each sequence that ``sink`` has room for; a multiple of 32.
         n_body: rows that the body has room for, a multiple of 32.
         tail_start: the tail's first row, a multiple of 32 and not above ``n_body``.

@@ -51,7 +51,8 @@ class Kernel:
         whole: whether decode is one launch; if not, merge follows.
         cut: the tuning of decode.
         heads: GQA factor and queries that decode is checked with.
-        protected: whether decode reads protected rows.
+        protected: whether decode reads the tail as protected rows; None: it reads none such.
+        rotated: whether pack takes turbo rows in the rotated basis.
     """
 
     op: str
@@ -63,7 +64,8 @@ class Kernel:
     whole: bool = False
     cut: Any = None
     heads: tuple[int, int] = (1, 1)
-    protected: bool = False
+    protected: bool | None = None
+    rotated: bool = False
 
     def __str__(self) -> str:
         layout, dims = self.layout, f"{self.layout.k_head_dim}"
@@ -72,8 +74,10 @@ class Kernel:
         parts = [f"K {layout.k_format} with V {layout.v_format}", f"head_dim {dims}"]
         parts += [str(self.dtype).removeprefix("mlx.core.")]
         parts += ["centred keys"] * self.centred
+        parts += ["rotated rows"] * self.rotated
         if self.op == "decode":
-            parts += ["protected tokens"] * self.protected
+            if self.protected is not None:
+                parts += [f"protected {'first and newest' if self.protected else 'first'} tokens"]
             parts += [f"{self.rows} rows at once", "in one launch" if self.whole else "in splits"]
         return f"{self.op} of {', '.join(parts)}"
 

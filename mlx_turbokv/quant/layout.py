@@ -86,6 +86,11 @@ class KVLayout:
         return TILE * (self.k_row_bytes + self.v_row_bytes) // 4
 
     @cached_property
+    def k_words(self) -> int:
+        """Words of a tile that hold K; V's follow."""
+        return TILE * self.k_row_bytes // 4
+
+    @cached_property
     def offsets(self) -> tuple[int, int, int, int, int]:
         """Byte offsets in a tile: K codes, K scales, V codes, V scales, and the end."""
         k_codes = TILE * self.k_format.code_bytes(self.k_head_dim, self.itemsize)
