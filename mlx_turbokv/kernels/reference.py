@@ -75,7 +75,7 @@ def pack(
 def _quantized(x: mx.array, fmt: KVFormat, rotated: bool) -> tuple[mx.array, mx.array]:
     """Units and scales of rows."""
     if rotated and fmt.is_turbo:
-        return quantize.quantize_rotated(x.astype(mx.float32), fmt)
+        return quantize.quantize_rotated(quantize.bounded(x).astype(mx.float32), fmt)
     return quantize.quantize(x, fmt)
 
 

@@ -10,8 +10,9 @@ import numpy as np
 
 from ..quant.layout import TILE
 from ..quant.tiles import code_bits, first_rows_mask, tiles_to_rows
-from . import decode, dequantize, pack, reference, small_inputs
+from . import decode, dequantize, pack, reference, small_inputs, small_segments
 from .agreement import CheckError, codes_and_scales, compare_rows
+from .segments import AnyKV
 from .small_inputs import N_KV_HEADS, between_nan
 from .trust import Kernel
 
@@ -54,7 +55,7 @@ def _check_pack(kernel: Kernel) -> None:
             )
             for side in small_inputs.rows(layout, n, centre)
         )
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"rotated": True} if kernel.rotated else {}
         if centre is not None:
             padding = between_nan(small_inputs.left_padding(3))
             options = {"centre": centre, "left_padding": padding}
@@ -104,14 +105,20 @@ def _compare_decode(
             padding = between_nan(small_inputs.left_padding(*small_inputs.PADDING))
             sinks = small_inputs.normal(7, (n_heads,), kernel.dtype) + small_inputs.SINK
             sinks = between_nan(sinks, n_heads)
-        keys, packed = small_inputs.packed(kernel.layout, kernel.centred, edges, low)
+        options = kernel.layout, kernel.centred, edges, low
+        packed: AnyKV
+        if kernel.protected is None:
+            keys, packed = small_inputs.packed(*options)
+            walled: AnyKV = small_inputs.walled(packed)
+        else:
+            keys, packed = small_segments.segmented(*options, kernel.protected)
+            walled = small_segments.walled(packed)
         queries = between_nan(small_inputs.seeking(keys, kernel, low))
         exact = None if sinks is None else sinks.astype(mx.float32)
         mask = "causal" if causal else None
         want = reference.attention(
             queries.astype(mx.float32), packed, scale, mask, exact, padding
         )  # fmt: skip
-        walled = small_inputs.walled(packed)
         mx.eval(want, queries)
     got = decode.decode(
         queries, walled, scale, causal, sinks, padding, backend=kernel.backend,

@@ -80,7 +80,7 @@ def quantize(x: mx.array, fmt: KVFormat) -> tuple[mx.array, mx.array]:
     if fmt.is_f16:
         return x.view(_UNSIGNED[x.dtype.size]), mx.zeros((*x.shape[:-1], 0), mx.float16)
     if fmt.is_turbo:
-        return quantize_rotated(rotate(_bounded(x), head_dim), fmt)
+        return quantize_rotated(rotate(bounded(x), head_dim), fmt)
     most = FP16_MOST_Q8 if x.dtype == mx.float16 else FP16_MAX
     return _q8_codes(x.astype(mx.float32), most)
 
@@ -139,7 +139,7 @@ def _stored(scales: mx.array, most: float = FP16_MAX) -> mx.array:
     return mx.minimum(scales, most).astype(mx.float16)
 
 
-def _bounded(x: mx.array) -> mx.array:
+def bounded(x: mx.array) -> mx.array:
     """Values that can be rotated and squared in float32; infinities become NaN."""
     if x.dtype == mx.float16:
         return x

@@ -65,6 +65,21 @@ def test_sound_kernels_pass(own, centred, host) -> None:
         assert selfcheck.problem(kernel) is None, kernel
 
 
+@pytest.mark.parametrize(
+    ("op", "own", "options"),
+    [
+        ("decode", LAYOUT, {**WHOLE, "protected": True}),
+        ("decode", layout("turbo4", "turbo3:32", 64, "bfloat16"),
+         {**SPLIT, "protected": True, "centred": True}),
+        ("decode", layout("f16", "turbo5", 72, "float32"), {**SPLIT, "protected": False}),
+        ("pack", layout("turbo4", "turbo3", 64, "float32"), {"rotated": True}),
+    ],
+)  # fmt: skip
+def test_sound_kernels_of_protected_tokens_pass(op, own, options, host) -> None:
+    kernel = Kernel(op, "metal", own, getattr(mx, own.dtype), **options)
+    assert selfcheck.problem(kernel) is None, kernel
+
+
 @pytest.fixture
 def plant(monkeypatch):
     """Changes what MLX gets."""
