@@ -14,7 +14,7 @@ from mlx_turbokv.kernels import assemble, decode_launch, dequantize, pack, table
 from mlx_turbokv.kernels.assemble import metal_folder
 from mlx_turbokv.kernels.tables import MAX_HEAD_DIM
 from mlx_turbokv.quant.formats import KVFormat
-from mlx_turbokv.quant.layout import KVLayout
+from mlx_turbokv.quant.layout import KVLayout, protected_layout
 
 MOST_BYTES = 48 * 1024
 # the gap before the LUTs, which aligns them to their size
@@ -31,18 +31,26 @@ int main() {{
 {lines}
 }}
 """
+_DECODE = (
+    "DecodeMemory<DecodeConfig<float, {k}, {v}, {{raw}}, {{rows}}, {{centred}}, false, {step},"
+    " {{cut.simd_groups}}, {{cut.key_columns}}, {{lut_kib}}, {{prefetch}}, {{half2}}, {reads}, 1>>"
+    "::END"
+)
+_ALL = {"k": "{k}", "v": "{v}", "step": "{step}", "reads": "READS_ALL"}
+_PROTECTED = {"k": "{fine_k}", "v": "{fine_v}", "step": "{fine_step}", "reads": "READS_PROTECTED"}
 # bytes of each kernel, as its source declares them
 DECLARED = {
-    "decode.metal": (
-        "16 * (DecodeMemory<DecodeConfig<float, {k}, {v}, {raw}, {rows}, {centred}, false, {step},"
-        " {cut.simd_groups}, {cut.key_columns}, {lut_kib}, {prefetch}, {half2}>>::END / 4)"
-    ),
+    "decode.metal": f"16 * (larger({_DECODE.format(**_ALL)}, {_DECODE.format(**_PROTECTED)}) / 4)",
     "pack.metal": (
         "4 * (pack_groups({widest}) * {widest} + 2 * MAX_LEVELS) + 32 * {widest} +"
         " 2 * (pack_scales<{k}, {v}>())"
     ),
     "dequantize.metal": "16 * (dequantize_floats({k_dim}, {centred}) / 4)",
 }
+
+
+def _tensor(t: tables.TensorParameters) -> str:
+    return f"Tensor<{t.bits}, {t.group}, {t.dim}, {t.width}>"
 
 
 def _variants(cut: tuning.Tuning):
@@ -53,12 +61,18 @@ def _variants(cut: tuning.Tuning):
                 for dtype in ("float16", "float32"):
                     layout = KVLayout(KVFormat.parse(k_name), KVFormat.parse(v_name), *dims, dtype)
                     k, v = tables.tensor_parameters(layout)
+                    fine = tables.tensor_parameters(protected_layout(layout))
                     for centred in (False, True):
                         rows = {cut.rows_at_once(n, max(dims)) for n in range(1, 65)}
                         for most in rows if k_name in ("turbo4", "q8_0") else {max(rows)}:
                             yield {
-                                "k": f"Tensor<{k.bits}, {k.group}, {k.dim}, {k.width}>",
-                                "v": f"Tensor<{v.bits}, {v.group}, {v.dim}, {v.width}>",
+                                "k": _tensor(k),
+                                "v": _tensor(v),
+                                "fine_k": _tensor(fine[0]),
+                                "fine_v": _tensor(fine[1]),
+                                "fine_step": cut.tiles_at_once(
+                                    most, v.dim, centred and fine[0].bits == 8
+                                ),
                                 "raw": tables.RAW[dtype],
                                 "rows": most,
                                 "centred": str(centred).lower(),
@@ -113,6 +127,8 @@ def test_the_program_counts_as_the_kernels_declare() -> None:
     assert "TKV_SHARED_ALIGNED(float4, shared, DecodeMemory<Config>::END / 4)" in (
         decode_launch.PARTIAL_SOURCE
     )
+    largest = "larger(DecodeMemory<Body>::END, DecodeMemory<Protected>::END) / 4)"
+    assert largest in decode_launch.PROTECTED_SOURCE
     assert "TKV_SHARED(float4, shared, 2 * VD)" in decode_launch.MERGE_SOURCE
     assert "TKV_SHARED(float4, shared, dequantize_floats(KD, CENTRED) / 4)" in dequantize.SOURCE
     declared = re.findall(r"TKV_SHARED\((\w+), \w+, (.*)\);", pack.SOURCE)

@@ -16,7 +16,7 @@ from mlx_turbokv.errors import InputError
 from mlx_turbokv.kernels import (
     assemble,
     backend,
-    decode,
+    decode_launch,
     reference,
     trust,
 )
@@ -120,7 +120,7 @@ def test_a_launch_that_is_known_asks_nothing(checked, monkeypatch) -> None:
     def asked(kernel):
         raise AssertionError(kernel)
 
-    monkeypatch.setattr(decode, "require", asked)
+    monkeypatch.setattr(decode_launch, "require", asked)
     metal.decode(queries, tiles, 0.125)
 
 
