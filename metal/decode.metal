@@ -158,8 +158,8 @@ TKV_FN void attend(thread Softmax<C::ROWS>& softmax, thread float* output,
     raise_max_scores<C>(softmax, output, score, logs, n_seen, first);
     store_step_weights<C>(softmax, weights, score, scales, n_seen, first, lane);
     simdgroup_barrier(mem_flags::mem_threadgroup);
-    add_values<C>(output, v_words, weights, shared, v_copy, inputs, split, place, t,
-                  t + C::STRIDE, n_units, lane);
+    add_values<C>(output, v_words, weights, shared, v_copy, inputs, split, place, t, t + C::STRIDE,
+                  n_units, lane);
     if (C::PREFETCH) {
       tiles = next_tiles;
     }
@@ -194,8 +194,7 @@ TKV_FN void decode_partial(DecodeInputs<typename C::T> inputs, device Result* re
 // read the others, the rest protected rows; with WHOLE one reads both.
 template <typename C, typename P, typename Result>
 TKV_FN void decode_protected(DecodeInputs<typename C::T> inputs, device Result* result,
-                             threadgroup float4* shared, uint3 group, uint simd_group,
-                             uint lane) {
+                             threadgroup float4* shared, uint3 group, uint simd_group, uint lane) {
   static_assert(C::ROWS == P::ROWS && C::VEC4S == P::VEC4S, "both add to the same sums");
   static_assert(C::OUTPUT_PARTS == P::OUTPUT_PARTS, "both add to the same sums");
   const int n_body = inputs.params->body_splits;

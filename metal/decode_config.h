@@ -18,9 +18,9 @@ struct DecodeInputs {
   const device int* body_ends;      // [sequence]: rows before the first that the tail holds
 };
 
-// What a pass of the loop reads: body and tail of one layout; the same but for the first tokens; the
-// body between the first tokens and the tail; or protected rows, which are the first tokens and,
-// unless it is of the body's layout, the tail.
+// What a pass of the loop reads: body and tail of one layout; the same but for the first tokens;
+// the body between the first tokens and the tail; or protected rows, which are the first tokens
+// and, unless it is of the body's layout, the tail.
 constant constexpr int READS_ALL = 0;
 constant constexpr int READS_REST = 1;
 constant constexpr int READS_BODY = 2;
@@ -228,4 +228,3 @@ TKV_FN void load_halves(thread half* values, threadgroup const half* at) {
     values[4 * i + 3] = v.w;
   }
 }
-

@@ -99,8 +99,8 @@ TKV_FN void write_whole(device Result* result, threadgroup float* words, Split s
 // Joins the SIMD groups' rows and writes them.
 template <typename C, typename Result>
 TKV_FN void join(device Result* result, threadgroup float* words, thread const float* output,
-                 thread const Softmax<C::ROWS>& softmax, Split split, DecodeInputs<typename C::T> inputs,
-                 int index, int simd_group, int lane) {
+                 thread const Softmax<C::ROWS>& softmax, Split split,
+                 DecodeInputs<typename C::T> inputs, int index, int simd_group, int lane) {
   typedef DecodeMemory<C> Memory;
   const int thread_index = simd_group * LANES + lane;
   threadgroup float* max_scores = words + Memory::MAX_SCORES;

@@ -1,5 +1,5 @@
-// What a threadgroup of decode.metal works on: a KV head, some of its query rows, and a split of its
-// tiles. Rows and tiles of all heads are counted in 32 bits, elements and words in 64.
+// What a threadgroup of decode.metal works on: a KV head, some of its query rows, and a split of
+// its tiles. Rows and tiles of all heads are counted in 32 bits, elements and words in 64.
 
 struct Split {
   int head;       // KV head, of all sequences'
@@ -110,8 +110,7 @@ TKV_FN void take_protected(thread Split& split, DecodeInputs<typename C::T> inpu
   const device DecodeParams& params = *inputs.params;
   const int n_first = n_first_tokens(params, split.padding);
   const int n_tokens = params.n_tokens;
-  split.from =
-      larger(inputs.body_ends[split.head / params.n_kv_heads], split.padding + n_first);
+  split.from = larger(inputs.body_ends[split.head / params.n_kv_heads], split.padding + n_first);
   split.to = n_tokens;
   const int start = params.tail_start;
   const int skipped = smaller(larger(split.from - start, 0), n_tokens - start) / TILE;
@@ -161,8 +160,7 @@ TKV_FN const device uint* tile_at(DecodeInputs<typename C::T> inputs, Split spli
   if (C::READS == READS_PROTECTED) {  // the last step of first tokens may be half empty
     const int first = smaller(at, inputs.params->first_tiles - 1);
     return (in_body ? inputs.first_tokens : inputs.tail) +
-           size_t(uint(in_body ? first + split.body_first : at + split.tail_first)) *
-               C::TILE_WORDS;
+           size_t(uint(in_body ? first + split.body_first : at + split.tail_first)) * C::TILE_WORDS;
   }
   if (C::PREFETCH) {
     return (in_body ? split.body : split.tail) +

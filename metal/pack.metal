@@ -52,9 +52,9 @@ TKV_FN void pack_tensor(const device T* rows, const device uint* old, device uin
         simdgroup_barrier(mem_flags::mem_threadgroup);
         Anchors row_anchors = anchors;
         row_anchors.row += token - first;
-        quantize_turbo<T, B, G, DIM, W, CENTRED, ROTATED>(
-            x, row_buffers + simd_group * DIM, codes + token * DIM, scales + token, levels,
-            constants, row_anchors, lane);
+        quantize_turbo<T, B, G, DIM, W, CENTRED, ROTATED>(x, row_buffers + simd_group * DIM,
+                                                          codes + token * DIM, scales + token,
+                                                          levels, constants, row_anchors, lane);
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -112,9 +112,9 @@ TKV_FN void pack(const device T* keys, const device T* values, const device uint
                         ? left_padding[head / params[param_n_kv_heads]]
                         : 0;
   if (group.z == 0) {
-    pack_tensor<T, K, GROUPS, true, CENTRED, ROTATED>(
-        keys + row * K::DIM, old, out, k_constants, row_buffers, codes, scales, levels, anchors,
-        first, end, int(simd), int(lane));
+    pack_tensor<T, K, GROUPS, true, CENTRED, ROTATED>(keys + row * K::DIM, old, out, k_constants,
+                                                      row_buffers, codes, scales, levels, anchors,
+                                                      first, end, int(simd), int(lane));
   } else {
     pack_tensor<T, V, GROUPS, false, false, ROTATED>(
         values + row * V::DIM, old + K::WORDS, out + K::WORDS, v_constants, row_buffers, codes,

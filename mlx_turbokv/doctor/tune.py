@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..evaluate.record import command_line, environment
-from ..kernels import decode, decode_launch, trust, tuned, tuning
+from ..kernels import decode, trust, tuned, tuning
 from ..kernels.backend import select_backend
 from ..kernels.packed import PackedKV, empty_tiles
 from ..kernels.trust import UntrustedKernelError
@@ -96,7 +96,7 @@ class Timed:
         """What a tuning makes of a call: two that make the same need not be compared."""
         n_rows = self.queries.shape[1] // self.n_kv_heads
         widest = max(self.layout.k_head_dim, self.layout.v_head_dim)
-        rows, splits = decode_launch.rows_and_splits(
+        rows, splits = tuning.rows_and_splits(
             cut, self.backend, n_rows, widest, self.n_kv_heads, self.tokens
         )
         own = replace(cut, most_rows=0, wide_head=0, threadgroups_per_core=0, min_split_tiles=0,

@@ -119,27 +119,6 @@ class DecodeParams(NamedTuple):
     body_splits: int = 0
 
 
-def rows_and_splits(
-    cut: Tuning, backend: str, n_rows: int, widest: int, n_groups: int, n_tokens: int,
-    splits: int | None = None,
-) -> tuple[int, int]:  # fmt: skip
-    """Query rows of a threadgroup, and splits of a head's tokens, as a tuning cuts a launch.
-
-    Args:
-        n_rows: query rows a KV head.
-        widest: the larger head_dim.
-        n_groups: sequences times KV heads.
-        splits: those asked for; None: as the tuning says.
-    """
-    rows = cut.rows_at_once(n_rows, widest)
-    if splits is None:
-        passes, n_tiles = -(-n_rows // rows), -(-n_tokens // TILE)
-        splits = cut.n_splits(n_tiles, n_groups * passes, tuning.n_cores(backend))
-    if splits == 1 and n_groups * n_rows <= cut.whole_rows:
-        rows = 1
-    return rows, splits
-
-
 @lru_cache(maxsize=256)
 def launch_for(
     factory: Callable | None,
@@ -174,7 +153,7 @@ def launch_for(
     n_tokens = n_tail + (n_body if segments is None else segments.tail_start)
     n_rows = n_heads // n_kv_heads * n_queries
     n_groups = batch * n_kv_heads
-    rows, splits = rows_and_splits(
+    rows, splits = tuning.rows_and_splits(
         cut, backend, n_rows, max(k.dim, v.dim), n_groups, n_tokens, splits
     )
     whole = splits == 1

@@ -135,17 +135,16 @@ def dequantized(kv: SegmentedKV, dtype: mx.Dtype, read: Reader) -> Rows:
     Shapes:
         returns: [B, H, n, k_head_dim] and [B, H, n, v_head_dim] in ``dtype``.
     """
-    fresh = () if kv.fresh is None else tuple(x.astype(dtype) for x in kv.fresh)
+    fresh = [] if kv.fresh is None else [(kv.fresh[0].astype(dtype), kv.fresh[1].astype(dtype))]
     if not kv.n_packed:
-        return fresh[0], fresh[1]
+        return _joined(fresh)
     layout = kv.layout
     keys, values = packed_rows(kv, (0, kv.newest.shape[1]), read, mx.float32)
     if layout.k_format.is_turbo:
         keys = rotate(keys, layout.k_head_dim, inverse=True)
     if layout.v_format.is_turbo:
         values = rotate(values, layout.v_head_dim, inverse=True)
-    keys, values = keys.astype(dtype), values.astype(dtype)
-    return _joined([(keys, values), fresh]) if fresh else (keys, values)
+    return _joined([(keys.astype(dtype), values.astype(dtype)), *fresh])
 
 
 def _joined(parts: list[Rows]) -> Rows:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from ..quant.layout import TILE, KVLayout, protected_layout
 from . import reference
-from .packed import PackedKV
 from .segments import SegmentedKV
 from .small_inputs import (
     BATCH,
     N_BODY,
-    N_TAIL,
     N_TOKENS,
     PADDING,
     SAME,
@@ -63,12 +60,13 @@ def _first_tokens(fine: KVLayout, centred: bool, starts: tuple[int, ...], low: b
     sides = rows(fine, N_TOKENS, centre)
     if low:
         sides[0][..., 0] = SAME
-    own: list[Any] = []
-    for side in sides:
-        first = np.stack([x[:, n : n + N_FIRST] for x, n in zip(side, starts)])
-        own.append(as_array(first, getattr(mx, fine.dtype)))
-    options = {} if centre is None else {"centre": centre, "first": 0}
-    return reference.pack(*own, fine, **options)
+    keys, values = (
+        as_array(
+            np.stack([x[:, n : n + N_FIRST] for x, n in zip(side, starts)]), getattr(mx, fine.dtype)
+        )
+        for side in sides
+    )
+    return reference.pack(keys, values, fine, centre=centre)
 
 
 def walled(found: SegmentedKV) -> SegmentedKV:

@@ -7,6 +7,7 @@ from functools import cache
 
 import mlx.core as mx
 
+from ..quant.layout import TILE
 from . import chips
 
 
@@ -115,3 +116,24 @@ def n_cores(backend: str) -> int:
     """GPU cores of this machine, as its chip was sold at most."""
     chip = chips.published(str(mx.device_info().get("device_name", "")))
     return UNLISTED_CORES[backend] if chip is None else chip.cores
+
+
+def rows_and_splits(
+    cut: Tuning, backend: str, n_rows: int, widest: int, n_groups: int, n_tokens: int,
+    splits: int | None = None,
+) -> tuple[int, int]:  # fmt: skip
+    """Query rows of a threadgroup, and splits of a head's tokens, as a tuning cuts a launch.
+
+    Args:
+        n_rows: query rows a KV head.
+        widest: the larger head_dim.
+        n_groups: sequences times KV heads.
+        splits: those asked for; None: as the tuning says.
+    """
+    rows = cut.rows_at_once(n_rows, widest)
+    if splits is None:
+        passes, n_tiles = -(-n_rows // rows), -(-n_tokens // TILE)
+        splits = cut.n_splits(n_tiles, n_groups * passes, n_cores(backend))
+    if splits == 1 and n_groups * n_rows <= cut.whole_rows:
+        rows = 1
+    return rows, splits
