@@ -22,8 +22,9 @@ BATCHES, BATCH_TOKENS = ((HEADS, 1), (HEADS, 4), (HEADS, 8), (HEADS, 16), ((40, 
 QUERIES, QUERY_TOKENS = (2, 4, 8), 32768
 CHUNK_TOKENS = 2048  # a prefill's step
 # `rows` joins `lengths`: dequantising first, then MLX's own attention
-PARTS = ("lengths", "rows", "pairs", "shapes", "centred", "batches", "queries", "pack",
-         "dequantize", "kv_bits")  # fmt: skip
+PREFILL_TOKENS = (8192, 32768)
+PARTS = ("lengths", "rows", "pairs", "shapes", "centred", "protected", "prefill", "batches",
+         "queries", "pack", "dequantize", "kv_bits")  # fmt: skip
 
 
 class Group(NamedTuple):
@@ -52,6 +53,9 @@ def groups(parts, pairs, lengths, backend: Backend) -> Iterator[Group]:
         for name in names:
             if name.startswith("kv_bits"):
                 make[name] = partial(variants.kv_bits_attention, bits=int(name[-1]))
+            elif name.endswith(" protected"):
+                pair = name.partition(" ")[0]
+                make[name] = partial(variants.protected_attention, pair, backend=backend)
             else:
                 pair, _, how = name.partition(" ")
                 make[name] = partial(variants.packed_attention, pair, backend=backend, how=how)
@@ -74,6 +78,17 @@ def groups(parts, pairs, lengths, backend: Backend) -> Iterator[Group]:
         centred = [f"{pair} centred" for pair in pairs if pair.startswith("turbo")]
         names = [*pairs, *centred]
         yield attention("centred", HEADS, HEAD_DIM, min(CENTRED_TOKENS, most), names)
+    protected = [f"{pair} protected" for pair in pairs]
+    if "protected" in parts:
+        for n in lengths:
+            yield attention("protected", HEADS, HEAD_DIM, n, [*pairs, *protected])
+    if "prefill" in parts:
+        for n in PREFILL_TOKENS:
+            make = {"fp16": variants.fp16_prefill}
+            for pair in pairs:
+                for name, on in ((pair, False), (f"{pair} protected", True)):
+                    make[name] = partial(variants.prefill, pair, backend=backend, protected=on)
+            yield Group("prefill", "prefill", HEADS, HEAD_DIM, n, make, queries=CHUNK_TOKENS)
     if "batches" in parts:
         for heads, batch in BATCHES:
             n = min(BATCH_TOKENS, most)

@@ -24,8 +24,10 @@ import mlx_turbokv  # noqa: E402, F401 - before mlx.core, so that OpenBLAS is us
 
 # isort: split
 import mlx.core as mx
-from kernel_cases import ALL_CASES, run_case
+from kernel_cases import ALL_CASES, Case, run_case
 from record import ROOT, record, write
+from segment_cases import CASES as SEGMENT_CASES
+from segment_cases import run_segment_case
 
 from mlx_turbokv.kernels.backend import select_backend
 
@@ -40,7 +42,7 @@ def check_kernels(backend: str, cases, seconds: float) -> tuple[list[dict], list
         if time.perf_counter() - start > seconds:
             break
         began = time.perf_counter()
-        result = run_case(case, backend)
+        result = (run_case if isinstance(case, Case) else run_segment_case)(case, backend)
         result["seconds"] = round(time.perf_counter() - began, 2)
         results.append(result)
         if result["failures"]:
@@ -66,7 +68,7 @@ def main() -> int:
         print("no GPU back-end here", file=sys.stderr)
         return 1
     shard, n_shards = (int(x) for x in args.shard.split("/"))
-    cases = [] if args.no_kernels else ALL_CASES[shard::n_shards]
+    cases = [] if args.no_kernels else [*ALL_CASES, *SEGMENT_CASES][shard::n_shards]
     results, failures, not_run = check_kernels(backend, cases, args.seconds)
     report = record(backend=backend, kernels=results, not_run=not_run)
     if args.windows:

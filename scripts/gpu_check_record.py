@@ -28,12 +28,13 @@ import mlx_turbokv  # noqa: E402, F401 - before mlx.core, so that OpenBLAS is us
 # isort: split
 from kernel_cases import ALL_CASES
 from record import write
+from segment_cases import CASES as SEGMENT_CASES
 
 from mlx_turbokv.doctor.sources import ENTRIES
 from mlx_turbokv.evaluate.record import command_line
 
 ABOUT = ("commit", "mlx_turbokv", "mlx", "mlx_lm", "python", "system", "device", "backend")
-CASE_NAMES = frozenset(str(case) for case in ALL_CASES)
+CASE_NAMES = frozenset(str(case) for case in (*ALL_CASES, *SEGMENT_CASES))
 TOOLS = ("memcheck", "racecheck")
 LAUNCHES = ("tokens", "shape", "n_heads", "rows", "most_added")
 # what a sanitizer says last of a process in which it found nothing
@@ -182,7 +183,7 @@ def main() -> int:
     for failure in failures:
         print("FAILED", failure, file=sys.stderr)
     counts = [f"{s['tool']} {s['cases']}" for s in report["sanitizer"]]
-    print(f"{report['kernels']['cases']} cases, {', '.join(counts)} of {len(ALL_CASES)}; "
+    print(f"{report['kernels']['cases']} cases, {', '.join(counts)} of {len(CASE_NAMES)}; "
           f"{len(failures)} failures or gaps")  # fmt: skip
     return 1 if failures else 0
 
