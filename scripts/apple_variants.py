@@ -24,8 +24,9 @@ from mlx_turbokv.centring.centre import Centre  # noqa: E402
 from mlx_turbokv.centring.rope import RopeFrequencies  # noqa: E402
 from mlx_turbokv.kernels import assemble, decode, dequantize, pack  # noqa: E402
 from mlx_turbokv.kernels.packed import PackedKV, empty_tiles  # noqa: E402
+from mlx_turbokv.kernels.segments import SegmentedKV  # noqa: E402
 from mlx_turbokv.quant.formats import KVFormat  # noqa: E402
-from mlx_turbokv.quant.layout import TILE, KVLayout  # noqa: E402
+from mlx_turbokv.quant.layout import TILE, KVLayout, protected_layout  # noqa: E402
 
 PAIRS = ("q8_0/turbo2", "turbo4/turbo3", "q8_0/q8_0", "turbo3/turbo2", "turbo4/turbo4")
 PAIRS += ("turbo5/turbo5", "turbo6/turbo6")
@@ -36,8 +37,12 @@ N_KV_HEADS, N_TOKENS, N_SPLITS = 8, 4096, 4
 # sequences and splits: with many sequences a threadgroup takes every row that it can; with one it
 # may take fewer
 HOW = {"split": (1, N_SPLITS), "whole": (16, 1), "alone": (1, 1)}
+# the same with protected tokens
+PROTECTED_HOW = {"protected": (1, N_SPLITS), "protected-whole": (16, 1)}
+N_FIRST, N_NEWEST = 32, 128
 THETA = 1e6
-KERNELS = ("decode_partial", "decode_merge", "pack", "dequantize")
+ATTENTION = ("decode_partial", "decode_protected")
+KERNELS = (*ATTENTION, "decode_merge", "pack", "dequantize")
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Variant:
     Args:
         name: of pair, head_dim, kernel and what else it depends on.
         rows: query rows of one KV head, of attention; 0 of other kernels.
-        how: of attention, a key of HOW.
+        how: of attention, a key of HOW or of PROTECTED_HOW.
     """
 
     name: str
@@ -93,11 +98,22 @@ def _of_pair(
         tiles = mx.zeros((batch, N_KV_HEADS, N_TOKENS // TILE, layout.tile_words), mx.uint32)
         return PackedKV(layout, tiles, N_TOKENS, empty_tiles(), 0, centre)
 
+    def protected(batch: int) -> SegmentedKV:
+        fine, start = protected_layout(layout), N_TOKENS - N_NEWEST
+        first, body, tail = (
+            mx.zeros((batch, N_KV_HEADS, n // TILE, own.tile_words), mx.uint32)
+            for n, own in ((N_FIRST, fine), (start, layout), (N_NEWEST, fine))
+        )
+        return SegmentedKV(
+            layout, fine, fine, first, N_FIRST, N_TOKENS, body, start, tail, start, N_NEWEST,
+            (start,) * batch, (0,) * batch, centre,
+        )  # fmt: skip
+
     def recorded(n_rows: int = 0, how: str = "") -> Iterator[Variant]:
         for launch in recorder.launches:
             kernel = next(name for name in KERNELS if f"_{name}_" in launch.name)
             about, parts = (0, ""), [pair, f"d{dim}", kernel.removeprefix("decode_")]
-            if kernel == "decode_partial":
+            if kernel in ATTENTION:
                 about, parts[2:] = (n_rows, how), ["decode", f"rows{n_rows}", how]
             name = "-".join(parts + (["centred"] if centred and kernel != "decode_merge" else []))
             yield Variant(name, kernel, pair, dim, centred, *about, launch)
@@ -106,6 +122,10 @@ def _of_pair(
     for n_rows, (how, (batch, splits)) in product(rows, HOW.items()):
         queries = mx.zeros((batch, n_rows * N_KV_HEADS, 1, dim), mx.float16)
         decode.decode(queries, view(batch), dim**-0.5, backend="metal", splits=splits)
+        yield from recorded(n_rows, how)
+    for n_rows, (how, (batch, splits)) in product(rows, PROTECTED_HOW.items()):
+        queries = mx.zeros((batch, n_rows * N_KV_HEADS, 1, dim), mx.float16)
+        decode.decode(queries, protected(batch), dim**-0.5, backend="metal", splits=splits)
         yield from recorded(n_rows, how)
     new = mx.zeros((1, N_KV_HEADS, N_TOKENS, dim), mx.float16)
     pack.pack(new, new, layout, centre=centre, backend="metal")

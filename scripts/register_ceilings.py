@@ -30,7 +30,8 @@ def chosen() -> list[Variant]:
 
     All rows of the two main pairs at head_dim 128, and four rows of everything else: of the other
     pairs at 128, of the two pairs at other head dims; centred and not. One pass over all tokens
-    differs from a split by its end only, which four rows show.
+    differs from a split by its end only, which four rows show. Protected tokens: four rows of the main
+    pairs at 128.
     """
     found = []
     for variant in variants():
@@ -40,6 +41,8 @@ def chosen() -> list[Variant]:
             rows = many or (variant.rows == MAIN_ROWS and (main_pair or main_dim))
             whole = many and variant.rows == MAIN_ROWS and not variant.centred
             wanted = rows and (variant.how == "split" or (variant.how == "whole" and whole))
+        elif variant.kernel == "decode_protected":
+            wanted = main_pair and main_dim and variant.rows == MAIN_ROWS
         else:
             wanted = main_pair and (main_dim or variant.kernel == "decode_merge")
         if wanted:
