@@ -102,6 +102,42 @@ def kernels() -> str:
     return "\n\n".join([*text, source("bench_kernels", record)])
 
 
+def turns() -> str:
+    """The kernels of an earlier commit and these, timed in turns."""
+    record = read("bench_turns")
+    lines = []
+    for row in record["rows"]:
+        if row["variant"] == "fp16":
+            drift = row["against_over_this"]
+            continue
+        several = [f"{row[key]} {key}" for key in ("batch", "queries") if row[key] > 1]
+        shape = ", ".join([f"{row['job']} {_heads(row)}", f"D = {row['head_dim']}", *several])
+        ratio = f"{row['fp16_over_this']:.2f}×" if "fp16_over_this" in row else "–"
+        lines.append([
+            f"{shape}: {row['variant']}", f"{row['tokens']:,}", f"{row['against']['us']:.1f}",
+            f"{row['us']:.1f}", f"{row['submit_us']:.1f}", f"{row['against_over_this']:.2f}",
+            f"{drift:.2f}", ratio,
+        ])  # fmt: skip
+    header = [
+        "",
+        "tokens",
+        "µs before",
+        "µs",
+        "to submit",
+        "before / now",
+        "fp16's",
+        "against fp16",
+    ]
+    return "\n\n".join([
+        "# Kernels of an earlier commit and these, in turns",
+        f"Before: commit {record['against']['commit']}, in a process of its own. {_scheme(record)} "
+        "`fp16's` is MLX's attention in the two processes: how far it is from 1 is what they "
+        "differ by without a change of the kernels. Where submitting takes as long as the call, "
+        "the time is the CPU's.",
+        table(header, lines), source("bench_turns", record),
+    ])  # fmt: skip
+
+
 def kv_bits() -> str:
     """mlx-lm's quantised attention, this package's and fp16's in one run."""
     record = read("bench_kv_bits")
