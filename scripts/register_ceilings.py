@@ -30,8 +30,8 @@ def chosen() -> list[Variant]:
 
     All rows of the two main pairs at head_dim 128, and four rows of everything else: of the other
     pairs at 128, of the two pairs at other head dims; centred and not. One pass over all tokens
-    differs from a split by its end only, which four rows show. Protected tokens: four rows of the main
-    pairs at 128.
+    differs from a split by its end only, which four rows show. With protected tokens: four rows of
+    the main pairs at 128.
     """
     found = []
     for variant in variants():
