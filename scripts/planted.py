@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 
 from kernel_cases import ALL_CASES
+from segment_cases import CASES as SEGMENT_CASES
 
 Tests = tuple[tuple[str, ...], str]
 
@@ -40,6 +41,15 @@ def cases(*words: str, most: int = 6) -> Tests:
     return tuple(f"{test}[{case}]" for case in found[:most]), ""
 
 
+def protected(*words: str) -> Tests:
+    """Cases of protected tokens whose names have all of these words."""
+    found = [c for c in SEGMENT_CASES if all(w in f" {c} " for w in words)]
+    if not found:
+        raise ValueError(f"no case has {words}")
+    test = "tests/kernels/test_protected_kernels.py::test_protected_case_agrees_with_float64"
+    return tuple(f"{test}[{case}]" for case in found), ""
+
+
 FAR: Tests = ("tests/kernels/test_far_offsets.py",), ""
 AFTER: Tests = ("tests/cache/test_after_operations.py",), ""
 KEPT: Tests = AFTER[0], "kept"
@@ -63,13 +73,14 @@ ANCHORS, QUERIES = "metal/decode_anchors.h", "metal/decode_queries.h"
 VALUES, SOFTMAX = "metal/decode_values.h", "metal/decode_softmax.h"
 PACK, QUANTIZE, WORDS = "metal/pack.metal", "metal/pack_quantize.h", "metal/pack_words.h"
 DEQUANTIZE, CONFIG = "metal/dequantize.metal", "metal/decode_config.h"
+TILES = "metal/decode_split.h"
 JOIN = "metal/decode_join.h"
 CACHE = "mlx_turbokv/cache/"
 KERNELS = "mlx_turbokv/kernels/"
 
 PLANTED = [
     # offsets
-    Defect("32-bit offset of tiles", CONFIG,
+    Defect("32-bit offset of tiles", TILES,
            "size_t(uint(at + (in_body ? split.body_first : split.tail_first))) * C::TILE_WORDS",
            "uint(at + (in_body ? split.body_first : split.tail_first)) * C::TILE_WORDS", FAR),
     Defect("32-bit offset of new rows", PACK, "const size_t row = uint(head * n_new + skipped);",
@@ -114,6 +125,23 @@ PLANTED = [
            "out[part * WIDTH + i] = T(y[j] * factor);",
            "out[part * WIDTH + i] = T(as_type<float>(as_type<uint>(y[j] * factor) & 0xffff0000u));",
            ONE_TOKEN),
+    Defect("first tokens read twice", TILES,
+           "larger(inputs.body_ends[split.head / params.n_kv_heads], split.padding + n_first)",
+           "inputs.body_ends[split.head / params.n_kv_heads]", protected("past the body")),
+    Defect("first tokens read from the body too", TILES,
+           "split.from = split.padding + n_first_tokens(params, split.padding);",
+           "split.from = split.padding;", protected("three segments")),
+    Defect("rows that the tail holds read from the body too", SOFTMAX,
+           "C::READS == READS_BODY ? smaller(n_visible, split.to) : n_visible",
+           "n_visible", protected("into the tail")),
+    Defect("first tokens at the positions of their rows", TILES, "place.padding = 0;", "",
+           protected("within the first", "True")),
+    Defect("a causal query sees first tokens after it", SOFTMAX,
+           "smaller(n_visible - split.padding, n_first)", "n_first", protected("causal", " 8 ")),
+    Defect("half a SIMD group twice", DECODE, "C::PARTS < C::OUTPUT_PARTS && lane >= HALF_LANES",
+           "false", protected(" 64 ", "True")),
+    Defect("anchors of a step kept for the next", DECODE, "C::READS == READS_PROTECTED ? 1 : ", "",
+           protected("a long tail", "True")),
     # masks and splits
     Defect("causal rows see all", SOFTMAX,
            "params.n_tokens - (params.causal != 0 ? n_queries - 1 - query : 0);",
@@ -123,14 +151,15 @@ PLANTED = [
            cases(" causal ", ") 8 ", "(1, 1, 5)")),
     Defect("a largest score of hidden tokens", SOFTMAX, "seen && found > highest[r] ? found",
            "found > highest[r] ? found", cases("future")),
-    Defect("padding is seen", DECODE, "uint(t * TILE + lane - split.padding)",
-           "uint(t * TILE + lane)", STARTS),
-    Defect("the first sequence's padding for all", CONFIG,
+    Defect("padding is seen", DECODE, "uint(place.tile * TILE + lane - place.from)",
+           "uint(place.tile * TILE + lane)", STARTS),
+    Defect("the first sequence's padding for all", TILES,
            "inputs.left_padding[split.head / params.n_kv_heads] : 0;",
            "inputs.left_padding[0] : 0;",
            cases(" starts ", "(2, ", most=8)),
-    Defect("splits that leave tiles out", CONFIG, "(index < n_longer ? index : n_longer);",
-           "n_longer;", SPLIT),
+    Defect("splits that leave tiles out", TILES,
+           "const int begin = index * length + smaller(index, n_longer);",
+           "const int begin = index * length + n_longer;", SPLIT),
     Defect("a split too many is merged", MERGE,
            "s < n_splits ? fast_exp2(row_stats[2 * s] - top) : 0.0f",
            "fast_exp2(row_stats[2 * (s < n_splits ? s : first)] - top)", SPLIT),
@@ -152,7 +181,7 @@ PLANTED = [
     Defect("padding of another sequence in dequantize", DEQUANTIZE,
            "left_padding[row / n_selected]", "left_padding[row % n_selected]", BATCH),
     Defect("first keys centred in decode", DECODE,
-           "split.padding + params.n_uncentred, lane", "split.padding, lane", BATCH),
+           "place.padding + params.n_uncentred, lane", "place.padding, lane", BATCH),
     Defect("first keys centred in dequantize", DEQUANTIZE,
            "padding + params[param_n_uncentred] - tile * TILE", "padding - tile * TILE", CENTRED),
     Defect("one block for a tile of two", ANCHORS,
@@ -202,8 +231,8 @@ PLANTED = [
            "        self._left_padding_array: mx.array | None = None\n",
            "        self.__dict__.setdefault('_left_padding_array', None)\n", AFTER),
     Defect("offsets as they were before a filter", CACHE + "batch.py",
-           "        self._offset: tuple[int, mx.array] | None = None\n",
-           "        self.__dict__.setdefault('_offset', None)\n", AFTER),
+           "        self._offset_at: tuple[int, mx.array] | None = None\n",
+           "        self.__dict__.setdefault('_offset_at', None)\n", AFTER),
     Defect("sequences in their old order after a filter", CACHE + "padding.py",
            "rows = mx.array(indices)", "rows = mx.array(sorted(indices))", AFTER),
     Defect("a window mask that kernels take for causal", CACHE + "batch.py",
@@ -263,7 +292,7 @@ PLANTED = [
     Defect("rows of padding are read by decode", "mlx_turbokv/attention/dispatch.py",
            "packed.left_padding is None or left_padding is not None", "True",
            (ATTENTION[0], "padding_that_is_not_hidden")),
-    Defect("one query is causal", KERNELS + "decode.py", "causal=causal and n_queries > 1",
+    Defect("one query is causal", KERNELS + "decode_launch.py", "causal=causal and n_queries > 1",
            "causal=causal", cases(" causal ", ") 1 "), "the only query sees every token"),
     Defect("a sink's own type", KERNELS + "decode.py", "if sinks.dtype != queries.dtype:",
            "if False:", (ATTENTION[0], "sinks_of")),

@@ -10,8 +10,9 @@ from mlx_turbokv.centring.rope import RopeFrequencies
 from mlx_turbokv.kernels import assemble
 from mlx_turbokv.kernels.backend import select_backend
 from mlx_turbokv.kernels.packed import PackedKV
+from mlx_turbokv.kernels.segments import SegmentedKV
 from mlx_turbokv.quant.formats import KVFormat
-from mlx_turbokv.quant.layout import KVLayout
+from mlx_turbokv.quant.layout import KVLayout, protected_layout
 
 LAYOUT = KVLayout(KVFormat.parse("turbo4"), KVFormat.parse("turbo2"), 64, 128, "float16")
 BATCH, HEADS = 2, 3
@@ -89,6 +90,37 @@ def test_packed_rows_that_do_not_fit_are_not_read(backend, change):
     if backend.rotated_rows:
         with pytest.raises(ValueError):
             backend.rotated_rows(packed, mx.float16, 0, HEADS)
+
+
+FINE = protected_layout(LAYOUT)
+SEGMENTED = SegmentedKV(
+    LAYOUT, FINE, FINE, tiles(1, words=FINE.tile_words), 32, 200, tiles(4), 128,
+    tiles(3, words=FINE.tile_words), 128, 72, (128, 128), (0, 2), a_centre(),
+)  # fmt: skip
+SEGMENTS = [
+    {"n_tail": 97},
+    {"n_body": 160},
+    {"tail_start": 100},
+    {"tail_start": 160},
+    {"coarse_end": (128, 129)},
+    {"coarse_end": (128,)},
+    {"coarse_end": (128, -1)},
+    {"n_sunk": 201},
+    {"n_sink": 64},
+    {"tail": tiles(3)},
+    {"sink": tiles(1)},
+    {"sink": tiles(1, words=FINE.tile_words, heads=HEADS + 1)},
+    {"body": tiles(4, dtype=mx.int32)},
+    {"fresh": (queries(heads=HEADS), queries(heads=HEADS, dim=128))},
+]
+
+
+@pytest.mark.parametrize("backend", ["traced", "called"], indirect=True)
+@pytest.mark.parametrize("change", SEGMENTS, ids=lambda c: ",".join(c))
+def test_protected_rows_that_do_not_fit_are_not_read(backend, change):
+    packed = SEGMENTED._replace(**change)
+    with pytest.raises(ValueError):
+        attend(backend, queries(), packed, left_padding=packed.left_padding)
 
 
 @pytest.mark.parametrize(
