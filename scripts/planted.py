@@ -137,7 +137,7 @@ PLANTED = [
     Defect("first tokens at the positions of their rows", TILES, "place.padding = 0;", "",
            protected("within the first", "True")),
     Defect("a causal query sees first tokens after it", SOFTMAX,
-           "smaller(n_visible - split.padding, n_first)", "n_first", protected("causal", " 8 ")),
+           "smaller(n_visible - split.padding, n_first)", "n_first", protected("all first ones", "causal", " 8 ")),
     Defect("half a SIMD group twice", DECODE, "C::PARTS < C::OUTPUT_PARTS && lane >= HALF_LANES",
            "false", protected(" 64 ", "True")),
     Defect("anchors of a step kept for the next", DECODE, "C::READS == READS_PROTECTED ? 1 : ", "",

@@ -56,6 +56,7 @@ SHAPES = {
     "padding within the first tokens": Shape(301, 128, (128, 133, 128), starts=(0, 45, 77)),
     "padding past the body": Shape(330, 96, (96, 96, 96), n_sunk=310, starts=(3, 300, 320)),
     "padding of whole tiles": Shape(330, 192, (192, 200), starts=(64, 0)),
+    "tokens that are all first ones": Shape(330, 96, (96,), starts=(3, 300, 318)),
     "a long tail": Shape(1200, 64, (64,)),
     "a long body": Shape(1500, 1376, (1376,)),
     "first tokens alone": Shape(300, 288, (288,), newest=False),
@@ -100,6 +101,9 @@ CASES += [
     SegmentCase(("turbo2", "turbo2"), 256, "float16", (1, 2, 4), 2, "three segments", centred=True),
     SegmentCase(("turbo6", "q8_0"), 64, "float16", (2, 1, 3), 1, "a body into the tail", splits=3),
     SegmentCase(("q8_0", "q8_0"), 128, "bfloat16", (1, 1, 5), 8, "a long tail", splits=3),
+    SegmentCase(
+        ("turbo4", "turbo3"), 64, "float16", (3, 1, 3), 8, "tokens that are all first ones"
+    ),
     SegmentCase(("turbo5", "turbo6"), 512, "float16", (1, 1, 2), 1, "no first tokens"),
 ]
 
