@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from pages import apple, kernels, models, plot, quality  # noqa: E402
+from pages import apple, gemma, kernels, models, plot, quality  # noqa: E402
 
 FOLDER = ROOT / "docs/results"
 # page: (its maker, what it has)
@@ -25,6 +25,7 @@ PAGES: dict[str, tuple[Callable[[], str], str]] = {
     "centred-keys": (quality.centred_keys, "keys centred and not, policies calibrated with them"),
     "needle": (quality.needle, "facts hidden in long texts"),
     "paper": (quality.paper, "the paper's claims and tables"),
+    "gemma": (gemma.gemma, "Gemma 3 270M from a GGUF file: llama.cpp's loss, and formats"),
     "report": (quality.report, "a report of the default model in one table"),
     "whole-models": (models.whole_models, "speed and memory of an 8B and a 7B shape"),
     "memory": (models.memory, "bytes of the cache of known models"),
