@@ -22,7 +22,7 @@ TEXT = "The lighthouse stood at the edge of the world, and every evening its kee
 def run(model, prompt: list[int], pair: tuple[str, str], step: int) -> tuple[list[int], list]:
     """Tokens, and the words that the caches hold after them."""
     caches = mlx_turbokv.make_prompt_cache(model, *pair, backend="reference")
-    tokens = greedy_tokens(model, prompt, caches, 6, prefill_step_size=step)
+    tokens = greedy_tokens(model, prompt, caches, 3, prefill_step_size=step)
     parts = [part for cache in caches for part in (cache.body, cache.tail) if part is not None]
     mx.eval(parts)
     return tokens, [np.array(part) for part in parts]
