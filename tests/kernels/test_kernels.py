@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from kernel_cases import ALL_CASES, DIMS, FORMATS, Case, all_pairs, run_case
+from metal_host.typecheck import check_launches
 from tiny_models import tiny_model
 
 from mlx_turbokv import make_prompt_cache
@@ -33,6 +34,7 @@ from mlx_turbokv.quant.formats import KVFormat
 from mlx_turbokv.quant.layout import KVLayout
 from mlx_turbokv.quant.tiles import tiles_to_rows
 
+KERNELS = ("pack", "decode_partial", "decode_merge", "dequantize")
 # half rows on the way through MLX's attention
 THROUGH_ROWS = 3e-3
 # logits of a sequence alone and in a batch, float32
@@ -59,7 +61,13 @@ def host(metal_host, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ALL_CASES, ids=str)
 def test_case_agrees_with_float64(host, case: Case) -> None:
+    """And the text of each of its launches is sound Metal."""
+    n_before = len(host.launches)
     assert run_case(case, "metal")["failures"] == []
+    launches = host.launches[n_before:]
+    kernels = {kernel for kernel in KERNELS for x in launches if f"_turbokv_{kernel}_" in x.name}
+    assert kernels == (set(KERNELS) if case.splits > 1 else set(KERNELS) - {"decode_merge"})
+    assert [str(problem) for problem in check_launches(launches)] == []
 
 
 @pytest.mark.slow
