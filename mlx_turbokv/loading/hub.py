@@ -44,6 +44,22 @@ def fetch_config(source: str) -> Path:
         ) from error
 
 
+def check_reachable(source: str) -> None:
+    """Look for the hub before mlx-lm asks it for a model, which takes half a minute to give up.
+
+    Raises:
+        ConnectionError: the model is neither a folder nor in the hub's local cache, and the hub
+            does not answer.
+        HFValidationError: it is no hub id.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(source).exists() or isinstance(try_to_load_from_cache(source, "config.json"), str):
+        return
+    if not answers():
+        raise ConnectionError(source)
+
+
 def answers() -> bool:
     """Whether the hub can be reached; a refusal counts as an answer."""
     from huggingface_hub import constants, get_session

@@ -231,6 +231,7 @@ def _load_mlx_lm(
     with _load_errors(source, adapter_path):
         for folder in (source, adapter_path):
             _check_files(folder)
+        hub.check_reachable(source)
         found: Any = mlx_lm.load(source, adapter_path=adapter_path, return_config=True, **options)
     model, tokenizer, config = found
     form = form or cpu_form(get_total_parameters(model))

@@ -38,6 +38,13 @@ def label(policy: Policy) -> str:
     return name + (f"+{policy.protection}" if policy.protection else "")
 
 
+def _preset(policy: Policy) -> Policy | None:
+    """The preset of a policy's name, with its protected tokens."""
+    if not isinstance(policy, Preset):
+        return None
+    return load_policy(policy.name).protecting(policy.protection.sink, policy.protection.recent)
+
+
 def options(policy: Policy) -> str | None:
     """The options of the commands that select a policy; None for one that takes more than a name.
 
@@ -45,7 +52,7 @@ def options(policy: Policy) -> str | None:
     """
     if isinstance(policy, Uniform):
         words = [f"-ctk {policy.k} -ctv {policy.v}"]
-    elif isinstance(policy, Preset):
+    elif policy == _preset(policy):
         words = [f"--policy {policy.name}"]
     else:
         return None

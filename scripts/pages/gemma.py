@@ -46,6 +46,7 @@ def _beside(record: dict) -> str:
     return "\n\n".join([
         f"Loss of the same {len(here)} windows of {record['n_ctx']} tokens of wikitext-2, f16 "
         f"cache. The difference is {apart.mean():+.4f} ± {error:.4f} nats a token, in the farthest "
-        f"window {apart[np.abs(apart).argmax()]:+.4f}: llama.cpp rounds activations to 8 bits on a CPU.",
+        f"window {apart[np.abs(apart).argmax()]:+.4f}: llama.cpp rounds activations to 8 bits on "
+        "a CPU.",
         table(["", "nats a token", "PPL"], lines),
     ])  # fmt: skip

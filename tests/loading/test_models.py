@@ -127,10 +127,15 @@ def test_missing_adapters(folder):
         models.load(folder, adapter_path="/absent")
 
 
-def test_hub_that_cannot_be_reached(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+@pytest.mark.parametrize("offline", [True, False], ids=["told to be offline", "no network"])
+def test_hub_that_cannot_be_reached(monkeypatch, offline):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    asked = []  # mlx-lm, which tries for half a minute
+    monkeypatch.setattr("mlx_lm.load", lambda *args, **options: asked.append(args))
     with pytest.raises(InputError, match="the hub cannot be reached"):
         models.load("mlx-community/no-such-model-of-ours")
+    assert not asked
 
 
 def test_the_variable_names_another_file(tmp_path, monkeypatch):
