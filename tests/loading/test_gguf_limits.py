@@ -200,13 +200,13 @@ def many(n: int, kind: int):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [1, 3, 4], ids=["normal", "control", "user-defined"])
-def test_300_000_strings_are_read_quickly(path, kind):
-    gguf_edit.edit(path, many(300_000, kind))
+def test_100_000_strings_are_read_quickly(path, kind):
+    gguf_edit.edit(path, many(100_000, kind))
     start = time.process_time()
     loaded = models.load(path)
-    assert time.process_time() - start < 15
-    assert loaded.tokenizer.vocab_size == len(TOKENS) + 300_000
-    assert logits(loaded.model, 2).shape[-1] == len(TOKENS) + 300_000
+    assert time.process_time() - start < 5
+    assert loaded.tokenizer.vocab_size == len(TOKENS) + 100_000
+    assert logits(loaded.model, 2).shape[-1] == len(TOKENS) + 100_000
 
 
 def test_arrays_of_millions_are_refused(path):
