@@ -114,6 +114,15 @@ def test_gemma_s_loss_is_llama_cpp_s(gemma):
     assert loss.mean().item() == pytest.approx(LLAMA_CPP_LOSS, abs=LOSS_TOLERANCE)
 
 
+def test_gemma_s_packed_weights_are_the_same_values(gemma):
+    packed = models.load(trained_model("gemma"), dtype=mx.float32, packed=True)
+    assert packed.model.layers[0].mlp.gate_proj.bits == 5
+    assert packed.model.model.embed_tokens.bits == 8
+    ids = mx.array([gemma.tokenizer.encode(TEXT)])
+    want = np.array(gemma.model(ids))
+    np.testing.assert_allclose(packed.model(ids), want, atol=1e-3 * np.abs(want).max())
+
+
 def test_qwen_answers():
     loaded = models.load(trained_model("qwen"))
     prompt = loaded.tokenizer.apply_chat_template(
