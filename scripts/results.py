@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from pages import apple, gemma, kernels, models, plot, quality  # noqa: E402
+from pages import accuracy, apple, gemma, kernels, models, plot, quality  # noqa: E402
 
 FOLDER = ROOT / "docs/results"
 # page: (its maker, what it has)
@@ -23,6 +23,7 @@ PAGES: dict[str, tuple[Callable[[], str], str]] = {
     "quality-long": (quality.quality_long, "the same, windows of 2,048"),
     "calibration": (quality.calibration, "calibrated policies"),
     "centred-keys": (quality.centred_keys, "keys centred and not, policies calibrated with them"),
+    "lm-eval": (accuracy.accuracy, "accuracy on a task of lm-eval"),
     "needle": (quality.needle, "facts hidden in long texts"),
     "paper": (quality.paper, "the paper's claims and tables"),
     "gemma": (gemma.gemma, "Gemma 3 270M from a GGUF file: llama.cpp's loss, and formats"),
@@ -38,6 +39,7 @@ PAGES: dict[str, tuple[Callable[[], str], str]] = {
     "gpu-check": (kernels.gpu_check, "checks of the kernels on an NVIDIA GPU"),
     "long-checks": (models.long_checks, "checks that take longer than tests may"),
     "models": (models.models, "what is compressed in every architecture of mlx-lm"),
+    "models-vlm": (models.models_vlm, "the same of mlx-vlm's language models"),
     "research": (models.research, "settled research"),
 }  # fmt: skip
 # pages of docs/ that consist of figures, by where they lie from docs/results

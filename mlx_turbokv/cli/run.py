@@ -110,6 +110,12 @@ def _check(attaching: Any, given: Any, parser: Any) -> None:
     """Refuse or pass on what a command does of its own with caches."""
     if (bits := getattr(given, "kv_bits", None)) is not None:
         raise InputError(instead_of_kv_bits(str(bits), " to mlx_turbokv run, before the --"))
+    for task in getattr(given, "tasks", None) or ():
+        if os.path.basename(task) != task:
+            raise InputError(
+                f"--tasks {task} is not accepted: mlx_lm.evaluate names its result by it. Run it "
+                f"in that folder, with --tasks {os.path.basename(task)}."
+            )
     if attaching.package == "mlx_vlm" and getattr(given, "draft_model", None) is not None:
         raise InputError(
             "--draft-model is not accepted: mlx-vlm's speculative decoding needs caches of its own."

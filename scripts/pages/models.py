@@ -12,6 +12,8 @@ from . import SETTLED, commands, read, source, table
 
 KNOWN = ("Llama-3.1-8B", "Qwen2.5-7B", "Qwen3.5-27B")
 CACHES = ("f16/f16", "q8_0/q8_0", "la-v7", "turbo6/turbo5", "turbo4/turbo3")
+# caches that do not grow with the context, and MLA's, as the reasons begin
+BOUNDED, LATENT = {"recurrent state", "sliding window", "chunked attention"}, "MLA latent"
 CONTEXTS = (8192, 32768, 131072)
 
 
@@ -88,10 +90,49 @@ def memory() -> str:
 
 
 def models() -> str:
-    """What is compressed in every architecture."""
+    """What is compressed in every architecture of mlx-lm."""
     record = read("models")
-    rows = []
-    for row in record["rows"]:
+    return "\n\n".join([
+        "# What is compressed, by architecture",
+        f"A tiny random model of each model file of mlx-lm {record['mlx_lm']} "
+        "([models.md](../models.md)). [Those of mlx-vlm](models-vlm.md).",
+        _architectures(record["rows"], []),
+        f"Modules of mlx_lm.models that hold no model: {', '.join(record['helpers'])}.",
+        source("models", record),
+    ])  # fmt: skip
+
+
+def models_vlm() -> str:
+    """What is compressed in every language model of mlx-vlm."""
+    record = read("models_vlm")
+    rows = record["rows"]
+    growing = [row for row in rows if row["compressed"] or _kinds(row) - BOUNDED]
+    latent = [row for row in growing if LATENT in _kinds(row)]
+    n_packed = sum(row["compressed"] > 0 for row in growing)
+    n_other = len(growing) - len(latent)
+    return "\n\n".join([
+        "# What is compressed in mlx-vlm's models",
+        f"A tiny random language model of each package of mlx-vlm {record['mlx_vlm']} that has one "
+        f"([models.md](../models.md#vision-models)): {len(rows)}. {len(growing)} have a cache that "
+        f"grows with the context, of which {len(latent)} keep MLA latents in it. Of the other "
+        f"{n_other}, {n_packed} ({n_packed / n_other:.0%}) are compressed. Error: of the logits "
+        "after a prompt in uneven cuts, decoded tokens, a trim and more, against the model's own "
+        "cache; root mean square over their standard deviation, through random weights.",
+        _architectures(rows, ["error, q8_0", "error, turbo4"]),
+        "Packages of mlx_vlm.models without a model that reads tokens through a cache: "
+        f"{', '.join(record['helpers'])}.",
+        source("models_vlm", record),
+    ])  # fmt: skip
+
+
+def _kinds(row: dict) -> set[str]:
+    """The reasons why caches of a model are left alone, without their numbers."""
+    return {" ".join(text.split(" × ", 1)[1].split()[:2]) for text in row["left_alone"]}
+
+
+def _architectures(rows: list[dict], more: list[str]) -> str:
+    lines = []
+    for row in rows:
         added = row["added_with_sliding"]
         cells = [
             row["architecture"],
@@ -99,17 +140,11 @@ def models() -> str:
             row["compressed"],
             f"+{added}" if added else "",
         ]
-        rows.append([*map(str, cells), "; ".join(row["left_alone"]), row["remark"]])
-    header = ["architecture", "caches", "compressed", "with --compress-sliding",
+        errors = [f"{row['error'][name.split()[-1]]:.3f}" if row["error"] else "–" for name in more]
+        lines.append([*map(str, cells), *errors, "; ".join(row["left_alone"]), row["remark"]])
+    header = ["architecture", "caches", "compressed", "with --compress-sliding", *more,
               "left alone, and why", "remark"]  # fmt: skip
-    return "\n\n".join([
-        "# What is compressed, by architecture",
-        f"A tiny random model of each model file of mlx-lm {record['mlx_lm']} "
-        "([models.md](../models.md)).",
-        table(header, rows),
-        f"Modules of mlx_lm.models that hold no model: {', '.join(record['helpers'])}.",
-        source("models", record),
-    ])  # fmt: skip
+    return table(header, lines)
 
 
 def _topics(page: str) -> list[str]:

@@ -52,6 +52,13 @@ def test_a_handle_is_attended_as_its_array_is(make) -> None:
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_rows_cut_off_a_handle_are_those_of_its_array(make) -> None:
+    (handles, arrays) = (c.update_and_fetch(_rows(1, 3), _rows(1, 4)) for c in _pair(make))
+    for handle, array in zip(handles, arrays):
+        assert mx.array_equal(handle[:, :, 5:, :], array[:, :, 5:, :])
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_a_handle_says_what_its_array_is(make) -> None:
     (handles, arrays) = (c.update_and_fetch(_rows(1, 3), _rows(1, 4)) for c in _pair(make))
     for handle, array in zip(handles, arrays):

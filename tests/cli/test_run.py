@@ -320,6 +320,16 @@ def test_evaluate_without_lm_eval_says_what_to_install(folder, monkeypatch):
     assert "pip install lm-eval" in result.error()
 
 
+def test_a_task_in_another_folder_is_refused_before_it_is_evaluated(folder, monkeypatch):
+    monkeypatch.delitem(sys.modules, "mlx_lm.evaluate", raising=False)
+    with mock.patch.dict(sys.modules, FakeHarness([], []).modules()):
+        with mock.patch("importlib.metadata.version", lambda name: "0"), nothing_loads():
+            args = ("--model", folder, "--tasks", "tasks/mine.yaml")
+            result = call("run", "--", "mlx_lm.evaluate", *args)
+    sys.modules.pop("mlx_lm.evaluate", None)
+    assert "with --tasks mine.yaml" in result.error()
+
+
 @pytest.mark.slow
 def test_server_is_serve(folder, text):
     """A process of its own, asked over HTTP."""

@@ -10,7 +10,6 @@ import dataclasses
 import importlib
 import inspect
 import pkgutil
-from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -126,9 +125,3 @@ def _filled(kind: Any, name: str, changes: dict[str, Any]) -> Any:
     known = {**tiny_configs.COMMON, "model_type": name, **base, **own, **OVERRIDES.get(name, {})}
     names = {field.name for field in dataclasses.fields(kind)}
     return kind(**{key: value for key, value in {**known, **changes}.items() if key in names})
-
-
-@cache
-def shared_language_model(name: str) -> nn.Module:
-    """``tiny_language_model(name)``, built once; tests leave it as it is."""
-    return tiny_language_model(name)
