@@ -129,6 +129,8 @@ def main() -> None:
     args = parser.parse_args()
     blas.require_mlx()
     args.model = args.model or str(default_model_file())
+    if Path(args.model).exists():  # the task runs in a folder of its own
+        args.model = str(Path(args.model).resolve())
     if args.json is not None:
         args.json = args.json.resolve()
     rows, first = [], None
