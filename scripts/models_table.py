@@ -10,7 +10,9 @@ packed caches: a prompt in uneven cuts, decoded tokens, a trim, and more.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -49,22 +51,28 @@ def rows() -> list[dict]:
     return [_row(name, shared_model(name), REMARKS.get(name, "")) for name in architectures()]
 
 
-def vlm_rows(names: list[str]) -> tuple[list[dict], list[str]]:
+def vlm_rows(names: list[str], kept: list[dict], save: Callable[[list[dict]], None]) -> list[str]:
     """The same of mlx-vlm's language models, with the errors of logits through packed caches.
 
+    Args:
+        kept: rows that are there already.
+        save: called with all rows after each new one.
+
     Returns:
-        the rows, and what quantisation does not explain.
+        what quantisation does not explain.
     """
-    found, failures = [], []
+    rows, failures = {row["architecture"]: row for row in kept}, []
     for name in names:
-        model = tiny_language_model(name)
-        row = _row(name, model, VLM_REMARKS.get(name, "")) | {"error": _errors(name, model)}
-        found.append(row)
-        print(row, flush=True)
-        for fmt, error in row["error"].items():
+        if name not in rows:
+            model = tiny_language_model(name)
+            row = _row(name, model, VLM_REMARKS.get(name, ""))
+            rows[name] = row | {"error": _errors(name, model)}
+            print(rows[name], flush=True)
+            save([rows[name] for name in names if name in rows])
+        for fmt, error in rows[name]["error"].items():
             if not error <= TOLERANCES[fmt]:
                 failures.append(f"{name}, {fmt}: the logits' error is {error:.3f}.")
-    return found, failures
+    return failures
 
 
 def _errors(name: str, model) -> dict[str, float]:
@@ -103,18 +111,21 @@ def _left_alone(found: KVLayers) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mlx-vlm", action="store_true")
-    parser.add_argument("--json")
+    parser.add_argument("--resume", action="store_true", help="keep rows that --json has")
+    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    helpers, failures, versions = HELPERS, [], {}
-    if args.mlx_vlm:
-        helpers, versions = WITHOUT_CACHES, {"mlx_vlm": version("mlx-vlm")}
-        found, failures = vlm_rows(language_models())
-    else:
-        found = rows()
     path = args.json or ROOT / "benchmarks" / ("models_vlm.json" if args.mlx_vlm else "models.json")
     what = "caches by architecture"
-    write_json(str(path), record(what=what, **versions, helpers=sorted(helpers), rows=found))
-    if failures:
+    if not args.mlx_vlm:
+        write_json(str(path), record(what=what, helpers=sorted(HELPERS), rows=rows()))
+        return
+
+    def save(found: list[dict]) -> None:
+        about = {"mlx_vlm": version("mlx-vlm"), "helpers": sorted(WITHOUT_CACHES)}
+        write_json(str(path), record(what=what, **about, rows=found))
+
+    kept = json.loads(path.read_text(encoding="utf-8"))["rows"] if args.resume else []
+    if failures := vlm_rows(language_models(), kept, save):
         sys.exit("\n".join(failures))
 
 
