@@ -41,6 +41,7 @@ VLM_REMARKS = {
     "diffusion_gemma": "not run: it writes whole blocks of tokens",
     "muse_spark": "not run: mlx-vlm has its kernels for Metal alone",
     "nemotron_parse": "not run: its decoder starts from an image",
+    "z1t": "not run: attention-free, with caches that cannot be asked for a trim",
 }
 PREFILL_CUTS, N_DECODE = [5, 1, 17, 14], 20
 TOLERANCES = {"q8_0": Q8_TOLERANCE, "turbo4": TURBO4_TOLERANCE}

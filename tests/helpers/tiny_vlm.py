@@ -20,12 +20,14 @@ from mlx.utils import tree_map
 from tiny_models import lively
 from tiny_vlm_configs import OVERRIDES, WHOLE, WITHOUT_CACHES
 
+TOKENS = "_id", "_index"  # how fields of token ids end
+
 
 class _Config(SimpleNamespace):
     """A configuration whose tokens that nobody named never occur."""
 
     def __getattr__(self, name: str) -> int:
-        if name.endswith(("_id", "_index")):
+        if name.endswith(TOKENS):
             return -1
         raise AttributeError(name)
 
@@ -106,8 +108,10 @@ def _whole_config(package: Any, name: str, changes: dict[str, Any]) -> Any:
         return _filled(package.ModelConfig, name, changes)
     text = _filled(package.TextConfig, name, changes)
     values = {"model_type": name, **vars(text), "text_config": text, "vision_config": VISION}
-    defaults = {k: v for k, v in _defaults(package.ModelConfig).items() if v is not None}
-    return _Config(**{**defaults, **values, **WHOLE.get(name, {})})
+    found = _defaults(package.ModelConfig).items()
+    defaults = {k: v for k, v in found if v is not None or not k.endswith(TOKENS)}
+    own = {k: v for k, v in _known(name, changes).items() if k in names}
+    return _Config(**{**defaults, **own, **values, **WHOLE.get(name, {})})
 
 
 def _defaults(kind: type) -> dict[str, Any]:
@@ -120,10 +124,14 @@ def _defaults(kind: type) -> dict[str, Any]:
 
 def _filled(kind: Any, name: str, changes: dict[str, Any]) -> Any:
     """A configuration of class ``kind`` with small values."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{k: v for k, v in _known(name, changes).items() if k in names})
+
+
+def _known(name: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """Small values by the names of fields."""
     inner, own = name, {}
     if name in tiny_configs.INNER:
         inner, _, own = tiny_configs.INNER[name]
-    base = tiny_configs.OVERRIDES.get(inner, {})
-    known = {**tiny_configs.COMMON, "model_type": name, **base, **own, **OVERRIDES.get(name, {})}
-    names = {field.name for field in dataclasses.fields(kind)}
-    return kind(**{key: value for key, value in {**known, **changes}.items() if key in names})
+    base = {**tiny_configs.COMMON, "model_type": name, **tiny_configs.OVERRIDES.get(inner, {})}
+    return {**base, **own, **OVERRIDES.get(name, {}), **changes}

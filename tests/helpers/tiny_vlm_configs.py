@@ -17,8 +17,8 @@ WITHOUT_CACHES = set(
     z_image""".split()
 )
 
-# diffusion, and a decoder that reads an image first: not called with tokens alone
-NOT_BY_TOKENS = {"diffusion_gemma", "nemotron_parse"}
+# not run: it writes blocks, it reads an image first, its caches cannot be asked for a trim
+NOT_BY_TOKENS = {"diffusion_gemma", "nemotron_parse", "z1t"}
 # their layers call kernels that mlx-vlm has for Metal alone
 NEEDS_METAL = {"bitnet", "muse_spark"}
 
@@ -116,5 +116,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen3_vl": {"rope_scaling": _MROPE_ALL},
     "qwen3_vl_embedding": {"rope_scaling": _MROPE_ALL},
     "qwen3_vl_moe": {"rope_scaling": _MROPE_ALL},
+    "qwen4_exp": {**_QWEN3_5, "hc_count": 2, "hc_lowrank": 32, "indexer_head_dim": 32,
+                  "indexer_budget": 8},
     "step3p7": _SLIDING,
 }  # fmt: skip
