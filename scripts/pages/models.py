@@ -115,9 +115,10 @@ def models_vlm() -> str:
         f"A tiny random language model of each package of mlx-vlm {record['mlx_vlm']} that has one "
         f"([models.md](../models.md#vision-models)): {len(rows)}. {len(growing)} have a cache that "
         f"grows with the context, of which {len(latent)} keep MLA latents in it. Of the other "
-        f"{n_other}, {n_packed} ({n_packed / n_other:.0%}) are compressed, {n_packed / len(growing):.0%} "
-        "of all that grow. Error: of the logits after a prompt in uneven cuts, decoded tokens, a trim and more, against the model's own "
-        "cache; root mean square over their standard deviation, through random weights.",
+        f"{n_other}, {n_packed} ({n_packed / n_other:.0%}) are compressed, "
+        f"{n_packed / len(growing):.0%} of all that grow. Error: of the logits after a prompt in "
+        "uneven cuts, decoded tokens, a trim and more, against the model's own cache; root mean "
+        "square over their standard deviation, through random weights.",
         _architectures(rows, ["error, q8_0", "error, turbo4"]),
         "Packages of mlx_vlm.models without a model that reads tokens through a cache: "
         f"{', '.join(record['helpers'])}.",
