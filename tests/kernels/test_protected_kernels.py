@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from metal_host.typecheck import check_launches
 from segment_cases import CASES, SegmentCase, run_segment_case
 
 from mlx_turbokv.kernels import assemble, tuning
@@ -19,7 +20,10 @@ def host(metal_host, monkeypatch):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_protected_case_agrees_with_float64(host, case: SegmentCase) -> None:
+    """And the text of each of its launches is sound Metal."""
+    n_before = len(host.launches)
     assert run_segment_case(case, "metal")["failures"] == []
+    assert [str(problem) for problem in check_launches(host.launches[n_before:])] == []
 
 
 @pytest.mark.parametrize("case", CASES[::6], ids=str)
