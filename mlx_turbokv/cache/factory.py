@@ -12,6 +12,7 @@ from ..attention.hook import AttentionFunctions
 from ..centring.choose import Choice
 from ..centring.references import References
 from ..errors import InputError
+from ..kernels.backend import select_backend
 from ..log import warn_once
 from ..model.caches import ModelReference, cache_at, language_model, own_caches, put_cache
 from ..model.kinds import new_cache
@@ -182,8 +183,7 @@ class CacheFactory:
         self._take_formats()
         notes = [*policy.notes(self.layers.n_total), *self.layers.notes(), *self.centring.notes]
         if compress_sliding:
-            sliding = [x for x in self.layers.layers if x.window]
-            sliding = KVLayers(sliding, [], self.layers.n_total)
+            sliding = KVLayers([x for x in self.layers.layers if x.window], [], self.layers.n_total)
             notes += Choice(model, sliding, False, policy).of(self.formats).notes
         if max_kv_size is not None and all(x.window for x in self.layers.layers):
             notes.append("max_kv_size has no effect: no layer keeps all tokens in a KV cache.")
@@ -223,6 +223,7 @@ class CacheFactory:
         for ordinal, among_growing in self._growing.items():
             growing[among_growing] = self.formats[ordinal]
         self.centring = self._choice.of(growing)
+        select_backend(self.backend).check_scales(self.centring.centres.values())
 
     def __call__(self, *args: Any, **kwargs: Any) -> list[Any]:
         """Fresh caches; arguments go to the model's own factory."""

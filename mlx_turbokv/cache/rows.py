@@ -29,7 +29,8 @@ class PackedRows:
         centre: what to subtract from the keys before they are quantised; turbo keys only.
 
     Raises:
-        InputError: an unknown format or back-end, or a centre for keys that are not turbo.
+        InputError: an unknown format or back-end, a centre for keys that are not turbo, or one with
+            scales for a back-end whose kernels do not read them.
     """
 
     flush_tokens = FLUSH_TOKENS  # tokens in the tail that go into the body
@@ -48,6 +49,7 @@ class PackedRows:
             raise InputError(f"Keys in {self.k_format} cannot be centred: turbo formats can.")
         self.centre = centre
         self._backend_name = select_backend(backend).request
+        self.backend.check_scales([centre])
         self._clear()
 
     def _clear(self) -> None:

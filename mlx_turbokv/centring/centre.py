@@ -11,6 +11,9 @@ The key of position t is stored as quant(k - anchor) and read as that plus the a
 score, as q.k + q.anchor with one product a block. Anchors depend on the position alone, not on how
 a prompt was cut. They are mu rotated by one table of cosines and sines for all layers and heads,
 rounded to fp16 once, so that writing and reading use the same values.
+
+Pairs of dims may be scaled as well (scales.py): then all of this is about keys times their scales,
+and queries are divided by them.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import mlx.core as mx
 import numpy as np
 
 from .rope import RopeFrequencies
+from .scales import PairScales
 
 BLOCK = 32
 # blocks by which the table of cosines and sines grows: it is made anew each time
@@ -35,13 +39,22 @@ def block_means(rope: RopeFrequencies, n_blocks: int) -> np.ndarray:
     Shapes:
         returns: [n_blocks, pairs, 2] float16, cosine and sine.
     """
-    angles = np.array(rope.angles, np.float64)
-    small = np.abs(angles) < 1e-9
-    halves = np.where(small, 1.0, angles) / 2
-    length = np.where(small, 1.0, np.sin(BLOCK * halves) / (BLOCK * np.sin(halves)))
+    angles, length = np.array(rope.angles, np.float64), lengths_left(rope)
     centres = np.arange(n_blocks)[:, None] * BLOCK + (BLOCK - 1) / 2
     phases = centres * angles
     return np.stack([np.cos(phases) * length, np.sin(phases) * length], -1).astype(np.float16)
+
+
+def lengths_left(rope: RopeFrequencies) -> np.ndarray:
+    """What an anchor keeps of the length of each pair of mu.
+
+    Shapes:
+        returns: [pairs] float64.
+    """
+    angles = np.array(rope.angles, np.float64)
+    small = np.abs(angles) < 1e-9
+    halves = np.where(small, 1.0, angles) / 2
+    return np.where(small, 1.0, np.sin(BLOCK * halves) / (BLOCK * np.sin(halves)))
 
 
 @lru_cache(maxsize=64)
@@ -71,12 +84,13 @@ class Centre:
         n_sharing: layers that share the table of cosines and sines.
         first_key_uncentred: whether a sequence's first key is stored without centring: it is an
             attention sink, unlike all other keys, and does not contain mu.
+        scales: what keys are multiplied by first; mu is that of the products.
 
     Shapes:
         mu: [H, head_dim].
 
     Raises:
-        ValueError: mu and rope differ in head_dim.
+        ValueError: mu and rope differ in head_dim, or the scales in heads or pairs.
     """
 
     def __init__(
@@ -86,6 +100,7 @@ class Centre:
         source: str,
         n_sharing: int = 1,
         first_key_uncentred: bool = False,
+        scales: PairScales | None = None,
     ) -> None:
         if mu.ndim != 2 or mu.shape[-1] != rope.head_dim:
             raise ValueError(f"[Centre] mu {mu.shape} does not fit a head of {rope.head_dim}.")
@@ -94,10 +109,15 @@ class Centre:
         self.source = source
         self.n_sharing = n_sharing
         self.first_key_uncentred = first_key_uncentred
+        if scales is not None and scales.of_dims.shape != mu.shape:
+            raise ValueError(f"[Centre] scales of {scales.of_dims.shape} do not fit mu {mu.shape}.")
+        self.scales = scales
         self._table = 0, mx.zeros((0,), mx.uint32)  # blocks, and the table of them
         self._angles = mx.array(np.array(rope.angles, np.float32))
         mx.eval(self.mu, self._angles)
         content = np.array(self.mu).tobytes() + repr((rope, BLOCK, first_key_uncentred)).encode()
+        if scales is not None:
+            content += np.array(scales.of_pairs).tobytes()
         self.digest = hashlib.sha256(content).hexdigest()
 
     def __eq__(self, other: object) -> bool:
@@ -161,14 +181,16 @@ class Centre:
         return rows
 
     def nbytes(self, n_rows: int) -> int:
-        """Bytes resident for ``n_rows`` positions: mu, and this layer's share of the table."""
-        return self.mu.nbytes + self.table(max(n_rows, 1)).nbytes // self.n_sharing
+        """Bytes resident for ``n_rows`` positions: mu, scales, and a share of the table."""
+        own = self.mu.nbytes + (0 if self.scales is None else self.scales.nbytes)
+        return own + self.table(max(n_rows, 1)).nbytes // self.n_sharing
 
     @property
     def state(self) -> list:
         """What makes it anew: arrays and scalars."""
-        return [BLOCK, self.mu, self.rope.split_pairs, self._angles, self.source, self.n_sharing,
-                self.first_key_uncentred]  # fmt: skip
+        values = [BLOCK, self.mu, self.rope.split_pairs, self._angles, self.source, self.n_sharing,
+                  self.first_key_uncentred]  # fmt: skip
+        return values if self.scales is None else [*values, self.scales.of_pairs]
 
     @classmethod
     def from_state(cls, state: list) -> Centre:
@@ -177,9 +199,9 @@ class Centre:
         Raises:
             ValueError: it is no such state, or of another block size.
         """
-        if not isinstance(state, (list, tuple)) or len(state) != 7:
+        if not isinstance(state, (list, tuple)) or len(state) not in (7, 8):
             raise ValueError("its centre is none")
-        block, mu, split_pairs, angles, source, n_sharing, first_key_uncentred = state
+        block, mu, split_pairs, angles, source, n_sharing, first_key_uncentred = state[:7]
         if type(block) is not int or block != BLOCK:
             raise ValueError(f"its keys are centred in blocks of {block!r}, not {BLOCK}")
         for name, array, ndim in (("mu", mu, 2), ("angles", angles, 1)):
@@ -194,4 +216,5 @@ class Centre:
         if not isinstance(source, str) or not isinstance(first_key_uncentred, bool):
             raise ValueError("its centre does not say what it was taken from")
         rope = RopeFrequencies(split_pairs, tuple(float(a) for a in np.array(angles, np.float32)))
-        return cls(mu, rope, source, n_sharing, first_key_uncentred)
+        scales = PairScales.from_state(state[7], rope) if len(state) == 8 else None
+        return cls(mu, rope, source, n_sharing, first_key_uncentred, scales)

@@ -20,9 +20,10 @@ from .bias import key_biases
 from .centre import Centre
 from .references import ATTRIBUTE, References, load_references, paths_for
 from .rope import RopeFrequencies, find_rope_frequencies
+from .scales import PairScales
 
 BY_BIAS = "key bias"
-BY_MEAN = "calibrated mean"
+BY_MEAN, SCALED = "calibrated mean", " and scales"
 # a bias whose root mean square is above this is large: keys that vary are about one a value
 LARGE_BIAS = 2.0
 
@@ -124,6 +125,7 @@ class Choice:
             return {}
         ropes = find_rope_frequencies(*_whole(self._model(), self.found))
         chosen: dict[int, tuple[mx.array, RopeFrequencies, str]] = {}
+        scales = references.scales if references else {}
         for layer in self.found.layers:
             i = layer.ordinal
             mean, rope = means.get(i), ropes.get(i)
@@ -134,10 +136,15 @@ class Choice:
             elif i in self._biases and rope is not None:
                 chosen[i] = self._biases[i], rope, BY_BIAS
         sharing = Counter(rope for _, rope, _ in chosen.values())
-        return {
-            i: Centre(mu, rope, source, sharing[rope], not _in_all_keys(mu, self._biases.get(i)))
-            for i, (mu, rope, source) in chosen.items()
-        }
+        centres = {}
+        for i, (mu, rope, source) in chosen.items():
+            first_key_uncentred = not _in_all_keys(mu, self._biases.get(i))
+            of_layer = None
+            if source == BY_MEAN and i in scales:
+                of_layer, source = PairScales(scales[i], rope), source + SCALED
+                mu = mu * of_layer.of_dims
+            centres[i] = Centre(mu, rope, source, sharing[rope], first_key_uncentred, of_layer)
+        return centres
 
 
 def _whole(model: nn.Module, found: KVLayers) -> tuple[nn.Module, list[KVLayer]]:

@@ -2,6 +2,7 @@
 
 A file of references is two: NAME.keys.safetensors with one array a layer, and NAME.keys.json with
 what it belongs to. ``calibrate`` writes them beside the policy NAME.json, where they are found.
+Version 2 has a second array for layers whose pairs of dims are scaled; others are version 1.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from ..errors import InputError, short
 from ..files import parse_json, read_text, replacing, write_text
 from ..model.fingerprint import fingerprint
 from ..safetensors import read_header
+from .scales import check_scales
 
 MAKER = "mlx_turbokv key references"
-VERSION = 1
+VERSION, SCALED_VERSION = 1, 2
 ATTRIBUTE = "turbokv_references"
 
 
@@ -34,12 +36,14 @@ class References:
         without_rope: ordinals of the layers whose keys do not depend on the position.
         model: the fingerprint of the model that they belong to.
         record: where they come from: sha256 of the text, tokens, first tokens left out.
+        scales: of pairs of dims, by ordinal of layers that have a mean, [H, head_dim / 2] float32.
     """
 
     means: dict[int, mx.array]
     without_rope: frozenset[int]
     model: str
     record: dict[str, Any] = field(default_factory=dict)
+    scales: dict[int, mx.array] = field(default_factory=dict)
 
 
 def set_references(model: nn.Module, references: References | None) -> None:
@@ -72,7 +76,7 @@ def save_references(path: str | os.PathLike, references: References) -> None:
     arrays_file, json_file = paths_for(path)
     record = {
         "maker": MAKER,
-        "version": VERSION,
+        "version": SCALED_VERSION if references.scales else VERSION,
         "model": references.model,
         "layers": sorted(references.means),
         "unturned": sorted(references.without_rope),
@@ -81,6 +85,7 @@ def save_references(path: str | os.PathLike, references: References) -> None:
     try:
         with replacing(arrays_file, suffix=".safetensors") as temporary:
             arrays = {f"layer.{i}": mean for i, mean in references.means.items()}
+            arrays |= {f"scales.{i}": scales for i, scales in references.scales.items()}
             mx.save_safetensors(str(temporary), arrays)
         write_text(json_file, json.dumps(record, indent=1) + "\n")
     except (OSError, RuntimeError) as error:
@@ -122,7 +127,7 @@ def _read(json_file: Path, arrays_file: Path) -> References:
     if not isinstance(record, dict):
         raise ValueError("it is no object")
     maker, version = record.get("maker"), record.get("version")
-    if maker != MAKER or type(version) is not int or version != VERSION:
+    if maker != MAKER or type(version) is not int or version not in (VERSION, SCALED_VERSION):
         raise ValueError(f"it has maker {short(maker)} and version {short(version)}")
     layers, unturned = (_ordinals(record, key) for key in ("layers", "unturned"))
     if not layers or not set(unturned) <= set(layers):
@@ -131,10 +136,11 @@ def _read(json_file: Path, arrays_file: Path) -> References:
     if not isinstance(name, str) or not isinstance(details, dict):
         raise ValueError("it does not say its model, or where it comes from")
     header = read_header(arrays_file).arrays
-    if set(header) != {f"layer.{i}" for i in layers}:
+    scaled = [i for i in layers if f"scales.{i}" in header] if version == SCALED_VERSION else []
+    if set(header) != {f"layer.{i}" for i in layers} | {f"scales.{i}" for i in scaled}:
         raise ValueError(f"{arrays_file.name} has other layers")
     arrays: Any = mx.load(str(arrays_file))
-    means = {}
+    means, scales = {}, {}
     for i in layers:
         dtype, shape = header[f"layer.{i}"]
         if dtype not in ("F32", "F16", "BF16") or len(shape) != 2 or 0 in shape or shape[1] % 2:
@@ -142,7 +148,12 @@ def _read(json_file: Path, arrays_file: Path) -> References:
         means[i] = arrays[f"layer.{i}"].astype(mx.float32)
         if not mx.isfinite(means[i]).all().item():
             raise ValueError(f"the mean of layer {i} has values that are not finite")
-    return References(means, frozenset(unturned), name, details)
+    for i in scaled:
+        scales[i] = arrays[f"scales.{i}"]
+        check_scales(scales[i], f"the scales of layer {i}")
+        if scales[i].shape != (means[i].shape[0], means[i].shape[1] // 2):
+            raise ValueError(f"the scales of layer {i} are {scales[i].shape}")
+    return References(means, frozenset(unturned), name, details, scales)
 
 
 def _ordinals(record: dict[str, Any], key: str) -> list[int]:

@@ -72,6 +72,11 @@ RECORD = "calibration.json"
     "each policy file, where they are found.",
 )  # fmt: skip
 @click.option(
+    "--scales", is_flag=True,
+    help="Take scales of pairs of dims along with the mean keys. Only the reference back-end reads "
+    "them so far.",
+)  # fmt: skip
+@click.option(
     "--no-centre", is_flag=True,
     help="Leave turbo keys as they are.  [default: centred by the key projection's bias]",
 )  # fmt: skip
@@ -103,6 +108,10 @@ def command(**args: Any) -> None:
             f"The held-out text is the calibration text ({source.name}): give another, or 'none'."
         )
     options.check_backend(args["backend"])
+    if args["scales"]:
+        from ..kernels.backend import select_backend
+
+        select_backend(args["backend"]).check_reads_scales()
     check_folder(folder, "--folder")
     loaded = load_model(args)
     from ..evaluate.calibration_run import Calibration
@@ -141,6 +150,8 @@ def check_options(args: dict[str, Any]) -> None:
         calibrate.FORMATS if names is None else [n for n in names.split(",") if n.strip()]
     )
     exclude("keys", "no_centre")
+    if not args["keys"]:
+        refuse(["scales"], "without --keys")
     if args["held_out"] == NO_TEXT:
         refuse(["held_out_chunks", "compare"], "with --held-out none")
     args["budgets"] = tuple(dict.fromkeys(args["budgets"])) or calibrate.BUDGETS

@@ -49,8 +49,8 @@ class Calibration:
         loaded: a `models.Loaded`.
         folder: an existing folder.
         options: those of the command, checked: ctx_size, chunks, held_out_chunks, budgets,
-            formats, base, sink, recent, refine, compare, batch_size, backend, keys, no_centre and
-            resume.
+            formats, base, sink, recent, refine, compare, batch_size, backend, keys, scales,
+            no_centre and resume.
         note: prints a line apart from the results.
         progress: makes what is called with (runs done, all runs, what ran); a context manager.
     """
@@ -84,8 +84,10 @@ class Calibration:
             calibrate.as_budget(model, shapes, name)  # refused before anything is measured
         sample = self._sample(source, options["chunks"], stride)
         if options["keys"]:
-            self.centre = calibrate_keys(model, sample.windows, source.sha256)
+            scale = options["scales"]
+            self.centre = calibrate_keys(model, sample.windows, source.sha256, scale=scale)
             self.keys = f"centred by their means over {len(sample.windows)} windows of the text"
+            self.keys += ", their pairs of dims scaled" if self.centre.scales else ""
         how = {
             "backend": options["backend"],
             "centre": self.centre,

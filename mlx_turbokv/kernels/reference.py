@@ -10,6 +10,7 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from ..centring.centre import Centre
+from ..centring.scales import PairScales
 from ..quant import quantize
 from ..quant.formats import KVFormat
 from ..quant.layout import TILE, KVLayout
@@ -44,7 +45,7 @@ def pack(
     Args:
         tail: packed rows that the new ones follow; it is not read if ``n_tail`` is 0.
         n_tail: how many rows of the tail are kept.
-        centre: what is subtracted from the keys.
+        centre: what the keys are multiplied by, if anything, and what is then subtracted.
         first: the new tokens' first row in the sequence, for ``centre``.
         left_padding: rows before position 0 of each sequence; None where there are none.
         rotated: turbo rows are in the rotated basis already, and centred.
@@ -57,7 +58,8 @@ def pack(
     check_new_rows("pack", layout, keys, values, tail, n_tail, centre, left_padding)
     n_full, n_partial = divmod(n_tail, TILE)
     if centre is not None:
-        keys = keys.astype(mx.float32) - centre.rows(first, keys.shape[2], left_padding)
+        keys = keys.astype(mx.float32) if centre.scales is None else centre.scales.scaled(keys)
+        keys = keys - centre.rows(first, keys.shape[2], left_padding)
     rows = Rows(
         *_quantized(keys, layout.k_format, rotated), *_quantized(values, layout.v_format, rotated)
     )
@@ -105,6 +107,8 @@ def attention(
     check_inputs("attention", [Input("queries", shape, queries.dtype)], [queries])
     check_padding("attention", left_padding, batch)
     q = queries.astype(mx.float32)
+    if (scales := _scales_of(packed)) is not None:
+        q, packed = scales.unscaled(q), _with_scaled_rows(packed, scales)
     if layout.k_format.is_turbo:
         q = rotate(q, layout.k_head_dim)
     if left_padding is not None:
@@ -150,6 +154,19 @@ def _heads(packed: AnyKV) -> tuple[int, int]:
     return check_packed("attention", packed)
 
 
+def _scales_of(packed: AnyKV) -> PairScales | None:
+    """What packed keys were multiplied by before anything else; None where by nothing."""
+    return None if packed.centre is None else packed.centre.scales
+
+
+def _with_scaled_rows(packed: AnyKV, scales: PairScales) -> AnyKV:
+    """Rows whose keys are all times their scales, those too that are not packed yet."""
+    if not isinstance(packed, SegmentedKV) or packed.fresh is None:
+        return packed
+    keys, values = packed.fresh
+    return packed._replace(fresh=(scales.scaled(keys), values))
+
+
 def _rows_of(packed: AnyKV) -> Callable[[int, int], tuple[mx.array, mx.array]]:
     """Makes the rows of ``count`` KV heads from ``first`` on, in the rotated basis."""
     if isinstance(packed, SegmentedKV):
@@ -166,6 +183,14 @@ def dequantize(packed: AnyKV, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
     Shapes:
         returns: [B, H, n, k_head_dim] and [B, H, n, v_head_dim] in ``dtype``.
     """
+    if (scales := _scales_of(packed)) is not None:
+        keys, values = _dequantized(_with_scaled_rows(packed, scales), mx.float32)
+        return scales.unscaled(keys).astype(dtype), values.astype(dtype)
+    return _dequantized(packed, dtype)
+
+
+def _dequantized(packed: AnyKV, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    """K, times its scales if there are any, and V."""
     if isinstance(packed, SegmentedKV):
         return dequantized(packed, dtype, rotated_rows)
     layout = packed.layout
@@ -182,6 +207,8 @@ def rotated_rows(
     packed: PackedKV, dtype: mx.Dtype, first: int, count: int
 ) -> tuple[mx.array, mx.array]:
     """Rows of KV heads ``first`` to ``first + count``, turbo rows in the rotated basis.
+
+    Keys that have scales are times these.
 
     Shapes:
         returns: [B, count, n, k_head_dim] and [B, count, n, v_head_dim] in ``dtype``.
