@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from pages import accuracy, apple, gemma, kernels, models, plot, quality  # noqa: E402
+from pages import accuracy, apple, gemma, kernels, models, needles, plot, quality  # noqa: E402
 
 FOLDER = ROOT / "docs/results"
 # page: (its maker, what it has)
@@ -24,7 +24,10 @@ PAGES: dict[str, tuple[Callable[[], str], str]] = {
     "calibration": (quality.calibration, "calibrated policies"),
     "centred-keys": (quality.centred_keys, "keys centred and not, policies calibrated with them"),
     "lm-eval": (accuracy.accuracy, "accuracy on a task of lm-eval"),
-    "needle": (quality.needle, "facts hidden in long texts"),
+    "needle": (needles.needle, "facts hidden in long texts"),
+    "needle-protected": (
+        needles.needle_protected, "the same with protected tokens, by bits of the others"
+    ),
     "paper": (quality.paper, "the paper's claims and tables"),
     "gemma": (gemma.gemma, "Gemma 3 270M from a GGUF file: llama.cpp's loss, and formats"),
     "report": (quality.report, "a report of the default model in one table"),

@@ -40,13 +40,13 @@ def source(name: str, record: dict | None = None, up: str = "../..") -> str:
     return f"{text}\n\n{commands(about['command'])}"
 
 
-def commands(*lines: str) -> str:
+def commands(*lines: str, commit: str = SETTLED) -> str:
     """Commands as a block; a script that the tree no longer has is named with its commit."""
     shown = []
     for line in dict.fromkeys(lines):
         first = line.split()[0]
         gone = first.endswith(".py") and not (ROOT / first).is_file()
-        shown.append(line + (f"  # script: commit {SETTLED}" if gone else ""))
+        shown.append(line + (f"  # script: commit {commit}" if gone else ""))
     return "\n".join(["```", *shown, "```"])
 
 

@@ -156,8 +156,9 @@ def _topics(page: str) -> list[str]:
         parts += [f"## {topic['title']}", topic["conclusion"], topic["conditions"],
                   table(topic["header"], topic["rows"])]  # fmt: skip
         files = [f"`{name}`" for name in (*topic["scripts"], *topic["records"])]
-        parts.append(f"In commit {SETTLED}: {', '.join(files)}.")
-        parts += [commands(*topic["commands"])] if topic["commands"] else []
+        commit = topic.get("commit", SETTLED)
+        parts.append(f"In commit {commit}: {', '.join(files)}.")
+        parts += [commands(*topic["commands"], commit=commit)] if topic["commands"] else []
     return parts
 
 
@@ -165,8 +166,8 @@ def research() -> str:
     """Settled research: conclusions and tables."""
     about = (
         "Questions that are settled: the conclusion, its table, and where to find the script and "
-        f"the full record (commit {SETTLED}; figures here: [benchmarks/research.json]"
-        "(../../benchmarks/research.json))."
+        f"the full record (commit {SETTLED} where no other is named; figures here: "
+        "[benchmarks/research.json](../../benchmarks/research.json))."
     )
     return "\n\n".join(["# Settled research", about, *_topics("research")])
 

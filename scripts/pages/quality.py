@@ -1,11 +1,11 @@
-"""Pages on quality: perplexity and KLD, calibrated policies, centred keys, needles, the paper."""
+"""Pages on quality: perplexity and KLD, calibrated policies, centred keys, the paper."""
 
 from __future__ import annotations
 
 import paper_replay
 
 from mlx_turbokv.evaluate.statistics import ratio
-from mlx_turbokv.evaluate.tables import bytes_text, needle_table, perplexity_table
+from mlx_turbokv.evaluate.tables import bytes_text, perplexity_table
 from mlx_turbokv.report import summary
 
 from . import commands, interval, read, source, table
@@ -218,19 +218,6 @@ def _calibrated_keys() -> str:
         "bootstrap."
     )
     return f"{text}\n\n{table(header, rows)}"
-
-
-def needle() -> str:
-    """What is still found, f16 first."""
-    record = read("needle")
-    shown = needle_table(record)
-    parts = ["# Needles", "[Protocol](../evaluation.md#needle).",
-             shown.heading.splitlines()[0] + ".", shown.markdown(),
-             "\n".join(shown.notes)]  # fmt: skip
-    if record["not_measured"]:
-        left, n = record["not_measured"], len(record["cases"])
-        parts.append(f"{left} of {n + left} cases were left when the time was over.")
-    return "\n\n".join([*parts, source("needle")])
 
 
 def paper() -> str:
