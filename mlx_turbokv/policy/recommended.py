@@ -11,7 +11,7 @@ from .protection import UNPROTECTED, Protection
 
 PROTECTED = Protection(32, 128)
 _PAIRS = (
-    ("q8_0", "q8_0"), ("turbo6", "turbo5"), ("turbo5", "turbo4"), ("turbo4", "turbo3"),
+    ("turbo6", "turbo5"), ("turbo5", "turbo4"), ("turbo4", "turbo3"),
     ("turbo3", "turbo3"), ("turbo3", "turbo2"),
 )  # fmt: skip
 
@@ -19,13 +19,12 @@ _PAIRS = (
 def recommended() -> list[Policy]:
     """Policies in order of their quality: f16, pairs with protected tokens, then without.
 
-    Q8_0 protects itself. The paper's policy is among those without.
+    F16 and q8_0 protect themselves. The paper's policy is among those without.
     """
-    pairs = [Uniform(k, v, protection=UNPROTECTED) for k, v in _PAIRS]
-    first, turbo = pairs[0], pairs[1:]
+    turbo = [Uniform(k, v, protection=UNPROTECTED) for k, v in _PAIRS]
     return [
-        Uniform("f16", "f16", protection=UNPROTECTED),
-        first,
+        Uniform("f16", "f16"),
+        Uniform("q8_0", "q8_0"),
         *(pair.protecting(PROTECTED.sink, PROTECTED.recent) for pair in turbo),
         *turbo[:3],
         load_policy("la-v7").protecting(0, 0),
@@ -35,7 +34,7 @@ def recommended() -> list[Policy]:
 def label(policy: Policy) -> str:
     """A policy as a configuration names it, such as turbo4/turbo3+32,128."""
     name = f"{policy.k}/{policy.v}" if isinstance(policy, Uniform) else policy.name
-    return name + (f"+{policy.protection}" if policy.protection else "")
+    return name + (f"+{policy.protection}" if policy.protection != DEFAULT_PROTECTION else "")
 
 
 def _preset(policy: Policy) -> Policy | None:
