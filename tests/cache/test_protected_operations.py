@@ -95,14 +95,13 @@ class Run:
         lengths = [n - p for p in padding]
         known = bool(self.rng.integers(2))
         held.cache.prepare(lengths=lengths if known else None, right_padding=padding)
-        first = int(self.rng.integers(1, n + 1))
+        first, start = int(self.rng.integers(1, n + 1)), held.model.n
         for count in (first, n - first):
             if count and max(padding):
                 before = held.model.n
                 after = before + count
                 ends = [after - p for p in padding]
                 if known:
-                    start = before if count == first else before - first
                     ends = [min(after, start + length) for length in lengths]
             elif count:
                 ends = None
