@@ -93,6 +93,19 @@ def _decode() -> str:
     return _table(names, columns, about)
 
 
+def _protected() -> str:
+    """Decode of DIM that reads protected tokens too."""
+    shown = ("demand", "threads a core", "spills : fills", "largest inner loop, KiB")
+    rows = [
+        [f"{row['pair']}, rows {row['rows']}, {row['how'].removeprefix('protected')[1:] or 'split'}"
+         f"{', centred' if row['centred'] else ''}", *(COLUMNS[column](row) for column in shown)]
+        for row in read("apple_kernels")["rows"]
+        if row["kernel"] == "decode_protected" and row["head_dim"] == DIM and row["pair"] in PAIRS
+        and row["rows"] <= ROWS
+    ]  # fmt: skip
+    return table(["", *shown], rows)
+
+
 def _others() -> str:
     names = [f"{pair}-d{DIM}-{kernel}" for pair in PAIRS for kernel in ("pack", "dequantize")]
     names = [f"{PAIRS[0]}-d{DIM}-merge", *names, *(f"{name}-centred" for name in names)]
@@ -224,6 +237,9 @@ def apple() -> str:
         "times queries. In each pass the packed rows are read again.", _decode(),
         "All variants: seven pairs of formats, 1 to 8 rows, centred keys and not, split and whole. "
         "[Each of them](results/apple-kernels.md).", _summary(),
+        "## Decode with protected tokens",
+        "[Two loops in one launch](kernels.md#protected-tokens): a threadgroup runs one of "
+        "them; *whole*: one after the other.", _protected(),
         "## Packing, merging, dequantising", _others(),
         "## What limits which chip",
         f"One token of one KV head, head_dim {DIM}, {ROWS} query rows: {needs}. A chip reads so "
