@@ -7,6 +7,7 @@ from functools import partial
 from typing import NamedTuple
 
 import kernel_variants as variants
+import protected_variants
 
 from mlx_turbokv.kernels.backend import Backend
 
@@ -55,7 +56,7 @@ def groups(parts, pairs, lengths, backend: Backend) -> Iterator[Group]:
                 make[name] = partial(variants.kv_bits_attention, bits=int(name[-1]))
             elif name.endswith(" protected"):
                 pair = name.partition(" ")[0]
-                make[name] = partial(variants.protected_attention, pair, backend=backend)
+                make[name] = partial(protected_variants.protected_attention, pair, backend=backend)
             else:
                 pair, _, how = name.partition(" ")
                 make[name] = partial(variants.packed_attention, pair, backend=backend, how=how)
@@ -84,10 +85,12 @@ def groups(parts, pairs, lengths, backend: Backend) -> Iterator[Group]:
             yield attention("protected", HEADS, HEAD_DIM, n, [*pairs, *protected])
     if "prefill" in parts:
         for n in PREFILL_TOKENS:
-            make = {"fp16": variants.fp16_prefill}
+            make = {"fp16": protected_variants.fp16_prefill}
             for pair in pairs:
                 for name, on in ((pair, False), (f"{pair} protected", True)):
-                    make[name] = partial(variants.prefill, pair, backend=backend, protected=on)
+                    make[name] = partial(
+                        protected_variants.prefill, pair, backend=backend, protected=on
+                    )
             yield Group("prefill", "prefill", HEADS, HEAD_DIM, n, make, queries=CHUNK_TOKENS)
     if "batches" in parts:
         for heads, batch in BATCHES:

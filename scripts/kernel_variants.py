@@ -8,29 +8,24 @@ found in a cache.
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.cache import KVCache
 
-from mlx_turbokv import TurboKVCache
 from mlx_turbokv.attention import dispatch
 from mlx_turbokv.centring.centre import Centre
 from mlx_turbokv.centring.rope import RopeFrequencies
 from mlx_turbokv.kernels import dequantize, reference
 from mlx_turbokv.kernels.backend import Backend
 from mlx_turbokv.kernels.packed import PackedKV, empty_tiles
-from mlx_turbokv.kernels.segments import SegmentedKV
 from mlx_turbokv.quant.formats import KVFormat
 from mlx_turbokv.quant.layout import KVLayout
 
 ROTATED_BYTES = 120 * 2**20  # more than twice the largest cache of a card
 MOST_COPIES = 32
 THETA = 1e6
-PROTECTED = (32, 128)  # tokens at the start and at the end
 N_KEPT = 16  # rows of a tail that one token is appended to
 # decode's relative error against float64 over the same rows: within twice that of an fp16
 # attention, or what chains of half products cost where noise leaves only the mean of its values
@@ -120,71 +115,9 @@ def packed_attention(pair: str, x: Inputs, backend: Backend, how: str = "") -> V
         head = centre and Centre(centre.mu[:1], centre.rope, centre.source)
         one = views[0]._replace(body=views[0].body[:, :1], centre=head)
         rows = reference.dequantize(one, mx.float32)
-        return _attention_error(call(0, x.queries), x.queries, *rows, _gqa_factor(x))
+        return attention_error(call(0, x.queries), x.queries, *rows, gqa_factor(x))
 
     return Variant(call, lambda: x.queries, first.nbytes, check)
-
-
-def protected_attention(pair: str, x: Inputs, backend: Backend) -> Variant:
-    """The same with protected tokens, PROTECTED of them."""
-    cache = TurboKVCache(*pair.split("/"), backend.name, None, *PROTECTED)
-    cache.update_and_fetch(x.keys, x.values)
-    found = cache.packed
-    assert isinstance(found, SegmentedKV)
-    parts = copies(found.body, found.tail, found.sink)
-    views = [found._replace(body=body, tail=tail, sink=sink) for body, tail, sink in parts]
-    scale, mask = x.keys.shape[-1] ** -0.5, mask_of(x)
-
-    def call(i: int, queries: mx.array) -> mx.array:
-        return dispatch.attention(queries, views[i % len(views)], scale, mask, backend=backend)
-
-    def check() -> tuple[float, float]:
-        own = {name: getattr(views[0], name)[:, :1] for name in ("body", "tail", "sink")}
-        rows = reference.dequantize(views[0]._replace(**own), mx.float32)
-        return _attention_error(call(0, x.queries), x.queries, *rows, _gqa_factor(x))
-
-    n_bytes = sum(part.nbytes for part in (found.body, found.tail, found.sink))
-    return Variant(call, lambda: x.queries, n_bytes, check)
-
-
-def prefill(pair: str, x: Inputs, backend: Backend, protected: bool) -> Variant:
-    """A prefill's step of one layer: packs the newest rows, and attends to all of them.
-
-    As many rows as there are queries are new.
-    """
-    n_new, protection = x.queries.shape[2], PROTECTED if protected else (0, 0)
-    old, new = ([s[:, :, part] for s in x[:2]] for part in (slice(0, -n_new), slice(-n_new, None)))
-    cache = TurboKVCache(*pair.split("/"), backend.name, None, *protection)
-    cache.update_and_fetch(*old)
-    mx.eval(cache.state)
-    scale = x.keys.shape[-1] ** -0.5
-
-    def call(i: int, queries: mx.array) -> mx.array:
-        own = copy(cache)
-        keys, values = own.update_and_fetch(*new)
-        output = mx.fast.scaled_dot_product_attention(
-            queries, keys, values, scale=scale, mask="causal"
-        )
-        return mx.depends(output, own.state[4:6]) if own.state[5] is not None else output
-
-    n_bytes = cache.nbytes + sum(side.nbytes for side in new)
-    return Variant(call, lambda: x.queries, n_bytes)
-
-
-def fp16_prefill(x: Inputs) -> Variant:
-    """What mlx-lm's fp16 cache does in such a step."""
-    n_new, scale = x.queries.shape[2], x.keys.shape[-1] ** -0.5
-
-    def call(i: int, queries: mx.array) -> mx.array:
-        cache = KVCache()
-        cache.keys, cache.values = x.keys, x.values
-        cache.offset = x.keys.shape[2] - n_new
-        keys, values = cache.update_and_fetch(*(side[:, :, -n_new:] for side in x[:2]))
-        return mx.fast.scaled_dot_product_attention(
-            queries, keys, values, scale=scale, mask="causal"
-        )
-
-    return Variant(call, lambda: x.queries, x.keys.nbytes + x.values.nbytes)
 
 
 def fp16_attention(x: Inputs) -> Variant:
@@ -217,7 +150,7 @@ def kv_bits_attention(x: Inputs, bits: int) -> Variant:
         one_head = ([part[:, :1] for part in side] for side in quantized)
         rows = [mx.dequantize(*side, group_size=64, bits=bits) for side in one_head]
         output = call(0, x.queries)
-        return _attention_error(output, x.queries, *rows, _gqa_factor(x))[0], KV_BITS_ERROR
+        return attention_error(output, x.queries, *rows, gqa_factor(x))[0], KV_BITS_ERROR
 
     return Variant(call, lambda: x.queries, sum(part.nbytes for part in parts), check)
 
@@ -309,7 +242,7 @@ def mask_of(x: Inputs) -> str | None:
     return "causal" if x.queries.shape[2] > 1 else None
 
 
-def _gqa_factor(x: Inputs) -> int:
+def gqa_factor(x: Inputs) -> int:
     return x.queries.shape[1] // x.keys.shape[1]
 
 
@@ -321,7 +254,7 @@ def _relative(got: mx.array, want: np.ndarray) -> float:
     return float(np.linalg.norm(_float64(got) - want) / np.linalg.norm(want))
 
 
-def _attention_error(output, queries, keys, values, gqa_factor: int) -> tuple[float, float]:
+def attention_error(output, queries, keys, values, gqa_factor: int) -> tuple[float, float]:
     """Relative error of the heads that read KV head 0, against float64 over the rows it holds.
 
     Shapes:

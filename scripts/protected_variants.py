@@ -1,0 +1,79 @@
+"""What bench_kernels.py times of protected tokens: decode, and a prefill's step."""
+
+from __future__ import annotations
+
+from copy import copy
+
+import mlx.core as mx
+from kernel_variants import Inputs, Variant, attention_error, copies, gqa_factor, mask_of
+from mlx_lm.models.cache import KVCache
+
+from mlx_turbokv import TurboKVCache
+from mlx_turbokv.attention import dispatch
+from mlx_turbokv.kernels import reference
+from mlx_turbokv.kernels.backend import Backend
+from mlx_turbokv.kernels.segments import SegmentedKV
+
+PROTECTED = (32, 128)  # tokens at the start and at the end
+
+
+def protected_attention(pair: str, x: Inputs, backend: Backend) -> Variant:
+    """The same with protected tokens, PROTECTED of them."""
+    cache = TurboKVCache(*pair.split("/"), backend.name, None, *PROTECTED)
+    cache.update_and_fetch(x.keys, x.values)
+    found = cache.packed
+    assert isinstance(found, SegmentedKV)
+    parts = copies(found.body, found.tail, found.sink)
+    views = [found._replace(body=body, tail=tail, sink=sink) for body, tail, sink in parts]
+    scale, mask = x.keys.shape[-1] ** -0.5, mask_of(x)
+
+    def call(i: int, queries: mx.array) -> mx.array:
+        return dispatch.attention(queries, views[i % len(views)], scale, mask, backend=backend)
+
+    def check() -> tuple[float, float]:
+        own = {name: getattr(views[0], name)[:, :1] for name in ("body", "tail", "sink")}
+        rows = reference.dequantize(views[0]._replace(**own), mx.float32)
+        return attention_error(call(0, x.queries), x.queries, *rows, gqa_factor(x))
+
+    n_bytes = sum(part.nbytes for part in (found.body, found.tail, found.sink))
+    return Variant(call, lambda: x.queries, n_bytes, check)
+
+
+def prefill(pair: str, x: Inputs, backend: Backend, protected: bool) -> Variant:
+    """A prefill's step of one layer: packs the newest rows, and attends to all of them.
+
+    As many rows as there are queries are new.
+    """
+    n_new, protection = x.queries.shape[2], PROTECTED if protected else (0, 0)
+    old, new = ([s[:, :, part] for s in x[:2]] for part in (slice(0, -n_new), slice(-n_new, None)))
+    cache = TurboKVCache(*pair.split("/"), backend.name, None, *protection)
+    cache.update_and_fetch(*old)
+    mx.eval(cache.state)
+    scale = x.keys.shape[-1] ** -0.5
+
+    def call(i: int, queries: mx.array) -> mx.array:
+        own = copy(cache)
+        keys, values = own.update_and_fetch(*new)
+        output = mx.fast.scaled_dot_product_attention(
+            queries, keys, values, scale=scale, mask="causal"
+        )
+        return mx.depends(output, own.state[4:6]) if own.state[5] is not None else output
+
+    n_bytes = cache.nbytes + sum(side.nbytes for side in new)
+    return Variant(call, lambda: x.queries, n_bytes)
+
+
+def fp16_prefill(x: Inputs) -> Variant:
+    """What mlx-lm's fp16 cache does in such a step."""
+    n_new, scale = x.queries.shape[2], x.keys.shape[-1] ** -0.5
+
+    def call(i: int, queries: mx.array) -> mx.array:
+        cache = KVCache()
+        cache.keys, cache.values = x.keys, x.values
+        cache.offset = x.keys.shape[2] - n_new
+        keys, values = cache.update_and_fetch(*(side[:, :, -n_new:] for side in x[:2]))
+        return mx.fast.scaled_dot_product_attention(
+            queries, keys, values, scale=scale, mask="causal"
+        )
+
+    return Variant(call, lambda: x.queries, x.keys.nbytes + x.values.nbytes)
