@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from shlex import quote
 
-from apple_variants import SHORT_HEAD_DIMS, SHORT_PAIRS, Variant, variants
+from apple_variants import ATTENTION, SHORT_HEAD_DIMS, SHORT_PAIRS, Variant, variants
 from metal_host.opencl import compiled_source, constants
 from record import record, write
 from tqdm import tqdm
@@ -59,7 +59,7 @@ def statistics(variant: Variant, compiler: Compiler) -> dict:
     row = {"variant": variant.name, "kernel": variant.kernel, "pair": variant.pair,
            "head_dim": variant.head_dim, "centred": variant.centred, "rows": variant.rows,
            "how": variant.how, "passes": launch.grid[2], "threads": x * y * z}  # fmt: skip
-    if variant.kernel != "decode_partial":
+    if variant.kernel not in ATTENTION:
         del row["rows"], row["how"], row["passes"]
     loops = found.pop("loops", [])
     row.update(found)
