@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from . import read, source, table
 
+NOTES = {
+    "gemma-3-270m-q4_k_m": "Its 3 KV layers are all boundary layers, so la-v7 is q8_0/q8_0 here; "
+    "its other 15 layers have windows and keep mlx-lm's own cache.",
+}
+
 
 def accuracy() -> str:
     """lm-eval through packed caches."""
@@ -20,7 +25,7 @@ def accuracy() -> str:
         rows = [[row["config"], *_cells(row)] for row in about["rows"]]
         header = ["K/V", "items", "acc", "acc_norm", "Δ acc_norm", "items answered otherwise",
                   "Δ log p of the right answer"]  # fmt: skip
-        shots = f"{about['num_shots']} examples before each item."
+        shots = f"{about['num_shots']} examples before each item. {NOTES.get(name, '')}".rstrip()
         parts += [f"## {name}", shots, table(header, rows), source("lm_eval", about)]
     return "\n\n".join(parts)
 
