@@ -106,6 +106,11 @@ class Generator(server.ResponseGenerator):
             return prompt
         return self.model_provider.tokenizer.decode(prompt)  # type: ignore[union-attr]
 
+    def stop_and_join(self) -> None:
+        """Stop, and wait for the end: not for long for a message of a machine that ended first."""
+        self._stop = True
+        self._generation_thread.join(END_SECONDS if self._is_distributed else None)
+
     def _run_generate(self) -> None:
         try:
             self._generate()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -76,6 +78,10 @@ def serve(
             http.server_close()
         if caches is not None:
             caches.close()
+    if generator is not None and generator.generation_available():
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(0)  # it waits for a process that has ended, and would keep this one
     if generator is not None and isinstance(generator.failure, InputError):
         raise generator.failure
     if generator is not None and generator.failure is not None:
