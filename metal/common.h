@@ -58,6 +58,9 @@ TKV_CONST_FN int ceil_div(int a, int b) {
 TKV_CONST_FN int larger(int a, int b) {
   return a > b ? a : b;
 }
+TKV_CONST_FN int smaller(int a, int b) {
+  return a < b ? a : b;
+}
 
 // Values of K or V in a packed tile. BITS: of a code (2 to 6 turbo, 8 q8_0 and turbo8, 16 or 32
 // unquantised). // GROUP: values to a scale; 0 where unquantised. WIDTH: of the rotation; 0 where

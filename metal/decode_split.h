@@ -28,10 +28,6 @@ struct Place {
   int n_seen;   // offset in DecodeMemory's N_SEEN
 };
 
-TKV_CONST_FN int smaller(int a, int b) {
-  return a < b ? a : b;
-}
-
 // The query rows of a threadgroup, and no tiles.
 template <typename C>
 TKV_FN Split query_rows_of(DecodeInputs<typename C::T> inputs, uint3 group) {

@@ -257,11 +257,11 @@ class ProtectedRows(PackedRows):
         coarse_end = [min(end, kept) for end in coarse_end]
         if kept < start:  # the tail goes on in the body's last tile, whose rows stay coarse
             start = kept // TILE * TILE
-            self.tail = mx.contiguous(self.body[:, :, start // TILE : start // TILE + 1])
             if self.protection.recent:
                 words = self._layouts(self.layout)[0].tile_words
                 self.tail = mx.zeros((*self.body.shape[:2], 1, words), mx.uint32)
-            else:
+            else:  # both are of one layout, and the tail has all its rows
+                self.tail = mx.contiguous(self.body[:, :, start // TILE : start // TILE + 1])
                 coarse_end = [min(end, start) for end in coarse_end]
                 self.n_body = start
         self.n_tail = kept - start

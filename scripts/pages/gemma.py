@@ -20,7 +20,7 @@ def gemma() -> str:
         "stay as mlx-lm keeps them; K and V of the other 3 are packed, one KV head of 256 values. "
         "`la-v7` protects 4 layers, and so all of them.",
         "## Beside llama.cpp",
-        _beside(other),
+        _losses(other),
         source("gemma_llama_cpp", other),
     ]
     for name, found in (("gemma_quality", record), ("gemma_quality_long", long)):
@@ -34,7 +34,7 @@ def gemma() -> str:
     return "\n\n".join(parts)
 
 
-def _beside(record: dict) -> str:
+def _losses(record: dict) -> str:
     """Both losses on the same windows, and how far they are apart."""
     here, there = (np.array(record[key]) for key in ("nll_by_window_here", "nll_by_window"))
     apart = here - there
