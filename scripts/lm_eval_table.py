@@ -6,7 +6,9 @@
 The task is goal_inference (which of four goals does a step serve?), its data what the package
 ``bigbench`` of the Python package index brings. Each item follows examples that are not among the
 items, so that its prompt is longer than the tokens that caches protect. All configurations answer
-the same items. A model's rows replace those that the record has of it.
+the same items; ``mlx-kv4`` among them is mlx-lm's own quantised cache. A model's rows replace those
+that the record has of it. With --answers FOLDER a configuration that has ended is kept there, and
+the same command goes on after the last one.
 """
 
 from __future__ import annotations
@@ -16,9 +18,12 @@ import contextlib
 import json
 import os
 import random
+import re
 import sys
 import tarfile
 import tempfile
+import time
+from importlib.metadata import version
 from pathlib import Path
 from unittest import mock
 
@@ -29,7 +34,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from record import record, write  # noqa: E402
 
 from mlx_turbokv.cli.output import print_status  # noqa: E402
-from mlx_turbokv.evaluate.configuration import parse_policy  # noqa: E402
+from mlx_turbokv.evaluate.configuration import (  # noqa: E402
+    check_name,
+    is_mlx_lm,
+    parse_policy,
+    prepare,
+)
 from mlx_turbokv.loading import blas  # noqa: E402
 from mlx_turbokv.loading.default_model import default_model_file  # noqa: E402
 
@@ -70,14 +80,12 @@ def write_task(archive: Path, folder: Path) -> None:
     (folder / f"{TASK}.yaml").write_text(YAML, encoding="utf-8")
 
 
-def answers(folder: Path, policy, args: argparse.Namespace) -> dict[str, list[float]]:
+def answers(folder: Path, config: str, args: argparse.Namespace) -> dict[str, list[float]]:
     """What lm-eval found, item by item: acc, acc_norm (by length), log-likelihood of what is right.
 
     Runs what ``mlx_turbokv run … -- mlx_lm.evaluate --tasks goal_inference.yaml`` runs.
     """
     import lm_eval
-
-    from mlx_turbokv.loading.attached import Attaching
 
     evaluate, found = lm_eval.simple_evaluate, {}
 
@@ -88,16 +96,54 @@ def answers(folder: Path, policy, args: argparse.Namespace) -> dict[str, list[fl
     command = ["--model", args.model, "--tasks", f"{TASK}.yaml", "--limit", str(args.limit),
                "--num-shots", str(args.num_shots), "--no-apply-chat-template",
                "--output-dir", str(folder / "results")]  # fmt: skip
-    attaching = Attaching(print_status, lambda *_: None, policy=policy)
+    attaching = attached(config)
     with contextlib.chdir(folder), mock.patch.object(lm_eval, "simple_evaluate", keeping):
         attaching.run("evaluate", command)
     if not attaching.has_packed:
-        raise SystemExit("mlx_lm.evaluate made no cache of ours")
+        raise SystemExit(f"mlx_lm.evaluate made no cache of {config}")
     samples = sorted(found["samples"][TASK], key=lambda sample: sample["doc_id"])
     return {
         **{name: [float(sample[name]) for sample in samples] for name in ("acc", "acc_norm")},
         "log_likelihood": [sample["filtered_resps"][sample["target"]][0] for sample in samples],
     }
+
+
+def attached(config: str):
+    """mlx-lm's command with caches of a configuration."""
+    from mlx_turbokv.loading.attached import Attaching
+
+    class MlxLmCaches(Attaching):
+        """With mlx-lm's own quantised caches."""
+
+        def _attach(self, model, name: str) -> None:
+            make = prepare(model, config).make_caches
+
+            def make_cache():
+                self.n_caches += 1
+                return make()
+
+            make_cache.turbokv_previous = vars(model).get("make_cache")
+            model.make_cache = make_cache
+
+    if is_mlx_lm(config):
+        return MlxLmCaches(print_status, lambda *_: None)
+    return Attaching(print_status, lambda *_: None, policy=parse_policy(config))
+
+
+def kept_answers(folder: Path, config: str, args: argparse.Namespace) -> dict[str, list[float]]:
+    """As ``answers``; those of a run that has ended come from --answers, and are kept there."""
+    if args.answers is None:
+        return answers(folder, config, args)
+    about = {"config": config, "limit": args.limit, "num_shots": args.num_shots,
+             "model": Path(args.model).name, "mlx": version("mlx")}  # fmt: skip
+    name = "-".join(re.sub(r"[^\w.+]", "_", str(part)) for part in about.values())
+    path = args.answers / f"{name}.json"
+    if path.exists():
+        return json.loads(path.read_text())["answers"]
+    given = answers(folder, config, args)
+    args.answers.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**about, "answers": given}))
+    return given
 
 
 def row(config: str, given: dict[str, list[float]], first: dict[str, list[float]]) -> dict:
@@ -126,22 +172,29 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=200, help="items")
     parser.add_argument("--num-shots", type=int, default=10)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--answers", type=Path, metavar="FOLDER",
+                        help="of configurations that have ended, item by item")  # fmt: skip
     args = parser.parse_args()
     blas.require_mlx()
+    for config in args.configs:
+        check_name(config)
     args.model = args.model or str(default_model_file())
     if Path(args.model).exists():  # the task runs in a folder of its own
         args.model = str(Path(args.model).resolve())
     if args.json is not None:
         args.json = args.json.resolve()
+    if args.answers is not None:
+        args.answers = args.answers.resolve()
     rows, first = [], None
     kept = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
     with tempfile.TemporaryDirectory() as name:
         write_task(args.archive, Path(name))
-        for text in args.configs:
-            given = answers(Path(name), parse_policy(text), args)
+        for config in args.configs:
+            started = time.perf_counter()
+            given = kept_answers(Path(name), config, args)
             first = first or given
-            rows.append(row(text, given, first))
-            print(rows[-1], flush=True)
+            rows.append(row(config, given, first))
+            print(f"{time.perf_counter() - started:.0f} s", rows[-1], flush=True)
             about = record(num_shots=args.num_shots, rows=rows)
             models = {**kept.get("models", {}), Path(args.model).stem: about}
             write(args.json, {"task": TASK, "data": "bigbench==1.0.0", "models": models})
