@@ -1,137 +1,186 @@
-"""Quality against bits on the default model: uniform pairs, presets, calibrated policies, mlx-lm.
+"""Quality against bits of one model: pairs, presets and other projects' caches, in one record.
 
-    python scripts/quality_table.py --text FILE --json benchmarks/quality.json
-    python scripts/quality_table.py --text FILE -c 2048 --chunks 8 --json quality_long.json
+    python scripts/quality_table.py --model FILE --text FILE --json quality_qwen.json
 
-It is the command `perplexity` with many configurations. Several processes (--processes) take every
-n-th window each; what they measured is joined window by window before anything is averaged, so the
-record is the one that a single process writes. An interrupted run goes on where it was.
+Windows go side by side, as many as memory allows, and all configurations take the same ones. The
+record is written after each configuration; the same command measures what it lacks, so a run that
+was stopped goes on, and configurations and lengths (-c) can be added. Turbo keys are centred by the
+key projection's bias, or where there is none by means of the package's sample.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
+import json
 import sys
-import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import click  # noqa: E402
+from quality_windows import BIAS, CALIBRATION, MEAN, REFERENCE, SCALES, Measurement, Windows  # noqa: E402
 
-from mlx_turbokv.cli import options, perplexity  # noqa: E402
+from mlx_turbokv.cli import options  # noqa: E402
 from mlx_turbokv.cli.entry import run  # noqa: E402
-from mlx_turbokv.cli.output import Progress, print_status, write_json  # noqa: E402
+from mlx_turbokv.cli.output import print_status  # noqa: E402
 from mlx_turbokv.cli.runs import load_model  # noqa: E402
 from mlx_turbokv.errors import InputError  # noqa: E402
-from mlx_turbokv.evaluate.checkpoint import Checkpoint, journal_path  # noqa: E402
 
-POLICIES = "benchmarks/policies"
-BUDGETS = ("la-v7", "5.25", "4.75", "4.25", "3.75", "3.5", "3.25", "3", "2.75")
-CONFIGS = (
-    "f16/f16",
-    # one format for K and V, then K with more bits than V
-    "q8_0/q8_0", "turbo6/turbo6", "turbo5/turbo5", "turbo4/turbo4", "turbo3/turbo3",
-    "turbo2/turbo2",
-    "q8_0/turbo5", "q8_0/turbo4", "q8_0/turbo3", "q8_0/turbo2", "turbo6/turbo5", "turbo6/turbo4",
-    "turbo5/turbo4", "turbo5/turbo3", "turbo4/turbo3", "turbo4/turbo2", "turbo3/turbo2",
-    # the paper's layer-adaptive modes
-    "la-v5", "la-v6", "la-v7", "mode-1", "mode-2", "mode-10",
-    # what calibrate found on the package's sample
-    *(f"{POLICIES}/bits-{budget}.json" for budget in BUDGETS),
-    # mlx-lm's kv_bits
-    "mlx-kv8:32", "mlx-kv8:64", "mlx-kv4:32", "mlx-kv4:64", "mlx-kv3:32", "mlx-kv3:64",
-    "mlx-kv2:32", "mlx-kv2:64",
+WHAT = "quality against bits"
+PAIRS = (
+    "turbo4/turbo3", "turbo3/turbo3", "turbo2/turbo2", "turbo5/turbo4", "turbo6/turbo5",
+    "q8_0/q8_0", "turbo3/turbo2", "turbo4/turbo4", "q8_0/turbo3", "q8_0/turbo2", "q8_0/turbo4",
+    "turbo5/turbo5", "turbo6/turbo6",
 )  # fmt: skip
+PRESETS = ("la-v7", "la-v5", "la-v6", "mode-2")
+PEERS = ("mlx-kv8:64", "mlx-kv4:64", "mlx-kv3:64", "llama-q4_0", "llama-q5_1")
+# what calibrate found for the default model
+POLICIES = tuple(f"benchmarks/policies/bits-{bits}.json" for bits in ("4.25", "3.75", "3.25"))
+LONG = ("turbo4/turbo3", "turbo3/turbo3", "turbo2/turbo2", "la-v7")
+SCALED = ("turbo4/turbo3", "turbo3/turbo3", "turbo2/turbo2")
+WINDOWS = {2048: 16, 512: 64, 8192: 4}
+CACHE_LIMIT = 4 << 30
 
 
-def share_path(json_path: str, share: int) -> Path:
-    """The journal of one process."""
-    return Path(f"{json_path}.share{share}")
+def protected(name: str, n_ctx: int) -> str:
+    """A configuration with the protected tokens of windows of this length."""
+    return f"{name}+32,{128 if n_ctx >= 2048 else 64}"
 
 
-def journal(ready: perplexity.Run, json_path: str, share: int, shares: int) -> Checkpoint:
-    """What a process has finished; another number of processes has other windows in it.
+def plan(n_ctx: int) -> list[tuple[str, str | None]]:
+    """(configuration, what keys are centred by, None for what the model has), the weightiest first.
 
-    Raises: InputError where the file belongs to another run, or to another number of processes.
+    Protection is always written out: +0,0 is none.
     """
-    return Checkpoint(share_path(json_path, share), ready.settings | {"processes": shares})
+    long = n_ctx > 2048
+    names = LONG if long else (*PAIRS, *PRESETS)
+    found = [protected(name, n_ctx) for name in names] + [f"{name}+0,0" for name in names]
+    if not long:
+        found[len(PAIRS) : len(PAIRS)] = PEERS
+        found += [
+            name for policy in POLICIES for name in (protected(policy, n_ctx), policy + "+0,0")
+        ]
+    rows: list[tuple[str, str | None]] = [(name, None) for name in found]
+    if n_ctx == 2048:
+        rows += [(protected(name, n_ctx), keys) for name in SCALED for keys in (MEAN, SCALES)]
+    return rows
 
 
-def measure_share(loaded, ready: perplexity.Run, json_path: str, share: int, shares: int) -> None:
-    """Measure every ``shares``-th window from window ``share`` on into a journal."""
-    from mlx_turbokv.evaluate.perplexity import evaluate_windows
+def table_of(record: dict, n_ctx: int, windows: int) -> dict:
+    """A record's table of windows of one length; a new one where it has none.
 
-    windows, kept = ready.windows[share::shares], journal(ready, json_path, share, shares)
-    with Progress(len(windows) * len(ready.configs)) as progress:
-        evaluate_windows(loaded.model, windows, ready.configs, kept, progress)
-
-
-def join(ready: perplexity.Run, json_path: str, shares: int) -> int:
-    """Put the finished windows of all processes into the journal of the whole run; their number."""
-    found = {}
-    for share in range(shares):
-        for i, results in journal(ready, json_path, share, shares).windows.items():
-            found[share + i * shares] = results
-    whole = Checkpoint(journal_path("perplexity", ready.settings, json_path), ready.settings, False)
-    for index in sorted(found):
-        whole.add({"window": index, "results": found[index]})
-    return len(found)
-
-
-def run_shares(shares: int) -> bool:
-    """Run one process a share with this command's arguments; True if all went well.
-
-    Each has a folder for the kernels that it compiles, since MLX's processes cannot share one; it
-    begins with what is in MLX_PTX_CACHE_DIR.
+    Raises: InputError where it has other windows.
     """
-    processes, compiled = [], os.environ.get("MLX_PTX_CACHE_DIR")
-    with tempfile.TemporaryDirectory() as folder:
-        for share in range(shares):
-            command = [sys.executable, *sys.argv, "--share", str(share)]
-            cache = {"MLX_PTX_CACHE_DIR": f"{folder}/{share}"}
-            if compiled and Path(compiled).is_dir():
-                shutil.copytree(compiled, f"{folder}/{share}")
-            processes.append(subprocess.Popen(command, env={**os.environ, **cache}))
-        return not any([process.wait() for process in processes])
+    table = record["tables"].setdefault(str(n_ctx), {"n_windows": windows, "rows": []})
+    if table["n_windows"] != windows:
+        raise InputError(
+            f"The record has {table['n_windows']} windows of {n_ctx} tokens, not {windows}: give "
+            "another --json."
+        )
+    return table
+
+
+def measure_length(run: Measurement, record: dict, n_ctx: int, chunks: int, rows: Any, save: Any,
+                   deadline: float) -> None:  # fmt: skip
+    """Measure what a record lacks of one length; ``save`` is called after each configuration."""
+    name = run.loaded.name
+    # a row is known by what was asked for
+    asked = {(row["config"], row["asked_keys"])
+             for row in record["tables"].get(str(n_ctx), {}).get("rows", [])}  # fmt: skip
+    missing = [row for row in ((REFERENCE, None), *rows) if row not in asked]
+    if not missing:
+        return
+    started = time.perf_counter()
+    windows = Windows(run, n_ctx, chunks)
+    table = table_of(record, n_ctx, windows.n)
+    took = time.perf_counter() - started
+    print_status(f"{name} {n_ctx}: {windows.n} windows in {len(windows.batches)} batches, "
+                 f"reference in {took:.1f} s")  # fmt: skip
+    for config_name, keys in missing:
+        started = time.perf_counter()
+        if started + 1.5 * took > deadline:
+            print_status(f"{name} {n_ctx}: no time for {config_name} and what comes after it.")
+            return
+        try:
+            row = windows.row(*run.prepared(config_name, keys))
+        except InputError as error:
+            print_status(f"{name} {n_ctx}: left out {config_name}: {error}")
+            continue
+        seconds = time.perf_counter() - started
+        # an estimate of the next one, which is new to the machine as well
+        took = max(seconds, took / 2)
+        table["rows"].append(row | {"asked_keys": keys, "seconds": round(seconds, 2)})
+        save(record)
+        print_status(f"{name} {n_ctx} {config_name} ({row['keys']}): KLD {row['kld']['mean']:.5f}, "
+                     f"same top {row['same_top']['mean']:.4f}, {seconds:.1f} s")  # fmt: skip
+
+
+def start_record(path: Path, loaded: Any, source: Any, backend: str | None) -> dict:
+    """The record at ``path``, or a new one.
+
+    Raises: InputError where it is of another model or text.
+    """
+    import record as environment
+
+    from mlx_turbokv.evaluate.record import model_record
+
+    about = {"what": WHAT, "model": model_record(loaded), "text": source.record()}
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for key, value in about.items():
+            if found.get(key) != value:
+                raise InputError(f"{path} is a record with another {key}: give another --json.")
+        return found
+    calibration = {"text": "sample", "windows": CALIBRATION[0], "tokens": CALIBRATION[1]}
+    return environment.record(**about, backend=backend, calibration=calibration, tables={})
 
 
 @click.command()
 @options.combined(options.model, options.dtype, options.backend)
 @click.option("--text", "-f", metavar="FILE|sample|wikitext-2")
-@click.option("-c", "--ctx-size", default=512, show_default=True)
-@click.option("--chunks", default=64, show_default=True)
+@click.option("-c", "--ctx-size", "lengths", multiple=True, type=click.IntRange(8),
+              help="Tokens a window; repeatable.  [default: 2048, 512, 8192]")  # fmt: skip
+@click.option("--chunks", type=click.IntRange(1), help="Windows.  [default: 16, 64 and 4]")
 @click.option("--config", "configs", multiple=True, help="Instead of the table's.")
-@click.option("--processes", default=1, show_default=True, type=click.IntRange(1))
-@click.option("--share", type=int, hidden=True)
+@click.option("--keys", type=click.Choice([BIAS, MEAN, SCALES]), help="For --config.")
+@click.option("--time-limit", type=float, metavar="SECONDS",
+              help="Start no configuration that would end later.")  # fmt: skip
+@click.option("--keys-file", metavar="NAME", help="Write the mean keys there, for --keys.")
 @click.option("--json", "json_path", required=True, metavar="FILE")
-def command(text, configs, ctx_size, chunks, backend, processes, share, json_path, **args) -> None:
-    """Measure the table and write its record."""
-    from mlx_turbokv.evaluate.tables import perplexity_table
+def command(
+    text, lengths, chunks, configs, keys, backend, time_limit, keys_file, json_path, **args
+) -> None:
+    """Measure the tables of one model."""
+    import mlx.core as mx
+
+    from mlx_turbokv.evaluate.configuration import check_name
     from mlx_turbokv.evaluate.text import load_text
 
-    started = time.perf_counter()
+    deadline = time.perf_counter() + (time_limit or 1e9)
+    for name in configs:
+        check_name(name)
     source = load_text(text)
-    if share is None and processes > 1 and not run_shares(processes):
-        raise InputError("A process failed; what is finished is kept: run the command again.")
-    wanted = load_model(args), source, list(configs or CONFIGS), ctx_size, chunks, backend
-    if processes > 1:
-        ready = perplexity.make_run(*wanted)
-        if share is not None:
-            return measure_share(wanted[0], ready, json_path, share, processes)
-        n = join(ready, json_path, processes)
-        print_status(f"{n} windows were measured by {processes} processes.")
-    record = perplexity.measure(*wanted, json_path, None)
-    record |= {"seconds": round(time.perf_counter() - started, 1), "processes": processes}
-    del record["windows_kept_from_before"]
-    write_json(json_path, record)
-    for i in range(processes):
-        share_path(json_path, i).unlink(missing_ok=True)
-    print(perplexity_table(record).text())
+    loaded = load_model(args)
+    if mx.default_device().type == mx.DeviceType.gpu:
+        mx.set_cache_limit(CACHE_LIMIT)
+    record, path = start_record(Path(json_path), loaded, source, backend), Path(json_path)
+    from mlx_turbokv.files import write_text
+
+    def save(record: dict) -> None:
+        write_text(path, json.dumps(record) + "\n")
+
+    run = Measurement(loaded, source, backend)
+    if keys_file:
+        from mlx_turbokv.centring.references import save_references
+
+        save_references(keys_file, replace(run.scaled_references, scales={}))
+    for n_ctx in lengths or WINDOWS:
+        rows = [(name, keys) for name in configs] if configs else plan(n_ctx)
+        windows = chunks or WINDOWS.get(n_ctx, 16)
+        measure_length(run, record, n_ctx, windows, rows, save, deadline)
 
 
 if __name__ == "__main__":

@@ -144,9 +144,9 @@ def _batched_names(names: list[str], args: dict[str, Any]) -> list[str]:
 
     Raises: InputError for one that was given and holds one sequence.
     """
-    from ..evaluate.configuration import is_mlx_lm
+    from ..evaluate.configuration import is_peer
 
-    single = [name for name in names if is_mlx_lm(name)] if args["batch_size"] > 1 else []
+    single = [name for name in names if is_peer(name)] if args["batch_size"] > 1 else []
     if single and args["configs"]:
         raise InputError(
             f"Configuration {single[0]!r} holds one sequence, as mlx-lm's quantised cache does: "

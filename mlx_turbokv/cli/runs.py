@@ -30,9 +30,9 @@ def config_names(names: Iterable[str], reference: bool = True) -> list[str]:
 
 def policies_of(names: Iterable[str]) -> list[Policy]:
     """The policies of configurations; mlx-lm's own quantised cache has none."""
-    from ..evaluate.configuration import is_mlx_lm, parse_policy
+    from ..evaluate.configuration import is_peer, parse_policy
 
-    return [parse_policy(name) for name in names if not is_mlx_lm(name)]
+    return [parse_policy(name) for name in names if not is_peer(name)]
 
 
 def load_model(args: Options) -> Any:

@@ -1,7 +1,8 @@
 """The configurations of an evaluation: a name for each way of storing K and V.
 
 Names: `K/V` (one pair in every layer), a policy's name or file, `K/V@POLICY` and `POLICY:K` (the
-formats that a policy leaves open), and `mlx-kvN[:GROUP]`, mlx-lm's own affine `kv_bits` cache.
+formats that a policy leaves open), and other projects' caches: `mlx-kvN[:GROUP]`, mlx-lm's affine
+`kv_bits`, and `llama-q4_0` and `llama-q5_1`, llama.cpp's rotated cache (simulated, llama_cpp.py).
 `NAME+SINK,RECENT` protects so many tokens, whatever the policy says.
 """
 
@@ -23,6 +24,7 @@ from ..policy import LayerList, Pair, Policy, Protection, Uniform, bits_per_valu
 from ..policy.policies import DEFAULT_PROTECTION
 from ..policy.protection import UNPROTECTED
 from ..quant.formats import as_format
+from . import llama_cpp
 from .mlx_lm_quantized import DEQUANTIZED, MLX_LM, make_quantized_caches, needs_dequantizing
 from .prepared import Prepared
 
@@ -32,9 +34,11 @@ DEFAULT_CONFIGS = (
     "mode-10", "turbo4/turbo4", "turbo3/turbo3",
 )  # fmt: skip
 ACCEPTED = (
-    "K/V such as q8_0/turbo3, a policy, K/V@POLICY, POLICY:K, NAME+SINK,RECENT or mlx-kvN:GROUP"
+    "K/V such as q8_0/turbo3, a policy, K/V@POLICY, POLICY:K, NAME+SINK,RECENT, mlx-kvN:GROUP, "
+    "llama-q4_0 or llama-q5_1"
 )
 _MLX_LM_NAME = re.compile(r"mlx-kv([2348])(?::(32|64|128))?")
+_LLAMA_CPP_NAME = re.compile(f"llama-({'|'.join(llama_cpp.FORMATS)})")
 _PROTECTED = re.compile(r"(.+)\+\s*([0-9]{1,7})\s*,\s*([0-9]{1,7})\s*")
 _DEFAULT_GROUP = 64
 
@@ -77,6 +81,11 @@ def parse_policy(name: str) -> Policy:
             f"Unknown configuration {name!r}: mlx-lm's quantised cache is mlx-kvN or "
             "mlx-kvN:GROUP, accepted are N 2, 3, 4 and 8, and GROUP 32, 64 and 128."
         )
+    if text.lower().startswith("llama-"):
+        raise InputError(
+            f"Unknown configuration {name!r}: of llama.cpp's caches "
+            f"{' and '.join(f'llama-{x}' for x in llama_cpp.FORMATS)} are simulated."
+        )
     if ":" in text and not parametrised:
         policy, _, k = text.partition(":")
         _known_policy(policy, name)
@@ -98,9 +107,10 @@ def _pair(text: str, name: str) -> Pair:
     return as_format(parts[0]), as_format(parts[1])
 
 
-def is_mlx_lm(name: str) -> bool:
-    """Whether a configuration is mlx-lm's own quantised cache."""
-    return _MLX_LM_NAME.fullmatch(name.strip().lower()) is not None
+def is_peer(name: str) -> bool:
+    """Whether a configuration is the quantised cache of mlx-lm or of llama.cpp."""
+    text = name.strip().lower()
+    return any(names.fullmatch(text) for names in (_MLX_LM_NAME, _LLAMA_CPP_NAME))
 
 
 def check_name(name: str) -> None:
@@ -109,7 +119,7 @@ def check_name(name: str) -> None:
     Raises:
         InputError: as `parse_policy`.
     """
-    if not is_mlx_lm(name):
+    if not is_peer(name):
         parse_policy(name)
 
 
@@ -154,6 +164,8 @@ def prepare(
     if isinstance(config, str) and (found := _MLX_LM_NAME.fullmatch(config.strip().lower())):
         fmt = AffineFormat(int(found[1]), int(found[2] or _DEFAULT_GROUP))
         return _prepare_mlx_lm(model, name or config, fmt, timed)
+    if isinstance(config, str) and (found := _LLAMA_CPP_NAME.fullmatch(config.strip().lower())):
+        return _prepare_llama_cpp(model, name or config, found[1], timed)
     policy = parse_policy(config) if isinstance(config, str) else config
     factory = CacheFactory(
         model,
@@ -192,7 +204,7 @@ def layer_list(
 
 def protected_name(name: str, sink: int | None, recent: int | None) -> str:
     """A configuration with these protected tokens; one that names its own keeps them."""
-    if (sink is None and recent is None) or is_mlx_lm(name) or _PROTECTED.fullmatch(name.strip()):
+    if (sink is None and recent is None) or is_peer(name) or _PROTECTED.fullmatch(name.strip()):
         return name
     return f"{name}+{parse_policy(name).protecting(sink, recent).protection}"
 
@@ -221,9 +233,26 @@ def _prepare_mlx_lm(model: nn.Module, name: str, fmt: AffineFormat, timed: bool)
     )
 
 
+def _prepare_llama_cpp(model: nn.Module, name: str, fmt: str, timed: bool) -> Prepared:
+    if timed:
+        raise InputError(f"Configuration {name!r} is simulated: it has no speed to measure.")
+    shapes = kv_shapes(model)
+    for head_dim in (dim for s in shapes or [] for dim in (s.k_head_dim, s.v_head_dim)):
+        llama_cpp.check_head_dim(name, head_dim)
+    pairs = [(llama_cpp.FORMATS[fmt], llama_cpp.FORMATS[fmt])] * len(kv_layers(model).layers)
+    return Prepared(
+        name=name,
+        make_caches=partial(llama_cpp.make_rotated_caches, model, fmt),
+        layers=[(str(k), str(v)) for k, v in pairs],
+        backend=llama_cpp.SIMULATED,
+        **_bits(pairs, shapes),
+    )
+
+
 def backend_of(configs: Sequence[Prepared]) -> str:
     """The back-end of a run: that of its packed caches, or mlx-lm where there are none."""
-    return next((c.backend for c in configs if not c.backend.startswith(MLX_LM)), MLX_LM)
+    others = (MLX_LM, llama_cpp.SIMULATED)
+    return next((c.backend for c in configs if not c.backend.startswith(others)), MLX_LM)
 
 
 def kv_shapes(model: nn.Module, compress_sliding: bool = False) -> list[KVShape] | None:

@@ -1,11 +1,12 @@
-"""The table by several processes: the same record as by one."""
+"""The table of one model: the figures of `perplexity`, and records that can be continued."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
+import mlx.core as mx
+import numpy as np
 import pytest
 from characters import loaded
 from tiny_models import tiny_model
@@ -13,59 +14,106 @@ from tiny_models import tiny_model
 ROOT = Path(__file__).resolve().parents[2]
 
 import quality_table  # noqa: E402
+import quality_windows  # noqa: E402
 
 from mlx_turbokv.cli import perplexity  # noqa: E402
 from mlx_turbokv.errors import InputError  # noqa: E402
 from mlx_turbokv.evaluate.configuration import check_name  # noqa: E402
 from mlx_turbokv.evaluate.text import load_text  # noqa: E402
 
-NAMES = ["f16/f16", "q8_0/turbo2", "la-v7"]
-OF_THE_RUN = ("seconds", "windows_kept_from_before")
+NAMES = ["f16/f16", "q8_0/turbo2+0,0", "q8_0/turbo3+32,64"]
 
 
-@pytest.mark.parametrize("shares", [2, 3])
-def test_windows_of_several_processes_make_the_record_of_one(shares, tmp_path):
-    model, source = loaded(tiny_model("llama", vocab_size=96)), load_text("sample")
+@pytest.fixture
+def run(monkeypatch):
+    monkeypatch.setattr(quality_windows, "CALIBRATION", (2, 64))
+    return quality_windows.Measurement(
+        loaded(tiny_model("llama", vocab_size=96, head_dim=64)), load_text("sample"), "reference"
+    )
+
+
+def measured(run, record: dict, n_ctx: int, chunks: int, names: list, **options) -> list[dict]:
+    """The record's rows, after the names were measured; what was saved is the same."""
+    saved = []
+    quality_table.measure_length(
+        run, record, n_ctx, chunks, [(name, None) for name in names],
+        lambda found: saved.append(json.dumps(found)), options.get("deadline", 1e18),
+    )  # fmt: skip
+    assert not saved or json.loads(saved[-1]) == json.loads(json.dumps(record))
+    return record["tables"].get(str(n_ctx), {}).get("rows", [])
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_windows_side_by_side_have_the_figures_of_perplexity(size, run, monkeypatch):
+    monkeypatch.setattr(run, "batch_size", lambda n_ctx: size)
+    rows = measured(run, {"tables": {}}, 512, 3, NAMES[1:])
     alone = perplexity.measure(
-        model, source, NAMES, 64, 5, "reference", str(tmp_path / "alone.json"), None
-    )
-    path = str(tmp_path / "shared.json")
-    ready = perplexity.make_run(model, source, NAMES, 64, 5, "reference")
-    for share in range(shares):
-        quality_table.measure_share(model, ready, path, share, shares)
-    with pytest.raises(InputError, match="processes"):
-        quality_table.join(ready, path, shares + 1)
-    assert quality_table.join(ready, path, shares) == 5
-    joined = perplexity.measure(model, source, NAMES, 64, 5, "reference", path, None)
-    assert joined["windows_kept_from_before"] == 5
-    for record in (alone, joined):
-        for key in OF_THE_RUN:
-            del record[key]
-    assert json.dumps(joined) == json.dumps(alone)
+        run.loaded, run.text, NAMES, 512, 3, "reference", None, False
+    )["results"]  # fmt: skip
+    assert [row["config"] for row in rows] == NAMES
+    for row, expected in zip(rows, alone):
+        assert row["bits"] == pytest.approx(expected["bits_per_value"], rel=1e-6)
+        for name in ("kld_by_window",):
+            np.testing.assert_allclose(row[name], expected[name], rtol=2e-3, atol=1e-7)
+        for name in ("delta_nll", "kld", "same_top"):
+            assert row[name]["mean"] == pytest.approx(expected[name]["mean"], rel=5e-3, abs=2e-6)
+        assert row["ppl"]["ppl"] == pytest.approx(expected["ppl"]["ppl"], rel=1e-4)
 
 
-def test_every_configuration_of_the_table_can_be_read(monkeypatch):
+def test_a_record_is_continued_with_what_it_lacks(run):
+    record = {"tables": {}}
+    first = measured(run, record, 64, 2, NAMES[1:2])
+    assert [row["config"] for row in first] == NAMES[:2]
+    before = json.dumps(first)
+    rows = measured(run, record, 64, 2, NAMES[1:])
+    assert json.dumps(rows[:2]) == before and [row["config"] for row in rows] == NAMES
+    with pytest.raises(InputError, match="2 windows of 64"):
+        measured(run, record, 64, 3, [*NAMES, "la-v7+0,0"])
+    assert measured(run, record, 128, 2, NAMES, deadline=0) == []
+
+
+def test_keys_are_centred_by_means_where_there_is_no_bias(run):
+    found = {}
+    for keys in (None, quality_windows.MEAN, quality_windows.SCALES):
+        config, used = run.prepared("turbo3/turbo3+0,0", keys)
+        found[keys] = used, {centre.source for centre in config.centres}
+    assert found[None] == found["mean"] == ("mean", {"calibrated mean"})
+    assert found["mean and scales"] == ("mean and scales", {"calibrated mean and scales"})
+    assert run.prepared("q8_0/turbo3+0,0", None)[1] == "–"
+
+
+def test_the_bias_centres_keys_where_there_is_one():
+    model = tiny_model("qwen2", num_hidden_layers=2)
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.bias = 3 + mx.random.normal(layer.self_attn.k_proj.bias.shape)
+    biased = quality_windows.Measurement(loaded(model), load_text("sample"), "reference")
+    config, used = biased.prepared("turbo3/turbo3+0,0", None)
+    assert used == "key bias" and {c.source for c in config.centres} == {"key bias"}
+
+
+def test_bytes_at_32k_are_those_of_the_bits(run):
+    row = measured(run, {"tables": {}}, 64, 1, ["q8_0/q8_0+0,0"])[1]
+    shape = run.loaded.model.args
+    values = 2 * shape.num_hidden_layers * shape.num_key_value_heads * 64
+    assert row["kv_bytes_32k"] == values * 32768 * 8.5 / 8
+
+
+@pytest.mark.parametrize("n_ctx", [512, 2048, 8192])
+def test_every_configuration_of_the_plan_can_be_read_and_says_its_protection(n_ctx, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert len(set(quality_table.CONFIGS)) == len(quality_table.CONFIGS)
-    for name in quality_table.CONFIGS:
+    rows = quality_table.plan(n_ctx)
+    assert len(set(rows)) == len(rows)
+    for name, _ in rows:
         check_name(name)
+        assert name in quality_table.PEERS or "+" in name
 
 
-@pytest.mark.parametrize("status", [0, 1])
-def test_each_process_has_its_share_and_a_copy_of_the_kernels(status, tmp_path, monkeypatch):
-    compiled, script = tmp_path / "ptx", tmp_path / "share.py"
-    compiled.mkdir()
-    (compiled / "kernel").write_text("code")
-    script.write_text(
-        "import os, pathlib, sys\n"
-        "cache = pathlib.Path(os.environ['MLX_PTX_CACHE_DIR'])\n"
-        f"out = pathlib.Path({str(tmp_path)!r}, 'out' + sys.argv[-1])\n"
-        "out.write_text(f'{sys.argv[1]} {cache} {(cache / \"kernel\").read_text()}')\n"
-        f"sys.exit({status} if sys.argv[-1] == '1' else 0)\n"
-    )
-    monkeypatch.setattr(sys, "argv", [str(script), "given"])
-    monkeypatch.setenv("MLX_PTX_CACHE_DIR", str(compiled))
-    assert quality_table.run_shares(2) is (status == 0)
-    found = [(tmp_path / f"out{i}").read_text().split() for i in range(2)]
-    assert [(a, kernel) for a, _, kernel in found] == [("given", "code")] * 2
-    assert len({cache for _, cache, _ in found} | {str(compiled)}) == 3
+def test_a_record_of_another_model_or_text_is_refused(run, tmp_path):
+    path = tmp_path / "record.json"
+    record = quality_table.start_record(path, run.loaded, run.text, "reference")
+    path.write_text(json.dumps(record))
+    again = quality_table.start_record(path, run.loaded, run.text, "reference")
+    assert again == json.loads(json.dumps(record))
+    path.write_text(json.dumps(record | {"text": {"name": "other"}}))
+    with pytest.raises(InputError, match="another text"):
+        quality_table.start_record(path, run.loaded, run.text, "reference")
