@@ -29,10 +29,11 @@ from mlx_turbokv.cli.entry import run  # noqa: E402
 from mlx_turbokv.cli.output import read_json  # noqa: E402
 from mlx_turbokv.errors import InputError  # noqa: E402
 from mlx_turbokv.evaluate.text import load_text  # noqa: E402
-from mlx_turbokv.evaluate.windows import cut_windows, first_scored  # noqa: E402
+from mlx_turbokv.evaluate.windows import first_scored  # noqa: E402
 from mlx_turbokv.loading.gguf.hyperparameters import config_from_gguf  # noqa: E402
 from mlx_turbokv.loading.gguf.reader import open_gguf  # noqa: E402
 from mlx_turbokv.loading.gguf.tokenizer import build_tokenizer  # noqa: E402
+from mlx_turbokv.model.text_windows import cut_windows  # noqa: E402
 
 I32 = ctypes.c_int32
 

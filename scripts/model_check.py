@@ -20,8 +20,9 @@ from teacher_forced import TeacherForcedCache
 
 from mlx_turbokv.cache import make_prompt_cache
 from mlx_turbokv.evaluate.divergence import Reference
-from mlx_turbokv.evaluate.windows import cut_windows, scored_logits, targets_of
+from mlx_turbokv.evaluate.windows import scored_logits, targets_of
 from mlx_turbokv.loading.models import load
+from mlx_turbokv.model.text_windows import cut_windows
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 from greedy import compare

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 # tests compare kernels themselves; those of the self-check turn it on
 os.environ.setdefault("TURBOKV_SELFCHECK", "0")
@@ -17,6 +20,8 @@ import pytest
 from hypothesis import settings
 from metal_host import HostMetal
 from metal_host.coverage import FileCoverage, collect, report, session_folder
+
+from mlx_turbokv.files import CACHE_VARIABLE, cache_dir
 
 # A script's background processes ignore Ctrl-C, and so would what the tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -41,6 +46,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.fast)
 
 
+# files that are fetched once
+FETCHED = ("SmolLM2-135M-Instruct.Q4_1.gguf", "wikitext-2-raw-test.txt")
 _found: dict[str, FileCoverage] = {}  # lines of metal/, once a run has ended
 _missed: list[str] = []  # why a run failed in which no test did
 
@@ -52,9 +59,25 @@ def pytest_configure_node(node) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """In a process of `pytest -n`, counts where the others do."""
+    """In a process of `pytest -n`, counts where the others do, and uses their cache folder."""
     if hasattr(config, "workerinput"):
         os.environ["METAL_HOST_COVERAGE"] = config.workerinput["metal_host_coverage"]
+    else:
+        os.environ[CACHE_VARIABLE] = _session_cache(config)
+
+
+def _session_cache(config: pytest.Config) -> str:
+    """A cache folder of this run alone, in which a model's keys are measured once.
+
+    Fetched files stay in the user's folder: links, which lead nowhere until then, are followed.
+    """
+    users, folder = cache_dir(), tempfile.mkdtemp(prefix="mlx_turbokv-tests-")
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    with contextlib.suppress(OSError):
+        users.mkdir(parents=True, exist_ok=True)
+        for name in FETCHED:
+            (Path(folder) / name).symlink_to(users.resolve() / name)
+    return folder
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

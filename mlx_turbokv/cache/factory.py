@@ -10,12 +10,13 @@ import mlx.nn as nn
 
 from ..attention.hook import AttentionFunctions
 from ..centring.choose import Choice
+from ..centring.first_use import FirstUse, for_model
 from ..centring.references import References
 from ..errors import InputError
 from ..kernels.backend import select_backend
 from ..log import warn_once
 from ..model.caches import ModelReference, cache_at, language_model, own_caches, put_cache
-from ..model.kinds import new_cache
+from ..model.kinds import check_model, new_cache
 from ..model.kv_layers import KVLayer, KVLayers, kv_layers
 from ..model.probing import only_forwards_kv
 from ..policy import Pair, Policy, Uniform, load_policy
@@ -34,8 +35,9 @@ def make_prompt_cache(
     v: KVFormat | str = "turbo2",
     policy: Policy | str | os.PathLike | None = None,
     backend: str | None = None,
-    centre: bool | str | os.PathLike | References = True,
+    centre: bool | str | os.PathLike | References | FirstUse = True,
     *,
+    tokenizer: Any = None,
     compress_sliding: bool = False,
     max_kv_size: int | None = None,
     handles: bool = True,
@@ -49,8 +51,10 @@ def make_prompt_cache(
         policy: which layer gets which formats, an object or a name; None is the same everywhere.
         backend: ``metal``, ``cuda`` or ``reference``; None chooses.
         centre: whether turbo keys are centred: True by what there is (means beside a policy file,
-            or the key projection's bias), False not, or calibrated references or their file. Keys
-            of windows, those of max_kv_size included, never are.
+            or the key projection's bias), "auto" the same, and where there is nothing by means that
+            are measured at the model's first use and remembered; False not; or calibrated
+            references or their file. Keys of windows, those of max_kv_size included, never are.
+        tokenizer: the model's; centre="auto" needs it.
         compress_sliding: pack layers with a sliding window too. They then count as KV layers, in
             the model's order with the others: the first two of a boundary may be sliding layers,
             and a list of formats has an entry for each. Without it they keep mlx-lm's own cache
@@ -70,9 +74,10 @@ def make_prompt_cache(
 
     Raises:
         InputError: unknown format or policy, a policy that does not fit the model, a head_dim
-            that a format cannot store, a max_kv_size below 5, or protected tokens that are not
-            accepted, or not with this back-end.
+            that a format cannot store, a max_kv_size below 5, centre="auto" without a tokenizer, or
+            protected tokens that are not accepted, or not with this back-end.
     """
+    centre = for_model(centre, tokenizer)
     policy = _as_policy(model, k, v, policy).protecting(sink, recent)
     options = centre, compress_sliding, max_kv_size, handles
     return CacheFactory(language_model(model), policy, backend, None, *options)()
@@ -84,8 +89,9 @@ def attach(
     v: KVFormat | str = "turbo2",
     policy: Policy | str | os.PathLike | None = None,
     backend: str | None = None,
-    centre: bool | str | os.PathLike | References = True,
+    centre: bool | str | os.PathLike | References | FirstUse = True,
     *,
+    tokenizer: Any = None,
     compress_sliding: bool = False,
     max_kv_size: int | None = None,
     handles: bool = True,
@@ -105,6 +111,7 @@ def attach(
     Raises:
         InputError: as ``make_prompt_cache``.
     """
+    centre = for_model(centre, tokenizer)
     policy = _as_policy(model, k, v, policy).protecting(sink, recent)
     inner = language_model(model)
     previous = vars(inner).get("make_cache")
@@ -134,7 +141,7 @@ class CacheFactory:
         policy: which KV layer gets which formats.
         backend: name of the back-end, or None.
         previous: the instance's own ``make_cache`` that this factory stands in for, if it had one.
-        centre: as ``make_prompt_cache`` takes it.
+        centre: as ``make_prompt_cache`` takes it, a FirstUse in place of "auto".
         compress_sliding, max_kv_size, handles: as ``make_prompt_cache`` takes them.
 
     Raises:
@@ -148,7 +155,7 @@ class CacheFactory:
         policy: Policy,
         backend: str | None = None,
         previous: Any = None,
-        centre: bool | str | os.PathLike | References = True,
+        centre: bool | str | os.PathLike | References | FirstUse = True,
         compress_sliding: bool = False,
         max_kv_size: int | None = None,
         handles: bool = True,
@@ -158,7 +165,7 @@ class CacheFactory:
                 f"max_kv_size {max_kv_size} is not accepted: it must be {KEPT_TOKENS + 1} or more, "
                 f"as the first {KEPT_TOKENS} tokens are kept."
             )
-        if max_kv_size is not None and not isinstance(centre, bool):
+        if max_kv_size is not None and not isinstance(centre, (bool, FirstUse)):
             raise InputError(
                 f"Key references cannot be used with max_kv_size {max_kv_size}: the keys of a "
                 "window stay whole."
@@ -272,22 +279,10 @@ def _with_handles(caches: list[Any], functions: AttentionFunctions | None) -> li
     return caches
 
 
-def _check_model(model: Any) -> None:
-    if isinstance(model, nn.Module):
-        return
-    if isinstance(model, (tuple, list)) and model and isinstance(model[0], nn.Module):
-        raise InputError(
-            "A tuple is not accepted as a model: give the model without its tokenizer."
-        )
-    raise InputError(
-        f"{model!r} is not accepted as a model: give one that mlx_lm.load or mlx_vlm.load returns."
-    )
-
-
 def _as_policy(
     model: Any, k: KVFormat | str, v: KVFormat | str, policy: Policy | str | os.PathLike | None
 ) -> Policy:
-    _check_model(model)
+    check_model(model)
     if policy is None:
         return Uniform(k, v)
     if isinstance(policy, Policy):

@@ -18,11 +18,11 @@ from ..errors import InputError
 from ..model.caches import own_caches
 from ..model.fingerprint import fingerprint
 from ..model.kv_layers import KVLayer, kv_layers
-from ..model.probing import record_one_token
+from ..model.probing import kept_as_it_is, record_one_token
 from .centre import lengths_left
 from .queries import watched_queries
 from .references import References
-from .rope import RopeFrequencies, find_rope_frequencies
+from .rope import OFFSET, RopeFrequencies, find_rope_frequencies
 from .scales import PairScales
 
 SINK_TOKENS = 4
@@ -60,19 +60,13 @@ def calibrate_keys(
             f"Calibration windows of shape {windows.shape} are not accepted: at least one of more "
             f"than {skip} tokens is needed."
         )
-    layers = kv_layers(model).layers
-    with_rope = find_rope_frequencies(model, layers)
-    without = _without_rope(model, [x for x in layers if x.ordinal not in with_rope])
-    ropes = {**with_rope, **without}
-    layers = [layer for layer in layers if layer.ordinal in ropes]
-    if not layers:
-        raise InputError("No KV layer of this model has keys that can be centred.")
+    layers, ropes, without = centrable_layers(model)
     found = {layer.ordinal: _Energies() for layer in layers}
     for done, window in enumerate(windows):
         caches = own_caches(model)
         held = [_cache_of(caches, layer) for layer in layers]
         queries: dict[int, mx.array] = {}
-        with watched_queries(held, queries.__setitem__):
+        with kept_as_it_is(model), watched_queries(held, queries.__setitem__):
             model(mx.array(window.astype(np.int32))[None], cache=caches)
         for i, layer in enumerate(layers):
             keys = held[i].keys[0, :, skip : len(window)].astype(mx.float32)
@@ -84,11 +78,31 @@ def calibrate_keys(
     n = len(windows) * (windows.shape[1] - skip)
     return References(
         {i: mx.array(x.mean.astype(np.float32)) for i, x in found.items()},
-        frozenset(without),
+        without,
         fingerprint(model),
         {"text_sha256": text_sha256, "tokens": n, "skipped_first_tokens": skip},
         {i: s.of_pairs for i, x in found.items() if scale and (s := x.scales(ropes[i]))},
     )
+
+
+def centrable_layers(
+    model: nn.Module,
+) -> tuple[list[KVLayer], dict[int, RopeFrequencies], frozenset[int]]:
+    """KV layers whose keys have a mean before RoPE; little is computed.
+
+    Returns:
+        (the layers, their RoPE frequencies by ordinal, ordinals of those without RoPE).
+
+    Raises:
+        InputError: there is none.
+    """
+    layers = kv_layers(model).layers
+    with_rope = find_rope_frequencies(model, layers)
+    without = _without_rope(model, [x for x in layers if x.ordinal not in with_rope])
+    ropes = {**with_rope, **without}
+    if not ropes:
+        raise InputError("No KV layer of this model has keys that can be centred.")
+    return [x for x in layers if x.ordinal in ropes], ropes, frozenset(without)
 
 
 class _Energies:
@@ -167,7 +181,7 @@ def _without_rope(model: nn.Module, layers: list[KVLayer]) -> dict[int, RopeFreq
     if not layers:
         return {}
     ordinals = {(layer.index, layer.sub): layer.ordinal for layer in layers}
-    first, second = (record_one_token(model, ordinals, offset) for offset in (0, 1009))
+    first, second = (record_one_token(model, ordinals, offset) for offset in (0, OFFSET))
     return {
         ordinals[position]: RopeFrequencies.none(cache.keys.shape[-1])
         for position, cache in first.items()

@@ -18,6 +18,7 @@ from ..model.kv_layers import KVLayer, KVLayers, kv_layers, model_skeleton, rang
 from ..policy import Pair
 from .bias import key_biases
 from .centre import Centre
+from .first_use import FirstUse
 from .references import ATTRIBUTE, References, load_references, paths_for
 from .rope import RopeFrequencies, find_rope_frequencies
 from .scales import PairScales
@@ -61,7 +62,8 @@ class Choice:
     Args:
         found: the model's KV layers.
         centre: True: by what there is, a file beside the policy's, references that the model was
-            given, or the bias; False: not at all; or references, or the name of their file.
+            given, or the bias; FirstUse: the same, and measured where there is none of them; False:
+            not at all; or references, or the name of their file.
         policy: where its file is, references may lie beside it.
 
     Raises:
@@ -105,7 +107,14 @@ class Choice:
             return load_references(self.centre, self._model())
         if self.path is not None and paths_for(self.path)[1].is_file():
             return load_references(self.path, self._model())
-        return vars(self._model()).get(ATTRIBUTE)
+        given = vars(self._model()).get(ATTRIBUTE)
+        if given is None and isinstance(self.centre, FirstUse) and self._has_layers_without_bias:
+            return self.centre.references(self._model(), self.found)
+        return given
+
+    @property
+    def _has_layers_without_bias(self) -> bool:
+        return any(layer.ordinal not in self._biases for layer in self.found.layers)
 
     @cached_property
     def _misfits(self) -> set[int]:

@@ -21,7 +21,7 @@ import numpy as np
 from ..model.kv_layers import KVLayer
 from ..model.probing import record_one_token
 
-OFFSET = 37  # any number that no model would use by chance
+OFFSET = 37  # any number that no model would use by chance, and all have positions for
 _lock = threading.RLock()
 
 

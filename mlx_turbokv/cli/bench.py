@@ -21,7 +21,15 @@ from .output import (
     write_json,
     write_result,
 )  # fmt: skip
-from .runs import config_names, deadline_of, fitting_names, get_record, load_model, policies_of
+from .runs import (
+    asked_centre,
+    centre_of,
+    config_names,
+    deadline_of,
+    fitting_names,
+    get_record,
+    load_model,
+)
 from .values import COUNT, SEED, refuse
 
 WHAT = "speed and memory by cache configuration"
@@ -105,12 +113,12 @@ def _measure(args: dict[str, Any]) -> dict:
     names = config_names(args["configs"] or DEFAULT_CONFIGS, reference=False)
     _check_options(args)
     names = _batched_names(names, args)
-    centre = options.centre_from(args["keys"], args["no_centre"], policies_of(names))
+    centre = asked_centre(args, names)
     options.check_backend(args["backend"])
     prompts = args["prompt_tokens"] or (() if args["contexts"] else (512,))
     points = [Point("context", n) for n in args["contexts"]]
     points += [Point("prompt", n) for n in prompts]
-    model, about, vocab_size = _model(args)
+    model, about, vocab_size, loaded = _model(args)
     names = fitting_names(model, names, args)
     settings = Settings(
         args["generation_tokens"], args["num_trials"], args["prefill_step_size"],
@@ -118,7 +126,7 @@ def _measure(args: dict[str, Any]) -> dict:
     )  # fmt: skip
     return measure(
         model, about, names, list(dict.fromkeys(points)), settings, args["backend"],
-        args["json_path"], not args["no_resume"], args["seed"], deadline, centre,
+        args["json_path"], not args["no_resume"], args["seed"], deadline, centre_of(centre, loaded),
     )  # fmt: skip
 
 
@@ -199,14 +207,14 @@ def measure(
     return record
 
 
-def _model(args: dict[str, Any]) -> tuple[Any, dict, int]:
-    """(model, what the record says of it, size of its vocabulary)."""
+def _model(args: dict[str, Any]) -> tuple[Any, dict, int, Any]:
+    """(model, what the record says of it, size of its vocabulary, what was loaded if it was)."""
     import mlx.core as mx
 
     from ..evaluate.record import model_record
     from ..loading import random_model
 
-    dtype, shape = args["dtype"], args["shape"]
+    dtype, shape, loaded = args["dtype"], args["shape"], None
     if shape is None:
         loaded = load_model(args)
         mx.random.seed(args["seed"])
@@ -222,13 +230,7 @@ def _model(args: dict[str, Any]) -> tuple[Any, dict, int]:
             "weights": f"random weights of {bits} bits, activations in {dtype}",
         }
     about["weight_bytes"] = random_model.weight_bytes(model)
-    return model, about, vocabulary_size(config)
-
-
-def vocabulary_size(config: dict[str, Any]) -> int:
-    """The vocabulary size of a config.json; 256 if it names none."""
-    text = config.get("text_config") or config
-    return int(text.get("vocab_size") or 256)
+    return model, about, random_model.vocabulary_size(config), loaded
 
 
 def _record(

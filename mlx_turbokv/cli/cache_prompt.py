@@ -30,7 +30,7 @@ def command(**args: Any) -> None:
     from ..cache.summary import mib, summarize
     from ..cache.writing import check_target
     from .conversation import Conversation, prompt_text
-    from .runs import load_model
+    from .runs import centre_of, load_model
     from .streaming import Reading, read
 
     file = args["prompt_cache_file"]
@@ -39,6 +39,7 @@ def command(**args: Any) -> None:
     cache_options = options.attach_options(args)
     text = prompt_text(args["prompt"], escapes=False)
     loaded = load_model(args)
+    cache_options["centre"] = centre_of(cache_options["centre"], loaded)
     conversation = Conversation(
         loaded,
         lambda: make_prompt_cache(loaded.model, **cache_options, max_kv_size=args["max_kv_size"]),

@@ -143,7 +143,7 @@ def check_options(args: dict[str, Any]) -> None:
     from ..evaluate import calibrate
     from ..evaluate.calibration_record import file_name
     from ..evaluate.configuration import check_name, parse_policy
-    from ..evaluate.windows import check_sizes
+    from ..model.text_windows import check_sizes
 
     names = args["formats"]
     args["formats"] = calibrate.check_formats(

@@ -35,7 +35,7 @@ def command(**args: Any) -> None:
     import mlx.core as mx
 
     from ..loading import distributed
-    from .runs import load_model
+    from .runs import centre_of, load_model
 
     check_max_tokens(args["max_tokens"])
     sampling.check(args)
@@ -44,6 +44,7 @@ def command(**args: Any) -> None:
         raise InputError("chat is for one machine; mlx_turbokv run -- mlx_lm.chat is for several.")
     cache_options = options.attach_options(args)
     loaded = load_model(args)
+    cache_options["centre"] = centre_of(cache_options["centre"], loaded)
     mx.random.seed(args["seed"])
     if not loaded.tokenizer.has_chat_template:
         refuse(["system_prompt"], f"with {loaded.name}, which has no chat template")

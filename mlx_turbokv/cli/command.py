@@ -20,7 +20,7 @@ _SECTIONS = {
     "Sampling": "max_tokens temp top_p min_p top_k xtc_probability xtc_threshold "
     "min_tokens_to_keep seed",
     "Cache": "cache_type_k cache_type_v policy boundary layer_adaptive sink recent "
-    "compress_sliding keys no_centre max_kv_size backend configs",
+    "compress_sliding keys no_centre no_calibrate max_kv_size backend configs",
 }
 _OUTPUT = (
     "output markdown json_path json_file plot folder from_path verbose resume no_resume time_limit"

@@ -31,17 +31,19 @@ def command(source: Path, target: Path, **args: Any) -> None:
     from ..cache.importing import unpacked
     from ..cache.summary import mib, summarize
     from ..cache.writing import check_target, save_prompt_cache
-    from .runs import load_model
+    from .runs import centre_of, load_model
 
     if source.resolve() == target.resolve():
         raise InputError(f"{target} cannot be read and written: give two files.")
     check_target(target)
     is_packed = _is_packed(source)
     if is_packed:
-        names = [*options.CACHE_ARGUMENTS, "keys", "no_centre"]
+        names = [*options.CACHE_ARGUMENTS, "keys", "no_centre", "no_calibrate"]
         refuse(names, f"on {source}, which holds packed rows: they are dequantised")
     cache_options = options.attach_options(args)
     loaded = load_model(args)
+    # packed rows say themselves what their keys are centred by
+    cache_options["centre"] = True if is_packed else centre_of(cache_options["centre"], loaded)
     fresh = make_prompt_cache(loaded.model, **cache_options)
     saved = files.load(source, loaded.name, loaded.model, fresh, not is_packed, loaded.source)
     if is_packed:

@@ -92,6 +92,7 @@ def _generate(args: dict[str, Any], is_distributed: bool) -> None:
     from ..cache.summary import summarize
     from .conversation import Conversation, prompt_text, template_arguments
     from .output import print_result
+    from .runs import centre_of
     from .streaming import print_part, turn
 
     arguments = template_arguments(args["chat_template_config"])
@@ -100,6 +101,7 @@ def _generate(args: dict[str, Any], is_distributed: bool) -> None:
     loaded = _load(args, is_distributed)
     add_end_tokens(loaded, args["extra_eos_token"])
     sampling.check_vocabulary(loaded, args)
+    cache_options["centre"] = centre_of(cache_options["centre"], loaded)
     if not loaded.tokenizer.has_chat_template:
         refuse(_OF_CHAT, f"with {loaded.name}, which has no chat template")
     conversation = Conversation(

@@ -13,12 +13,13 @@ from .command import Command
 from .entry import console_script
 from .output import Progress, format_record, print_status, write_json, write_result
 from .runs import (
+    asked_centre,
+    centre_of,
     config_names,
     deadline_of,
     fitting_names,
     get_record,
     load_model,
-    policies_of,
     warn_about_context,
 )  # fmt: skip
 from .values import COUNT, UNIT, exclude
@@ -76,7 +77,7 @@ def _measure(args: dict[str, Any]) -> dict:
     deadline = deadline_of(args)
     exclude("depths", "depth_list")
     names = config_names(args["configs"] or DEFAULT_CONFIGS)
-    centre = options.centre_from(args["keys"], args["no_centre"], policies_of(names))
+    centre = asked_centre(args, names)
     depths = list(args["depth_list"]) or even_depths(args["depths"])
     contexts = list(dict.fromkeys(args["contexts"] or DEFAULT_CONTEXTS))
     cases = make_cases(contexts, depths, list(args["kinds"] or KINDS), args["repeats"])
@@ -86,7 +87,7 @@ def _measure(args: dict[str, Any]) -> dict:
     names = fitting_names(loaded.model, names, args)
     return measure(
         loaded, source, names, cases, args["backend"], args["json_path"], args["resume"],
-        deadline, args["prefill_step_size"], centre,
+        deadline, args["prefill_step_size"], centre_of(centre, loaded),
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from .. import policy as policies
+from ..centring import AUTO
 from ..errors import InputError
 from ..quant.formats import FORMAT_NAMES, KVFormat
 from .values import (
@@ -82,11 +83,16 @@ centre = combined(
     click.option(
         "--keys", metavar="FILE",
         help="Mean keys that calibrate --keys wrote.  [default: the file next to the policy's "
-        "file, or the key projection's bias]",
+        "file, the key projection's bias, or means measured at the model's first use]",
     ),
     click.option(
         "--no-centre", is_flag=True,
         help="Do not subtract the constant part of turbo keys before they are quantised.",
+    ),
+    click.option(
+        "--no-calibrate", is_flag=True,
+        help="Do not measure mean keys at the first use of a model whose key projection has no "
+        "bias.",
     ),
 )  # fmt: skip
 protection = combined(
@@ -157,6 +163,7 @@ def centre_from(
     keys: str | None = None,
     no_centre: bool = False,
     used_by: Iterable[policies.Policy] | None = None,
+    no_calibrate: bool = False,
 ) -> bool | str:
     """What ``make_prompt_cache`` takes as ``centre``.
 
@@ -170,7 +177,7 @@ def centre_from(
     if keys is not None and no_centre:
         raise InputError("--keys and --no-centre cannot be given together.")
     if keys is None and not no_centre:
-        return True
+        return no_calibrate or AUTO
     option = "--no-centre" if keys is None else "--keys"
     if used_by is not None and not any(k.is_turbo for p in used_by for k in p.k_formats()):
         raise InputError(
@@ -188,7 +195,7 @@ def centre_from(
             raise InputError(
                 f"There are no key references at {file}; calibrate --keys writes them."
             )
-    return keys
+    return keys if keys != AUTO else os.path.join(os.curdir, keys)
 
 
 def check_backend(name: str) -> str:
@@ -209,7 +216,7 @@ def attach_options(args: Mapping[str, Any]) -> dict[str, Any]:
     Raises: InputError.
     """
     policy = policy_from(**{name: args[name] for name in CACHE_ARGUMENTS})
-    centre = centre_from(args["keys"], args["no_centre"], [policy])
+    centre = centre_from(args["keys"], args["no_centre"], [policy], args["no_calibrate"])
     return {
         "policy": policy,
         "backend": check_backend(args["backend"]),

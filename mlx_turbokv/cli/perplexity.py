@@ -11,7 +11,14 @@ from . import options
 from .command import Command
 from .entry import console_script
 from .output import Progress, check_writable, format_record, print_status, write_json
-from .runs import config_names, load_model, policies_of, print_record, warn_about_context
+from .runs import (
+    asked_centre,
+    centre_of,
+    config_names,
+    load_model,
+    print_record,
+    warn_about_context,
+)  # fmt: skip
 from .values import COUNT
 
 WHAT = "perplexity and divergence by cache configuration"
@@ -42,11 +49,11 @@ def command(**args: Any) -> None:
     from ..evaluate.configuration import DEFAULT_CONFIGS
     from ..evaluate.tables import perplexity_table
     from ..evaluate.text import load_text
-    from ..evaluate.windows import check_sizes
+    from ..model.text_windows import check_sizes
 
     names = config_names(args["configs"] or DEFAULT_CONFIGS)
     output = options.check_output(args["output"], args["markdown"])
-    centre = options.centre_from(args["keys"], args["no_centre"], policies_of(names))
+    centre = asked_centre(args, names)
     ctx_size, chunks, json_path = args["ctx_size"], args["chunks"], args["json_path"]
     check_sizes(ctx_size, chunks)
     check_writable(json_path)
@@ -56,7 +63,7 @@ def command(**args: Any) -> None:
     print_record(
         lambda: measure(
             loaded, source, names, ctx_size, chunks, args["backend"], json_path, args["resume"],
-            centre, args["compress_sliding"],
+            centre_of(centre, loaded), args["compress_sliding"],
         ),
         lambda record: format_record(record, perplexity_table, output),
     )  # fmt: skip
@@ -84,7 +91,7 @@ def make_run(
     from ..evaluate.configuration import prepare
     from ..evaluate.perplexity import settings_of
     from ..evaluate.record import environment, model_record
-    from ..evaluate.windows import cut_windows
+    from ..model.text_windows import cut_windows
 
     windows = cut_windows(loaded.tokenizer, source.text, ctx_size, chunks)
     if chunks is not None and len(windows) < chunks:

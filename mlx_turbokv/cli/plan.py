@@ -72,7 +72,8 @@ def command(**args: Any) -> None:
     output = options.check_output(args["output"], args["markdown"])
     _check_options(args)
     rows = _rows(args)
-    centre = options.centre_from(args["keys"], args["no_centre"], [policy for _, policy in rows])
+    used_by = [policy for _, policy in rows]
+    centre = options.centre_from(args["keys"], args["no_centre"], used_by, args["no_calibrate"])
     memory_bytes, machine_bytes = _memory(args)
     if memory_bytes is None:
         refuse(["weight_bits", "prefill_step_size"], "without --memory")

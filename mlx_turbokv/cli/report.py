@@ -14,7 +14,7 @@ from . import options
 from .command import Command
 from .entry import console_script
 from .output import as_json, check_folder, print_status, read_json, try_write_json, write_folder
-from .runs import config_names, fitting_names, load_model, not_whole, policies_of
+from .runs import asked_centre, centre_of, config_names, fitting_names, load_model, not_whole
 from .values import COUNT, refuse
 
 PARTS = ("perplexity", "needle", "plan", "bench")
@@ -98,7 +98,7 @@ def command(**args: Any) -> None:
 def _check_options(args: dict[str, Any]) -> None:
     """Raises: InputError for options that would change nothing, or a missing matplotlib."""
     from ..evaluate.plots import require_matplotlib
-    from ..evaluate.windows import check_sizes
+    from ..model.text_windows import check_sizes
 
     require_matplotlib()
     for part in args["skip"]:
@@ -134,9 +134,7 @@ class _Report:
         self.args, self.folder = args, folder
         self.names = config_names(args["configs"] or QUALITY_CONFIGS)
         self.few = config_names(args["configs"] or FEW_CONFIGS)
-        self.centre = options.centre_from(
-            args["keys"], args["no_centre"], policies_of(self.names)
-        )  # fmt: skip
+        self.asked_centre = asked_centre(args, self.names)
         options.check_backend(args["backend"])
         self.source = load_text(args["text"])
 
@@ -147,6 +145,7 @@ class _Report:
 
         args = self.args
         self.loaded = load_model(args)
+        self.centre = centre_of(self.asked_centre, self.loaded)
         self.model, self.environment = model_record(self.loaded), environment()
         self.names = fitting_names(self.loaded.model, self.names, args)
         self.few = [name for name in self.few if name in self.names]
@@ -166,7 +165,7 @@ class _Report:
     def _check_parts(self) -> None:
         """Raises: InputError for a text or context that is too short for a part."""
         from ..evaluate.haystack import Haystack
-        from ..evaluate.windows import cut_windows
+        from ..model.text_windows import cut_windows
 
         skip, args, tokenizer = self.args["skip"], self.args, self.loaded.tokenizer
         if "perplexity" not in skip:
@@ -226,7 +225,7 @@ class _Report:
         return found if same else None
 
     def _perplexity(self) -> dict:
-        from ..evaluate.windows import cut_windows
+        from ..model.text_windows import cut_windows
         from . import perplexity
 
         n_ctx, chunks = self.args["ctx_size"], self.args["chunks"]
@@ -265,18 +264,19 @@ class _Report:
         rows = [(name, parse_policy(name)) for name in self.names if not name.startswith("mlx-kv")]
         most = self.loaded.max_context or PLAN_CONTEXTS[-1]
         contexts = [n for n in PLAN_CONTEXTS if n <= most] or PLAN_CONTEXTS[:1]
-        plan = json.loads(json.dumps(as_json(make_plan(shape, rows, contexts))))
+        plan = as_json(make_plan(shape, rows, contexts, centre=self.asked_centre))
+        plan = json.loads(json.dumps(plan))
         try_write_json(self._path("plan"), plan)
         return plan
 
     def _bench(self) -> dict:
         from ..evaluate.benchmark import Point, Settings
-        from ..loading.random_model import weight_bytes
+        from ..loading.random_model import vocabulary_size, weight_bytes
         from . import bench
 
         args, model = self.args, self.loaded.model
         n_generated, n_trials = args["generation_tokens"], args["num_trials"]
-        vocab_size = bench.vocabulary_size(self.loaded.config)
+        vocab_size = vocabulary_size(self.loaded.config)
         settings = Settings(n_generated, n_trials, vocab_size=vocab_size)
         about = {
             "model": self.model, "weights": "its own weights", "weight_bytes": weight_bytes(model),

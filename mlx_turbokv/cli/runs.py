@@ -54,6 +54,29 @@ def load_model(args: Options) -> Any:
     )
 
 
+def asked_centre(args: Options, names: Iterable[str]) -> bool | str:
+    """What the options say that keys are centred by in these configurations.
+
+    Raises: InputError.
+    """
+    return options.centre_from(
+        args["keys"], args["no_centre"], policies_of(names), args["no_calibrate"]
+    )
+
+
+def centre_of(centre: Any, loaded: Any) -> Any:
+    """What ``options.centre_from`` said, for the model that was loaded.
+
+    Args:
+        loaded: None for random weights, whose keys are not measured.
+    """
+    from ..centring.first_use import for_model
+
+    if loaded is None:
+        return True if centre == options.AUTO else centre
+    return for_model(centre, loaded.tokenizer, loaded.name)
+
+
 def load_dtype(name: str | None) -> dict[str, Any]:
     """What ``models.load`` takes for --dtype."""
     import mlx.core as mx

@@ -86,9 +86,9 @@ class _Command(Command):
 @click.pass_context
 def command(
     ctx: click.Context, backend: str, compress_sliding: bool, keys: str | None, no_centre: bool,
-    allowed: tuple[str, ...], max_kv_size: int | None, prompt_cache_dir: str | None,
-    prompt_cache_disk: int, ctx_checkpoints: int, checkpoint_every_n_tokens: int,
-    memory_limit: int | None, **cache: Any,
+    no_calibrate: bool, allowed: tuple[str, ...], max_kv_size: int | None,
+    prompt_cache_dir: str | None, prompt_cache_disk: int, ctx_checkpoints: int,
+    checkpoint_every_n_tokens: int, memory_limit: int | None, **cache: Any,
 ) -> None:  # fmt: skip
     """Serve a model over HTTP, as mlx_lm.server does, through packed KV caches.
 
@@ -107,7 +107,7 @@ def command(
     if prompt_cache_dir is None:
         refuse(["prompt_cache_disk"], "without --prompt-cache-dir")
     policy = options.policy_from(**cache)
-    centre = options.centre_from(keys, no_centre, [policy])
+    centre = options.centre_from(keys, no_centre, [policy], no_calibrate)
     options.check_backend(backend)
     arguments = server_options.parse(ctx.args)
     vars(arguments).update(

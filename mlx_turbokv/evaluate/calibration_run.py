@@ -13,7 +13,9 @@ from ..centring.calibration import calibrate_keys
 from ..centring.references import References, save_references
 from ..kernels.backend import select_backend
 from ..loading.models import Loaded
+from ..model.fingerprint import weights_digest
 from ..model.shapes import KVShape
+from ..model.text_windows import cut_windows
 from . import calibrate
 from . import calibration_record as records
 from .calibrate import Assigned
@@ -27,10 +29,10 @@ from .configuration import (
     protected_name,
 )
 from .perplexity import Evaluation, evaluate_windows, settings_of
-from .record import command_line, environment, model_record, weights_digest
+from .record import command_line, environment, model_record
 from .sensitivity import default_batch
 from .text import TextSource
-from .windows import cut_windows, digest
+from .windows import digest
 
 MEASUREMENTS = "measurements.jsonl"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import shlex
@@ -109,18 +108,3 @@ def model_record(loaded: Loaded) -> dict:
         "dtype": str(widest).removeprefix("mlx.core."),
         "kv_itemsize": widest.size if widest is not None else None,
     }
-
-
-def weights_digest(model: nn.Module) -> str:
-    """sha256 over the names, shapes, types and first values of a model's weights.
-
-    Weights are sampled (the first 64 values of each), so that large models take no longer.
-    """
-    digest = hashlib.sha256()
-    for name, value in sorted(_weights(model)):
-        digest.update(f"{name} {value.shape} {value.dtype}\n".encode())
-        first = mx.contiguous(value.reshape(-1)[:64])
-        if first.dtype != mx.bool_:
-            first = first.view(mx.uint8)
-        digest.update(bytes(first))
-    return digest.hexdigest()

@@ -24,6 +24,7 @@ from ..cache import files
 from ..cache.factory import CacheFactory, attach
 from ..cache.importing import dequantized, packed_as
 from ..cache.summary import leaves
+from ..centring.first_use import for_model
 from ..errors import InputError
 from ..kernels.backend import select_backend
 from ..model.fingerprint import fingerprint
@@ -110,14 +111,14 @@ class Attaching:
                 self._is_loading = False
             model, tokenizer, config = loaded.model, loaded.tokenizer, loaded.config
             name = loaded.name
-        self._attach(model, name)
+        self._attach(model, name, tokenizer)
         return (model, tokenizer, config) if return_config else (model, tokenizer)
 
     def load_sharded(self, path: str, *args: Any, **options: Any) -> tuple[Any, ...]:
         """As ``mlx_lm.utils.sharded_load``."""
         distributed.check_source(path)
         loaded = self._sharded_load(path, *args, **options)
-        self._attach(loaded[0], Path(path).name)
+        self._attach(loaded[0], Path(path).name, loaded[1])
         return loaded
 
     def load_prompt_cache(self, file_name: str, return_metadata: bool = False) -> Any:
@@ -134,19 +135,24 @@ class Attaching:
         self._files.append((path, caches, metadata))
         return (caches, metadata) if return_metadata else caches
 
-    def _attach(self, model: nn.Module, name: str) -> None:
+    def _attach(self, model: nn.Module, name: str, tokenizer: Any) -> None:
         is_draft = bool(self.models) and getattr(self.options, "draft_model", None) is not None
         self.models.append(model)
         if is_draft:
             self.say(f"The draft model {name} keeps mlx-lm's own cache.")
             return
-        attach(model, **self.cache_options)
+        attach(model, **self._options_for(tokenizer, name))
         _cache_every_call(model)
         if distributed.rank() == 0:
             self._say_formats(model.make_cache, name)
         for path, caches, metadata in self._files:
             self._pack(path, caches, metadata, model)
         self.n_caches = 0
+
+    def _options_for(self, tokenizer: Any, name: str) -> dict[str, Any]:
+        """What ``attach`` takes for a model."""
+        centre = for_model(self.cache_options.get("centre", True), tokenizer, name)
+        return self.cache_options | {"centre": centre}
 
     def _say_formats(self, factory: Any, name: str) -> None:
         pairs = Counter(f"{k}/{v}" for k, v in factory.formats)

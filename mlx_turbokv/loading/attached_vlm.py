@@ -59,7 +59,8 @@ class AttachingVLM(Attaching):
         if not hasattr(language_model(model), "layers"):
             self.say(f"{name} has no language model with a KV cache.")
             return loaded
-        self.models.append(attach(model, **self.cache_options))
+        tokenizer = getattr(loaded[1], "tokenizer", loaded[1])
+        self.models.append(attach(model, **self._options_for(tokenizer, name)))
         factory: Any = language_model(model).make_cache
         self._say_formats(factory, name)
         self.n_caches = 0

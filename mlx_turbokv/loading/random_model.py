@@ -112,3 +112,9 @@ def _make(_path: str, array: mx.array) -> mx.array:
     """Evaluate one weight at a time, so that what makes it is freed before the next."""
     mx.eval(array)
     return array
+
+
+def vocabulary_size(config: dict[str, Any]) -> int:
+    """The vocabulary size of a config.json; 256 if it names none."""
+    text = config.get("text_config") or config
+    return int(text.get("vocab_size") or 256)

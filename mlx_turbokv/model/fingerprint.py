@@ -29,3 +29,20 @@ def fingerprint(model: nn.Module, adapters: bool = False) -> str:
             found.update(name.encode())
             found.update(np.array(weight.astype(mx.float32)).tobytes())
     return found.hexdigest()
+
+
+def weights_digest(model: nn.Module) -> str:
+    """sha256 over the names, shapes, types and first values of a model's weights.
+
+    Weights are sampled (the first 64 values of each), so that large models take no longer.
+    """
+    digest = hashlib.sha256()
+    weights: Any = tree_flatten(model.parameters())
+    weights = sorted(weights)
+    firsts = [mx.contiguous(value.reshape(-1)[:64]) for _, value in weights]
+    firsts = [x if x.dtype == mx.bool_ else x.view(mx.uint8) for x in firsts]
+    mx.eval(firsts)  # at once: a GPU takes longer to be asked than to answer
+    for (name, value), first in zip(weights, firsts):
+        digest.update(f"{name} {value.shape} {value.dtype}\n".encode())
+        digest.update(bytes(first))
+    return digest.hexdigest()

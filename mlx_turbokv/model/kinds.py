@@ -11,6 +11,8 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
 
+from ..errors import InputError
+
 MLX_VLM = "mlx_vlm"
 _MLX_VLM_CACHE = f"{MLX_VLM}.models.cache"
 
@@ -40,3 +42,16 @@ def new_cache(model: nn.Module, name: str, *args: Any) -> Any:
     """A cache of the class of this name, from the library that the model is of."""
     module = sys.modules[_MLX_VLM_CACHE] if is_of_mlx_vlm(model) else mlx_lm_cache
     return getattr(module, name)(*args)
+
+
+def check_model(model: Any) -> None:
+    """Raises: InputError for what is no model."""
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, (tuple, list)) and model and isinstance(model[0], nn.Module):
+        raise InputError(
+            "A tuple is not accepted as a model: give the model without its tokenizer."
+        )
+    raise InputError(
+        f"{model!r} is not accepted as a model: give one that mlx_lm.load or mlx_vlm.load returns."
+    )

@@ -52,7 +52,7 @@ class RecordingCache(KVCache):
 
 
 @contextmanager
-def _kept_as_it_is(model: nn.Module) -> Iterator[None]:
+def kept_as_it_is(model: nn.Module) -> Iterator[None]:
     """Take back what calls leave in a model: mlx-vlm's keep the positions of the last prompt."""
     before = [(module, dict(module), dict(vars(module))) for module in model.modules()]
     try:
@@ -71,7 +71,7 @@ def call_with_one_token(model: nn.Module, caches: list[Any]) -> None:
     Raises:
         Exception: what the model raises: which, only it knows.
     """
-    with _kept_as_it_is(model):
+    with kept_as_it_is(model):
         model(mx.zeros((1, 1), mx.int32), cache=caches)
 
 

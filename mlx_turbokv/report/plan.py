@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from ..cache.rotating import SLACK_TOKENS
+from ..centring import AUTO
 from ..centring.references import paths_for
 from ..errors import InputError
 from ..evaluate.configuration import shape_bits
@@ -218,7 +219,7 @@ def _centring(
     if n == 0 or model.key_bias is None:
         return []
     file = getattr(policy, "path", None)
-    if isinstance(centre, str):
+    if isinstance(centre, str) and centre != AUTO:
         file = centre
     elif file and not paths_for(file)[1].is_file():
         file = None
@@ -230,6 +231,8 @@ def _centring(
         how = f"are centred by the calibrated means in {paths_for(file)[1].name}"
     elif model.key_bias:
         how = "are centred by the bias of the key projection"
+    elif centre == AUTO:
+        how = "are centred by means that are measured at the model's first use"
     else:
         how = "are not centred: the model has no key bias, and no calibrated means were given"
     return [f"{name}: the turbo keys of {n} layer{'s' * (n > 1)} {how}."]

@@ -15,6 +15,7 @@ from mlx_lm.utils import sharded_load
 
 from ..cache import speculation
 from ..cache.factory import attach
+from ..centring.first_use import for_model
 from ..errors import InputError, short
 from ..kernels.backend import select_backend
 from ..loading import distributed, models
@@ -131,7 +132,7 @@ class TurboModelProvider(server.ModelProvider):
             self._draft = loaded
             return loaded.model, loaded.tokenizer
         self._loaded = loaded
-        self._attach(loaded.model, loaded.name)
+        self._attach(loaded)
         return loaded.model, loaded.tokenizer, loaded.config
 
     def _load_sharded(self, path: str, **options: Any) -> tuple[Any, ...]:
@@ -139,7 +140,7 @@ class TurboModelProvider(server.ModelProvider):
         loaded: Any = sharded_load(self.names.folder(path), **options)
         model, tokenizer, config = loaded
         self._loaded = models.Loaded(model, tokenizer, path, config, None, path)
-        self._attach(model, path)
+        self._attach(self._loaded)
         return loaded
 
     def _take_vocabulary(self) -> None:
@@ -174,8 +175,10 @@ class TurboModelProvider(server.ModelProvider):
         except InputError as error:
             raise SpeculationError(400, str(error), "draft_model") from error
 
-    def _attach(self, model: Any, name: str) -> None:
-        attach(model, **self.cache_options)
+    def _attach(self, loaded: models.Loaded) -> None:
+        model: Any = loaded.model
+        centre = for_model(self.cache_options.get("centre", True), loaded.tokenizer, loaded.name)
+        attach(model, **self.cache_options | {"centre": centre})
         if distributed.rank() != 0:
             return
         factory = model.make_cache
@@ -183,4 +186,7 @@ class TurboModelProvider(server.ModelProvider):
         centred = f"{factory.centring.summary()}, " if turbo_keys else ""
         policy = self.cache_options["policy"].name
         backend = select_backend(self.cache_options.get("backend")).name
-        print(f"Serving {name}: KV cache {policy}, {centred}{backend} back-end", file=sys.stderr)
+        print(
+            f"Serving {loaded.name}: KV cache {policy}, {centred}{backend} back-end",
+            file=sys.stderr,
+        )

@@ -366,7 +366,8 @@ def test_kernels_keep_the_model_too(edge, metal_host, monkeypatch):
 def test_options_of_the_commands(tmp_path):
     from mlx_turbokv.cli.options import centre_from
 
-    assert centre_from() is True and centre_from(no_centre=True) is False
+    assert centre_from() == "auto" and centre_from(no_centre=True) is False
+    assert centre_from(no_calibrate=True) is True
     for name in ("means.keys.json", "means.keys.safetensors"):
         (tmp_path / name).touch()
     assert centre_from(str(tmp_path / "means.keys.json")) == str(tmp_path / "means.keys.json")
@@ -404,6 +405,8 @@ def test_plans_say_what_is_centred(tmp_path):
 
     assert "row: the turbo keys of 28 layers are centred by the bias" in notes("Qwen2.5-7B")
     assert "are not centred: the model has no key bias" in notes("Llama-3.1-8B")
+    assert "measured at the model's first use" in notes("Llama-3.1-8B", centre="auto")
+    assert "by the bias of the key projection" in notes("Qwen2.5-7B", centre="auto")
     assert "(--no-centre), although the key projection has a bias" in notes(
         "Qwen2.5-7B", centre=False
     )

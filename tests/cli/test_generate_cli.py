@@ -78,7 +78,7 @@ def test_f16_text_is_mlx_lm_s(call, small):
 
 
 def test_counted_bytes_and_bits(call):
-    _, out, _ = call("-p", "the", "-m", 5, "-ctk", "turbo4", "-ctv", "turbo3")
+    _, out, _ = call("-p", "the", "-m", 5, "-ctk", "turbo4", "-ctv", "turbo3", "--no-calibrate")
     tokens = int(re.search(r"KV cache: (\d+) tokens", out).group(1))
     # 2 layers of 2 heads of 16 dimensions for K and for V, 16 bits each.
     f16 = tokens * 2 * 2 * 32 * 2

@@ -221,12 +221,19 @@ def test_benchmark(folder, batch):
 DATA = [[(5 * i * i + 3 * i + 7 * row) % 90 + 2 for i in range(24)] for row in range(6)]
 
 
+def packed_caches(loaded):
+    """What a command gives a model."""
+    options = {"centre": "auto", "tokenizer": loaded.tokenizer}
+    return make_prompt_cache(loaded.model, "turbo4", "turbo3", **options)
+
+
 def expected_loss(folder) -> float:
     """Mean negative log likelihood of DATA through packed caches, a new one for each batch."""
-    model, losses = models.load(folder).model, []
+    loaded, losses = models.load(folder), []
+    model = loaded.model
     for at in range(0, len(DATA), 4):
         rows = mx.array(DATA[at : at + 4])
-        logits = model(rows[:, :-1], cache=make_prompt_cache(model, "turbo4", "turbo3"))
+        logits = model(rows[:, :-1], cache=packed_caches(loaded))
         losses.append(nn.losses.cross_entropy(logits, rows[:, 1:], reduction="none").flatten())
     return mx.concatenate(losses).mean().item()
 
@@ -307,7 +314,7 @@ def test_evaluate(folder, text, tmp_path, monkeypatch):
         encode = loaded.tokenizer.encode
         tokens = encode(before + after, add_special_tokens=False)
         n = len(encode(before, add_special_tokens=False))
-        cache = make_prompt_cache(loaded.model, "turbo4", "turbo3")
+        cache = packed_caches(loaded)
         logits = loaded.model(mx.array([tokens[:-1]]), cache=cache)
         losses = nn.losses.cross_entropy(logits[0], mx.array(tokens[1:]), reduction="none")
         assert found == pytest.approx(-losses[n - 1 :].sum().item(), abs=1e-3)

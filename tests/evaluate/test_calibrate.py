@@ -12,8 +12,8 @@ from mlx_turbokv.evaluate.calibrate import calibrate, row_sizes, shapes_of
 from mlx_turbokv.evaluate.checkpoint import Journal
 from mlx_turbokv.evaluate.configuration import layer_list, prepare
 from mlx_turbokv.evaluate.perplexity import evaluate_windows
-from mlx_turbokv.evaluate.record import weights_digest
 from mlx_turbokv.evaluate.sensitivity import Change, all_changes, measure
+from mlx_turbokv.model.fingerprint import weights_digest
 from mlx_turbokv.policy import Protection
 
 KLD_TOLERANCE = 1e-7  # nats a position: the same sums in another order, in float32

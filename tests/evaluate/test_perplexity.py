@@ -19,7 +19,8 @@ from mlx_turbokv.evaluate.divergence import PositionStats, Reference
 from mlx_turbokv.evaluate.mlx_lm_quantized import DequantizedCache, make_quantized_caches
 from mlx_turbokv.evaluate.perplexity import evaluate_windows
 from mlx_turbokv.evaluate.tables import PERPLEXITY_HEADER, Table, perplexity_rows
-from mlx_turbokv.evaluate.windows import batch_logits, cut_windows, first_scored, scored_logits
+from mlx_turbokv.evaluate.windows import batch_logits, first_scored, scored_logits
+from mlx_turbokv.model.text_windows import cut_windows
 
 KLD_TOLERANCE = 1e-6  # nats a position: float32 sums against float64
 

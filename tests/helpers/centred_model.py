@@ -30,13 +30,13 @@ def centred_model(seed: int = 0) -> nn.Module:
         x = mx.random.normal((64, model.args.hidden_size), key=mx.random.key(seed))
         rest = mx.linalg.norm((x @ attention.k_proj.weight.T).reshape(64, -1, HEAD_DIM), axis=-1)
         norm = BIAS_OVER_REST * rest.mean().item()
-        attention.k_proj.bias = mx.array(_slow_bias(rng, attention.n_kv_heads, norm).reshape(-1))
+        attention.k_proj.bias = mx.array(slow_bias(rng, attention.n_kv_heads, norm).reshape(-1))
     model.lm_head.weight = model.lm_head.weight * LOGIT_GAIN
     mx.eval(model.parameters())
     return model
 
 
-def _slow_bias(rng: np.random.Generator, n_heads: int, norm: float) -> np.ndarray:
+def slow_bias(rng: np.random.Generator, n_heads: int, norm: float) -> np.ndarray:
     """[n_heads, HEAD_DIM] float32, pairs (i, HEAD_DIM / 2 + i), the last the slowest."""
     n_pairs = HEAD_DIM // 2
     pairs = np.zeros((n_heads, 2, n_pairs))
