@@ -31,7 +31,7 @@ class Measurement:
         """Mean keys, and scales of pairs of dims, from the package's sample."""
         from mlx_turbokv.centring.calibration import calibrate_keys
         from mlx_turbokv.evaluate.text import load_text
-        from mlx_turbokv.evaluate.windows import cut_windows
+        from mlx_turbokv.model.text_windows import cut_windows
 
         sample, (chunks, n_ctx) = load_text("sample"), CALIBRATION
         windows = cut_windows(self.loaded.tokenizer, sample.text, n_ctx, chunks)
@@ -77,7 +77,8 @@ class Windows:
     def __init__(self, run: Measurement, n_ctx: int, chunks: int) -> None:
         from mlx_turbokv.evaluate.divergence import Reference
         from mlx_turbokv.evaluate.first_piece import FirstPiece
-        from mlx_turbokv.evaluate.windows import cut_windows, targets_of
+        from mlx_turbokv.evaluate.windows import targets_of
+        from mlx_turbokv.model.text_windows import cut_windows
 
         self.run, self.n_ctx = run, n_ctx
         windows = cut_windows(run.loaded.tokenizer, run.text.text, n_ctx, chunks)
