@@ -21,9 +21,9 @@ PARTS = ("perplexity", "needle", "plan", "bench")
 CALIBRATION = "calibration"
 QUALITY_CONFIGS = (
     "q8_0/q8_0", "q8_0/turbo4", "q8_0/turbo3", "q8_0/turbo2", "la-v7", "mode-10", "turbo6/turbo5",
-    "turbo4/turbo4", "turbo4/turbo3", "turbo3/turbo3", "mlx-kv8:64", "mlx-kv4:64",
+    "turbo4/turbo4", "turbo4/turbo3", "turbo3/turbo3", "mlx-kv8:64", "mlx-kv4:64", "llama-q4_0",
 )  # fmt: skip
-FEW_CONFIGS = ("q8_0/q8_0", "q8_0/turbo2", "la-v7", "turbo4/turbo3")
+FEW_CONFIGS = ("q8_0/q8_0", "turbo6/turbo5", "la-v7", "turbo4/turbo3")
 PLAN_CONTEXTS = (512, 4096, 32768, 131072)
 # Sizes of the parts: (full, quick).
 SIZES = {
@@ -255,13 +255,13 @@ class _Report:
         )  # fmt: skip
 
     def _plan(self) -> dict:
-        from ..evaluate.configuration import parse_policy
+        from ..evaluate.configuration import is_peer, parse_policy
         from ..loading.model_shape import shape_from_config
         from ..report.plan import make_plan
         from ..report.plan_table import as_json
 
         shape = shape_from_config(self.loaded.config, self.loaded.name)
-        rows = [(name, parse_policy(name)) for name in self.names if not name.startswith("mlx-kv")]
+        rows = [(name, parse_policy(name)) for name in self.names if not is_peer(name)]
         most = self.loaded.max_context or PLAN_CONTEXTS[-1]
         contexts = [n for n in PLAN_CONTEXTS if n <= most] or PLAN_CONTEXTS[:1]
         plan = as_json(make_plan(shape, rows, contexts, centre=self.asked_centre))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # Readable on white and on near-black.
 COLORS = (
     "#4c8dd6", "#e08a1e", "#3fa66b", "#d1605e", "#9a79c9", "#a58a6f", "#d982b5", "#7f8c99",
-    "#b3a636", "#3aa6a6", "#c26b3f", "#6f7fd1",
+    "#b3a636", "#3aa6a6", "#c26b3f", "#6f7fd1", "#8a5a44", "#5f9ea0", "#c04d8c", "#7a9a01",
 )  # fmt: skip
 INK = "#1d2126"  # text and axes in a PNG; the page's own colour in an SVG
 GRID = "#8a8f98"
@@ -52,7 +52,7 @@ def new_figure(width: float, height: float, columns: int = 1, rows: int = 1, **o
 
 def _style(ax: Axes) -> None:
     ax.set_facecolor("none")
-    ax.tick_params(colors=INK, labelsize=9)
+    ax.tick_params(which="both", colors=INK, labelsize=9)  # minor ticks of a log axis as well
     for spine in ax.spines.values():
         spine.set_color(GRID)
     for side in ("top", "right"):
@@ -117,8 +117,11 @@ def _tokens(n: int) -> str:
     return f"{n // 1024}K" if n >= 1024 and n % 1024 == 0 else f"{n:,}"
 
 
-def speed_figure(record: dict) -> Figure:
+def speed_figure(record: dict, colors: dict[str, str] | None = None) -> Figure:
     """Generation and prompt speed, and peak memory above the weights, against context.
+
+    Args:
+        colors: of the configurations; others get those of COLORS in turn.
 
     Raises: InputError if no row was finished.
     """
@@ -132,7 +135,7 @@ def speed_figure(record: dict) -> Figure:
     panels[f"peak above weights, {unit}"] = lambda r: (r["peak_bytes_above_weights"] / size, 0, 0)
     figure, axes = new_figure(3.6 * len(panels), 3.7, len(panels))
     for ax, (title, value) in zip(axes.flat, panels.items()):
-        _lines_by_config(ax, record["configs"], rows, value)
+        _lines_by_config(ax, colors or dict(zip(record["configs"], COLORS * 2)), rows, value)
         ax.set_title(title)
         ax.set_ylim(bottom=0)
     both = len({row["kind"] for row in rows}) == 2
@@ -158,9 +161,9 @@ def legend_below(figure: Figure, ax: Axes, title: str | None = None) -> None:
     box.get_title().set_color(INK)
 
 
-def _lines_by_config(ax: Axes, configs: list[str], rows: list[dict], value) -> None:
+def _lines_by_config(ax: Axes, colors: dict[str, str], rows: list[dict], value) -> None:
     drawn: list[int] = []
-    for color, config in zip(COLORS, configs):
+    for config, color in colors.items():
         for kind, style in (("context", "-"), ("prompt", "--")):
             points = [
                 (row["tokens"], *value(row))

@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 LOWEST_KLD = 1e-6
 
 
-def divergence_figure(results: list[dict]) -> Figure:
+def divergence_figure(results: list[dict], colors: dict[str, str]) -> Figure:
     """KLD against bits per value, with the Pareto front.
 
     Args:
         results: the configurations of a perplexity record after the reference.
+        colors: of the configurations.
     """
     rows = [r for r in results if r["bits_per_value"] is not None]
     figure, axes = new_figure(8.4, 4.8)
@@ -38,8 +39,11 @@ def divergence_figure(results: list[dict]) -> Figure:
     for i, (row, (x, y)) in enumerate(zip(rows, points)):
         # A logarithmic axis ends above zero.
         error = min(row["kld"]["se"] or 0.0, 0.9 * y)
-        color = COLORS[0] if i in front else COLORS[7]
-        ax.errorbar(x, y, error, color=color, marker="o", markersize=5, capsize=2, zorder=2)
+        face = {} if i in front else {"fillstyle": "none"}
+        ax.errorbar(
+            x, y, error, color=colors[row["config"]], marker="o", markersize=5, capsize=2,
+            zorder=2, **face,
+        )  # fmt: skip
     ax.set_xlabel("bits per value, K and V together")
     ax.set_ylabel("KLD, nats")
     ax.margins(x=0.14, y=0.12)
@@ -97,19 +101,19 @@ def _overlap(a: tuple, b: tuple) -> float:
     return max(width, 0) * max(height, 0)
 
 
-def position_figure(results: list[dict]) -> Figure:
+def position_figure(results: list[dict], colors: dict[str, str]) -> Figure:
     """Added loss against the position in the window."""
     figure, axes = new_figure(7.6, 3.9)
     ax = axes[0, 0]
     ax.axhline(0, color=GRID, linewidth=0.8)
-    for color, row in zip(COLORS * 2, results):
+    for row in results:
         parts = row["by_position"]["delta_nll"]
         x = [sum(part["positions"]) / 2 for part in parts]
         y = [part["mean"] for part in parts]
         error = [part["se"] or 0.0 for part in parts]
         ax.errorbar(
-            x, y, error, color=color, marker="o", markersize=3, linewidth=1.2, capsize=2,
-            label=row["config"],
+            x, y, error, color=colors[row["config"]], marker="o", markersize=3, linewidth=1.2,
+            capsize=2, label=row["config"],
         )  # fmt: skip
     ax.set_xlabel("position in the window")
     ax.set_ylabel("Δnll, nats")
@@ -141,32 +145,22 @@ def sensitivity_figure(sensitivity: dict, formats: list[str] | None = None) -> F
     return figure
 
 
-def memory_figure(plan: dict, bench: dict | None = None) -> Figure:
-    """Bytes of the cache against context, as planned; circles are what a run held.
+def memory_figure(plan: dict, colors: dict[str, str]) -> Figure:
+    """Bytes of the cache against context, as computed.
 
     Args:
         plan: a plan as JSON.
-        bench: a record of ``bench`` on the same model.
+        colors: of the configurations.
     """
-    rows = plan["rows"]
     contexts = sorted(int(n) for n in plan["f16_bytes"])
     unit, size = bytes_unit(max(plan["f16_bytes"].values()))
     figure, axes = new_figure(7.6, 3.9)
     ax = axes[0, 0]
-    held_at: list[int] = []
-    for color, row in zip(COLORS * 2, rows):
+    for row in plan["rows"]:
         held = {int(n): b for n, b in row["bytes"].items()}
         y = [held[n] / size for n in contexts]
-        ax.plot(contexts, y, color=color, linewidth=1.4, label=row["name"])
-        measured = [
-            (r["tokens"], r["kv_bytes"] / size)
-            for r in (bench or {"rows": []})["rows"]
-            if r["config"] == row["name"] and "error" not in r
-        ]
-        if measured:
-            held_at += [tokens for tokens, _ in measured]
-            ax.plot(*zip(*measured), color=color, linestyle="", marker="o", fillstyle="none")
-    token_axis(ax, [*contexts, *held_at])
+        ax.plot(contexts, y, color=colors[row["name"]], linewidth=1.4, label=row["name"])
+    token_axis(ax, contexts)
     ax.set_yscale("log")
     ax.set_ylabel(f"KV cache, {unit}")
     legend_below(figure, ax)

@@ -8,8 +8,9 @@ from importlib.resources import files
 
 from ..evaluate import plots, tables
 from ..evaluate.tables import Table
-from . import figures, summary
+from . import figures, order, summary
 from .plan_table import table_of_json
+from .recommendation import recommendation
 
 Section = tuple[str, str, str]  # id, title, HTML
 
@@ -23,6 +24,7 @@ def build_page(record: dict) -> str:
 
     Raises: InputError if matplotlib is missing.
     """
+    record = order.ordered(record)
     makers: dict[str, Callable[[dict], Section]] = {
         "perplexity": _quality,
         "needle": _needle,
@@ -66,21 +68,24 @@ def _about(record: dict) -> str:
 def _summary(record: dict) -> Section:
     """One line a configuration, over all parts."""
     table, front = summary.table_of(record)
-    return "summary", "Summary", _table(table, front) + _notes(table)
+    said = recommendation(record)
+    advice = f'<p class="advice">{escape(said)}</p>' if said else ""
+    return "summary", "Summary", advice + _table(table, front) + _notes(table)
 
 
 def _quality(record: dict) -> Section:
     others = record["perplexity"]["results"][1:]
     table = tables.perplexity_table(record["perplexity"])
-    html = _heading(table) + _table(table, summary.front_of(others)) + _notes(table)
-    html += _figure(
-        figures.divergence_figure(others),
+    colors = order.colors(record)
+    html = _heading(table) + _table(_without_bytes(table), summary.front_of(others))
+    html += _notes(table) + _figure(
+        figures.divergence_figure(others, colors),
         "KLD against bits per value",
         "Divergence from the f16 run against the bits that K and V take together, with one "
         "standard error over windows. The line joins what nothing beats in both.",
     )
     html += _figure(
-        figures.position_figure(others),
+        figures.position_figure(others, colors),
         "Loss added by position",
         "What the compressed cache adds to the loss, by position in the window, with one standard "
         "error over windows: a cost that grows with the context would rise to the right.",
@@ -124,9 +129,9 @@ def _memory(record: dict) -> Section:
     table = table_of_json(record["plan"])
     html = _table(table) + _notes(table)
     html += _figure(
-        figures.memory_figure(record["plan"], record.get("bench")),
+        figures.memory_figure(record["plan"], order.colors(record)),
         "Memory against context",
-        "Bytes of the KV cache, scales included. Circles are what a run held, spare rows included.",
+        "Bytes of the KV cache as computed, scales and protected tokens included; f16 in 16 bits.",
     )
     return "memory", "Memory", html
 
@@ -135,10 +140,10 @@ def _speed(record: dict) -> Section:
     part = record["bench"]
     table = tables.speed_table(part)
     header, *rows = ([row[1], row[0], *row[2:]] for row in [table.header, *table.rows])
-    html = _heading(table) + _table(Table(header, rows)) + _notes(table)
+    html = _heading(table) + _table(_without_bytes(Table(header, rows))) + _notes(table)
     if any("error" not in row for row in part["rows"]):
         html += _figure(
-            plots.speed_figure(part),
+            plots.speed_figure(part, order.colors(record)),
             "Speed and memory against context",
             "Medians, with the slowest and the fastest trial.",
         )
@@ -167,6 +172,13 @@ def _definitions(title: str, entries: dict) -> str:
         f"<dt>{escape(key)}</dt><dd>{escape(str(value))}</dd>" for key, value in entries.items()
     )
     return f"<h3>{title}</h3><dl>{items}</dl>"
+
+
+def _without_bytes(table: Table) -> Table:
+    """A table without the bytes that a run held: the report gives computed ones."""
+    at = list(table.header).index("KV bytes")
+    rows = [[cell for i, cell in enumerate(row) if i != at] for row in table.rows]
+    return Table([name for name in table.header if name != "KV bytes"], rows)
 
 
 def _heading(table: Table) -> str:

@@ -6,17 +6,19 @@ import math
 
 from ..evaluate import tables
 from ..evaluate.tables import Table
+from . import order
 
 
 def table_of(record: dict) -> tuple[Table, set[str]]:
     """The table, and the configurations on the Pareto front of bits and KLD."""
     quality = _quality(record)
     found = {r["config"]: r for r in (record.get("needle") or {"summary": []})["summary"]}
-    speed = _longest(record.get("bench"))
+    speed, sizes = _longest(record.get("bench")), order.cache_bytes(record)
     header = ["K/V"]
     header += ["bits/value", "KLD", "Δnll", "same top"] if quality else []
     header += ["needles, of f16’s"] if found else []
-    header += ["generation, of f16", "KV bytes"] if speed else []
+    header += ["generation, of f16"] if speed else []
+    header += [f"cache at {order.longest(record):,} tokens"] if sizes else []
     rows = []
     for name in dict.fromkeys([*quality, *found, *speed]):
         cells = [name]
@@ -25,7 +27,9 @@ def table_of(record: dict) -> tuple[Table, set[str]]:
         if found:
             cells.append(_found_cell(found.get(name)))
         if speed:
-            cells += _speed_cells(speed.get(name))
+            cells.append(_speed_cell(speed.get(name)))
+        if sizes:
+            cells.append(tables.bytes_text(sizes[name]) if name in sizes else tables.NONE)
         rows.append(cells)
     front, notes = front_of(list(quality.values())[1:]), []
     if front:
@@ -33,7 +37,7 @@ def table_of(record: dict) -> tuple[Table, set[str]]:
         notes.append(f"● Nothing measured here has both fewer bits and a smaller KLD: {names}.")
     if speed:
         tokens = next(iter(speed.values()))["tokens"]
-        notes.append(f"Speed and bytes are those at {tokens:,} tokens.")
+        notes.append(f"Speed is that at {tokens:,} tokens.")
     return Table(header, rows, notes=notes), front
 
 
@@ -70,10 +74,8 @@ def _found_cell(row: dict | None) -> str:
     return tables.NONE if row is None else f"{row['found_of_reference']}/{row['reference_found']}"
 
 
-def _speed_cells(row: dict | None) -> list[str]:
-    if row is None:
-        return [tables.NONE] * 2
-    return [tables.times_text(row["generation_of_first"]), tables.bytes_text(row["kv_bytes"])]
+def _speed_cell(row: dict | None) -> str:
+    return tables.NONE if row is None else tables.times_text(row["generation_of_first"])
 
 
 def _longest(bench: dict | None) -> dict[str, dict]:

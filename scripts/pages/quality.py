@@ -6,7 +6,8 @@ import paper_replay
 
 from mlx_turbokv.evaluate.statistics import ratio
 from mlx_turbokv.evaluate.tables import bytes_text, perplexity_table
-from mlx_turbokv.report import summary
+from mlx_turbokv.report import order, summary
+from mlx_turbokv.report.recommendation import recommendation
 
 from . import commands, interval, read, source, table
 
@@ -232,7 +233,7 @@ def paper() -> str:
 
 def report() -> str:
     """The summary of a report on the default model."""
-    record = read("report")
+    record = order.ordered(read("report"))
     shown, front = summary.table_of(record)
     rows = [[f"{row[0]} ●" if row[0] in front else row[0], *row[1:]] for row in shown.rows]
     measured, needles = record["perplexity"], record["needle"]
@@ -249,6 +250,7 @@ def report() -> str:
     first = {**record, "command": parts[0]["command"]}
     return "\n\n".join([
         "# A report", "What `mlx_turbokv.report` writes, in one table.", about,
+        recommendation(record) or "",
         table(shown.header, rows), " ".join(notes), source("report", first),
         commands(*(part["command"] for part in parts[1:])),
     ])  # fmt: skip

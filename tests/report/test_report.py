@@ -21,7 +21,9 @@ from mlx_turbokv.cli import report
 from mlx_turbokv.errors import InputError
 
 pytest.importorskip("matplotlib")
-from mlx_turbokv.report import figures, page  # noqa: E402
+from mlx_turbokv.evaluate import plots  # noqa: E402
+from mlx_turbokv.report import figures, order, page  # noqa: E402
+from mlx_turbokv.report.recommendation import recommendation  # noqa: E402
 
 TEXT = " ".join(f"Sentence {i} says that {i} follows {i - 1}." for i in range(1, 120))
 LAYERS = 4
@@ -242,7 +244,8 @@ def test_names_in_the_plot_do_not_cover_points(n):
         }
         for i, x in enumerate(rng.uniform(2, 9, n))
     ]  # fmt: skip
-    drawn = figures.divergence_figure(rows).axes[0]
+    colors = dict.fromkeys((row["config"] for row in rows), "#000000")
+    drawn = figures.divergence_figure(rows, colors).axes[0]
     assert sorted(t.get_text() for t in drawn.texts) == sorted(r["config"] for r in rows)
 
 
@@ -255,3 +258,106 @@ def test_parts_with_other_centring_are_measured_anew(folder, tmp_path, monkeypat
     assert result.exception is None, result.output
     again = json.loads((tmp_path / "perplexity.json").read_text())
     assert again["results"][1]["centred"] == "keys not centred"
+
+
+def _quality_row(name: str, bits: float, kld: float) -> dict:
+    return {"config": name, "bits_per_value": bits, "kld": {"mean": kld, "se": kld / 20}}
+
+
+def _needle_row(name: str, found: int, n: int = 20, beyond: int = 0) -> dict:
+    return {"config": name, "reference_found": n, "found_of_reference": found,
+            "found_beyond_reference": beyond}  # fmt: skip
+
+
+def _measured(*needles: dict, plan: dict | None = None) -> dict:
+    """A record of f16, pairs from 8.5 to 2.1 bits, and mlx-lm's cache."""
+    klds = {"q8_0/q8_0": (8.5, 2e-4), "turbo4/turbo3+32,128": (3.7, 4e-3),
+            "turbo3/turbo3+32,128": (3.2, 9e-3), "turbo2/turbo2+32,128": (2.2, 0.07),
+            "mlx-kv4:64": (4.5, 1e-3)}  # fmt: skip
+    results = [_quality_row("f16/f16", 16.0, 0.0)]
+    results += [_quality_row(name, *row) for name, row in klds.items()]
+    return {
+        "perplexity": {"results": results, "n_windows": 16, "n_ctx": 2048},
+        "needle": {"summary": list(needles)} if needles else None,
+        "plan": plan,
+    }
+
+
+@pytest.mark.parametrize(
+    ("needles", "taken", "says"),
+    [
+        ([], "turbo3/turbo3+32,128", "needles were not measured"),
+        # 5 lost of 20 and none gained: 1 of 32 by chance, 4 lost: 1 of 16
+        ([_needle_row("turbo3/turbo3+32,128", 15)], "turbo4/turbo3+32,128", "not measured"),
+        ([_needle_row("turbo3/turbo3+32,128", 16)], "turbo3/turbo3+32,128", "16 of the 20"),
+        ([_needle_row("turbo3/turbo3+32,128", 15, 20, 3)], "turbo3/turbo3+32,128", "15 of the 20"),
+    ],
+)
+def test_the_smallest_setting_that_loses_nothing_is_recommended(needles, taken, says):
+    said = recommendation(_measured(*needles))
+    assert said.startswith(f"Take {taken} (-ctk ") and says in said
+
+
+@pytest.mark.parametrize(
+    ("protected", "typed"), [("32,64", "--sink 32 --recent 64"), (None, "-ctk turbo3 -ctv turbo3")]
+)
+def test_what_to_type_has_the_tokens_that_were_protected(protected, typed):
+    record = _measured()
+    record["perplexity"]["results"][3] |= {"config": "turbo3/turbo3", "protected": protected}
+    said = recommendation(record)
+    assert said.startswith("Take turbo3/turbo3 (-ctk turbo3 -ctv turbo3") and typed in said
+
+
+def test_bytes_of_the_recommendation_are_the_plans():
+    sizes = {"f16/f16": 3200, "turbo3/turbo3+32,128": 700}
+    plan = {"f16_bytes": {"10": 320, "100": 3200}, "bytes_left_alone": {"10": 0, "100": 200},
+            "rows": [{"name": k, "bits": 3.0, "bytes": {"10": 1, "100": v}}
+                     for k, v in sizes.items()]}  # fmt: skip
+    record = _measured(plan=plan)
+    assert "0.7 KiB of f16's 3.1 KiB at 100 tokens" in recommendation(record)
+    assert order.cache_bytes(record)["mlx-kv4:64"] == 200 + 3000 * 4.5 / 16
+
+
+def test_where_nothing_is_good_enough_the_nearest_is_named():
+    record = _measured()
+    for row in record["perplexity"]["results"][1:]:
+        row["kld"]["mean"] += 0.02
+    said = recommendation(record)
+    assert said.startswith("None of the settings") and "q8_0/q8_0 comes nearest" in said
+    assert recommendation({"perplexity": None}) is None
+
+
+def test_the_advice_leads_the_page_and_rows_go_by_bits(folder):
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    assert html.index('class="advice"') < html.index("<table>")
+    record = order.ordered(json.loads((folder / "report.json").read_text()))
+    for part, rows, key in (("perplexity", "results", "bits_per_value"), ("plan", "rows", "bits")):
+        bits = [row[key] for row in record[part][rows]]
+        assert bits == sorted(bits, reverse=True) and bits[0] == 16
+    assert record["bench"]["configs"][0] == "f16/f16"
+    assert "KV bytes" not in html
+
+
+def test_a_configuration_has_one_colour_in_all_figures(folder):
+    record = order.ordered(json.loads((folder / "report.json").read_text()))
+    colors = order.colors(record)
+    assert len(set(colors.values())) == len(colors)
+    drawn = [
+        figures.position_figure(record["perplexity"]["results"][1:], colors),
+        figures.memory_figure(record["plan"], colors),
+        plots.speed_figure(record["bench"], colors),
+    ]
+    for figure in drawn:
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        for handle, label in zip(handles, labels):
+            line = handle if hasattr(handle, "get_color") else handle.lines[0]
+            assert line.get_color() == colors[label]
+
+
+def test_minor_ticks_of_a_log_axis_have_the_pages_ink():
+    figure, axes = plots.new_figure(4, 3)
+    axes[0, 0].set_yscale("log")
+    axes[0, 0].plot([1, 2], [1e-3, 2e-2])
+    figure.draw_without_rendering()
+    ticks = axes[0, 0].yaxis.get_minor_ticks()
+    assert ticks and {tick.tick1line.get_color() for tick in ticks} == {plots.INK}
