@@ -146,7 +146,10 @@ def _read(json_file: Path, arrays_file: Path) -> References:
         if dtype not in ("F32", "F16", "BF16") or len(shape) != 2 or 0 in shape or shape[1] % 2:
             raise ValueError(f"the mean of layer {i} is {dtype} {shape}")
         means[i] = arrays[f"layer.{i}"].astype(mx.float32)
-        if not mx.isfinite(means[i]).all().item():
+    finite = {i: mx.isfinite(mean).all() for i, mean in means.items()}
+    mx.eval(means, finite)  # at once: a GPU takes longer to be asked than to answer
+    for i, is_finite in finite.items():
+        if not is_finite.item():
             raise ValueError(f"the mean of layer {i} has values that are not finite")
     for i in scaled:
         scales[i] = arrays[f"scales.{i}"]

@@ -23,11 +23,17 @@ def fingerprint(model: nn.Module, adapters: bool = False) -> str:
     """
     found = hashlib.sha256(type(model).__module__.encode())
     weights: Any = tree_flatten(model.parameters())
+    taken = []
     for name, weight in weights:
         is_norm = weight.ndim == 1 and "norm" in name
         if is_norm or (adapters and name.rpartition(".")[2] in ADAPTERS):
-            found.update(name.encode())
-            found.update(np.array(weight.astype(mx.float32)).tobytes())
+            taken.append((name, weight.astype(mx.float32)))
+    mx.eval(
+        [weight for _, weight in taken]
+    )  # at once: a GPU takes longer to be asked than to answer
+    for name, weight in taken:
+        found.update(name.encode())
+        found.update(np.array(weight).tobytes())
     return found.hexdigest()
 
 
@@ -41,7 +47,7 @@ def weights_digest(model: nn.Module) -> str:
     weights = sorted(weights)
     firsts = [mx.contiguous(value.reshape(-1)[:64]) for _, value in weights]
     firsts = [x if x.dtype == mx.bool_ else x.view(mx.uint8) for x in firsts]
-    mx.eval(firsts)  # at once: a GPU takes longer to be asked than to answer
+    mx.eval(firsts)  # at once, as above
     for (name, value), first in zip(weights, firsts):
         digest.update(f"{name} {value.shape} {value.dtype}\n".encode())
         digest.update(bytes(first))

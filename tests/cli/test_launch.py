@@ -70,6 +70,13 @@ def test_generate_prints_the_text_of_one_process_once(options, folder, script, a
     assert "KV cache: 32 tokens" in ended.stdout
 
 
+@pytest.mark.parametrize("options", [[], ["--pipeline"]])
+def test_keys_of_a_split_model_are_not_measured(options, folder, script) -> None:
+    ended = generate([*LAUNCH, script("generate")], folder, "-ctk", "turbo4", *options)
+    assert "keys not centred" in ended.stdout and "Measuring" not in ended.stderr
+    assert ended.stderr.count("are not measured, nor centred: it is split over 2 processes.") == 1
+
+
 def test_sampling_draws_the_same_tokens_on_both(folder: Path, script) -> None:
     """If they drew different ones, the sums of their parts would be nonsense, or end unevenly."""
     command = [*LAUNCH, script("generate")]
