@@ -3,8 +3,21 @@
 // by all layers: a row for each block, a word for each pair of dims, the cosine in its low half and
 // the sine in its high half. The first `split_pairs` pairs are dims (i, split_pairs + i), as in
 // non-traditional RoPE; the others are (2 i, 2 i + 1).
+//
+// `centre` has three rows for each KV head: mu, what keys are multiplied by before anchors are
+// subtracted (mlx_turbokv/centring/scales.py), and its inverse, which queries are multiplied by.
 
 constant constexpr int ANCHOR_BLOCK = 32;
+constant constexpr int CENTRE_MU = 0;
+constant constexpr int CENTRE_SCALES = 1;
+constant constexpr int CENTRE_INVERSE = 2;
+constant constexpr int CENTRE_ROWS = 3;
+
+// A row of `centre`.
+template <int DIM>
+TKV_FN const device float* centre_row(const device float* centre, int head, int row) {
+  return centre + (head * CENTRE_ROWS + row) * DIM;
+}
 
 // The dims of pair `i`.
 TKV_FN int pair_first(int i, int split_pairs) {

@@ -70,12 +70,14 @@ TKV_FN void attend(thread Softmax<C::ROWS>& softmax, thread float* output,
   // loads that the set-up needs, and those of the first tiles: K's first span is loaded during p.v
   // of the step before, V's first unit during q.k
   Loaded<C> loaded;
-  fetch_tables_and_query<C>(loaded, inputs.k_constants, inputs.v_constants, q, split.n_rows,
-                            simd_group, lane);
+  const int centre_head = C::CENTRED ? split.head % params.n_kv_heads : 0;
+  const device float* inverse = centre_row<K::DIM>(inputs.centre, centre_head, CENTRE_INVERSE);
+  fetch_tables_and_query<C>(loaded, inputs.k_constants, inputs.v_constants, q, inverse,
+                            split.n_rows, simd_group, lane);
   float pair_values[4 * PairWork<C>::COUNT];
   if (C::CENTRED) {
-    fetch_pairs<C>(pair_values, q, inputs.mu + split.head % params.n_kv_heads * K::DIM,
-                   params.split_pairs, split.n_rows, thread_index);
+    fetch_pairs<C>(pair_values, q, centre_row<K::DIM>(inputs.centre, centre_head, CENTRE_MU),
+                   inverse, params.split_pairs, split.n_rows, thread_index);
   }
   const int first_t = split.begin + simd_group * C::STEP;
   Tiles<C> tiles;
@@ -94,7 +96,8 @@ TKV_FN void attend(thread Softmax<C::ROWS>& softmax, thread float* output,
                  C::PARTS == 2 ? lane % HALF_LANES : lane);
   }
   store_tables<C>(words, loaded, inputs.k_constants, inputs.v_constants, thread_index);
-  store_queries<C>(words, loaded, q, inputs.k_constants, split.n_rows, scale, simd_group, lane);
+  store_queries<C>(words, loaded, q, inverse, inputs.k_constants, split.n_rows, scale, simd_group,
+                   lane);
   if (C::CENTRED) {
     store_pairs<C>(floats + Memory::PAIRS, pair_values, scale, thread_index);
   }

@@ -24,10 +24,12 @@ struct PairWork {
   static constant constexpr int COUNT = ceil_div(C::K::DIM / 2 * C::PADDED_ROWS, STRIDE);
 };
 
-// Loads two dims of q and two of mu for each (pair, row) of a thread: [(pair, row)][4].
+// Loads two dims of q, times `inverse`, and two of mu for each (pair, row) of a thread:
+// [(pair, row)][4].
 template <typename C>
 TKV_FN void fetch_pairs(thread float* fetched, const device typename C::T* q,
-                        const device float* mu, int split_pairs, int n_rows, int thread_index) {
+                        const device float* mu, const device float* inverse, int split_pairs,
+                        int n_rows, int thread_index) {
   typedef PairWork<C> Work;
   constexpr int DIM = C::K::DIM;
   TKV_UNROLL
@@ -38,8 +40,9 @@ TKV_FN void fetch_pairs(thread float* fetched, const device typename C::T* q,
     if (thread_index >= Work::FIRST && pair < DIM / 2) {
       const int first = pair_first(pair, split_pairs);
       const int second = pair_second(pair, split_pairs);
-      fetched[4 * n] = row < n_rows ? float(q[row * DIM + first]) : 0.0f;
-      fetched[4 * n + 1] = row < n_rows ? float(q[row * DIM + second]) : 0.0f;
+      const float factor = inverse[first];  // both dims of a pair have the same
+      fetched[4 * n] = row < n_rows ? float(q[row * DIM + first]) * factor : 0.0f;
+      fetched[4 * n + 1] = row < n_rows ? float(q[row * DIM + second]) * factor : 0.0f;
       fetched[4 * n + 2] = mu[first];
       fetched[4 * n + 3] = mu[second];
     }

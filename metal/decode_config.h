@@ -10,7 +10,7 @@ struct DecodeInputs {
   const device DecodeParams* params;
   const device uint* k_constants;  // tables of K and V (common.h)
   const device uint* v_constants;
-  const device float* mu;  // of centred keys (anchor.h)
+  const device float* centre;  // of centred keys (anchor.h)
   const device uint* cos_sin_table;
   const device T* sinks;  // [query head of a sequence]
   // of protected rows (kernels/segments.py)

@@ -19,10 +19,10 @@ struct Loaded {
   float query[query_values(C::K::WIDTH, C::K::DIM)];  // of the SIMD group's first row
 };
 
-// Loads a lane's values of query row `row` of `q`.
+// Loads a lane's values of query row `row` of `q`; where keys are centred, times `inverse`.
 template <typename C>
-TKV_FN void fetch_query(thread float* x, const device typename C::T* q, int row, int n_rows,
-                        int lane) {
+TKV_FN void fetch_query(thread float* x, const device typename C::T* q, const device float* inverse,
+                        int row, int n_rows, int lane) {
   typedef typename C::K K;
   constexpr int W = query_width(K::WIDTH);
   constexpr int N = ceil_div(W, LANES);
@@ -31,13 +31,17 @@ TKV_FN void fetch_query(thread float* x, const device typename C::T* q, int row,
     const int i = j / N * W + lane + j % N * LANES;
     const bool inside = row < n_rows && lane + j % N * LANES < W && i < K::DIM;
     x[j] = inside ? float(q[row * K::DIM + i]) : 0.0f;
+    if (C::CENTRED && inside) {
+      x[j] *= inverse[i];
+    }
   }
 }
 
 template <typename C>
 TKV_FN void fetch_tables_and_query(thread Loaded<C>& loaded, const device uint* k_constants,
                                    const device uint* v_constants, const device typename C::T* q,
-                                   int n_rows, int simd_group, int lane) {
+                                   const device float* inverse, int n_rows, int simd_group,
+                                   int lane) {
   const int thread_index = simd_group * LANES + lane;
   if (C::K_IN_HALF) {
     fetch_lut<C::K::BITS, C::K_COPIES, C::THREADS>(loaded.k_entries, k_constants, thread_index);
@@ -49,7 +53,7 @@ TKV_FN void fetch_tables_and_query(thread Loaded<C>& loaded, const device uint* 
   for (int j = 0; j < 4; j++) {
     loaded.signs[j] = k_constants[j];
   }
-  fetch_query<C>(loaded.query, q, simd_group, n_rows, lane);
+  fetch_query<C>(loaded.query, q, inverse, simd_group, n_rows, lane);
 }
 
 // Stores the LUTs, or the levels where products are not in half.
@@ -125,15 +129,16 @@ TKV_FN void rotate_query(threadgroup uint* words, thread float* x, const device 
 // magnitude and `scale`.
 template <typename C>
 TKV_FN void store_queries(threadgroup uint* words, thread Loaded<C>& loaded,
-                          const device typename C::T* q, const device uint* constants, int n_rows,
-                          float scale, int simd_group, int lane) {
+                          const device typename C::T* q, const device float* inverse,
+                          const device uint* constants, int n_rows, float scale, int simd_group,
+                          int lane) {
   typedef typename C::K K;
   constexpr int W = query_width(K::WIDTH);
   constexpr int N = ceil_div(W, LANES);
   threadgroup float* row_scales = (threadgroup float*)words + DecodeMemory<C>::ROW_SCALES;
   for (int row = simd_group; row < C::PADDED_ROWS; row += C::SIMD_GROUPS) {
     if (row >= C::SIMD_GROUPS) {
-      fetch_query<C>(loaded.query, q, row, n_rows, lane);
+      fetch_query<C>(loaded.query, q, inverse, row, n_rows, lane);
     }
     float largest = 0.0f;
     TKV_UNROLL

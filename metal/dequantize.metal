@@ -115,7 +115,7 @@ TKV_CONST_FN int dequantize_floats(int k_dim, bool centred) {
 template <typename T, typename K, typename V, int RAW, bool CENTRED>
 TKV_FN void dequantize(const device uint* body, const device uint* tail, const device int* params,
                        const device uint* k_constants, const device uint* v_constants,
-                       const device float* mu, const device uint* cos_sin_table,
+                       const device float* centre, const device uint* cos_sin_table,
                        const device int* left_padding, device T* keys, device T* values,
                        threadgroup float4* shared, uint3 group, uint simd, uint lane) {
   constexpr int TILE_WORDS = K::WORDS + V::WORDS;
@@ -146,9 +146,10 @@ TKV_FN void dequantize(const device uint* body, const device uint* tail, const d
       const int block = anchor_block(tile * TILE, padding);
       next_block = padding + (block + 1) * ANCHOR_BLOCK - tile * TILE;
       rotated_anchors<K::DIM, K::WIDTH>(
-          anchors, anchors + 2 * K::DIM, k_constants, mu + head % params[param_n_kv_heads] * K::DIM,
-          cos_sin_table, params[param_split_pairs], block,
-          anchor_block(params[param_n_tokens] - 1, padding), int(simd), int(lane));
+          anchors, anchors + 2 * K::DIM, k_constants,
+          centre_row<K::DIM>(centre, head % params[param_n_kv_heads], CENTRE_MU), cos_sin_table,
+          params[param_split_pairs], block, anchor_block(params[param_n_tokens] - 1, padding),
+          int(simd), int(lane));
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     dequantize_tensor<T, K, RAW, true, CENTRED>(codes, keys + first * K::DIM, levels, anchors,

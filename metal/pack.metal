@@ -82,7 +82,7 @@ TKV_FN void pack_tensor(const device T* rows, const device uint* old, device uin
 template <typename T, typename K, typename V, bool CENTRED, bool ROTATED>
 TKV_FN void pack(const device T* keys, const device T* values, const device uint* tail,
                  const device int* params, const device uint* k_constants,
-                 const device uint* v_constants, const device float* mu,
+                 const device uint* v_constants, const device float* centre,
                  const device uint* cos_sin_table, const device int* left_padding,
                  device uint* packed, threadgroup float* row_buffers, threadgroup uchar* codes,
                  threadgroup ushort* scales, threadgroup float* levels, uint3 group, uint simd,
@@ -103,7 +103,9 @@ TKV_FN void pack(const device T* keys, const device T* values, const device uint
   const device uint* old = tail + size_t(uint(head * params[param_old_stride] + tile)) * TILE_WORDS;
   device uint* out = packed + size_t(uint(head * params[param_n_tiles] + tile)) * TILE_WORDS;
   Anchors anchors;
-  anchors.mu = mu + head % (CENTRED ? params[param_n_kv_heads] : 1) * K::DIM;
+  const int centre_head = head % (CENTRED ? params[param_n_kv_heads] : 1);
+  anchors.mu = centre_row<K::DIM>(centre, centre_head, CENTRE_MU);
+  anchors.scales = centre_row<K::DIM>(centre, centre_head, CENTRE_SCALES);
   anchors.cos_sin_table = cos_sin_table;
   anchors.split_pairs = params[param_split_pairs];
   anchors.row = params[param_first_row] + skipped;

@@ -97,9 +97,11 @@ TKV_FN float unbiased_scale(float energy, float levels_dot) {
   return energy == 0.0f ? 0.0f : energy / levels_dot;
 }
 
-// What is subtracted from centred keys: mu of the KV head, the table, and the rows' positions.
+// What centred keys are multiplied by, and what is subtracted then: mu of the KV head, the table,
+// and the rows' positions.
 struct Anchors {
   const device float* mu;
+  const device float* scales;
   const device uint* cos_sin_table;
   int split_pairs;
   int row;          // row of the first new token in the sequence
@@ -107,8 +109,8 @@ struct Anchors {
   int n_uncentred;  // first keys of the sequence without an anchor
 };
 
-// Turbo codes and scales of a row, those of turbo8 as q8_0's; with CENTRED its anchor is subtracted
-// first. ROTATED: the row is in the rotated basis.
+// Turbo codes and scales of a row, those of turbo8 as q8_0's; with CENTRED it is multiplied by its
+// scales and its anchor is subtracted first. ROTATED: the row is in the rotated basis.
 template <typename T, int BITS, int GROUP, int DIM, int WIDTH, bool CENTRED, bool ROTATED>
 TKV_FN void quantize_turbo(const device T* x, threadgroup float* row, threadgroup uchar* codes,
                            threadgroup ushort* scales, threadgroup const float* levels,
@@ -120,11 +122,14 @@ TKV_FN void quantize_turbo(const device T* x, threadgroup float* row, threadgrou
     TKV_UNROLL
     for (int j = 0; j < N; j++) {
       y[j] = lane + j * LANES < WIDTH ? float(x[first + lane + j * LANES]) : 0.0f;
-      if (CENTRED && lane + j * LANES < WIDTH &&
-          has_anchor(anchors.row, anchors.padding, anchors.n_uncentred)) {
-        const device uint* cos_sin =
-            anchors.cos_sin_table + anchor_block(anchors.row, anchors.padding) * (DIM / 2);
-        y[j] -= anchor_value(anchors.mu, cos_sin, anchors.split_pairs, first + lane + j * LANES);
+      if (CENTRED && lane + j * LANES < WIDTH) {
+        const int dim = first + lane + j * LANES;
+        y[j] *= anchors.scales[dim];
+        if (has_anchor(anchors.row, anchors.padding, anchors.n_uncentred)) {
+          const device uint* cos_sin =
+              anchors.cos_sin_table + anchor_block(anchors.row, anchors.padding) * (DIM / 2);
+          y[j] -= anchor_value(anchors.mu, cos_sin, anchors.split_pairs, dim);
+        }
       }
       y[j] = bounded<T>(y[j]);
     }

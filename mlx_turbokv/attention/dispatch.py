@@ -12,7 +12,7 @@ from ..kernels.decode import MAX_QUERIES
 from ..kernels.heads import attention_by_heads, scaled_dot_product_attention
 from ..kernels.packed import PackedKV, PaddedCausal
 from ..kernels.reference import with_left_padding
-from ..kernels.segments import AnyKV, SegmentedKV, all_rows
+from ..kernels.segments import AnyKV, SegmentedKV, all_rows, scales_of, with_scaled_rows
 from ..quant.layout import KVLayout
 from ..quant.rotate import rotate
 from .pacing import limit_in_flight
@@ -98,7 +98,10 @@ def _dequantized(
     """MLX's fused attention over dequantised rows."""
     layout, dtype = packed.layout, _row_dtype(packed.layout, queries.dtype)
     turbo = layout.k_format.is_turbo
-    q = rotate(queries, layout.k_head_dim, dtype=dtype) if turbo else queries.astype(dtype)
+    q = queries
+    if (scales := scales_of(packed)) is not None:
+        q, packed = scales.unscaled(q), with_scaled_rows(packed, scales)
+    q = rotate(q, layout.k_head_dim, dtype=dtype) if turbo else q.astype(dtype)
     if isinstance(mask, mx.array) and mask.dtype != mx.bool_:
         mask = mask.astype(dtype)
     n_kv_heads = packed.newest.shape[1]

@@ -196,7 +196,6 @@ class PackedCache(ProtectedRows, PrefixCached, mlx_lm_cache._BaseCache):
         self._clear()
         if not hasattr(self, "_backend_name"):
             self._backend_name = select_backend().request
-        self.backend.check_scales([self.centre])
         if rows is not None:
             self.layout, self.body, self.tail, self.n_body, self.n_tail = rows
             if self.protection:

@@ -13,7 +13,6 @@ from ..centring.choose import Choice
 from ..centring.first_use import FirstUse, for_model
 from ..centring.references import References
 from ..errors import InputError
-from ..kernels.backend import select_backend
 from ..log import warn_once
 from ..model.caches import ModelReference, cache_at, language_model, own_caches, put_cache
 from ..model.kinds import check_model, new_cache
@@ -230,7 +229,6 @@ class CacheFactory:
         for ordinal, among_growing in self._growing.items():
             growing[among_growing] = self.formats[ordinal]
         self.centring = self._choice.of(growing)
-        select_backend(self.backend).check_scales(self.centring.centres.values())
 
     def __call__(self, *args: Any, **kwargs: Any) -> list[Any]:
         """Fresh caches; arguments go to the model's own factory."""

@@ -49,7 +49,6 @@ class PackedRows:
             raise InputError(f"Keys in {self.k_format} cannot be centred: turbo formats can.")
         self.centre = centre
         self._backend_name = select_backend(backend).request
-        self.backend.check_scales([centre])
         self._clear()
 
     def _clear(self) -> None:

@@ -29,6 +29,7 @@ from .rope import RopeFrequencies
 from .scales import PairScales
 
 BLOCK = 32
+INVERSE_SCALES = 2  # a row of Centre.kernel_rows
 # blocks by which the table of cosines and sines grows: it is made anew each time
 TABLE_STEP = 256
 
@@ -112,9 +113,13 @@ class Centre:
         if scales is not None and scales.of_dims.shape != mu.shape:
             raise ValueError(f"[Centre] scales of {scales.of_dims.shape} do not fit mu {mu.shape}.")
         self.scales = scales
+        ones = mx.ones(mu.shape, mx.float32)
+        factors = (ones, ones) if scales is None else (scales.of_dims, scales.inverse)
+        # what kernels take: mu, what keys are multiplied by, and the inverse; [H, 3, head_dim]
+        self.kernel_rows = mx.stack([self.mu, *factors], axis=1)
         self._table = 0, mx.zeros((0,), mx.uint32)  # blocks, and the table of them
         self._angles = mx.array(np.array(rope.angles, np.float32))
-        mx.eval(self.mu, self._angles)
+        mx.eval(self.mu, self.kernel_rows, self._angles)
         content = np.array(self.mu).tobytes() + repr((rope, BLOCK, first_key_uncentred)).encode()
         if scales is not None:
             content += np.array(scales.of_pairs).tobytes()
@@ -139,6 +144,14 @@ class Centre:
         if self._table[0] != n_blocks:  # asked for at every step and layer
             self._table = n_blocks, _table(self.rope, n_blocks)
         return self._table[1]
+
+    def scaled(self, keys: mx.array) -> mx.array:
+        """Keys times their scales, if there are any, in float32.
+
+        Shapes:
+            keys: [B, H, L, head_dim].
+        """
+        return keys.astype(mx.float32) if self.scales is None else self.scales.scaled(keys)
 
     def anchors(self, first: int, n: int) -> mx.array:
         """The anchors of blocks ``first`` to ``first + n``.
@@ -182,7 +195,8 @@ class Centre:
 
     def nbytes(self, n_rows: int) -> int:
         """Bytes resident for ``n_rows`` positions: mu, scales, and a share of the table."""
-        own = self.mu.nbytes + (0 if self.scales is None else self.scales.nbytes)
+        own = self.mu.nbytes + self.kernel_rows.nbytes
+        own += 0 if self.scales is None else self.scales.nbytes
         return own + self.table(max(n_rows, 1)).nbytes // self.n_sharing
 
     @property

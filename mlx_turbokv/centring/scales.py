@@ -41,13 +41,13 @@ class PairScales:
         self.of_pairs = of_pairs.astype(mx.float32)
         place = mx.array(np.argsort(np.concatenate(rope.pairs())))
         self.of_dims = mx.concatenate([self.of_pairs, self.of_pairs], axis=-1)[:, place]
-        self._inverse = 1 / self.of_dims
-        mx.eval(self.of_pairs, self.of_dims, self._inverse)
+        self.inverse = 1 / self.of_dims
+        mx.eval(self.of_pairs, self.of_dims, self.inverse)
 
     @property
     def nbytes(self) -> int:
         """Bytes resident."""
-        return self.of_pairs.nbytes + self.of_dims.nbytes + self._inverse.nbytes
+        return self.of_pairs.nbytes + self.of_dims.nbytes + self.inverse.nbytes
 
     def scaled(self, keys: mx.array) -> mx.array:
         """Keys times their scales, in float32.
@@ -64,7 +64,7 @@ class PairScales:
             x: [B, n_heads, L, head_dim], n_heads a multiple of H.
         """
         grouped = x.astype(mx.float32).reshape(x.shape[0], self.of_dims.shape[0], -1, x.shape[-1])
-        return (grouped * self._inverse[:, None]).reshape(x.shape)
+        return (grouped * self.inverse[:, None]).reshape(x.shape)
 
     @classmethod
     def from_energies(

@@ -73,8 +73,7 @@ RECORD = "calibration.json"
 )  # fmt: skip
 @click.option(
     "--scales", is_flag=True,
-    help="Take scales of pairs of dims along with the mean keys. Only the reference back-end reads "
-    "them so far.",
+    help="Take scales of pairs of dims along with the mean keys.",
 )  # fmt: skip
 @click.option(
     "--no-centre", is_flag=True,
@@ -108,10 +107,6 @@ def command(**args: Any) -> None:
             f"The held-out text is the calibration text ({source.name}): give another, or 'none'."
         )
     options.check_backend(args["backend"])
-    if args["scales"]:
-        from ..kernels.backend import select_backend
-
-        select_backend(args["backend"]).check_reads_scales()
     check_folder(folder, "--folder")
     loaded = load_model(args)
     from ..evaluate.calibration_run import Calibration

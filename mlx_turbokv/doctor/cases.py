@@ -9,6 +9,7 @@ import numpy as np
 
 from ..centring.centre import Centre
 from ..centring.rope import RopeFrequencies
+from ..centring.scales import PairScales
 from ..kernels import reference
 from ..kernels.packed import PackedKV
 from .variants import Variant
@@ -47,13 +48,16 @@ class Case:
         return mx.array(rows.astype(np.float32)).astype(self.dtype)
 
     def _add_constant_part(self) -> None:
-        """Add a constant part to the keys, larger than what varies."""
+        """Add a constant part to the keys, larger than what varies, and divide them by scales."""
         dim = self.variant.k_head_dim
         mu = 4 * self.rng.standard_normal((N_KV_HEADS, dim)).astype(np.float32)
         rope = RopeFrequencies.from_arguments(dim, dim, False, 1e4)
-        self.centre = Centre(mx.array(mu), rope, "doctor", 1, True)
+        logs = self.rng.normal(scale=0.4, size=(N_KV_HEADS, dim // 2)).astype(np.float32)
+        scales = PairScales(mx.array(np.exp(logs)), rope)
+        self.centre = Centre(mx.array(mu), rope, "doctor", 1, True, scales)
         with mx.stream(mx.cpu):
-            self.keys = (self.keys + self.centre.rows(0, N_ROWS)).astype(self.dtype)
+            keys = self.keys + self.centre.rows(0, N_ROWS)
+            self.keys = scales.unscaled(keys).astype(self.dtype)
             mx.eval(self.keys)
 
     def rows(self, first: int, last: int) -> tuple[mx.array, mx.array]:

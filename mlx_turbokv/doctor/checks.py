@@ -81,7 +81,7 @@ def check_pack(case: Case, backend: Backend) -> float:
         got, wanted = tiles_to_rows(tiles, layout), tiles_to_rows(want, layout)
         keys = case.keys
         if case.centre is not None:
-            keys = keys.astype(mx.float32) - case.centre.rows(0, N_ROWS)
+            keys = case.centre.scaled(keys) - case.centre.rows(0, N_ROWS)
         mx.eval(got, wanted, keys)
     share = 0.0
     for side, fmt, x in (("k", layout.k_format, keys), ("v", layout.v_format, case.values)):

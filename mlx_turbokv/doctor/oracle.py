@@ -70,6 +70,8 @@ def rows_of(packed: PackedKV) -> list[np.ndarray]:
     if packed.centre is not None:
         with mx.stream(mx.cpu):
             found[0] = found[0] + float64(packed.centre.rows(0, n, packed.left_padding))
+            if packed.centre.scales is not None:
+                found[0] = found[0] / float64(packed.centre.scales.of_dims)[:, None]
     return found
 
 

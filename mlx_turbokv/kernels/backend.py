@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache, partial
 from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..centring.centre import Centre
 from ..errors import InputError
 from ..log import warn_once
 from ..quant.layout import KVLayout
@@ -49,27 +48,6 @@ class Backend(NamedTuple):
     decode: Callable | None = None
     rotated_rows: Callable | None = None
     forced: bool = False
-
-    def check_scales(self, centres: Iterable[Centre | None]) -> None:
-        """Check that keys' scales, if there are any, are read here.
-
-        Raises:
-            InputError: they are not.
-        """
-        if any(centre is not None and centre.scales is not None for centre in centres):
-            self.check_reads_scales()
-
-    def check_reads_scales(self) -> None:
-        """Check that keys may have scales (centring/scales.py) here.
-
-        Raises:
-            InputError: they may not.
-        """
-        if self.decode is not None:
-            raise InputError(
-                f"Keys with scales are not accepted with the {self.name} back-end: give the "
-                "reference back-end, or calibrate --keys without --scales."
-            )
 
     @property
     def request(self) -> str:

@@ -48,10 +48,10 @@ def tiles_input(name: str, layout: KVLayout, heads: tuple[int, int], n_tiles: in
 def anchor_inputs(
     layout: KVLayout, heads: tuple[int, int], centred: bool, has_padding: bool
 ) -> tuple[Input | None, None, Input | None]:
-    """mu, the table and the left padding, as tables.py gives them."""
+    """The centre's rows, the table and the left padding, as tables.py gives them."""
     batch, n_heads = heads
-    mu = Input("mu", (n_heads, layout.k_head_dim), mx.float32) if centred else None
-    return mu, None, padding_input(batch) if has_padding else None
+    centre = Input("centre", (n_heads, 3, layout.k_head_dim), mx.float32) if centred else None
+    return centre, None, padding_input(batch) if has_padding else None
 
 
 def padding_input(batch: int) -> Input:
@@ -185,7 +185,7 @@ def _check_anchors(
     left_padding: mx.array | None,
 ) -> None:
     if centre is not None:
-        check_inputs(op, anchor_inputs(layout, heads, True, False)[:1], [centre.mu])
+        check_inputs(op, anchor_inputs(layout, heads, True, False)[:1], [centre.kernel_rows])
     check_padding(op, left_padding, heads[0])
 
 

@@ -29,7 +29,7 @@ READS_REST, READS_BODY = 1, 2  # of metal/decode_config.h
 _TENSORS = "T, Tensor<KB, KG, KD, KW>, Tensor<VB, VG, VD, VW>, RAW, ROWS, CENTRED, WHOLE"
 _TUNING = "SIMD_GROUPS, KEY_COLUMNS, LUT_KIB, PREFETCH, HALF2"
 _INPUTS = """queries, body, tail, left_padding, (const device DecodeParams*)params, k_constants,
-    v_constants, mu, cos_sin_table, sinks"""
+    v_constants, centre, cos_sin_table, sinks"""
 PARTIAL_SOURCE = f"""
 typedef DecodeConfig<{_TENSORS}, STEP, {_TUNING}, READS_ALL, 1> Config;
 TKV_SHARED_ALIGNED(float4, shared, DecodeMemory<Config>::END / 4);

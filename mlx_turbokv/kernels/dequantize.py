@@ -8,21 +8,24 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from ..centring.centre import INVERSE_SCALES
 from ..quant.layout import TILE, KVLayout
 from ..quant.rotate import rotate
 from . import assemble, tables
 from .checks import anchor_inputs, check_counts, check_inputs, check_kept, tiles_input
 from .packed import PackedKV
+from .segments import scales_of
 from .trust import Kernel, require
 
 THREADS = 256
 SOURCE = f"""
 TKV_SHARED(float4, shared, dequantize_floats(KD, CENTRED) / 4);
 dequantize<T, Tensor<KB, KG, KD, KW>, Tensor<VB, VG, VD, VW>, RAW, CENTRED>(
-    body, tail, params, k_constants, v_constants, mu, cos_sin_table, left_padding, keys, values,
+    body, tail, params, k_constants, v_constants, centre, cos_sin_table, left_padding, keys, values,
     shared, {assemble.THREAD});
 """
 INPUTS = ("body", "tail", "params", "k_constants", "v_constants", *tables.ANCHOR_INPUTS)
+CENTRE = INPUTS.index("centre")
 
 
 class Launch(NamedTuple):
@@ -159,7 +162,8 @@ def dequantize(
     if packed.n_tail % TILE:
         check_kept("dequantize", packed.n_tail, packed.tail.shape[2])
         whole = packed._replace(n_tail=TILE * packed.tail.shape[2])
-    launch = _restoring(assemble.factory, backend, packed.layout, dtype, *_shapes(whole))
+    scaled = scales_of(packed) is not None
+    launch = _restoring(assemble.factory, backend, packed.layout, dtype, scaled, *_shapes(whole))
     keys, values = launch.call(*launch.inputs(whole))
     if whole is packed:
         return keys, values
@@ -168,9 +172,18 @@ def dequantize(
 
 @lru_cache(maxsize=64)
 def _restoring(
-    factory: Callable | None, backend: str, layout: KVLayout, dtype: mx.Dtype, *shapes: tuple
+    factory: Callable | None,
+    backend: str,
+    layout: KVLayout,
+    dtype: mx.Dtype,
+    scaled: bool,
+    *shapes: tuple,
 ) -> Launch:
-    """A launch over all heads, and what brings its rows back to the model's own basis."""
+    """A launch over all heads, and what brings its rows back to the model's own basis.
+
+    Args:
+        scaled: keys were multiplied by scales.
+    """
     k_turbo, v_turbo = layout.k_format.is_turbo, layout.v_format.is_turbo
     row_dtype = mx.float32 if k_turbo or v_turbo else dtype
     (_, n_heads), *_ = shapes
@@ -180,6 +193,8 @@ def _restoring(
         keys, values = launch.call(*inputs)
         if k_turbo:
             keys = rotate(keys, layout.k_head_dim, inverse=True)
+        if scaled:
+            keys = keys * inputs[CENTRE][:, INVERSE_SCALES, None]
         if v_turbo:
             values = rotate(values, layout.v_head_dim, inverse=True)
         return keys.astype(dtype), values.astype(dtype)

@@ -22,8 +22,8 @@ TKV_SHARED(uchar, codes, 32 * larger(KD, VD));
 TKV_SHARED(ushort, scales, (pack_scales<K, V>()));
 TKV_SHARED(float, levels, 2 * MAX_LEVELS);
 pack<T, K, V, CENTRED, ROTATED>(
-    keys, values, tail, params, k_constants, v_constants, mu, cos_sin_table, left_padding, packed,
-    row_buffers, codes, scales, levels, {assemble.THREAD});
+    keys, values, tail, params, k_constants, v_constants, centre, cos_sin_table, left_padding,
+    packed, row_buffers, codes, scales, levels, {assemble.THREAD});
 """
 INPUTS = ("keys", "values", "tail", "params", "k_constants", "v_constants")
 INPUTS += tables.ANCHOR_INPUTS

@@ -10,7 +10,6 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from ..centring.centre import Centre
-from ..centring.scales import PairScales
 from ..quant import quantize
 from ..quant.formats import KVFormat
 from ..quant.layout import TILE, KVLayout
@@ -26,7 +25,14 @@ from .checks import (
 )
 from .heads import attention_by_heads
 from .packed import PackedKV
-from .segments import AnyKV, SegmentedKV, all_rows, dequantized
+from .segments import (
+    AnyKV,
+    SegmentedKV,
+    all_rows,
+    dequantized,
+    scales_of,
+    with_scaled_rows,
+)
 
 
 def pack(
@@ -58,8 +64,7 @@ def pack(
     check_new_rows("pack", layout, keys, values, tail, n_tail, centre, left_padding)
     n_full, n_partial = divmod(n_tail, TILE)
     if centre is not None:
-        keys = keys.astype(mx.float32) if centre.scales is None else centre.scales.scaled(keys)
-        keys = keys - centre.rows(first, keys.shape[2], left_padding)
+        keys = centre.scaled(keys) - centre.rows(first, keys.shape[2], left_padding)
     rows = Rows(
         *_quantized(keys, layout.k_format, rotated), *_quantized(values, layout.v_format, rotated)
     )
@@ -107,8 +112,8 @@ def attention(
     check_inputs("attention", [Input("queries", shape, queries.dtype)], [queries])
     check_padding("attention", left_padding, batch)
     q = queries.astype(mx.float32)
-    if (scales := _scales_of(packed)) is not None:
-        q, packed = scales.unscaled(q), _with_scaled_rows(packed, scales)
+    if (scales := scales_of(packed)) is not None:
+        q, packed = scales.unscaled(q), with_scaled_rows(packed, scales)
     if layout.k_format.is_turbo:
         q = rotate(q, layout.k_head_dim)
     if left_padding is not None:
@@ -154,19 +159,6 @@ def _heads(packed: AnyKV) -> tuple[int, int]:
     return check_packed("attention", packed)
 
 
-def _scales_of(packed: AnyKV) -> PairScales | None:
-    """What packed keys were multiplied by before anything else; None where by nothing."""
-    return None if packed.centre is None else packed.centre.scales
-
-
-def _with_scaled_rows(packed: AnyKV, scales: PairScales) -> AnyKV:
-    """Rows whose keys are all times their scales, those too that are not packed yet."""
-    if not isinstance(packed, SegmentedKV) or packed.fresh is None:
-        return packed
-    keys, values = packed.fresh
-    return packed._replace(fresh=(scales.scaled(keys), values))
-
-
 def _rows_of(packed: AnyKV) -> Callable[[int, int], tuple[mx.array, mx.array]]:
     """Makes the rows of ``count`` KV heads from ``first`` on, in the rotated basis."""
     if isinstance(packed, SegmentedKV):
@@ -183,14 +175,6 @@ def dequantize(packed: AnyKV, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
     Shapes:
         returns: [B, H, n, k_head_dim] and [B, H, n, v_head_dim] in ``dtype``.
     """
-    if (scales := _scales_of(packed)) is not None:
-        keys, values = _dequantized(_with_scaled_rows(packed, scales), mx.float32)
-        return scales.unscaled(keys).astype(dtype), values.astype(dtype)
-    return _dequantized(packed, dtype)
-
-
-def _dequantized(packed: AnyKV, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
-    """K, times its scales if there are any, and V."""
     if isinstance(packed, SegmentedKV):
         return dequantized(packed, dtype, rotated_rows)
     layout = packed.layout
@@ -198,6 +182,8 @@ def _dequantized(packed: AnyKV, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
     keys, values = _rotated(packed.tiles, packed)
     if layout.k_format.is_turbo:
         keys = rotate(keys, layout.k_head_dim, inverse=True)
+    if (scales := scales_of(packed)) is not None:
+        keys = scales.unscaled(keys)
     if layout.v_format.is_turbo:
         values = rotate(values, layout.v_head_dim, inverse=True)
     return keys.astype(dtype), values.astype(dtype)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ..centring.centre import Centre
+from ..centring.scales import PairScales
 from ..quant.layout import TILE, KVLayout
 from ..quant.rotate import rotate
 from .packed import PackedKV, empty_tiles
@@ -94,8 +95,23 @@ class SegmentedKV(NamedTuple):
 AnyKV = PackedKV | SegmentedKV
 
 
+def scales_of(packed: AnyKV) -> PairScales | None:
+    """What packed keys were multiplied by before anything else; None where by nothing."""
+    return None if packed.centre is None else packed.centre.scales
+
+
+def with_scaled_rows(packed: AnyKV, scales: PairScales) -> AnyKV:
+    """Rows whose keys are all times their scales, those too that are not packed yet."""
+    if not isinstance(packed, SegmentedKV) or packed.fresh is None:
+        return packed
+    keys, values = packed.fresh
+    return packed._replace(fresh=(scales.scaled(keys), values))
+
+
 def packed_rows(kv: SegmentedKV, heads: Heads, read: Reader, dtype: mx.Dtype) -> Rows:
     """The packed rows of some KV heads, turbo rows in the rotated basis.
+
+    Keys that have scales are times these.
 
     Args:
         read: a back-end's ``rotated_rows``.
@@ -108,6 +124,8 @@ def packed_rows(kv: SegmentedKV, heads: Heads, read: Reader, dtype: mx.Dtype) ->
 
 def all_rows(kv: SegmentedKV, heads: Heads, read: Reader, dtype: mx.Dtype) -> Rows:
     """All rows of some KV heads, turbo rows in the rotated basis.
+
+    Packed keys that have scales are times these: ``with_scaled_rows`` makes the others so.
 
     Args:
         read: a back-end's ``rotated_rows``.
@@ -142,6 +160,8 @@ def dequantized(kv: SegmentedKV, dtype: mx.Dtype, read: Reader) -> Rows:
     keys, values = packed_rows(kv, (0, kv.newest.shape[1]), read, mx.float32)
     if layout.k_format.is_turbo:
         keys = rotate(keys, layout.k_head_dim, inverse=True)
+    if (scales := scales_of(kv)) is not None:
+        keys = scales.unscaled(keys)
     if layout.v_format.is_turbo:
         values = rotate(values, layout.v_head_dim, inverse=True)
     return _joined([(keys.astype(dtype), values.astype(dtype)), *fresh])

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..centring.centre import Centre
 from ..centring.rope import RopeFrequencies
+from ..centring.scales import PairScales
 from ..quant.layout import TILE, KVLayout
 from ..quant.tiles import first_rows_mask
 from . import reference
@@ -49,13 +50,26 @@ def centre_of(layout: KVLayout, centred: bool) -> Centre | None:
     if not centred:
         return None
     dim = layout.k_head_dim
-    mu = 2 * np.random.default_rng(3).standard_normal((N_KV_HEADS, dim)).astype(np.float32)
+    rng = np.random.default_rng(3)
+    mu = 2 * rng.standard_normal((N_KV_HEADS, dim)).astype(np.float32)
     rope = RopeFrequencies.from_arguments(dim, dim, False, 1e4)
-    return Centre(mx.array(mu), rope, "self-check", 1, True)
+    of_pairs = np.exp(rng.normal(scale=0.4, size=(N_KV_HEADS, dim // 2))).astype(np.float32)
+    return Centre(mx.array(mu), rope, "self-check", 1, True, PairScales(mx.array(of_pairs), rope))
+
+
+def scales_of(centre: Centre | None) -> np.ndarray:
+    """What keys are multiplied by.
+
+    Shapes:
+        returns: [N_KV_HEADS, 1, head_dim], or [1, 1, 1] where there are no scales.
+    """
+    if centre is None or centre.scales is None:
+        return np.ones((1, 1, 1))
+    return np.array(centre.scales.of_dims, np.float64)[:, None]
 
 
 def rows(layout: KVLayout, n: int, centre: Centre | None) -> list[np.ndarray]:
-    """Keys and values; centred keys have a constant part.
+    """Keys and values; centred keys have a constant part and are divided by their scales.
 
     Shapes:
         returns: [BATCH, N_KV_HEADS, n, head_dim] float64.
@@ -66,7 +80,7 @@ def rows(layout: KVLayout, n: int, centre: Centre | None) -> list[np.ndarray]:
         side = rng.standard_normal((BATCH, N_KV_HEADS, n, dim))
         sides.append(side * rng.uniform(0.7, 1.4, (BATCH, N_KV_HEADS, n, 1)))
     if centre is not None:
-        sides[0] += np.array(centre.rows(0, n))
+        sides[0] = (sides[0] + np.array(centre.rows(0, n))) / scales_of(centre)
     return sides
 
 
@@ -91,7 +105,8 @@ def packed(
         low: all keys have the same value in their first dim.
 
     Shapes:
-        returns: keys less what they are centred by, [BATCH, N_KV_HEADS, N_TOKENS, k_head_dim].
+        returns: keys times their scales, less what they are centred by,
+            [BATCH, N_KV_HEADS, N_TOKENS, k_head_dim].
     """
     centre = centre_of(layout, centred)
     padding = left_padding(*PADDING) if padded else None
@@ -99,7 +114,7 @@ def packed(
     for b, n in enumerate(PADDING if padded else ()):
         keys[b, :, :n] *= LOUD
     if low:
-        keys[..., 0] = SAME
+        keys[..., 0] = SAME / scales_of(centre)[..., 0]
     options: dict[str, Any] = {}
     if centre is not None:
         options = {"centre": centre, "left_padding": padding}
@@ -110,7 +125,8 @@ def packed(
                 for side in (keys, values))  # fmt: skip
         parts.append(reference.pack(k, v, layout, **own))
     mx.eval(parts)  # another thread may ask for them next
-    sought = keys if centre is None else keys - np.array(centre.rows(0, N_TOKENS))
+    sought = keys * scales_of(centre)
+    sought = sought if centre is None else sought - np.array(centre.rows(0, N_TOKENS))
     padding = padding if centre is not None else None
     return sought, PackedKV(layout, parts[0], N_BODY, parts[1], N_TAIL, centre, padding)
 
@@ -144,6 +160,8 @@ def seeking(keys: np.ndarray, kernel: Kernel, low: bool = False) -> mx.array:
     found[-1, -1, -1] = 0
     if low:
         found[..., 0] = LOW_SCORE * dim**0.5 / SAME
+    scales = scales_of(centre_of(kernel.layout, kernel.centred))
+    found = found * (scales[own_head] if len(scales) > 1 else scales)
     return as_array(found, kernel.dtype)
 
 

@@ -21,6 +21,7 @@ from .small_inputs import (
     centre_of,
     packed,
     rows,
+    scales_of,
     stale_after,
 )
 
@@ -59,7 +60,7 @@ def _first_tokens(fine: KVLayout, centred: bool, starts: tuple[int, ...], low: b
     centre = centre_of(fine, centred)
     sides = rows(fine, N_TOKENS, centre)
     if low:
-        sides[0][..., 0] = SAME
+        sides[0][..., 0] = SAME / scales_of(centre)[..., 0]
     keys, values = (
         as_array(
             np.stack([x[:, n : n + N_FIRST] for x, n in zip(side, starts)]), getattr(mx, fine.dtype)

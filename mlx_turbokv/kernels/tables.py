@@ -15,7 +15,7 @@ from ..quant.formats import CODEBOOK_BITS, KVFormat
 from ..quant.layout import KVLayout
 from ..quant.rotation import base_order, hadamard, rotation_width, signs
 
-ANCHOR_INPUTS = ("mu", "cos_sin_table", "left_padding")
+ANCHOR_INPUTS = ("centre", "cos_sin_table", "left_padding")
 MAX_HEAD_DIM = 512
 MAX_LEVELS = 64
 MAX_ORDER = 36
@@ -130,14 +130,14 @@ def int_array(*numbers: int) -> mx.array:
 def anchor_inputs(
     centre: Centre | None, n_rows: int, left_padding: mx.array | None
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """mu, the table for ``n_rows`` rows, and the left padding; placeholders where absent.
+    """The centre, the table for ``n_rows`` rows, and the left padding; placeholders where absent.
 
     Shapes:
         left_padding: [B] int32.
     """
     if centre is None:
-        return no_mu(), no_tiles(), placeholder()
-    return centre.mu, centre.table(n_rows), padding_input(left_padding)
+        return no_centre(), no_tiles(), placeholder()
+    return centre.kernel_rows, centre.table(n_rows), padding_input(left_padding)
 
 
 def padding_input(left_padding: mx.array | None) -> mx.array:
@@ -150,8 +150,8 @@ def padding_input(left_padding: mx.array | None) -> mx.array:
 
 
 @cache
-def no_mu() -> mx.array:
-    """Stands for a reference that is absent."""
+def no_centre() -> mx.array:
+    """Stands for a centre that is absent."""
     array = mx.zeros((8,), mx.float32)
     mx.eval(array)
     return array

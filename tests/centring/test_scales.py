@@ -250,16 +250,3 @@ def test_references_whose_scales_are_wrong_are_refused(tmp_path, scales):
     save_references(tmp_path / "p", References(found.means, frozenset(), found.model, {}, scales))
     with pytest.raises(InputError, match="the scales of layer 1"):
         load_references(tmp_path / "p", model())
-
-
-def test_kernels_refuse_scales_in_one_sentence(monkeypatch):
-    from mlx_turbokv.kernels import assemble
-
-    monkeypatch.setattr(assemble, "factory", lambda **_: None)  # nothing is launched
-    for name in ("metal", None):
-        with pytest.raises(InputError, match="scales are not accepted with the metal back-end"):
-            make_prompt_cache(model(), "turbo4", "f16", backend=name, centre=references())
-        with pytest.raises(InputError, match="scales are not accepted"):
-            TurboKVCache("turbo4", "turbo3", name, a_centre())
-    held = make_prompt_cache(model(), "q8_0", "f16", backend="metal", centre=references())
-    assert all(c.centre is None for c in held)

@@ -68,6 +68,9 @@ def attention(
     layout = packed.layout
     rows = _Rows(packed)
     q = _float64(queries)
+    if packed.centre is not None and packed.centre.scales is not None:
+        of_dims = _float64(packed.centre.scales.of_dims)
+        q = q / np.repeat(of_dims, q.shape[1] // len(of_dims), axis=0)[:, None]
     batch, n_heads, n_queries, _ = q.shape
     gqa = n_heads // rows.keys.shape[1]
     output = np.zeros((batch, n_heads, n_queries, layout.v_head_dim))

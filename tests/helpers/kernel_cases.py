@@ -16,6 +16,7 @@ from error_bound import attention
 
 from mlx_turbokv.centring.centre import Centre
 from mlx_turbokv.centring.rope import RopeFrequencies
+from mlx_turbokv.centring.scales import PairScales
 from mlx_turbokv.kernels import decode, dequantize, pack, reference
 from mlx_turbokv.kernels.packed import PackedKV, empty_tiles
 from mlx_turbokv.quant.codebook import boundaries
@@ -263,7 +264,29 @@ def _centre(case: Case, rng) -> Centre | None:
     mu = 4 * rng.standard_normal((case.heads[1], dim)).astype(np.float32)
     dims = dim // 4 // 2 * 2 if case.centred == "partial" else dim
     rope = RopeFrequencies.from_arguments(dim, dims, case.centred == "traditional", 1e4)
-    return Centre(mx.array(mu), rope, "case", first_key_uncentred=case.centred != "partial")
+    partial = case.centred == "partial"
+    scales = None if partial else pair_scales(mu.shape, rope, rng)
+    return Centre(mx.array(mu), rope, "case", 1, not partial, scales)
+
+
+def with_anchors(x: mx.array, centre: Centre, padding: mx.array | None) -> mx.array:
+    """Keys that are ``x`` once they are scaled and centred, in its dtype.
+
+    Shapes:
+        x: [B, H, n, head_dim]; padding: [B] int32.
+    """
+    keys = x + centre.rows(0, x.shape[2], padding)
+    return (keys if centre.scales is None else centre.scales.unscaled(keys)).astype(x.dtype)
+
+
+def pair_scales(shape: tuple[int, int], rope: RopeFrequencies, rng) -> PairScales:
+    """Scales of pairs of dims, from about a half to two.
+
+    Shapes:
+        shape: KV heads, head_dim.
+    """
+    logs = rng.normal(scale=0.4, size=(shape[0], shape[1] // 2))
+    return PairScales(mx.array(np.exp(logs).astype(np.float32)), rope)
 
 
 def _direction(case: Case, dtype: mx.Dtype) -> mx.array:
@@ -323,7 +346,7 @@ def _packed(
     if centre is not None:
         rows = _left_padding(case, n_body + n_tail)
         padding = None if rows is None else mx.array(rows)
-        keys = (keys + centre.rows(0, keys.shape[2], padding)).astype(keys.dtype)
+        keys = with_anchors(keys, centre, padding)
 
     def at(first: int) -> dict:
         return {} if centre is None else {"centre": centre, "first": first, "left_padding": padding}
@@ -357,9 +380,11 @@ def _check_pack(tiles, keys, values, layout, failures, at: dict, exact_size=True
     with ON_CPU:
         expected = reference.pack(keys, values, layout, **at)
         if at:
-            rows = at["centre"].rows(at["first"], keys.shape[2], at["left_padding"])
-            keys = keys.astype(mx.float32) - rows
-            rounding = _anchor_rounding(at["centre"])
+            centre = at["centre"]
+            rows = centre.rows(at["first"], keys.shape[2], at["left_padding"])
+            keys = centre.scaled(keys)
+            rounding = _anchor_rounding(centre) + _product_rounding(keys)
+            keys = keys - rows
     if not at:
         rounding = np.zeros((keys.shape[1], keys.shape[3]))
     if not exact_size:  # stale rows follow
@@ -404,6 +429,15 @@ def _anchor_rounding(centre: Centre) -> np.ndarray:
     other = np.empty_like(mu)
     other[:, first], other[:, second] = mu[:, second], mu[:, first]
     return 2.0**-23 * (mu + other)
+
+
+def _product_rounding(keys: mx.array) -> np.ndarray:
+    """What is lost where a key's product with its scale is fused with the subtraction or is not.
+
+    Shapes:
+        keys: [B, H, L, head_dim], times their scales; returns: [H, head_dim].
+    """
+    return 2.0**-24 * np.abs(np.array(keys, np.float64)).max(axis=(0, 2))
 
 
 def _near_boundaries(different, units, x, fmt, unsure) -> bool:

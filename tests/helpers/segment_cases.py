@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from kernel_cases import ON_CPU, all_pairs
+from kernel_cases import ON_CPU, all_pairs, pair_scales, with_anchors
 
 from mlx_turbokv.centring.centre import Centre
 from mlx_turbokv.centring.rope import RopeFrequencies
@@ -113,7 +113,7 @@ def _centre(case: SegmentCase, rng) -> Centre | None:
         return None
     mu = 4 * rng.standard_normal((case.heads[1], case.dim)).astype(np.float32)
     rope = RopeFrequencies.from_arguments(case.dim, case.dim, False, 1e4)
-    return Centre(mx.array(mu), rope, "case", first_key_uncentred=True)
+    return Centre(mx.array(mu), rope, "case", 1, True, pair_scales(mu.shape, rope, rng))
 
 
 def _by_sequence(values: tuple[int, ...], batch: int) -> list[int]:
@@ -155,7 +155,7 @@ def build(case: SegmentCase) -> tuple[SegmentedKV, np.ndarray, np.ndarray]:
         keys, values = (_noise(rng, (batch, n_heads, n, dim), case.dtype) for _ in range(2))
         options: dict[str, Any] = {}
         if centre is not None:
-            keys = (keys + centre.rows(0, n, padding)).astype(keys.dtype)
+            keys = with_anchors(keys, centre, padding)
             options = {"centre": centre, "left_padding": padding}
 
         def packed(own: KVLayout, first: int, last: int) -> mx.array:
@@ -211,7 +211,10 @@ def run_segment_case(case: SegmentCase, backend: str) -> dict:
     if causal:
         seen = seen & (number <= number[-case.n_queries :, None])
     layout = found.layout
-    q = scale * _float64(queries) @ _basis(layout.k_format, case.dim).T
+    q = scale * _float64(queries)
+    if found.centre is not None:
+        q = q / np.repeat(_float64(found.centre.scales.of_dims), gqa, axis=0)[:, None]
+    q = q @ _basis(layout.k_format, case.dim).T
     keys, values = (np.repeat(x, gqa, axis=1) for x in (keys, values))
     scores = np.where(seen, q @ keys.swapaxes(-1, -2), -np.inf)
     if sinks is not None:
