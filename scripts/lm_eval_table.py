@@ -36,7 +36,7 @@ from record import record, write  # noqa: E402
 from mlx_turbokv.cli.output import print_status  # noqa: E402
 from mlx_turbokv.evaluate.configuration import (  # noqa: E402
     check_name,
-    is_mlx_lm,
+    is_peer,
     parse_policy,
     prepare,
 )
@@ -112,8 +112,8 @@ def attached(config: str):
     """mlx-lm's command with caches of a configuration."""
     from mlx_turbokv.loading.attached import Attaching
 
-    class MlxLmCaches(Attaching):
-        """With mlx-lm's own quantised caches."""
+    class PeerCaches(Attaching):
+        """With a quantised cache of mlx-lm or llama.cpp."""
 
         def _attach(self, model, name: str) -> None:
             make = prepare(model, config).make_caches
@@ -125,8 +125,8 @@ def attached(config: str):
             make_cache.turbokv_previous = vars(model).get("make_cache")
             model.make_cache = make_cache
 
-    if is_mlx_lm(config):
-        return MlxLmCaches(print_status, lambda *_: None)
+    if is_peer(config):
+        return PeerCaches(print_status, lambda *_: None)
     return Attaching(print_status, lambda *_: None, policy=parse_policy(config))
 
 
