@@ -21,6 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests" / "helpers"
 
 import mlx.core as mx  # noqa: E402
 from architecture_cases import Q8_TOLERANCE, TURBO4_TOLERANCE  # noqa: E402
+from mlx.utils import tree_flatten  # noqa: E402
 from record import record  # noqa: E402
 from tiny_models import HELPERS, architectures, run_session, shared_model  # noqa: E402
 from tiny_vlm import language_models, tiny_language_model  # noqa: E402
@@ -38,9 +39,9 @@ REMARKS = {
 }
 VLM_REMARKS = {
     "bitnet": "not run: mlx-vlm has its kernels for Metal alone",
-    "diffusion_gemma": "not run: it writes whole blocks of tokens",
+    "diffusion_gemma": "not run: it writes whole blocks of tokens (a test runs it)",
     "muse_spark": "not run: mlx-vlm has its kernels for Metal alone",
-    "nemotron_parse": "not run: its decoder starts from an image",
+    "nemotron_parse": "not run: its decoder starts from an image (a test runs it)",
     "z1t": "not run: attention-free, with caches that cannot be asked for a trim",
 }
 PREFILL_CUTS, N_DECODE = [5, 1, 17, 14], 20
@@ -67,6 +68,8 @@ def vlm_rows(names: list[str], kept: list[dict], save: Callable[[list[dict]], No
         if name not in rows:
             model = tiny_language_model(name)
             row = _row(name, model, VLM_REMARKS.get(name, ""))
+            if not row["compressed"]:
+                row["grows"] = _grows(model)  # with the context
             rows[name] = row | {"error": _errors(name, model)}
             print(rows[name], flush=True)
             save([rows[name] for name in names if name in rows])
@@ -87,6 +90,16 @@ def _errors(name: str, model) -> dict[str, float]:
         error = mx.sqrt(mx.mean(mx.square(packed - own))) / mx.std(own)
         errors[fmt] = round(error.item(), 4)
     return errors
+
+
+def _grows(model) -> bool:
+    """Whether the model's own caches hold more after 72 tokens than after 48."""
+    caches, sizes = own_caches(model), []
+    for _ in range(3):
+        mx.eval(getattr(out := model(mx.array([list(range(24))]), cache=caches), "logits", out))
+        arrays = [x for _, x in tree_flatten([cache.state for cache in caches])]
+        sizes.append(sum(x.nbytes for x in arrays if isinstance(x, mx.array)))
+    return sizes[2] > sizes[1]
 
 
 def _row(name: str, model, remark: str) -> dict:

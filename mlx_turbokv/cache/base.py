@@ -70,7 +70,7 @@ class PackedCache(ProtectedRows, PrefixCached, mlx_lm_cache._BaseCache):
         if source is None:
             source = self._source()
         else:
-            source = source._replace(held=self.keys)
+            source = source._replace(held=self.newest)
         if keys.shape[2] == 1 and self._may_return_handles():
             return Handle(source, keys.dtype, True), Handle(source, values.dtype, False)
         return lazy_keys_and_values(source, keys.dtype, values.dtype)
@@ -103,7 +103,7 @@ class PackedCache(ProtectedRows, PrefixCached, mlx_lm_cache._BaseCache):
     def _check(self, keys: mx.array, values: mx.array) -> None:
         if self.layout is None:
             return
-        batch, n_heads = self.keys.shape[:2]
+        batch, n_heads = self.newest.shape[:2]
         expected = batch, n_heads, self.layout.k_head_dim, self.layout.v_head_dim
         batch, n_heads, _, k_head_dim = keys.shape
         given = batch, n_heads, k_head_dim, values.shape[-1]

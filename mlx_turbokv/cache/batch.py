@@ -150,7 +150,7 @@ class BatchTurboKVCache(PaddedBatch):
 
     def _set_extra_state(self, extra: list) -> None:
         left, right = extra
-        n = None if self.layout is None else self.keys.shape[0]
+        n = None if self.layout is None else self.newest.shape[0]
         left = counts(left, "left padding", n)
         self._right_padding = self._coming = None
         if right is not None:

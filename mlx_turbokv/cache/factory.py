@@ -12,20 +12,19 @@ from ..attention.hook import AttentionFunctions
 from ..centring.choose import Choice
 from ..centring.first_use import FirstUse, for_model
 from ..centring.references import References
-from ..errors import InputError
 from ..log import warn_once
 from ..model.caches import ModelReference, cache_at, language_model, own_caches, put_cache
-from ..model.kinds import check_model, new_cache
+from ..model.kinds import is_a, new_cache
 from ..model.kv_layers import KVLayer, KVLayers, kv_layers
 from ..model.probing import only_forwards_kv
-from ..policy import Pair, Policy, Uniform, load_policy
+from ..policy import Pair, Policy
 from ..quant.formats import KVFormat, as_format, check_head_dim
+from .arguments import KEPT_TOKENS, as_policy, check_max_kv_size
 from .base import PackedCache
+from .readable import ReadableTurboKVCache
 from .rotating import TurboRotatingKVCache
 from .single import TurboKVCache
 from .summary import leaves
-
-KEPT_TOKENS = 4  # first tokens that stay when max_kv_size is reached; mlx-lm keeps as many
 
 
 def make_prompt_cache(
@@ -77,7 +76,7 @@ def make_prompt_cache(
             protected tokens that are not accepted, or not with this back-end.
     """
     centre = for_model(centre, tokenizer)
-    policy = _as_policy(model, k, v, policy).protecting(sink, recent)
+    policy = as_policy(model, k, v, policy).protecting(sink, recent)
     options = centre, compress_sliding, max_kv_size, handles
     return CacheFactory(language_model(model), policy, backend, None, *options)()
 
@@ -111,7 +110,7 @@ def attach(
         InputError: as ``make_prompt_cache``.
     """
     centre = for_model(centre, tokenizer)
-    policy = _as_policy(model, k, v, policy).protecting(sink, recent)
+    policy = as_policy(model, k, v, policy).protecting(sink, recent)
     inner = language_model(model)
     previous = vars(inner).get("make_cache")
     if isinstance(previous, CacheFactory):
@@ -159,16 +158,6 @@ class CacheFactory:
         max_kv_size: int | None = None,
         handles: bool = True,
     ) -> None:
-        if max_kv_size is not None and max_kv_size <= KEPT_TOKENS:
-            raise InputError(
-                f"max_kv_size {max_kv_size} is not accepted: it must be {KEPT_TOKENS + 1} or more, "
-                f"as the first {KEPT_TOKENS} tokens are kept."
-            )
-        if max_kv_size is not None and not isinstance(centre, (bool, FirstUse)):
-            raise InputError(
-                f"Key references cannot be used with max_kv_size {max_kv_size}: the keys of a "
-                "window stay whole."
-            )
         self._model = ModelReference(model)
         self.policy = policy
         self.backend = backend
@@ -178,6 +167,8 @@ class CacheFactory:
         caches = own_caches(model)
         self._n_caches = len(caches)
         self.layers: KVLayers = kv_layers(model, caches, compress_sliding)
+        if max_kv_size is not None:
+            check_max_kv_size(max_kv_size, centre, self.layers.layers)
         growing = kv_layers(model, caches) if compress_sliding else self.layers
         ordinals = {(x.index, x.sub): x.ordinal for x in self.layers.layers}
         self._n_growing = growing.n_total
@@ -247,12 +238,15 @@ class CacheFactory:
         if window is None and self.max_kv_size is not None:
             window, keep = self.max_kv_size, KEPT_TOKENS
             own = new_cache(self.model, "RotatingKVCache", window, keep)
+        if is_a(own, "StaticPrefixKVCache"):  # asked for by size; masks are made for all of it
+            return own
         # one mask serves all windows, and mlx-lm's columns are in another order than ours
         if is_f16 and not (windowed and self._packs_windows):
             return own
         if window is None:
             centre = self.centring.centres.get(self._growing[layer.ordinal])
-            return TurboKVCache(k, v, self.backend, centre, **vars(self.policy.protection))
+            kind = ReadableTurboKVCache if layer.is_read else TurboKVCache
+            return kind(k, v, self.backend, centre, **vars(self.policy.protection))
         return TurboRotatingKVCache(k, v, window, keep, self.backend)
 
     def _layers_of(self, caches: list[Any]) -> KVLayers:
@@ -275,17 +269,3 @@ def _with_handles(caches: list[Any], functions: AttentionFunctions | None) -> li
         if isinstance(cache, PackedCache):
             cache.handles = functions
     return caches
-
-
-def _as_policy(
-    model: Any, k: KVFormat | str, v: KVFormat | str, policy: Policy | str | os.PathLike | None
-) -> Policy:
-    check_model(model)
-    if policy is None:
-        return Uniform(k, v)
-    if isinstance(policy, Policy):
-        return policy
-    if isinstance(policy, (str, os.PathLike)):
-        is_file = os.fspath(policy).lower().endswith(".json")
-        return load_policy(policy) if is_file else load_policy(policy, k, v)
-    raise InputError(f"Policy {policy!r} is not accepted: give a policy object or a name.")

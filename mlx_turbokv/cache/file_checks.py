@@ -175,7 +175,7 @@ def _check_leaf(held: Any, own: Any, n_tokens: int) -> None:
         shape = None
         if held.layout is not None:
             dims = held.layout.k_head_dim, held.layout.v_head_dim
-            shape = (*held.keys.shape[:2], *dims)
+            shape = (*held.newest.shape[:2], *dims)
     elif type(held) in (KVCache, RotatingKVCache, ChunkedKVCache):
         shape = _plain_shape(held)
     else:

@@ -162,7 +162,7 @@ def common_layout(caches: Sequence[Any]) -> KVLayout | None:
                 "was made before the packed cache was attached, or for another model."
             )
     formats = {(c.k_format, c.v_format) for c in caches}
-    held = [(c.layout, c.keys.shape[1]) for c in caches if c.layout is not None]
+    held = [(c.layout, c.newest.shape[1]) for c in caches if c.layout is not None]
     shapes = {(_stored_layout(layout), n_heads) for layout, n_heads in held}
     if len(formats) > 1 or len(shapes) > 1:
         named = sorted(f"{k}/{v}" for k, v in formats)

@@ -233,7 +233,7 @@ class ProtectedRows(PackedRows):
 
     def _hold(self, parts: Sequence[Part], n: int, layout: KVLayout) -> None:
         """Hold the newest ``n`` rows of these and nothing else."""
-        n_heads = next(p.cache.keys.shape[1] for p in parts if p.cache.layout is not None)
+        n_heads = next(p.cache.newest.shape[1] for p in parts if p.cache.layout is not None)
         if not self.protection:
             self._set_tiles(gridded(parts, n, layout, n_heads), n, layout)
             return

@@ -199,7 +199,7 @@ class BatchTurboRotatingKVCache(PaddedBatch, RotatingRows):
         max_size, n_hidden, padding, dropped, ends = extra
         self.keep, self.max_size = 0, count(max_size, "max_size", 1)
         self.n_hidden = count(n_hidden, "n_hidden", 0, self.n_rows)
-        n = None if self.layout is None else self.keys.shape[0]
+        n = None if self.layout is None else self.newest.shape[0]
         padding = counts(padding, "left padding", n)
         self._set_left_padding(padding)
         self._n_dropped = counts(dropped, "n_dropped", len(padding))

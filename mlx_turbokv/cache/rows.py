@@ -95,12 +95,17 @@ class PackedRows:
         return None
 
     @property
-    def keys(self) -> mx.array:
-        """The array that holds the newest rows.
-
-        Pipeline-parallel models replace it by itself with a dependency on a message.
-        """
+    def newest(self) -> mx.array:
+        """The array that holds the newest rows."""
         return self.tail if self.n_tail else self.body
+
+    @property
+    def keys(self) -> mx.array:
+        """The same, by the name that pipeline-parallel models know.
+
+        They replace it by itself with a dependency on a message.
+        """
+        return self.newest
 
     @keys.setter
     def keys(self, array: mx.array) -> None:

@@ -9,6 +9,7 @@ negative show that, and such a layer has no reference here.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -54,7 +55,7 @@ def key_biases(model: nn.Module, layers: list[KVLayer]) -> dict[int, mx.array]:
 def has_key_bias(model: nn.Module) -> bool:
     """Whether some key projection has a bias, by its name: nothing is computed."""
     for block in model_layers(model):
-        for module in _attention_modules(block) if block is not None else ():
+        for module in _attention_modules(block):
             for name, child in module.children().items():
                 if name in PROJECTIONS and isinstance(child, nn.Module) and "bias" in child:
                     return True
@@ -84,7 +85,9 @@ def _keys_at(module: nn.Module, x: mx.array) -> mx.array | None:
     return cache.keys[0, :, 0].astype(mx.float32)
 
 
-def _attention_modules(block: nn.Module) -> Iterator[nn.Module]:
+def _attention_modules(block: Any) -> Iterator[nn.Module]:
+    if not isinstance(block, nn.Module):  # another rank's, or a model that only counts its layers
+        return
     for name, module in block.named_modules():
         leaf = name.rsplit(".", 1)[-1].lower()
         if not name or not module.children():  # a norm, say

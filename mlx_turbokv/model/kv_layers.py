@@ -10,6 +10,7 @@ with one token shows that, the shapes of K and V, and whose K and V a model take
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,8 +27,8 @@ LATENT = "MLA latent"
 COMPOSITE = "several caches a layer, with keys of an indexer"
 UNUSED = "unused: the layer stores no K and V of its own"
 READ = "shared: other layers take K and V out of the cache's state"
-CROSS = "self- and cross-attention of a decoder"
-DIFFUSION = "diffusion: the model takes K and V out of the cache itself"
+CROSS = "cross-attention: K and V of what an encoder read"
+DIFFUSION = "diffusion: the model generates with caches that it makes itself"
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class KVLayer:
         sub: position inside a CacheList, or None.
         shape: heads and head_dims, where a call with one token could show them.
         window: tokens of its sliding window, or None for a layer whose cache grows.
+        is_read: whether the model takes K and V out of the cache itself.
     """
 
     ordinal: int
@@ -47,6 +49,7 @@ class KVLayer:
     sub: int | None = None
     shape: KVShape | None = None
     window: int | None = None
+    is_read: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ def _without_unused(model: nn.Module, found: KVLayers) -> KVLayers:
     skipped = list(found.skipped)
     for layer in found.layers:
         cache = recorded.get((layer.index, layer.sub))
-        if cache is None or cache.is_read:
+        if cache is None or (cache.is_read and not layer.is_read):
             skipped.append(Skipped(layer.index, UNUSED if cache is None else READ, layer.sub))
         else:
             layers.append(replace(layer, ordinal=len(layers), shape=cache.shape))
@@ -141,19 +144,23 @@ def _without_unused(model: nn.Module, found: KVLayers) -> KVLayers:
 
 def _classify(model: nn.Module, caches: list[Any], compress_sliding: bool) -> KVLayers:
     latent, diffuses = _latent_indices(model, len(caches)), _diffuses(model)
+    is_read = diffuses and not _makes_caches_itself(model)
     layers: list[KVLayer] = []
     skipped: list[Skipped] = []
     for index, cache in enumerate(caches):
-        if is_a(cache, "CacheList") and _is_hybrid_list(cache):
+        if is_a(cache, "CacheList") and (_is_hybrid_list(cache) or _is_of_decoder(cache)):
             entries = [(sub, entry) for sub, entry in enumerate(cache.caches)]
         else:
             entries = [(None, cache)]
         for sub, entry in entries:
-            reason = _why_not(entry, index in latent, compress_sliding)
-            reason = DIFFUSION if reason is None and diffuses else reason
+            # what a model reads itself is all rows of a cache, in their order
+            reason = _why_not(entry, index in latent, compress_sliding and not is_read)
+            if is_a(entry, "SimpleKVCache"):
+                reason = CROSS if sub else None
+            reason = DIFFUSION if reason is None and diffuses and not is_read else reason
             window = entry.max_size if is_a(entry, "RotatingKVCache") else None
             if reason is None:
-                layers.append(KVLayer(len(layers), index, sub, window=window))
+                layers.append(KVLayer(len(layers), index, sub, window=window, is_read=is_read))
             else:
                 skipped.append(Skipped(index, reason, sub, window))
     return KVLayers(layers, skipped, len(layers))
@@ -167,6 +174,11 @@ def _is_hybrid_list(cache: Any) -> bool:
     return any(is_a(entry, "ArraysCache") for entry in cache.caches)
 
 
+def _is_of_decoder(cache: Any) -> bool:
+    """Whether the list is the caches of a decoder's self-attention and cross-attention."""
+    return len(cache.caches) == 2 and all(is_just(x, "SimpleKVCache") for x in cache.caches)
+
+
 def _why_not(cache: Any, latent: bool, compress_sliding: bool) -> str | None:
     rotates = is_just(cache, "RotatingKVCache")
     if is_just(cache, "KVCache") or (compress_sliding and rotates):
@@ -178,8 +190,7 @@ def _why_not(cache: Any, latent: bool, compress_sliding: bool) -> str | None:
     if is_a(cache, "ChunkedKVCache"):
         return f"chunked attention of {cache.chunk_size} tokens"
     if is_a(cache, "CacheList"):
-        is_decoder = any(is_a(entry, "SimpleKVCache") for entry in cache.caches)
-        return LATENT if latent else CROSS if is_decoder else COMPOSITE
+        return LATENT if latent else COMPOSITE
     return f"a cache of its own kind, {type(cache).__name__}"
 
 
@@ -207,6 +218,12 @@ def _diffuses(model: nn.Module) -> bool:
     kind = type(model)
     is_named_so = "diffusion" in kind.__module__
     return is_of_mlx_vlm(model) and (is_named_so or callable(getattr(kind, "generate", None)))
+
+
+def _makes_caches_itself(model: nn.Module) -> bool:
+    """Whether the model's own ``generate`` does without ``make_cache``, for which ours stand in."""
+    generate: Any = getattr(type(model), "generate", None)
+    return callable(generate) and "make_cache" not in inspect.unwrap(generate).__code__.co_names
 
 
 def _modules(module: nn.Module) -> Iterator[nn.Module]:

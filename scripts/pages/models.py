@@ -12,8 +12,7 @@ from . import SETTLED, commands, read, source, table
 
 KNOWN = ("Llama-3.1-8B", "Qwen2.5-7B", "Qwen3.5-27B")
 CACHES = ("f16/f16", "q8_0/q8_0", "la-v7", "turbo6/turbo5", "turbo4/turbo3")
-# caches that do not grow with the context, and MLA's, as the reasons begin
-BOUNDED, LATENT = {"recurrent state", "sliding window", "chunked attention"}, "MLA latent"
+LATENT = "MLA latent"  # as the reason begins
 CONTEXTS = (8192, 32768, 131072)
 
 
@@ -106,7 +105,7 @@ def models_vlm() -> str:
     """What is compressed in every language model of mlx-vlm."""
     record = read("models_vlm")
     rows = record["rows"]
-    growing = [row for row in rows if row["compressed"] or _kinds(row) - BOUNDED]
+    growing = [row for row in rows if row["compressed"] or row["grows"]]
     latent = [row for row in growing if LATENT in _kinds(row)]
     n_packed = sum(row["compressed"] > 0 for row in growing)
     n_other = len(growing) - len(latent)
@@ -115,8 +114,8 @@ def models_vlm() -> str:
         f"A tiny random language model of each package of mlx-vlm {record['mlx_vlm']} that has one "
         f"([models.md](../models.md#vision-models)): {len(rows)}. {len(growing)} have a cache that "
         f"grows with the context, of which {len(latent)} keep MLA latents in it. Of the other "
-        f"{n_other}, {n_packed} ({n_packed / n_other:.0%}) are compressed, "
-        f"{n_packed / len(growing):.0%} of all that grow. Error: of the logits after a prompt in "
+        f"{n_other}, {n_packed} ({n_packed / n_other:.1%}) are compressed, "
+        f"{n_packed / len(growing):.1%} of all that grow. Error: of the logits after a prompt in "
         "uneven cuts, decoded tokens, a trim and more, against the model's own cache; root mean "
         "square over their standard deviation, through random weights.",
         _architectures(rows, ["error, q8_0", "error, turbo4"]),

@@ -21,6 +21,7 @@ from architecture_cases import (
 from q8_simulation import SimulatedQ8Cache, note_stored
 from tiny_models import run_session
 from tiny_vlm import language_models, tiny_language_model
+from tiny_vlm_configs import NOT_BY_TOKENS
 
 from mlx_turbokv import TurboKVCache, make_prompt_cache
 from mlx_turbokv.model.caches import own_caches
@@ -41,8 +42,11 @@ EXPECTED: dict[str, tuple[list, set[str]]] = {
     "inkling": ([(0, 0), (1, 0), (2, 0)], {RECURRENT}),
     "minimax_m3_vl": ([(0, None)], {"a cache of its own kind, MiniMaxM3KVCache"}),
     "deepseek_v3": ([], {LATENT}),
-    "florence2": ([], {CROSS}),
-    "nemotron_labs_diffusion": ([], {DIFFUSION}),
+    "florence2": ([(layer, 0) for layer in range(6)], {CROSS}),
+    "nemotron_parse": ([(layer, 0) for layer in range(10)], {CROSS}),
+    "diffusion_gemma": ([(1, None), (3, None), (5, None)], {WINDOW}),
+    "nemotron_labs_diffusion": ([(0, None), (1, None), (2, None)], set()),
+    "llada2_moe": ([], {DIFFUSION}),
 }
 CUTS, N_DECODE = [5, 1, 17, 14], 20
 
@@ -69,7 +73,9 @@ def test_exactly_the_right_layers_are_compressed(name: str) -> None:
         assert type(at(packed, position)) is type(at(own, position))
 
 
-@pytest.mark.parametrize("name", [name for name, (positions, _) in EXPECTED.items() if positions])
+@pytest.mark.parametrize(
+    "name", [n for n, (positions, _) in EXPECTED.items() if positions and n not in NOT_BY_TOKENS]
+)
 def test_logits_after_prefill_decode_trim_and_more(name: str) -> None:
     model, (positions, _) = model_of(name), EXPECTED[name]
     f16 = run_session(model, own_caches(model), CUTS, N_DECODE)

@@ -1,0 +1,58 @@
+"""What callers give to the functions that make caches, checked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from ..centring.first_use import FirstUse
+from ..errors import InputError
+from ..model.kinds import check_model
+from ..model.kv_layers import KVLayer
+from ..policy import Policy, Uniform, load_policy
+from ..quant.formats import KVFormat
+
+KEPT_TOKENS = 4  # first tokens that stay when max_kv_size is reached; mlx-lm keeps as many
+
+
+def check_max_kv_size(max_kv_size: int, centre: Any, layers: Iterable[KVLayer]) -> None:
+    """Check a limit of tokens against what else was asked for, and the model's layers.
+
+    Raises:
+        InputError: it is too small, or does not go with them.
+    """
+    if max_kv_size <= KEPT_TOKENS:
+        raise InputError(
+            f"max_kv_size {max_kv_size} is not accepted: it must be {KEPT_TOKENS + 1} or more, "
+            f"as the first {KEPT_TOKENS} tokens are kept."
+        )
+    if not isinstance(centre, (bool, FirstUse)):
+        raise InputError(
+            f"Key references cannot be used with max_kv_size {max_kv_size}: the keys of a "
+            "window stay whole."
+        )
+    if any(layer.is_read for layer in layers):
+        raise InputError(
+            f"max_kv_size {max_kv_size} cannot be used with a diffusion model, which reads all "
+            "rows of its caches."
+        )
+
+
+def as_policy(
+    model: Any, k: KVFormat | str, v: KVFormat | str, policy: Policy | str | os.PathLike | None
+) -> Policy:
+    """The policy that these arguments mean.
+
+    Raises:
+        InputError: they mean none, or the model is none.
+    """
+    check_model(model)
+    if policy is None:
+        return Uniform(k, v)
+    if isinstance(policy, Policy):
+        return policy
+    if isinstance(policy, (str, os.PathLike)):
+        is_file = os.fspath(policy).lower().endswith(".json")
+        return load_policy(policy) if is_file else load_policy(policy, k, v)
+    raise InputError(f"Policy {policy!r} is not accepted: give a policy object or a name.")
