@@ -29,6 +29,7 @@ from mlx_turbokv.evaluate.divergence import Reference
 from mlx_turbokv.model.caches import own_caches, put_cache
 from mlx_turbokv.model.kv_layers import kv_layers
 from mlx_turbokv.model.probing import RecordingCache
+from mlx_turbokv.policy import Uniform
 
 COLLAPSED, KEPT = 1.0, 0.02  # KLD in nats
 # float32 sums in another order
@@ -318,7 +319,7 @@ def test_references_of_other_heads_are_left_out():
     found = calibrate_keys(model(), windows())
     wide = References({i: mx.zeros((4, 32)) for i in range(3)}, frozenset(), found.model)
     factory = api.CacheFactory(
-        model(), api.Uniform("turbo4", "f16"), "reference", centre=wide
+        model(), Uniform("turbo4", "f16"), "reference", centre=wide
     )  # fmt: skip
     assert factory.centring.summary() == "keys centred by key bias (3 layers)"
     assert any("do not fit the KV heads of layers 0-2" in note for note in factory.centring.notes)
