@@ -127,7 +127,8 @@ def attached(config: str):
 
     if is_peer(config):
         return PeerCaches(print_status, lambda *_: None)
-    return Attaching(print_status, lambda *_: None, policy=parse_policy(config))
+    policy = parse_policy(config)
+    return Attaching(print_status, lambda *_: None, policy=policy, centre="auto")
 
 
 def kept_answers(folder: Path, config: str, args: argparse.Namespace) -> dict[str, list[float]]:
