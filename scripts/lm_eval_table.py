@@ -115,7 +115,7 @@ def attached(config: str):
     class PeerCaches(Attaching):
         """With a quantised cache of mlx-lm or llama.cpp."""
 
-        def _attach(self, model, name: str) -> None:
+        def _attach(self, model, name: str, tokenizer) -> None:
             make = prepare(model, config).make_caches
 
             def make_cache():
