@@ -4,8 +4,9 @@
 
 Takes the tests from the source distribution of the installed mlx-lm (FOLDER, if it is unpacked
 already, else downloaded). Their model is on a hub, so this package's default model replaces it,
-with LA-V7 attached again before every test; --plain attaches nothing. Every test that may fail is
-listed below with the reason. Exits with 1 if another one fails.
+with LA-V7 and protected tokens attached again before every test; --plain attaches nothing. Every
+test that may fail is listed below with the reason. Exits with 1 if another one fails, or if no
+tokens were protected.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import pytest
 
 from mlx_turbokv import attach
 from mlx_turbokv.loading import models
+from mlx_turbokv.policy.protection import DEFAULT_PROTECTION
 
 FILES = ("test_prompt_cache.py", "test_generate.py", "test_server.py")
 STAND_IN = "is written for the tokenizer or the weights of the model that is replaced here"
@@ -79,7 +81,10 @@ class Attached:
     def _attach(self) -> None:
         if not self.plain:
             for found in self.loaded.values():
-                attach(found.model, policy="la-v7")
+                attach(found.model, policy="la-v7", sink=32, recent=128)
+                protected = {getattr(c, "protection", None) for c in found.model.make_cache()}
+                if DEFAULT_PROTECTION not in protected:
+                    sys.exit("No tokens are protected in the caches of these tests.")
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         """Some tests delete the model's cache factory when they end."""

@@ -42,6 +42,8 @@ RAW = {"raw 2+2": ("raw-2-2.json", "la-v7"), "raw 4+4": ("raw-4-4.json", "mode-1
 HOLDS, FAILS, OPEN, MISSING = "holds", "does not hold", "cannot tell", "not measured"
 TURBO2_COST = (0.03, 0.05)  # "+3-5 % PPL" against q8_0/q8_0
 SEED, SAMPLES = 20250101, 4000
+# What names of one pair end in; records of before tokens could be protected lack it.
+UNPROTECTED = "+0,0"
 
 
 @dataclass(frozen=True)
@@ -72,34 +74,35 @@ HYBRID_CLAIMS = (
 
 
 def config_names(group: str) -> dict[str, str]:
-    """The configuration of each role; ``group`` is "" or ":32"."""
+    """The configuration of each role, without protected tokens; ``group`` is "" or ":32"."""
     v2, v3 = f"turbo2{group}", f"turbo3{group}"
     names = {"q8": "q8_0/q8_0", "turbo3": f"q8_0/{v3}", "turbo2": f"q8_0/{v2}"}
     policies = {"la-v5": "la-v5", "la-v6": "la-v6", "la-v7": "la-v7", "4+4": "mode-10"}
-    for role, policy in policies.items():
-        names[role] = f"q8_0/{v2}@{policy}" if group else policy
     names["f16 2+2"] = f"q8_0/{v2}@boundary:2,2:f16"
     names["f16 4+4"] = f"q8_0/{v2}@boundary:4,4:f16"
     names["swapped"] = f"{v3}/q8_0"
+    names = {role: name + UNPROTECTED for role, name in names.items()}
+    for role, policy in policies.items():
+        names[role] = f"q8_0/{v2}@{policy}" if group else policy
     return names
 
 
 def roles_of(record: dict) -> dict[str, dict]:
     """A perplexity record's rows by role; policy files are known by name, whatever their folder."""
-    rows = {
-        os.path.basename(r["config"]) if r["config"].endswith(".json") else r["config"]: r
-        for r in record["results"]
-    }
+    names = [r["config"].removesuffix(UNPROTECTED) for r in record["results"]]
+    names = [os.path.basename(name) if name.endswith(".json") else name for name in names]
+    rows = dict(zip(names, record["results"]))
     group = ":32" if "q8_0/turbo2:32" in rows else ""
     wanted = {**config_names(group), **{role: file for role, (file, _) in RAW.items()}}
-    return {role: rows[name] for role, name in wanted.items() if name in rows}
+    bare = {role: name.removesuffix(UNPROTECTED) for role, name in wanted.items()}
+    return {role: rows[name] for role, name in bare.items() if name in rows}
 
 
 def raw_index_policies(model, folder: Path, group: str) -> list[str]:
     """Files of the boundary policies as raw layer indices give them; none for pure attention."""
     from mlx_turbokv.model.caches import own_caches
     from mlx_turbokv.model.kv_layers import kv_layers
-    from mlx_turbokv.policy import load_policy
+    from mlx_turbokv.policy import Protection, load_policy
     from mlx_turbokv.policy.files import write_layer_list
 
     layers, n_caches = kv_layers(model).layers, len(own_caches(model))
@@ -108,7 +111,8 @@ def raw_index_policies(model, folder: Path, group: str) -> list[str]:
     names = []
     for file, policy in RAW.values():
         raw = load_policy(policy, "q8_0", f"turbo2{group}").formats(n_caches)
-        write_layer_list(folder / file, [raw[layer.index] for layer in layers])
+        pairs = [raw[layer.index] for layer in layers]
+        write_layer_list(folder / file, pairs, Protection(0, 0))
         names.append(os.path.relpath(folder / file))
     return names
 

@@ -25,8 +25,9 @@ CONFIGS = (
     "f16/f16", "q8_0/q8_0",
     # the paper's layer-adaptive policies, and its modes by number
     "la-v5", "la-v6", "la-v7", "mode-1", "mode-2", "mode-10",
-    # one pair of formats in every layer
-    "q8_0/turbo4", "q8_0/turbo3", "q8_0/turbo2", "turbo4/turbo4", "turbo3/turbo3",
+    # one pair of formats in every layer; the paper protects no tokens
+    "q8_0/turbo4+0,0", "q8_0/turbo3+0,0", "q8_0/turbo2+0,0", "turbo4/turbo4+0,0",
+    "turbo3/turbo3+0,0",
 )  # fmt: skip
 SHARED = [option for option in perplexity.command.params if option.name != "configs"]
 

@@ -246,7 +246,8 @@ class CacheFactory:
         if window is None:
             centre = self.centring.centres.get(self._growing[layer.ordinal])
             kind = ReadableTurboKVCache if layer.is_read else TurboKVCache
-            return kind(k, v, self.backend, centre, **vars(self.policy.protection))
+            protection = self.policy.protection.of(k, v)
+            return kind(k, v, self.backend, centre, **vars(protection))
         return TurboRotatingKVCache(k, v, window, keep, self.backend)
 
     def _layers_of(self, caches: list[Any]) -> KVLayers:

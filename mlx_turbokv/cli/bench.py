@@ -38,7 +38,7 @@ FAILED_STATUS = 1
 WEIGHT_BITS = ("2", "3", "4", "5", "6", "8", "16")
 # Two runs that agree in these keys may share their rows.
 _SETTINGS = (
-    "model", "weights", "configs", "centred", "generation_tokens", "num_trials",
+    "model", "weights", "configs", "centred", "protected", "generation_tokens", "num_trials",
     "prefill_step_size", "batch_size", "seed", "environment",
 )  # fmt: skip
 
@@ -246,6 +246,7 @@ def _record(
         **about,
         "configs": names,
         "centred": {c.name: c.centred for c in configs},
+        "protected": {c.name: str(c.protection) if c.protection else None for c in configs},
         "backend": backend_of(configs),
         "tuning": tuned.summary(select_backend(backend).name),
         "generation_tokens": settings.generation_tokens,
@@ -271,7 +272,9 @@ def _add_finished_rows(record: dict, path: str | None, points: list) -> None:
     if path is None or not os.path.exists(path):
         return
     found = read_json(path, WHAT)
-    found.setdefault("batch_size", 1)  # records of before there were batches
+    # records of before there were batches, and protected tokens
+    found.setdefault("batch_size", 1)
+    found.setdefault("protected", dict.fromkeys(found.get("configs", ())))
     differ = [key for key in _SETTINGS if found.get(key) != record[key]]
     if differ:
         raise InputError(

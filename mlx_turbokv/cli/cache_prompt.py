@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from ..policy.recommended import label
 from . import options
 from .entry import console_script
 from .mlx_lm_options import MlxLmCommand
@@ -50,7 +51,7 @@ def command(**args: Any) -> None:
         read(loaded.model, tokens, conversation.caches, args["prefill_step_size"], progress)
     conversation.finish(tokens)
     conversation.save(file, is_prompt=True)
-    print(summarize(conversation.caches).line(cache_options["policy"].name))
+    print(summarize(conversation.caches).line(label(cache_options["policy"])))
     print(f"Saved {file}: {mib(file.stat().st_size)}")
 
 

@@ -138,6 +138,7 @@ def check_options(args: dict[str, Any]) -> None:
     from ..evaluate import calibrate
     from ..evaluate.calibration_record import file_name
     from ..evaluate.configuration import check_name, parse_policy
+    from ..evaluate.sensitivity import check_context
     from ..model.text_windows import check_sizes
 
     names = args["formats"]
@@ -156,7 +157,8 @@ def check_options(args: dict[str, Any]) -> None:
     for at, name in enumerate(names):
         if name in names[:at]:
             raise InputError(f"Budget {args['budgets'][at]} would write {name} a second time.")
-    parse_policy(args["base"]).protecting(args["sink"], args["recent"])
+    protection = parse_policy(args["base"]).protecting(args["sink"], args["recent"]).protection
+    check_context(args["ctx_size"], protection)
     for name in args["compare"]:
         check_name(name)
     budgets = [name for name in args["budgets"] if not calibrate.is_number(name)]

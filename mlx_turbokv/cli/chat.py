@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from ..errors import InputError
+from ..policy.recommended import label
 from . import options, sampling
 from .entry import console_script
 from .mlx_lm_options import MlxLmCommand
@@ -68,7 +69,7 @@ class Session:
         from .conversation import Conversation
 
         self.loaded, self.args = loaded, args
-        self.policy: str = cache_options["policy"].name
+        self.policy: str = label(cache_options["policy"])
         self.conversation = Conversation(
             loaded,
             lambda: make_prompt_cache(

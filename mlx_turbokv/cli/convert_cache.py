@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ..errors import InputError
+from ..policy.recommended import label
 from . import options
 from .command import Command
 from .entry import console_script
@@ -53,7 +54,7 @@ def command(source: Path, target: Path, **args: Any) -> None:
         save_prompt_cache(target, caches, metadata)
         kind = "dequantised"
     else:
-        caches, kind = saved.caches, cache_options["policy"].name
+        caches, kind = saved.caches, label(cache_options["policy"])
         files.save(target, saved, loaded.name, loaded.model)
     print(summarize(caches).line(kind))
     print(f"Saved {target}: {mib(source.stat().st_size)} before, {mib(target.stat().st_size)} now")

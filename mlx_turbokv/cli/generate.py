@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from ..errors import InputError
+from ..policy.recommended import label
 from . import options, sampling
 from .end_tokens import add_end_tokens
 from .entry import console_script
@@ -111,7 +112,7 @@ def _generate(args: dict[str, Any], is_distributed: bool) -> None:
         use_template=not args["ignore_chat_template"],
     )
     file, prefill = args["prompt_cache_file"], args["prefill_response"]
-    name, is_kept = resume(conversation, file, args, cache_options["policy"].name)
+    name, is_kept = resume(conversation, file, args, label(cache_options["policy"]))
     tokens = conversation.tokens(text, args["system_prompt"], prefill)
     n_most = most_new_tokens(loaded, args["max_tokens"], len(tokens))
     draft = None

@@ -113,7 +113,9 @@ def measure(
     settings = {
         "model": model["source"],
         "text_sha256": source.sha256,
-        "configurations": [[c.name, c.layers, c.backend, c.centred] for c in configs],
+        "configurations": [
+            [c.name, c.layers, c.backend, c.centred, str(c.protection)] for c in configs
+        ],
         "versions": {k: versions[k] for k in ("mlx_turbokv", "mlx", "mlx_lm", "device")},
     }
     journal = Journal(journal_path("needle", settings, json_path), settings, resume)

@@ -99,11 +99,12 @@ protection = combined(
     click.option(
         "--sink", type=ProtectedType(), metavar="N",
         help="Tokens at a sequence's start that are stored in 8.5 bits in every layer: a multiple "
-        "of 32.  [default: the policy's, or 0]",
+        "of 32.  [default: the policy file's, or 32; 0 for la-vN and mode-N]",
     ),
     click.option(
         "--recent", type=ProtectedType(), metavar="N",
-        help="The same at a sequence's end, at least.  [default: the policy's, or 0]",
+        help="The same at a sequence's end, at least.  [default: the policy file's, or 128; 0 for "
+        "la-vN and mode-N]",
     ),
 )  # fmt: skip
 policy = combined(

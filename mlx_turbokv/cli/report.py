@@ -154,12 +154,12 @@ class _Report:
             "model": self.model,
             "text": {"name": self.source.name, "sha256": self.source.sha256},
         }
-        self.centred = {
-            name: prepare(
-                self.loaded.model, name, args["backend"], centre=self.centre
-            ).centred
+        prepared = [
+            prepare(self.loaded.model, name, args["backend"], centre=self.centre)
             for name in self.names
-        }  # fmt: skip
+        ]
+        self.centred = {c.name: c.centred for c in prepared}
+        self.protected = {c.name: str(c.protection) if c.protection else None for c in prepared}
         self._check_parts()
 
     def _check_parts(self) -> None:
@@ -205,8 +205,8 @@ class _Report:
         """A part that was measured before with these settings.
 
         Args:
-            rows: the record's key of one row a configuration, which must be ``names``, centred as
-                they are now.
+            rows: the record's key of one row a configuration, which must be ``names``, centred and
+                protected as they are now.
         """
         path = Path(self._path(name))
         if self.args["no_resume"] or not path.is_file():
@@ -220,8 +220,11 @@ class _Report:
             )
             return None
         print_status(f"{name}: kept from {path}")
-        wanted = [(config, self.centred[config]) for config in names or []]
-        same = [(row["config"], row.get("centred")) for row in found.get(rows, [])] == wanted
+        wanted = [(config, self.centred[config], self.protected[config]) for config in names or []]
+        held = [
+            (row["config"], row.get("centred"), row.get("protected")) for row in found.get(rows, [])
+        ]
+        same = held == wanted
         return found if same else None
 
     def _perplexity(self) -> dict:
@@ -284,6 +287,7 @@ class _Report:
         same = {
             "model": self.model, "configs": self.few, "num_trials": n_trials,
             "centred": {name: self.centred[name] for name in self.few},
+            "protected": {name: self.protected[name] for name in self.few},
             "generation_tokens": n_generated,
         }  # fmt: skip
         return bench.measure(

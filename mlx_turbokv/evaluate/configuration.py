@@ -3,7 +3,8 @@
 Names: `K/V` (one pair in every layer), a policy's name or file, `K/V@POLICY` and `POLICY:K` (the
 formats that a policy leaves open), and other projects' caches: `mlx-kvN[:GROUP]`, mlx-lm's affine
 `kv_bits`, and `llama-q4_0` and `llama-q5_1`, llama.cpp's rotated cache (simulated, llama_cpp.py).
-`NAME+SINK,RECENT` protects so many tokens, whatever the policy says.
+`NAME+SINK,RECENT` protects so many tokens; without it they are those of the options of these
+names: 32 and 128, and none with the paper's presets.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ from ..kernels.backend import select_backend
 from ..model.kv_layers import kv_layers
 from ..model.shapes import KVShape
 from ..policy import LayerList, Pair, Policy, Protection, Uniform, bits_per_value, load_policy
-from ..policy.policies import DEFAULT_PROTECTION
-from ..policy.protection import UNPROTECTED
+from ..policy.protection import DEFAULT_PROTECTION, UNPROTECTED
 from ..quant.formats import as_format
 from . import llama_cpp
 from .mlx_lm_quantized import DEQUANTIZED, MLX_LM, make_quantized_caches, needs_dequantizing
@@ -176,7 +176,8 @@ def prepare(
     )
     pairs = [factory.formats[layer.ordinal] for layer in factory.layers.layers]
     shapes, protected_bits = kv_shapes(model, compress_sliding), None
-    if policy.protection and shapes is not None:
+    protects = any(policy.protection.of(k, v) for k, v in pairs)
+    if protects and shapes is not None:
         protected_bits = shape_bits([(k.protected, v.protected) for k, v in pairs], shapes)
     packed = not all(k.is_f16 and v.is_f16 for k, v in pairs)
     return Prepared(
@@ -186,7 +187,7 @@ def prepare(
         **_bits(pairs, shapes),
         backend=select_backend(factory.backend).name if packed else MLX_LM,
         centred=factory.centring.summary(),
-        protection=policy.protection if packed else UNPROTECTED,
+        protection=policy.protection if protects else UNPROTECTED,
         protected_bits=protected_bits,
         centres=tuple(factory.centring.centres.values()),
         n_values=_n_values(shapes or []),
@@ -206,7 +207,9 @@ def protected_name(name: str, sink: int | None, recent: int | None) -> str:
     """A configuration with these protected tokens; one that names its own keeps them."""
     if (sink is None and recent is None) or is_peer(name) or _PROTECTED.fullmatch(name.strip()):
         return name
-    return f"{name}+{parse_policy(name).protecting(sink, recent).protection}"
+    policy = parse_policy(name)
+    wanted = policy.protecting(sink, recent).protection
+    return name if wanted == policy.protection else f"{name}+{wanted}"
 
 
 def _n_values(shapes: Sequence[KVShape]) -> tuple[int, int]:

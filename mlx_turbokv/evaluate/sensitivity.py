@@ -17,9 +17,10 @@ import mlx.nn as nn
 import numpy as np
 
 from ..cache.factory import CacheFactory
+from ..errors import InputError
 from ..model.caches import own_caches
 from ..policy import Protection
-from ..policy.policies import DEFAULT_PROTECTION
+from ..policy.protection import DEFAULT_PROTECTION, LEAVE_TOGETHER
 from .checkpoint import Journal
 from .configuration import layer_list
 from .divergence import Reference, check_finite
@@ -110,6 +111,16 @@ def all_changes(base: Pairs, formats: Sequence[str]) -> list[Change]:
     ]
 
 
+def check_context(n_ctx: int, protection: Protection) -> None:
+    """Raises: InputError where every token of such windows is protected: no format would matter."""
+    if not protection.rows_after(n_ctx)[0]:
+        raise InputError(
+            f"All tokens of windows of {n_ctx} are protected, whatever the formats: give a context "
+            f"of at least {protection.recent + LEAVE_TOGETHER} tokens, several times as many for "
+            "figures of long texts, or --recent 0."
+        )
+
+
 def default_batch() -> int:
     """Windows at a time: one window of a small model does not fill a GPU."""
     return GPU_BATCH if mx.default_device().type == mx.DeviceType.gpu else 1
@@ -139,8 +150,10 @@ def measure(
         progress: called with (runs done, all runs, what ran) after each.
 
     Shapes: windows [n_windows, n_ctx].
-    Raises: InputError where logits are not numbers, or a format does not fit the model.
+    Raises: InputError where logits are not numbers, a format does not fit the model, or every
+        token of a window is protected.
     """
+    check_context(windows.shape[1], protection)
     base, changes = list(base), list(changes)
     batch = batch or default_batch()
     factory = CacheFactory(model, layer_list(base, "base", protection), backend, centre=centre)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
+from .notes import centring_notes, protected_rows, protection_notes
+
 NONE = "–"
 
 
@@ -85,13 +87,6 @@ def _model_on_text(record: dict, verb: str) -> str:
     return f"{record['model']['name']}{verb} {text['name']} (sha256 {text['sha256'][:12]}…)"
 
 
-def _centring_notes(centred: dict[str, str | None]) -> list[str]:
-    """A sentence on each configuration whose keys are centred."""
-    return [
-        f"{name}: {how}." for name, how in centred.items() if how and how.startswith("keys centred")
-    ]
-
-
 PERPLEXITY_HEADER = (
     "K/V", "bits/value", "V bits", "PPL", "Δnll", "KLD", "KLD 99.9 %", "RMS Δp", "same top",
     "KV bytes",
@@ -110,7 +105,8 @@ def perplexity_table(record: dict) -> Table:
         "is one standard error, of PPL over tokens, of the others over "
         f"{results[-1]['delta_nll']['se_over']}."
     ]
-    notes += _centring_notes({row["config"]: row.get("centred") for row in results})
+    notes += centring_notes({row["config"]: row.get("centred") for row in results})
+    notes += protected_rows(results)
     notes += [f"Warning: {r['config']}: {text}" for r in results for text in r.get("warnings", ())]
     if record["model"].get("kv_itemsize") == 4:
         notes.append(
@@ -159,7 +155,8 @@ def needle_table(record: dict) -> Table:
         f"answer, in nats, against {summary[0]['config']}, case by case, ± one standard error over "
         "cases."
     ]
-    notes += _centring_notes({row["config"]: row.get("centred") for row in summary})
+    notes += centring_notes({row["config"]: row.get("centred") for row in summary})
+    notes += protected_rows(summary)
     return Table(*needle_cells(summary), heading, notes)
 
 
@@ -203,7 +200,8 @@ def speed_table(record: dict) -> Table:
             "Rows without a prompt speed: the cache was filled with random K and V, packed by the "
             "cache itself, without running the model; its memory is that of generation alone."
         )
-    notes += _centring_notes(record.get("centred", {}))
+    notes += centring_notes(record.get("centred", {}))
+    notes += protection_notes(dict.fromkeys(record["configs"]) | record.get("protected", {}))
     if "doctor" in record.get("tuning", ""):
         notes.append(f"Tuning of decode: {record['tuning']}.")
     return Table(SPEED_HEADER, speed_rows(record["rows"]), heading, notes, left=(1,))

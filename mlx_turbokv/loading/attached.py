@@ -1,7 +1,9 @@
 """mlx-lm's commands with packed caches: they are attached to every model that a command loads.
 
 Evaluations call a model without a cache; such calls are given new packed ones, so that they read
-what was packed. A model that is being trained is called as it is: packing has no gradient.
+what was packed. Where newest tokens are protected, they go in steps of STEP tokens: tokens of one
+longer piece would see each other as the model made them. A model that is being trained is called as
+it is: packing has no gradient.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import utils
 from mlx_lm.models import cache as mlx_lm_cache
@@ -28,6 +31,8 @@ from ..centring.first_use import for_model
 from ..errors import InputError
 from ..kernels.backend import select_backend
 from ..model.fingerprint import fingerprint
+from ..policy.protection import STEP, UNPROTECTED
+from ..policy.recommended import label
 from . import distributed, models
 from .patching import patched
 
@@ -158,7 +163,7 @@ class Attaching:
         pairs = Counter(f"{k}/{v}" for k, v in factory.formats)
         layers = ", ".join(f"{n} x {pair}" for pair, n in pairs.items()) or "no"
         backend = select_backend(self.cache_options.get("backend")).name
-        policy = self.cache_options["policy"].name
+        policy = label(self.cache_options["policy"])
         self.say(f"{name}: KV cache {policy} ({layers} layers), {backend} back-end")
 
     def _pack(
@@ -227,14 +232,34 @@ def _cache_every_call(model: nn.Module) -> None:
     """Give calls without a cache a new one, unless the model is being trained."""
     base = type(model)
     signature = inspect.signature(base.__call__)
+    first = list(signature.parameters)[1]  # the tokens
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(self, *args, **kwargs).arguments
         if given.get("cache") is None and not self.training:
             given["cache"] = self.make_cache()
             given.pop("self", None)
+            if set(given) == {first, "cache"} and _protects_newest(given["cache"]):
+                return _in_steps(lambda piece: base.__call__(self, piece, cache=given["cache"]),
+                                 given[first], given["cache"])  # fmt: skip
             return base.__call__(self, **given)
         return base.__call__(self, *args, **kwargs)
 
     members = {"__call__": call, "__module__": base.__module__, "__qualname__": base.__qualname__}
     object.__setattr__(model, "__class__", type(base.__name__, (base,), members))
+
+
+def _protects_newest(caches: list[Any]) -> bool:
+    return any(getattr(c, "protection", UNPROTECTED).recent for c in leaves(caches))
+
+
+def _in_steps(call: Callable[[mx.array], mx.array], tokens: mx.array, caches: list) -> mx.array:
+    """The logits of tokens that are read STEP at a time.
+
+    Shapes: tokens [B, n]; returns [B, n, vocabulary].
+    """
+    logits = []
+    for start in range(0, tokens.shape[1], STEP):
+        logits.append(call(tokens[:, start : start + STEP]))
+        mx.eval(logits[-1], [c.state for c in caches])
+    return mx.concatenate(logits, axis=1)

@@ -17,14 +17,13 @@ from typing import TypeVar
 
 from ..errors import InputError
 from ..quant.formats import KVFormat, as_format
-from .protection import UNPROTECTED, Protection
+from .protection import DEFAULT_PROTECTION, UNPROTECTED, Protection
 
 PolicyType = TypeVar("PolicyType", bound="Policy")
 Pair = tuple[KVFormat, KVFormat]
 
 DEFAULT_K = "q8_0"
 DEFAULT_V = "turbo2"
-DEFAULT_PROTECTION = UNPROTECTED
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,11 @@ class Policy:
     def notes(self, n_layers: int) -> list[str]:
         """Sentences worth telling about this policy on ``n_layers`` KV layers."""
         return []
+
+    @property
+    def default_protection(self) -> Protection:
+        """What a policy of this kind protects where nothing else is asked for."""
+        return type(self).protection
 
     def protecting(
         self: PolicyType, sink: int | None = None, recent: int | None = None
@@ -217,11 +221,15 @@ class LayerList(Policy):
 
 @dataclass(frozen=True)
 class Preset(Policy):
-    """A named policy that fits any model: where layers are few, all of them are boundary."""
+    """A policy of the paper, by name: where layers are few, all of them are boundary.
+
+    No tokens are protected unless they are asked for, as in the paper.
+    """
 
     label: str
     inner: Policy
     protected: int = field(default=0)
+    protection: Protection = field(default=UNPROTECTED, kw_only=True)
 
     @property
     def name(self) -> str:

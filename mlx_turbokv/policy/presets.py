@@ -14,6 +14,7 @@ from ..errors import InputError
 from ..quant.formats import KVFormat, as_format
 from .files import read_layer_list
 from .policies import DEFAULT_K, DEFAULT_V, Boundary, LastN, Policy, Preset, Uniform
+from .protection import UNPROTECTED
 
 ENVIRONMENT = "TURBO_LAYER_ADAPTIVE"
 PRESETS = {"la-v5": 5, "la-v6": 6, "la-v7": 7, "boundary-v": 7}
@@ -27,7 +28,7 @@ ACCEPTED = (
 def layer_adaptive(
     mode: int | str, k: KVFormat | str | None = None, v: KVFormat | str | None = None
 ) -> Policy:
-    """The policy that TURBO_LAYER_ADAPTIVE=mode names.
+    """The policy that TURBO_LAYER_ADAPTIVE=mode names; like the paper, it protects no tokens.
 
     Args:
         mode: 0, 1, 2, 5, 6, 7 or 10.
@@ -45,7 +46,7 @@ def layer_adaptive(
     q8, turbo4 = as_format("q8_0"), as_format("turbo4")
     # a boundary ordinal may belong to both ends, so the protected count is the sum of both
     policies: dict[int, Policy] = {
-        0: Uniform(k, v),
+        0: Uniform(k, v, protection=UNPROTECTED),
         1: Preset("mode-1", Boundary(k, v, 4, 4, q8, q8), 8),
         2: Preset("mode-2", LastN(k, v, 8, q8, q8), 8),
         5: Preset("la-v5", Boundary(k, v, 2, 2, None, turbo4), 4),

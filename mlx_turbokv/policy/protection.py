@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InputError, short
+from ..quant.formats import KVFormat
 
 STEP = 32  # tokens; rows are stored in tiles of so many
 LEAVE_TOGETHER = 128  # tokens that stop being among the newest at a time, at least
@@ -37,6 +38,10 @@ class Protection:
 
     def __bool__(self) -> bool:
         return self.sink > 0 or self.recent > 0
+
+    def of(self, k: KVFormat, v: KVFormat) -> Protection:
+        """What is protected of a layer: nothing where all its rows take 8.5 bits or more anyway."""
+        return UNPROTECTED if (k.protected, v.protected) == (k, v) else self
 
     def rows_after(self, n: int) -> tuple[int, int]:
         """Rows that are stored after a prompt of ``n`` tokens: unprotected and protected ones.
@@ -78,3 +83,4 @@ def check_count(name: str, value: Any) -> int:
 
 
 UNPROTECTED = Protection()
+DEFAULT_PROTECTION = Protection(32, 128)

@@ -5,11 +5,9 @@
 
 from __future__ import annotations
 
-from .policies import DEFAULT_PROTECTION, Policy, Preset, Uniform
+from .policies import Policy, Preset, Uniform
 from .presets import load_policy
-from .protection import UNPROTECTED, Protection
 
-PROTECTED = Protection(32, 128)
 _PAIRS = (
     ("turbo6", "turbo5"), ("turbo5", "turbo4"), ("turbo4", "turbo3"),
     ("turbo3", "turbo3"), ("turbo3", "turbo2"),
@@ -21,20 +19,24 @@ def recommended() -> list[Policy]:
 
     F16 and q8_0 protect themselves. The paper's policy is among those without.
     """
-    turbo = [Uniform(k, v, protection=UNPROTECTED) for k, v in _PAIRS]
+    turbo = [Uniform(k, v) for k, v in _PAIRS]
     return [
         Uniform("f16", "f16"),
         Uniform("q8_0", "q8_0"),
-        *(pair.protecting(PROTECTED.sink, PROTECTED.recent) for pair in turbo),
-        *turbo[:3],
-        load_policy("la-v7").protecting(0, 0),
+        *turbo,
+        *(pair.protecting(0, 0) for pair in turbo[:3]),
+        load_policy("la-v7"),
     ]
 
 
 def label(policy: Policy) -> str:
-    """A policy as a configuration names it, such as turbo4/turbo3+32,128."""
+    """A policy as a configuration names it, such as turbo4/turbo3 or turbo4/turbo3+0,0.
+
+    Protected tokens are left out where a policy of this name has them by default.
+    """
     name = f"{policy.k}/{policy.v}" if isinstance(policy, Uniform) else policy.name
-    return name + (f"+{policy.protection}" if policy.protection != DEFAULT_PROTECTION else "")
+    own = policy.protection
+    return name + (f"+{own}" if own != policy.default_protection else "")
 
 
 def _preset(policy: Policy) -> Policy | None:
@@ -55,7 +57,7 @@ def options(policy: Policy) -> str | None:
         words = [f"--policy {policy.name}"]
     else:
         return None
-    own, default = policy.protection, DEFAULT_PROTECTION
+    own, default = policy.protection, policy.default_protection
     words += [f"--sink {own.sink}"] if own.sink != default.sink else []
     words += [f"--recent {own.recent}"] if own.recent != default.recent else []
     return " ".join(words)

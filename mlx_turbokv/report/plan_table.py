@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+from ..evaluate.notes import protection_notes
 from ..evaluate.tables import Table, bytes_text
 from ..loading.weight_bits import bits_text
 from ..model.shapes import KVShape
@@ -169,13 +170,14 @@ def _notes(plan: Plan) -> list[str]:
 
 
 def _protected(plan: Plan) -> list[str]:
-    """What +SINK,RECENT in the rows' names says."""
-    found = {str(x): x for row in plan.rows if (x := row.policy.protection)}
-    return [
-        f"+{text}: the first {x.sink} and the newest {x.recent} tokens, at least, take 8.5 bits a "
-        f"value (--sink {x.sink} --recent {x.recent})."
-        for text, x in found.items()
-    ]
+    """Which rows count protected tokens."""
+    found: dict[str, str | None] = {}
+    for row in plan.rows:
+        own = row.policy.protection
+        protects = any(own.of(*pair) for pair in row.formats)
+        if protects or any(fmt.is_turbo for pair in row.formats for fmt in pair):
+            found[row.name] = str(own) if protects else None
+    return protection_notes(found)
 
 
 def _counted(plan: Plan) -> list[str]:

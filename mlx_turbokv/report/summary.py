@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from ..evaluate import tables
+from ..evaluate.notes import protection_notes
 from ..evaluate.tables import Table
 from . import order
 
@@ -35,6 +36,12 @@ def table_of(record: dict) -> tuple[Table, set[str]]:
     if front:
         names = ", ".join(n for n in quality if n in front)
         notes.append(f"● Nothing measured here has both fewer bits and a smaller KLD: {names}.")
+    of_bench = (record.get("bench") or {}).get("protected") or {}
+    protected = {
+        name: of_bench.get(name, row.get("protected"))
+        for name, row in {**speed, **found, **quality}.items()
+    }
+    notes += protection_notes(protected)
     if speed:
         tokens = next(iter(speed.values()))["tokens"]
         notes.append(f"Speed is that at {tokens:,} tokens.")

@@ -20,6 +20,7 @@ from ..errors import InputError, short
 from ..kernels.backend import select_backend
 from ..loading import distributed, models
 from ..loading.patching import patched
+from ..policy.recommended import label
 from .errors import RequestError, SpeculationError
 from .names import ModelNames, base_name
 from .requests import DEFAULT_MODEL
@@ -184,7 +185,7 @@ class TurboModelProvider(server.ModelProvider):
         factory = model.make_cache
         turbo_keys = any(k.is_turbo for k, _ in factory.formats)
         centred = f"{factory.centring.summary()}, " if turbo_keys else ""
-        policy = self.cache_options["policy"].name
+        policy = label(self.cache_options["policy"])
         backend = select_backend(self.cache_options.get("backend")).name
         print(
             f"Serving {loaded.name}: KV cache {policy}, {centred}{backend} back-end",

@@ -9,6 +9,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from ..errors import InputError
 from ..loading import distributed
+from ..policy.recommended import label
 from .checkpoints import only_grows, split_at_multiples
 from .errors import RequestError
 from .jobs import Job
@@ -61,7 +62,7 @@ class Services:
         self.keeps_marks = not all(only_grows(make_prompt_cache(model)) for model in models)
         self.budget.loaded(models, loaded.max_context if loaded else None)
         if loaded is not None:
-            self.metrics.served(loaded.name, self.provider.cache_options["policy"].name)
+            self.metrics.served(loaded.name, label(self.provider.cache_options["policy"]))
         self._key = self.provider.model_key
 
     def take_asked_model(self) -> None:

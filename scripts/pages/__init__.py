@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
+from mlx_turbokv.evaluate.notes import may_protect
 from mlx_turbokv.evaluate.tables import Table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,8 +38,29 @@ def source(name: str, record: dict | None = None, up: str = "../..") -> str:
     commit = f"commit {about['commit']}" if about.get("commit") else "commit not recorded"
     parts += [commit, *([about["date"]] if about.get("date") else [])]
     path = f"benchmarks/{name}.json"
-    text = f"{', '.join(parts)}. Record: [{path}]({up}/{path})."
+    text = f"{', '.join(parts)}.{_protection(record)} Record: [{path}]({up}/{path})."
     return f"{text}\n\n{commands(about['command'])}"
+
+
+def _protection(record: dict) -> str:
+    """A sentence where a record's configurations could have protected tokens and none did."""
+    names, found = [], []
+    for row in _dicts(record):
+        protected = row.get("protected")  # of a row, or by configuration
+        found += protected.values() if isinstance(protected, dict) else [protected]
+        names += [row[key] for key in ("config", "policy") if isinstance(row.get(key), str)]
+    if any(found) or not any(map(may_protect, names)):
+        return ""
+    return " No tokens were protected (`+0,0` after a configuration's name)."
+
+
+def _dicts(node: object) -> Iterator[dict]:
+    """A record and all objects in it."""
+    if isinstance(node, dict):
+        yield node
+    if isinstance(node, (dict, list)):
+        for part in node.values() if isinstance(node, dict) else node:
+            yield from _dicts(part)
 
 
 def commands(*lines: str, commit: str = SETTLED) -> str:

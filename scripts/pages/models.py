@@ -6,6 +6,7 @@ from mlx_turbokv.evaluate.configuration import parse_policy
 from mlx_turbokv.evaluate.tables import bytes_text
 from mlx_turbokv.loading.known_shapes import known_config
 from mlx_turbokv.loading.model_shape import shape_from_config
+from mlx_turbokv.policy.protection import DEFAULT_PROTECTION
 from mlx_turbokv.report.plan import make_plan
 
 from . import SETTLED, commands, read, source, table
@@ -74,7 +75,9 @@ def memory() -> str:
     parts = [
         "# Memory of the KV cache",
         "Computed from the models' shapes (`mlx_turbokv.plan --model NAME`), not measured. All "
-        "caches of one sequence, layers that are not packed included.",
+        "caches of one sequence, layers that are not packed included. The turbo pairs hold the "
+        f"first {DEFAULT_PROTECTION.sink} tokens and the newest {DEFAULT_PROTECTION.recent} or "
+        "more in 8.5 bits; `bits/value` is that of the others.",
     ]
     for name in KNOWN:
         shape = shape_from_config(known_config(name), name)

@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, trim_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
+from protected import assert_protects
 from test_batch_generate import same_but_for_a_tie
 from tiny_configs import SLIDING, WINDOW
 from varied_models import varied_model
@@ -28,8 +29,11 @@ from mlx_turbokv import attach, detach
 from mlx_turbokv.cache import TurboKVCache, TurboRotatingKVCache, speculation, writing
 from mlx_turbokv.cache.writing import save_prompt_cache
 from mlx_turbokv.errors import InputError
+from mlx_turbokv.policy import Protection
 
 PROMPT = [(7 * i * i + 3 * i + 1) % 89 for i in range(150)]
+# rows leave the protected tail at 160 tokens
+PROTECTED = {"k": "q8_0", "v": "turbo6", "sink": 32, "recent": 32}
 # of logits' standard deviation, root mean square
 Q8_ERROR = 0.1
 
@@ -52,9 +56,10 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
 @pytest.mark.parametrize("num_draft_tokens", [1, 4])
 def test_speculative_decoding_gives_the_same_tokens(draft_seed: int, num_draft_tokens: int) -> None:
     """A draft that is the model itself is mostly accepted, another is mostly trimmed."""
-    model = attach(varied_model("llama"), policy="la-v7")
-    draft = attach(varied_model("llama", seed=draft_seed), policy="la-v7")
+    model = attach(varied_model("llama"), **PROTECTED)
+    draft = attach(varied_model("llama", seed=draft_seed), **PROTECTED)
     caches = make_prompt_cache(model) + make_prompt_cache(draft)
+    assert_protects(caches, Protection(32, 32))
     steps = speculative_generate_step(
         mx.array(PROMPT),
         model,
@@ -150,7 +155,7 @@ def test_kv_bits_leaves_packed_caches_as_they_are() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_next", "falcon_h1", "gemma3_text"])
 def test_prompt_cache_file_is_continued(name: str, tmp_path: Path) -> None:
-    model = attach(varied_model(name), policy="la-v7")
+    model = attach(varied_model(name), **PROTECTED)
     caches = make_prompt_cache(model)
     first = greedy(model, 8, caches)
     # generation runs one token ahead of what it gives, so the cache holds all that it gave
@@ -248,7 +253,7 @@ def test_quantised_weights(bits: int) -> None:
     plain = logits(model)
     attach(model, k="q8_0", v="q8_0")
     assert distance(logits(model), plain) < Q8_ERROR
-    attach(model, policy="la-v7")
+    attach(model, **PROTECTED)
     assert greedy(model, 12) == greedy(model, 12, make_prompt_cache(model))
 
 

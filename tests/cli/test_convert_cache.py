@@ -53,7 +53,7 @@ def test_there_and_back(folder, tmp_path, bits):
     formats = ("-ctk", "q8_0", "-ctv", "turbo6")
     result = call("convert_cache", theirs, ours, "--model", folder, *formats)
     assert result.status == 0, result.err
-    assert re.search(r"KV cache: \d+ tokens, .* uniform \(\d x q8_0/turbo6 layers\)", result.out)
+    assert re.search(r"\d+ tokens, .* q8_0/turbo6 \(\d x q8_0/turbo6 layers\)", result.out)
     packed = load_prompt_cache(str(ours))
     result = call("convert_cache", ours, back, "--model", folder)
     assert result.status == 0, result.err

@@ -78,13 +78,16 @@ def test_f16_text_is_mlx_lm_s(call, small):
 
 
 def test_counted_bytes_and_bits(call):
-    _, out, _ = call("-p", "the", "-m", 5, "-ctk", "turbo4", "-ctv", "turbo3", "--no-calibrate")
+    pair = ("-ctk", "turbo4", "-ctv", "turbo3", "--no-calibrate")
+    _, out, _ = call("-p", "the", "-m", 5, *pair, "--sink", 0, "--recent", 0)
     tokens = int(re.search(r"KV cache: (\d+) tokens", out).group(1))
     # 2 layers of 2 heads of 16 dimensions for K and for V, 16 bits each.
     f16 = tokens * 2 * 2 * 32 * 2
     assert f"{f16 * 4.5 / 16 / 2**20:.4f} MiB, 28.1% of f16 ({f16 / 2**20:.4f} MiB)" in out
     # A scale of 16 bits for every 16 values beside 4 and 3 bits.
-    assert "4.50 bits per value, uniform (2 x turbo4/turbo3 layers)" in out
+    assert "4.50 bits per value, turbo4/turbo3+0,0 (2 x turbo4/turbo3 layers)" in out
+    _, out, _ = call("-p", "the", "-m", 5, *pair)  # all of them are protected
+    assert "9.00 bits per value, turbo4/turbo3 (2 x turbo4/turbo3 layers)" in out
 
 
 def test_not_verbose_prints_the_text_alone(call):
@@ -118,7 +121,8 @@ def test_speculative_decoding_gives_the_same_text(call, small):
 @pytest.mark.parametrize("formats", [("f16", "f16"), ("q8_0", "turbo2")])
 def test_prompt_cache_file_goes_on_where_it_stopped(call, tmp_path, formats):
     file = tmp_path / "cache.safetensors"
-    options = ("-ctk", formats[0], "-ctv", formats[1])
+    # with protected tokens the text would depend on where the prompt was cut
+    options = ("-ctk", formats[0], "-ctv", formats[1], "--sink", 0, "--recent", 0)
     first = _answer(call("-p", "the", "-m", 6, "--prompt-cache-file", file, *options)[1])
     status, out, _ = call("-p", "cat", "-m", 6, "--prompt-cache-file", file)
     whole = _answer(call("-p", f"the{first}cat", "-m", 6, *options)[1])

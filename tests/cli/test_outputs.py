@@ -157,7 +157,7 @@ def test_bench_and_needle_keep_records_and_plots(model, tmp_path):
 
 def test_a_calibration_is_kept_whole(tmp_path, own_cache, monkeypatch):
     text = ("--text", small_texts(tmp_path), "--held-out", "none", "-c", 32, "--chunks", 2)
-    options = (*text, "--budget", 5, "--formats", "turbo4,q8_0", "--keys")
+    options = (*text, "--budget", 5, "--formats", "turbo4,q8_0", "--keys", "--recent", 0)
     model = write_small_gguf(tmp_path)
     folder = tmp_path / "full"
     out, said, err = _fails_after_the_run(

@@ -32,7 +32,9 @@ from mlx_turbokv.cache.base import PackedCache
 from mlx_turbokv.cli.run import COMMANDS, WITHOUT_CACHES, command_of
 from mlx_turbokv.loading import models
 
-FORMATS = ("-ctk", "turbo4", "-ctv", "turbo3")
+PAIR = ("-ctk", "turbo4", "-ctv", "turbo3")
+# without protected tokens, so that short texts are packed in these formats
+FORMATS = (*PAIR, "--sink", "0", "--recent", "0")
 PROMPT = "the quick brown fox"
 N = 8
 
@@ -72,7 +74,8 @@ def run(name, *args, formats=FORMATS, stdin=b""):
     with packed_only() as counted:
         result = call("run", *formats, "--", f"mlx_lm.{name}", *args, stdin=stdin)
     assert result.status == 0, result.err
-    assert counted and "KV cache uniform (3 x turbo4/turbo3 layers)" in result.err
+    assert counted and "(3 x turbo4/turbo3 layers)" in result.err
+    assert f"KV cache turbo4/turbo3{'+0,0' * (formats == FORMATS)}" in result.err
     return result, counted
 
 
@@ -223,7 +226,7 @@ DATA = [[(5 * i * i + 3 * i + 7 * row) % 90 + 2 for i in range(24)] for row in r
 
 def packed_caches(loaded):
     """What a command gives a model."""
-    options = {"centre": "auto", "tokenizer": loaded.tokenizer}
+    options = {"centre": "auto", "tokenizer": loaded.tokenizer, "sink": 0, "recent": 0}
     return make_prompt_cache(loaded.model, "turbo4", "turbo3", **options)
 
 
@@ -247,6 +250,29 @@ def test_perplexity_reads_packed_caches(folder, monkeypatch):
     own = models.load(folder).model
     plain = nn.losses.cross_entropy(own(mx.array(DATA)[:, :-1]), mx.array(DATA)[:, 1:]).mean()
     assert abs(found - math.exp(plain.item())) > 1e-3  # packing is seen
+
+
+def test_tokens_of_evaluations_do_not_see_each_other_as_they_were_made(folder, monkeypatch):
+    """With protected tokens a whole text in one call is read in steps of 32."""
+    data = mx.array([[(5 * i * i + 3 * i) % 90 + 2 for i in range(300)]])
+    monkeypatch.setattr("mlx_lm.perplexity.load_data", lambda *a, **k: data)
+    formats = ("-ctk", "turbo2", "-ctv", "turbo2", "--recent", "32")
+    with packed_only() as counted:
+        result = call("run", *formats, "--", "mlx_lm.perplexity", "--model", folder)
+    found = float(re.search(r"Perplexity: ([\d.]+)", result.out).group(1))
+    assert [shape[2] for _, shape in counted[::3]] == [32] * 9 + [11]
+    model, losses = models.load(folder).model, []
+    held = make_prompt_cache(model, "turbo2", "turbo2", recent=32)
+    for start in range(0, 299, 32):
+        stop = min(start + 32, 299)
+        logits = model(data[:, start:stop], cache=held)
+        target = data[:, start + 1 : stop + 1]
+        losses.append(nn.losses.cross_entropy(logits, target, reduction="none").flatten())
+    expected = math.exp(mx.concatenate(losses).mean().item())
+    assert found == pytest.approx(expected, rel=1e-4)
+    whole = model(data[:, :-1])
+    plain = nn.losses.cross_entropy(whole, data[:, 1:]).mean()
+    assert abs(found - math.exp(plain.item())) > 1e-3
 
 
 def lora_data(folder, tmp_path):

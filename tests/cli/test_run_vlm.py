@@ -62,7 +62,7 @@ class TestWithMlxVlm:
             with mock.patch.object(KVCache, "update_and_fetch", refuse):
                 result = self.generate(folder)
         assert result.status == 0, result.err
-        assert "KV cache uniform (3 x turbo4/turbo3 layers)" in result.err
+        assert "KV cache turbo4/turbo3 (3 x turbo4/turbo3 layers)" in result.err
         assert max(updates) > len("the quick") and updates.count(1) >= 3 * (N - 1)
 
     def test_q8_0_generates_the_text_of_mlx_vlm(self, folder) -> None:

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 from tiny_models import shared_model, tiny_model
 
 from mlx_turbokv.errors import InputError
 from mlx_turbokv.evaluate import calibrate as module
-from mlx_turbokv.evaluate.calibrate import calibrate, row_sizes, shapes_of
+from mlx_turbokv.evaluate.calibrate import row_sizes, shapes_of
 from mlx_turbokv.evaluate.checkpoint import Journal
 from mlx_turbokv.evaluate.configuration import layer_list, prepare
 from mlx_turbokv.evaluate.perplexity import evaluate_windows
-from mlx_turbokv.evaluate.sensitivity import Change, all_changes, measure
+from mlx_turbokv.evaluate.sensitivity import Change, all_changes
+from mlx_turbokv.evaluate.sensitivity import measure as measure_protected
 from mlx_turbokv.model.fingerprint import weights_digest
 from mlx_turbokv.policy import Protection
 
 KLD_TOLERANCE = 1e-7  # nats a position: the same sums in another order, in float32
 FORMATS = ("q8_0", "turbo4", "turbo2")
 F16 = ("f16", "f16")
+NONE = Protection(0, 0)  # windows here are shorter than what is protected by default
+measure = partial(measure_protected, protection=NONE)
+calibrate = partial(module.calibrate, protection=NONE)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +38,7 @@ def windows():
 
 
 def _kld(model, windows, pairs):
-    configs = [prepare(model, "f16/f16"), prepare(model, layer_list(pairs, "x"))]
+    configs = [prepare(model, "f16/f16"), prepare(model, layer_list(pairs, "x", NONE))]
     return np.array(evaluate_windows(model, windows, configs).summary()[1]["kld_by_window"])
 
 
@@ -60,7 +66,7 @@ def test_protected_tokens_are_measured_as_they_will_be_read(model):
     windows = np.random.default_rng(3).integers(0, 60, (2, 400)).astype(np.int32)
     base, change = [("turbo4", "turbo2")] * 3, Change(1, 0, "turbo2")
     protection = Protection(32, 32)
-    found = measure(model, windows, base, [change], protection=protection)
+    found = measure_protected(model, windows, base, [change], protection=protection)
     names = {"base": base, "changed": change.applied(base)}
     configs = [prepare(model, "f16/f16")]
     configs += [prepare(model, layer_list(x, name, protection)) for name, x in names.items()]
@@ -107,7 +113,7 @@ def test_policies_keep_their_budget(name):
 def test_refining_starts_from_an_assignment_and_moves_one_step(model, windows):
     shapes = shapes_of(model)
     _, (start,) = calibrate(model, windows, ["5"], FORMATS)
-    better = module.refine(model, windows, start, shapes, FORMATS)
+    better = module.refine(model, windows, start, shapes, FORMATS, protection=NONE)
     assert better.n_bytes <= start.budget.n_bytes
     for one, two in zip(start.pairs, better.pairs):
         for a, b in zip(one, two):
@@ -144,6 +150,12 @@ def test_logits_that_are_no_numbers_are_an_error(windows):
     broken.model.norm.weight = broken.model.norm.weight * float("nan")
     with pytest.raises(InputError, match="not finite"):
         measure(broken, windows, [F16], all_changes([F16], FORMATS))
+
+
+def test_windows_whose_tokens_are_all_protected_are_refused(model):
+    windows = np.zeros((1, 255), np.int32)
+    with pytest.raises(InputError, match="windows of 255 are protected.* at least 256 tokens"):
+        measure_protected(model, windows, [F16] * 3, [Change(0, 0, "turbo2")])
 
 
 def test_a_model_without_kv_layers_is_refused():

@@ -19,7 +19,7 @@ from mlx_turbokv.policy.files import read_layer_list, write_layer_list
 def small(tmp_path_factory):
     _, weights = small_model("llama")
     folder = tmp_path_factory.mktemp("calibrate")
-    text = "the quick fox & the lazy dog " * 12
+    text = "the quick fox & the lazy dog " * 24
     (folder / "a.txt").write_text(text)
     (folder / "b.txt").write_text(text[::-1])
     return folder, str(write_gguf(folder / "small.gguf", "llama", weights))
@@ -34,6 +34,7 @@ def call(capsys, small, tmp_path, monkeypatch):
         held_out = held_out if held_out == "none" else str(folder / held_out)
         given = ["--model", model, "--text", str(folder / text), "--held-out", held_out]
         given += ["-c", "32", "--chunks", "3", "--folder", str(out)]
+        given += [] if "--recent" in args else ["--sink", "0", "--recent", "0"]
         given += [] if held_out == "none" else ["--held-out-chunks", "2"]
         with pytest.raises(SystemExit) as ended:
             run(command, [*given, *map(str, args)])
@@ -96,19 +97,25 @@ def test_refining_and_another_base(call, tmp_path):
 
 
 def test_protected_tokens_are_those_of_the_policies_and_of_what_is_compared(call, tmp_path):
-    compared = ["--compare", "la-v7", "--compare", "turbo3/turbo3+0,0"]
-    options = [*BUDGETS, "--recent", "32", "--output", "json", *compared]
+    compared = ["--compare", "turbo3/turbo3", "--compare", "turbo3/turbo3+0,0"]
+    options = [*BUDGETS, "-c", "256", "--recent", "32", "--output", "json", *compared]
     status, out, _ = call(tmp_path, "--base", "f16/f16+32,64", *options)
     record = json.loads(out)
     assert status == 0 and record["calibration"]["protected"] == "32,32"
+    # the formats that la-v7 allows two layers are all q8_0
     results = {r["config"]: r["protected"] for r in record["held_out"]["results"]}
     assert results == {
-        "f16/f16": None, "bits-la-v7.json": "32,32", "bits-5.json": "32,32",
-        "la-v7+0,32": "0,32", "turbo3/turbo3+0,0": None,
+        "f16/f16": None, "bits-la-v7.json": None, "bits-5.json": "32,32",
+        "turbo3/turbo3+32,32": "32,32", "turbo3/turbo3+0,0": None,
     }  # fmt: skip
     assert read_layer_list(tmp_path / "bits-5.json").protection == Protection(32, 32)
-    status, _, err = call(tmp_path, *options)
+    status, _, err = call(tmp_path, *options, "--sink", "0")
     assert status == 2 and "other settings" in err
+
+
+def test_windows_whose_tokens_are_all_protected_are_refused(call, tmp_path):
+    status, _, err = call(tmp_path, "--recent", "32")
+    assert status == 2 and "All tokens of windows of 32 are protected" in err
 
 
 def test_means_of_keys_lie_beside_the_policies_and_are_what_was_measured(call, tmp_path, small):

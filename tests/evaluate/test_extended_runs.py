@@ -113,12 +113,12 @@ def test_bits_a_value_count_the_anchors(n: int) -> None:
     A table has 4 bytes for each of 16 pairs of 256 blocks, which are enough for 8,192 tokens.
     """
     model = centred_model()
-    k, v, both = prepare(model, "turbo4/turbo4", "reference").bits_at(n)
+    k, v, both = prepare(model, "turbo4/turbo4+0,0", "reference").bits_at(n)
     anchors = 8 * (3 * 2 * 32 * 4 + 256 * 16 * 4) / (n * 3 * 2 * 32)
     stored = 4 + 16 / 32
     assert (k, v) == (pytest.approx(stored + anchors, rel=1e-3), stored)
     assert both == pytest.approx(stored + anchors / 2, rel=1e-3)
-    assert prepare(model, "turbo4/turbo4", "reference", centre=False).bits_at(n)[0] == stored
+    assert prepare(model, "turbo4/turbo4+0,0", "reference", centre=False).bits_at(n)[0] == stored
 
 
 def test_bits_a_value_are_those_of_resident_bytes() -> None:

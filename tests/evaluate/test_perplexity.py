@@ -117,7 +117,7 @@ def test_divergence_of_masked_tokens_is_finite():
 
 def test_every_position_sees_a_quantised_cache(model, windows):
     """A run whose configuration is f16 has no distance; any other has one at every window."""
-    names = ["f16/f16", "q8_0/q8_0", "turbo2/turbo2", "mlx-kv4:32"]
+    names = ["f16/f16", "q8_0/q8_0", "turbo2/turbo2+0,0", "mlx-kv4:32"]
     found = evaluate_windows(model, windows, [configuration.prepare(model, n) for n in names])
     kld = [np.mean(np.concatenate(r.of("kld"))) for r in found.results]
     assert kld[0] == 0 < kld[1] < kld[2] and kld[3] > 0
@@ -245,7 +245,7 @@ def test_a_run_with_other_settings_is_refused(tmp_path):
 
 
 def test_summaries_and_tables_have_one_row_a_configuration(model, windows):
-    configs = [configuration.prepare(model, n) for n in ("f16/f16", "q8_0/turbo2@boundary:1,0")]
+    configs = [configuration.prepare(model, n) for n in ("f16/f16", "q8_0/turbo2@boundary:1,0+0,0")]
     summary = evaluate_windows(model, windows, configs).summary()
     record = summary[1]
     v = [layer[1] for layer in record["layer_bits"]]

@@ -36,7 +36,9 @@ def windows() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 60, (2, N_CTX)).astype(np.int32)
 
 
-@pytest.mark.parametrize("name", ["f16/f16", "turbo4/turbo2", "turbo4/turbo2+32,0"])
+@pytest.mark.parametrize(
+    "name", ["f16/f16", "turbo4/turbo2+0,0", "turbo4/turbo2+32,0", "la-v7", "q8_0/q8_0"]
+)
 def test_rows_that_are_stored_before_they_are_read_take_one_piece(model, windows, name) -> None:
     counting = Counting(model)
     batch_logits(counting, windows, prepare(model, name, "reference").make_caches())
@@ -45,12 +47,13 @@ def test_rows_that_are_stored_before_they_are_read_take_one_piece(model, windows
 
 @pytest.mark.parametrize("n", [100, 2048, 32768])
 def test_bits_are_those_of_all_rows(model, n: int) -> None:
-    plain = prepare(model, "turbo4/turbo3", "reference")
-    config = prepare(model, "turbo4/turbo3+32,128", "reference")
+    plain = prepare(model, "turbo4/turbo3+0,0", "reference")
+    config = prepare(model, "turbo4/turbo3", "reference")
     fine = min(n, 160) if n > 256 else n
     for found, coarse in zip(config.bits_at(n), plain.bits_at(n)):
         assert found == pytest.approx((fine * 8.5 + (n - fine) * coarse) / n)
-    assert prepare(model, "f16/f16+32,128").protection == Protection()
+    for name in ("f16/f16", "q8_0/q8_0", "q8_0/f16+32,128"):
+        assert prepare(model, name).protection == Protection()
 
 
 def test_protected_caches_take_steps_of_32_tokens(model, windows) -> None:
@@ -68,7 +71,8 @@ def test_a_first_piece_is_computed_once_where_all_read_it_as_it_was_made(windows
     model = tiny_model(kind, num_hidden_layers=2)
     counting, first = Counting(model), first_scored(N_CTX)
     shared = FirstPiece(counting)
-    names = ["f16/f16", "turbo4/turbo2+32,64", "f16/turbo3+0,32", "turbo4/turbo2", "q8_0/q8_0+0,64"]
+    names = ["f16/f16", "turbo4/turbo2+32,64", "f16/turbo3+0,32", "turbo4/turbo2+0,0"]
+    names.append("q8_0/turbo6+0,64")
     for name in names:
         config = prepare(model, name, "reference")
         found = batch_logits(counting, windows, config.make_caches(), shared)

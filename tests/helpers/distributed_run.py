@@ -18,7 +18,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from varied_models import varied_model
 
 POLICY = "boundary:1,1"
-PROMPT = [(7 * i * i + 3 * i + 1) % 89 for i in range(312)]  # nine tiles and most of a tenth
+# nine tiles and most of a tenth: five tiles leave the protected tail
+PROMPT = [(7 * i * i + 3 * i + 1) % 89 for i in range(312)]
 N_TOKENS = 12
 
 
@@ -53,7 +54,8 @@ def run(architecture: str, how: str) -> dict:
         for cache in caches
     ]
     heads = [cache.keys.shape[1] for cache in caches if hasattr(cache, "k_format")]
-    return {"tokens": tokens, "formats": formats, "heads": heads}
+    protected = [str(getattr(cache, "protection", "none")) for cache in caches]
+    return {"tokens": tokens, "formats": formats, "heads": heads, "protected": protected}
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ def test_tensor_parallel_gives_the_tokens_of_one_process(how: str, ranks) -> Non
         assert rank["tokens"] == one["tokens"]
         assert rank["formats"] == one["formats"]
         assert [2 * n for n in rank["heads"]] == one["heads"]
+        assert rank["protected"] == one["protected"] == ["0,0", *["32,128"] * 4, "0,0"]
 
 
 @pytest.mark.parametrize("architecture", [WINDOWED, HYBRID])
@@ -58,6 +59,8 @@ def test_pipeline_counts_kv_layers_over_the_whole_model(architecture: str, how: 
     assert first["tokens"] == last["tokens"] == one["tokens"]
     assert last["formats"] + first["formats"] == one["formats"]
     assert first["formats"] and last["formats"]
+    assert last["protected"] + first["protected"] == one["protected"]
+    assert one["protected"].count("32,128") == one["formats"].count("q8_0/turbo6")
 
 
 @pytest.mark.parametrize("how", SLIDING)

@@ -8,19 +8,96 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_models import shared_model
 
-from mlx_turbokv import InputError, LayerList, Uniform, load_policy
+from mlx_turbokv import InputError, LayerList, Uniform, load_policy, make_prompt_cache
 from mlx_turbokv.cli.options import policy_from
 from mlx_turbokv.cli.values import ProtectedType
 from mlx_turbokv.evaluate.configuration import parse_policy
+from mlx_turbokv.evaluate.notes import protection_notes
 from mlx_turbokv.loading.known_shapes import KNOWN
 from mlx_turbokv.loading.model_shape import shape_from_config
 from mlx_turbokv.policy.files import read_layer_list, write_layer_list
-from mlx_turbokv.policy.protection import LEAVE_TOGETHER, STEP, Protection
+from mlx_turbokv.policy.presets import MODES
+from mlx_turbokv.policy.protection import (
+    DEFAULT_PROTECTION,
+    LEAVE_TOGETHER,
+    STEP,
+    UNPROTECTED,
+    Protection,
+)
+from mlx_turbokv.policy.recommended import label
 from mlx_turbokv.report.plan import make_plan
 
 TILES = st.integers(0, 40).map(lambda n: STEP * n)
 PAIRS = [("turbo4", "turbo3")] * 3
+
+
+@pytest.mark.parametrize(
+    "name", ["uniform", "q8_0/turbo2", "boundary:1,1", "last:2:f16", "turbo4/turbo3@boundary:1,0"]
+)
+def test_tokens_are_protected_by_default(name: str, tmp_path: Path) -> None:
+    assert parse_policy(name).protection == DEFAULT_PROTECTION == Protection(32, 128)
+    write_layer_list(tmp_path / "p.json", PAIRS)
+    for found in (Uniform(), LayerList(tuple(PAIRS)), read_layer_list(tmp_path / "p.json")):
+        assert found.protection == DEFAULT_PROTECTION
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["la-v5", "la-v6", "la-v7", "boundary-v", *(f"mode-{n}" for n in MODES), "la-v7:turbo4",
+     "turbo4/turbo3@la-v7"],
+)  # fmt: skip
+def test_the_papers_presets_protect_what_is_asked_for(name: str) -> None:
+    assert parse_policy(name).protection == Protection(0, 0)
+    assert parse_policy(f"{name}+32,128").protection == DEFAULT_PROTECTION
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_environment_variable_selects_the_papers_semantics(mode: int) -> None:
+    environ = {"TURBO_LAYER_ADAPTIVE": str(mode)}
+    assert policy_from(environ=environ).protection == Protection(0, 0)
+    assert policy_from(environ=environ, recent=128).protection == Protection(0, 128)
+
+
+@pytest.mark.parametrize(
+    ("k", "v", "protects"),
+    [("turbo4", "turbo3", True), ("q8_0", "turbo2", True), ("turbo2", "f16", True),
+     ("q8_0", "q8_0", False), ("f16", "q8_0", False), ("q8_0", "turbo8", False)],
+)  # fmt: skip
+def test_layers_protect_tokens_where_these_take_other_bits(k: str, v: str, protects: bool) -> None:
+    for cache in make_prompt_cache(shared_model("llama"), k, v):
+        assert cache.protection == (DEFAULT_PROTECTION if protects else UNPROTECTED)
+    for cache in make_prompt_cache(shared_model("llama"), k, v, sink=0, recent=0):
+        assert cache.protection == UNPROTECTED
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("turbo4/turbo3", "turbo4/turbo3"),
+        ("turbo4/turbo3+32,128", "turbo4/turbo3"),
+        ("turbo4/turbo3+0,0", "turbo4/turbo3+0,0"),
+        ("la-v7", "la-v7"),
+        ("la-v7+0,0", "la-v7"),
+        ("la-v7+32,128", "la-v7+32,128"),
+        ("mode-0", "q8_0/turbo2+0,0"),
+    ],
+)
+def test_labels_say_what_is_not_the_default_of_their_kind(name: str, expected: str) -> None:
+    assert label(parse_policy(name)) == expected
+    assert parse_policy(expected) == parse_policy(name)
+
+
+def test_notes_name_who_protects() -> None:
+    found = {"f16/f16": None, "q8_0/q8_0": None, "a/turbo3": "32,128", "turbo4/b": "32,128"}
+    first = "The first 32 and at least the newest 128 tokens take 8.5 bits a value in a/turbo3, "
+    assert protection_notes(found) == [first + "turbo4/b."]
+    assert protection_notes(found | {"la-v7": None, "mlx-kv4": None}) == [
+        first + "turbo4/b.", "No tokens are protected in la-v7.",
+    ]  # fmt: skip
+    assert protection_notes({"turbo4/turbo3": None}) == ["No tokens are protected."]
+    assert protection_notes({"f16/f16": None, "mlx-kv4:64": None}) == []
 
 
 @pytest.mark.parametrize("name", ["uniform", "la-v7", "mode-2", "boundary:1,1", "last:2"])
@@ -64,7 +141,7 @@ def test_options_come_before_the_policys_file(tmp_path: Path) -> None:
     for options, expected in (({}, (64, 256)), ({"sink": 0}, (0, 256)), ({"recent": 32}, (64, 32))):
         found = policy_from(policy=str(path), environ={}, **options)
         assert found.protection == Protection(*expected)
-    assert policy_from(environ={}, sink=32).protection == Protection(32, 0)
+    assert policy_from(environ={}, policy="la-v7", sink=32).protection == Protection(32, 0)
 
 
 @pytest.mark.parametrize("text", ["33", "-32", "many", "1.5", "", "nan"])
@@ -112,8 +189,8 @@ def test_rows_that_are_stored(sink: int, recent: int, n: int) -> None:
 def test_a_plan_counts_protected_rows() -> None:
     shape = shape_from_config(KNOWN["Llama-3.1-8B"], "Llama-3.1-8B")
     policies = [
-        ("x", Uniform("turbo4", "turbo3")),
-        ("y", Uniform("turbo4", "turbo3").protecting(32, 128)),
+        ("x", Uniform("turbo4", "turbo3").protecting(0, 0)),
+        ("y", Uniform("turbo4", "turbo3")),
     ]
     plain, protected = make_plan(shape, policies, [100, 32768], memory_bytes=1 << 34).rows
     values = 32 * 8 * 2 * 128

@@ -77,7 +77,7 @@ def test_known_models(name: str, kv_layers: int, kv_heads: int, head_dim: int) -
 
 
 def test_bytes_against_hand_made_figures() -> None:
-    plan = plan_json("--model", "Llama-3.1-8B", "--config", "q8_0/turbo3", "-c", "1000")
+    plan = plan_json("--model", "Llama-3.1-8B", "--config", "q8_0/turbo3+0,0", "-c", "1000")
     values = 1000 * 32 * 8 * 128
     assert plan["f16_bytes"] == {"1000": 2 * 2 * values}
     assert plan["rows"][0]["bytes"] == {"1000": values * (8.5 + 3.125) / 8}
@@ -119,7 +119,8 @@ def test_windows_that_are_packed_are_counted_packed_and_bounded() -> None:
     plans = []
     for compress in (False, True):
         shape = shape_from_config(tiny_config("gemma3"), "tiny", compress)
-        plans.append(make_plan(shape, [("x", Uniform("q8_0", "turbo2"))], [10, 5000, 6000]))
+        policy = Uniform("q8_0", "turbo2").protecting(0, 0)
+        plans.append(make_plan(shape, [("x", policy)], [10, 5000, 6000]))
     alone, packed = plans
     assert packed.uncompressed_bytes_at == {10: 0, 5000: 0, 6000: 0}
     assert packed.f16_bytes_at == alone.f16_bytes_at
@@ -137,6 +138,7 @@ def test_windows_that_are_packed_are_counted_packed_and_bounded() -> None:
 def test_memory_goes_to_windows_and_states_first(tmp_path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(tiny_config("gemma3")))
     args = ["--model", str(tmp_path), "--gpu-memory", "256MB", "-ctk", "q8_0", "-ctv", "turbo2"]
+    args += ["--sink", "0", "--recent", "0"]
     plan = plan_json(*args, "--prefill-step-size", "1", "-c", "4096")
     free = plan["memory_bytes"] - plan["weight_bytes"]
     window = 3 * 2 * 16 * 32 * 2 * 2

@@ -19,7 +19,6 @@ from mlx_turbokv.loading.memory import apple_gpu_bytes
 
 GIB, MIB = 1 << 30, 1 << 20
 K = 1024
-PROTECTED = "--sink 32 --recent 128"
 
 
 def ask(*args: str) -> dict:
@@ -49,7 +48,7 @@ GPT_OSS = EXPERTS * 17 // 32 + (20_914_757_184 - EXPERTS - SMALL) * 17 // 16 + 2
 FITS = [
     # 36 layers of 8 heads of 128: turbo5/turbo4 82 + 66 bytes a head
     (
-        "Qwen3-8B", "16GB", "128K", f"-ctk turbo5 -ctv turbo4 {PROTECTED}",
+        "Qwen3-8B", "16GB", "128K", "-ctk turbo5 -ctv turbo4",
         QWEN3_8B + (128 * K - 128) * 36 * 8 * 148 + 160 * 36 * 8 * 272,
         scratch(128 * K, (4 * 4096 + 3 * 12288) * 4), 16 * GIB * 2 // 3,
     ),
@@ -67,13 +66,13 @@ FITS = [
     ),
     # 28 layers of 8 heads of 128: turbo3/turbo3 50 + 50
     (
-        "Llama-3.2-3B", "8GB", "128K", f"-ctk turbo3 -ctv turbo3 {PROTECTED}",
+        "Llama-3.2-3B", "8GB", "128K", "-ctk turbo3 -ctv turbo3",
         LLAMA_3B + (128 * K - 128) * 28 * 8 * 100 + 160 * 28 * 8 * 272,
         scratch(128 * K, (4 * 3072 + 3 * 8192) * 4), 8 * GIB * 2 // 3,
     ),
     # 80 layers of 8 heads of 128: turbo6/turbo5 98 + 82; of more than 32 GB, three quarters
     (
-        "Llama-3.3-70B", "64GB", "64K", f"-ctk turbo6 -ctv turbo5 {PROTECTED}",
+        "Llama-3.3-70B", "64GB", "64K", "-ctk turbo6 -ctv turbo5",
         LLAMA_70B + (64 * K - 128) * 80 * 8 * 180 + 160 * 80 * 8 * 272,
         scratch(64 * K, (4 * 8192 + 3 * 28672) * 4), 48 * GIB,
     ),
@@ -118,9 +117,9 @@ def test_the_question_of_the_help_ends_in_the_sentence_to_type() -> None:
     args = ["--model", "qwen3-8b", "--memory", "16GB", "-c", "128K"]
     last = CliRunner().invoke(command, args).stdout.splitlines()[-1]
     assert last == (
-        "Type -ctk turbo5 -ctv turbo4 --sink 32 --recent 128: with 131,072 tokens Qwen3-8B takes "
+        "Type -ctk turbo5 -ctv turbo4: with 131,072 tokens Qwen3-8B takes "
         "10.28 GiB of the 10.67 GiB that the GPU may use of 16.00 GiB (weights 4.29 GiB, cache "
-        "5.21 GiB, reading the prompt 801.00 MiB); f16/f16, q8_0/q8_0, turbo6/turbo5+32,128 and 2 "
+        "5.21 GiB, reading the prompt 801.00 MiB); f16/f16, q8_0/q8_0, turbo6/turbo5 and 2 "
         "more do not fit; the model was made for 40,960 tokens."
     )
 
@@ -142,8 +141,7 @@ def test_a_context_that_does_not_fit_says_which_does() -> None:
     # of n tokens at most 128 + 127 + 32 are protected, while n - 128 are not
     n = (free + 128 * row - 287 * 32 * 8 * 272) // (row + 2048)
     assert plan["verdict"].endswith(
-        f"; {n:,} tokens fit with -ctk turbo3 -ctv turbo2 {PROTECTED}; the model was made for "
-        "32,768 tokens."
+        f"; {n:,} tokens fit with -ctk turbo3 -ctv turbo2; the model was made for 32,768 tokens."
     )
     assert plan["verdict"].startswith("49,152 tokens of Mistral-7B-v0.3 do not fit: turbo3/turbo2")
 
