@@ -149,7 +149,8 @@ SHORT_WINDOW = {
 def test_a_batch_gives_what_sequences_give_alone(name: str) -> None:
     """Left padding, a prompt longer than a step, and windows that move on while decoding."""
     model = varied_model(name, **SHORT_WINDOW[name])
-    attach(model, k="q8_0", v="turbo6", compress_sliding=True)
+    # with newest tokens protected a text depends on where the prompt was cut
+    attach(model, k="q8_0", v="turbo6", compress_sliding=True, sink=32, recent=0)
     assert TurboRotatingKVCache in {type(cache) for cache in model.make_cache()}
     given = prompts([3, 90, 7, 41], seed=3)
     wanted = [one_by_one(model, prompt, 40) for prompt in given]

@@ -85,7 +85,7 @@ def answer_of(shown: str) -> str:
 def test_three_turns_saved_ended_loaded_and_gone_on_with(folder, answers) -> None:
     with terminal(folder) as first:
         head = first.until(PROMPT)
-        assert "KV cache uniform" in head and "/save FILE" in head
+        assert "KV cache q8_0/q8_0" in head and "/save FILE" in head
         n_tokens = []
         for question, answer in zip(QUESTIONS[:3], answers):
             shown = first.say(question)

@@ -385,7 +385,7 @@ def test_server_is_serve(folder, text):
     finally:
         process.terminate()
         process.wait(60)
-    assert found == text and "KV cache uniform" in said.getvalue()
+    assert found == text and "KV cache turbo4/turbo3+0,0" in said.getvalue()
 
 
 def test_a_missing_back_end_and_bad_formats_are_said_before_anything_is_loaded():

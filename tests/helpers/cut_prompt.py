@@ -1,8 +1,8 @@
 """Cuts a prompt of the default model in several ways; run where row counts round nothing.
 
 Prints, a line for each pair of formats and step: whether tokens and packed words are those of the
-uncut prompt. test_generation.py runs it with the weights quantised and OpenBLAS off, because then
-MLX computes each row of a product by itself.
+uncut prompt. No newest tokens are protected, or they would depend on the cut. test_generation.py
+runs it with the weights quantised and OpenBLAS off, because then MLX computes each row of a product by itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ TEXT = "The lighthouse stood at the edge of the world, and every evening its kee
 
 def run(model, prompt: list[int], pair: tuple[str, str], step: int) -> tuple[list[int], list]:
     """Tokens, and the words that the caches hold after them."""
-    caches = mlx_turbokv.make_prompt_cache(model, *pair, backend="reference")
+    options = {"backend": "reference", "sink": 32, "recent": 0}
+    caches = mlx_turbokv.make_prompt_cache(model, *pair, **options)
     tokens = greedy_tokens(model, prompt, caches, 3, prefill_step_size=step)
     parts = [part for cache in caches for part in (cache.body, cache.tail) if part is not None]
     mx.eval(parts)

@@ -30,7 +30,9 @@ KEY = ("model", None, None)
 @memoised
 def model_of(name: str, sliding: bool = False):
     model = varied_model(name, max_position_embeddings=4096)
-    return attach(model, "q8_0", "turbo3", backend="reference", compress_sliding=sliding)
+    options = {"backend": "reference", "compress_sliding": sliding}
+    # with newest tokens protected an answer depends on where the prompt was cut
+    return attach(model, "q8_0", "turbo3", **options, sink=32, recent=0)
 
 
 def prompt_of(n: int, seed: int = 0) -> list[int]:
@@ -159,22 +161,27 @@ def test_short_prompts_are_not_written(tmp_path) -> None:
     assert not list(tmp_path.glob("entry-*"))
 
 
+def attached(v: str = "turbo3", seed: int = 0, length: int = 4096, **options):
+    model = varied_model("llama", seed, max_position_embeddings=length)
+    return attach(model, "q8_0", v, **options)
+
+
 def test_entries_of_other_models_and_policies_are_not_used(tmp_path) -> None:
     prompt = prompt_of(LEAST_PROMPT)
     service = Service(model_of("llama"), DiskCache(tmp_path))
     service.answer(prompt)
     service.cache.close()
     others = [
-        attach(varied_model("llama", max_position_embeddings=4096), "q8_0", "turbo4"),
-        attach(varied_model("llama", seed=1, max_position_embeddings=4096), "q8_0", "turbo3"),
-        attach(varied_model("llama", max_position_embeddings=2048), "q8_0", "turbo3"),
+        attached("turbo4", sink=32, recent=0),
+        attached(sink=32, recent=0, seed=1),
+        attached(sink=32, recent=0, length=2048),
+        attached(),
     ]
     for other in others:
         service = Service(other, DiskCache(tmp_path))
         assert service.answer(prompt)[1] == 0
         service.cache.close()
-    same = attach(varied_model("llama", max_position_embeddings=4096), "q8_0", "turbo3")
-    service = Service(same, DiskCache(tmp_path))
+    service = Service(attached(sink=32, recent=0), DiskCache(tmp_path))
     assert service.answer(prompt)[1] == len(prompt) - 1
     service.cache.close()
 
