@@ -6,6 +6,7 @@ from math import comb
 
 from ..errors import InputError
 from ..evaluate.configuration import is_peer, parse_policy
+from ..evaluate.notes import may_protect
 from ..evaluate.tables import bytes_text
 from ..policy.recommended import options
 from .order import cache_bytes, longest
@@ -54,8 +55,9 @@ def _typed(row: dict) -> str:
         policy = parse_policy(row["config"])
     except InputError:
         return ""
-    if "protected" in row:
-        sink, recent = (row["protected"] or "0,0").split(",")
+    protected = row.get("protected")
+    if protected or may_protect(row["config"]):
+        sink, recent = (protected or "0,0").split(",")
         policy = policy.protecting(int(sink), int(recent))
     words = options(policy)
     return f" ({words})" if words else ""

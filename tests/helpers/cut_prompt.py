@@ -2,7 +2,7 @@
 
 Prints, a line for each pair of formats and step: whether tokens and packed words are those of the
 uncut prompt. No newest tokens are protected, or they would depend on the cut. test_generation.py
-runs it with the weights quantised and OpenBLAS off, because then MLX computes each row of a product by itself.
+runs it with the weights quantised and OpenBLAS off: then MLX computes each row of a product alone.
 """
 
 from __future__ import annotations
