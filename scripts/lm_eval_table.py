@@ -194,7 +194,7 @@ def main() -> None:
             started = time.perf_counter()
             given = kept_answers(Path(name), config, args)
             first = first or given
-            protected = "" if is_mlx_lm(config) else str(parse_policy(config).protection or "")
+            protected = "" if is_peer(config) else str(parse_policy(config).protection or "")
             rows.append(row(config, given, first) | {"protected": protected or None})
             print(f"{time.perf_counter() - started:.0f} s", rows[-1], flush=True)
             about = record(num_shots=args.num_shots, rows=rows)

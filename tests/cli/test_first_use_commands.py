@@ -108,7 +108,7 @@ def test_serve_measures_once(folder, remembered):
         with running("--model", folder, *FORMATS) as (process, address):
             assert ask(address, "/v1/completions", body)[0] == 200
             said = "".join(process.said)
-        assert f"KV cache turbo4/turbo3, {CENTRED}" in said
+        assert f"KV cache turbo3/f16, {CENTRED}" in said
         times.append([path.stat().st_mtime_ns for path in sorted(remembered.iterdir())])
         assert (MEASURING.format("tiny") in said) == (len(times) == 1)
     assert times[0] == times[1] and len(times[0]) == 2
