@@ -13,6 +13,7 @@ from ..cache.factory import attach
 from ..errors import InputError
 from ..model.caches import language_model
 from .attached import Attaching
+from .models import load_errors
 
 # mlx-vlm's prefix cache: whether it is used, and whether it stores prefixes on disk
 PREFIXES, ON_DISK = "APC_ENABLED", "APC_DISK_ENABLED"
@@ -53,8 +54,13 @@ class AttachingVLM(Attaching):
             super().run(name, args)
 
     def load(self, path_or_hf_repo: str, *args: Any, **options: Any) -> tuple[Any, ...]:
-        """As ``mlx_vlm.load``."""
-        loaded = self._load(path_or_hf_repo, *args, **options)
+        """As ``mlx_vlm.load``.
+
+        Raises:
+            InputError: the model is missing or cannot be loaded.
+        """
+        with load_errors(path_or_hf_repo, gguf=False):
+            loaded = self._load(path_or_hf_repo, *args, **options)
         name, model = Path(path_or_hf_repo).name, loaded[0]
         if not hasattr(language_model(model), "layers"):
             self.say(f"{name} has no language model with a KV cache.")

@@ -77,7 +77,7 @@ def load(
         loaded = _load_gguf(gguf, form, template)
         loaded.name = name or loaded.name
         if adapter_path is not None:
-            with _load_errors("from GGUF", adapter_path):
+            with load_errors("from GGUF", adapter_path):
                 _check_files(adapter_path)
                 load_adapters(loaded.model, adapter_path)
             loaded.model.eval()
@@ -228,7 +228,7 @@ def _load_mlx_lm(
     import mlx_lm
     from mlx_lm.utils import dequantize_model, get_total_parameters
 
-    with _load_errors(source, adapter_path):
+    with load_errors(source, adapter_path):
         for folder in (source, adapter_path):
             _check_files(folder)
         hub.check_reachable(source)
@@ -256,11 +256,11 @@ def _check_files(folder: str | None) -> None:
 
 
 @contextmanager
-def _load_errors(source: str, adapter_path: str | None = None) -> Iterator[None]:
+def load_errors(source: str, adapter: str | None = None, gguf: bool = True) -> Iterator[None]:
     """Turns the errors of mlx-lm and of the hub into InputErrors; others pass."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    accepted = "give a hub id, a folder or a .gguf file"
+    accepted = f"give a hub id{', a folder or a .gguf file' if gguf else ' or a folder'}"
     try:
         yield
     except HFValidationError as error:
@@ -274,7 +274,7 @@ def _load_errors(source: str, adapter_path: str | None = None) -> Iterator[None]
             f"The hub does not give the model {source} ({first_line(error)})."
         ) from error
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        with_adapters = f" with adapters {adapter_path}" if adapter_path else ""
+        with_adapters = f" with adapters {adapter}" if adapter else ""
         what = f"{error!r}" if isinstance(error, KeyError) else first_line(error)
         raise InputError(f"The model {source}{with_adapters} cannot be loaded ({what}).") from error
 

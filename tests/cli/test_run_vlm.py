@@ -65,6 +65,10 @@ class TestWithMlxVlm:
         assert "KV cache turbo4/turbo3 (3 x turbo4/turbo3 layers)" in result.err
         assert max(updates) > len("the quick") and updates.count(1) >= 3 * (N - 1)
 
+    def test_a_model_that_is_not_there_is_said_in_a_sentence(self) -> None:
+        error = self.generate("/no/such/model").error()
+        assert error == "There is no model at /no/such/model; give a hub id or a folder."
+
     def test_q8_0_generates_the_text_of_mlx_vlm(self, folder) -> None:
         own = self.generate(folder, formats=("-ctk", "f16", "-ctv", "f16")).out
         assert self.generate(folder, formats=("-ctk", "q8_0", "-ctv", "q8_0")).out == own
