@@ -1,7 +1,7 @@
 """A packed, layer-aware KV cache for mlx-lm models.
 
     from mlx_turbokv import attach
-    attach(model, k="q8_0", v="turbo2")
+    attach(model)  # or policy="near-lossless", or k="q8_0", v="turbo3"
 
 and everything in mlx-lm that makes a cache for ``model`` makes a packed one.
 """

@@ -10,7 +10,8 @@ from ..centring.first_use import FirstUse
 from ..errors import InputError
 from ..model.kinds import check_model
 from ..model.kv_layers import KVLayer
-from ..policy import Policy, Uniform, load_policy
+from ..policy import Policy, load_policy
+from ..policy.settings import default_policy
 from ..quant.formats import KVFormat
 
 KEPT_TOKENS = 4  # first tokens that stay when max_kv_size is reached; mlx-lm keeps as many
@@ -40,7 +41,10 @@ def check_max_kv_size(max_kv_size: int, centre: Any, layers: Iterable[KVLayer]) 
 
 
 def as_policy(
-    model: Any, k: KVFormat | str, v: KVFormat | str, policy: Policy | str | os.PathLike | None
+    model: Any,
+    k: KVFormat | str | None,
+    v: KVFormat | str | None,
+    policy: Policy | str | os.PathLike | None,
 ) -> Policy:
     """The policy that these arguments mean.
 
@@ -49,7 +53,7 @@ def as_policy(
     """
     check_model(model)
     if policy is None:
-        return Uniform(k, v)
+        return default_policy(k, v)
     if isinstance(policy, Policy):
         return policy
     if isinstance(policy, (str, os.PathLike)):

@@ -29,8 +29,8 @@ from .summary import leaves
 
 def make_prompt_cache(
     model: nn.Module,
-    k: KVFormat | str = "q8_0",
-    v: KVFormat | str = "turbo2",
+    k: KVFormat | str | None = None,
+    v: KVFormat | str | None = None,
     policy: Policy | str | os.PathLike | None = None,
     backend: str | None = None,
     centre: bool | str | os.PathLike | References | FirstUse = True,
@@ -45,8 +45,10 @@ def make_prompt_cache(
     """Caches for one sequence (or one batch) of ``model``: packed where its layers allow it.
 
     Args:
-        k, v: formats of K and V, where the policy does not set them.
-        policy: which layer gets which formats, an object or a name; None is the same everywhere.
+        k, v: formats of K and V, where the policy does not set them. Without a policy they are
+            those of every layer, and one that is not given is that of the setting ``balanced``.
+        policy: which layer gets which formats: an object, a JSON file or a name, such as those of
+            the settings ``near-lossless``, ``balanced`` and ``compact``.
         backend: ``metal``, ``cuda`` or ``reference``; None chooses.
         centre: whether turbo keys are centred: True by what there is (means beside a policy file,
             or the key projection's bias), "auto" the same, and where there is nothing by means that
@@ -83,8 +85,8 @@ def make_prompt_cache(
 
 def attach(
     model: nn.Module,
-    k: KVFormat | str = "q8_0",
-    v: KVFormat | str = "turbo2",
+    k: KVFormat | str | None = None,
+    v: KVFormat | str | None = None,
     policy: Policy | str | os.PathLike | None = None,
     backend: str | None = None,
     centre: bool | str | os.PathLike | References | FirstUse = True,

@@ -11,6 +11,8 @@ import click
 from .. import policy as policies
 from ..centring import AUTO
 from ..errors import InputError
+from ..policy.policies import DEFAULT_K, DEFAULT_V
+from ..policy.settings import DEFAULT, SETTINGS, default_policy
 from ..quant.formats import FORMAT_NAMES, KVFormat
 from .values import (
     BACKEND_VARIABLE,
@@ -25,16 +27,16 @@ from .values import (
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-DEFAULT_POLICY = "la-v7"
 DTYPES = ("float32", "float16", "bfloat16")
 CACHE_ARGUMENTS = ("cache_type_k", "cache_type_v", "policy", "boundary", "layer_adaptive")
 CACHE_ARGUMENTS += ("sink", "recent")
+_PAIR = SETTINGS[DEFAULT]
 CACHE_HELP = (
-    "Without cache options: K q8_0 and V by Boundary V (la-v7: q8_0 in the first and last two KV "
-    "layers, turbo2 between). -ctv alone gives V that format in every layer; with a policy, "
-    "-ctk and -ctv are the formats of the layers that it leaves open. At most one of --policy, "
-    "--boundary and --layer-adaptive is accepted, and each overrides TURBO_LAYER_ADAPTIVE. The "
-    "chosen formats alone never select a policy."
+    f"Without cache options: the setting {DEFAULT} (K {_PAIR.k}, V {_PAIR.v}). -ctk and -ctv "
+    "without a policy are the formats of every layer, and one that is not given is that setting's; "
+    "with a policy they are the formats of the layers that it leaves open. At most one of "
+    "--policy, --boundary and --layer-adaptive is accepted, and each overrides "
+    "TURBO_LAYER_ADAPTIVE."
 )
 _FORMATS = f"{', '.join(FORMAT_NAMES)} or turboN:32"
 
@@ -110,15 +112,18 @@ protection = combined(
 policy = combined(
     click.option(
         "-ctk", "--cache-type-k", type=FormatType(),
-        help=f"K's format where no policy sets it: {_FORMATS}.  [default: q8_0]",
+        help=f"K's format where no policy sets it: {_FORMATS}.  [default: {_PAIR.k}; "
+        f"{DEFAULT_K} with a policy]",
     ),
     click.option(
         "-ctv", "--cache-type-v", type=FormatType(),
-        help=f"V's format where no policy sets it: {_FORMATS}.  [default: turbo2]",
+        help=f"V's format where no policy sets it: {_FORMATS}.  [default: {_PAIR.v}; "
+        f"{DEFAULT_V} with a policy]",
     ),
     click.option(
         "--policy", metavar="NAME|FILE",
-        help="A policy: uniform, la-v5, la-v6, la-v7, mode-N, boundary:A,B, last:N or a JSON file.",
+        help=f"A setting ({', '.join(SETTINGS)}) or a policy: uniform, la-v5, la-v6, la-v7, "
+        "mode-N, boundary:A,B, last:N or a JSON file.",
     ),
     click.option(
         "--boundary", metavar="A,B[:FORMAT]",
@@ -250,7 +255,7 @@ def policy_from(
     """The policy that the cache options ask for.
 
     Precedence: one of ``--policy``, ``--boundary`` and ``--layer-adaptive``; then the environment
-    variable TURBO_LAYER_ADAPTIVE; then ``-ctv``, the same in every layer; then la-v7.
+    variable TURBO_LAYER_ADAPTIVE; then ``default_policy`` of ``-ctk`` and ``-ctv``.
 
     Args:
         sink, recent: protected tokens; None: as many as the policy says.
@@ -274,8 +279,6 @@ def policy_from(
         found = policies.layer_adaptive(layer_adaptive, k, v)
     elif (from_env := policies.from_environment(k, v, environ)) is not None:
         found = from_env
-    elif v is None:
-        found = policies.load_policy(DEFAULT_POLICY, k)
     else:
-        found = policies.Uniform(k or "q8_0", v)
+        found = default_policy(k, v)
     return found.protecting(sink, recent)

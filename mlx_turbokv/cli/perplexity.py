@@ -34,9 +34,9 @@ DEFAULT_CTX = 512
 @click.option("-c", "--ctx-size", default=DEFAULT_CTX, type=COUNT, help="Tokens a window.")
 @click.option("--chunks", type=COUNT, help="Windows to score.  [default: all of the text]")
 @options.configs(
-    "K/V (q8_0/turbo3), a policy (la-v7 or a JSON file), K/V@POLICY, POLICY:K, or mlx-kvN:GROUP "
-    "for mlx-lm's own quantised cache; repeatable. f16/f16 is put first, as the reference. "
-    "Without it: a table of eleven."
+    "K/V (q8_0/turbo3), a setting or policy (balanced, la-v7, a JSON file), K/V@POLICY, POLICY:K, "
+    "or mlx-kvN:GROUP for mlx-lm's own quantised cache; repeatable. f16/f16 is put first, as the "
+    "reference. Without it: a table of eleven."
 )
 @options.combined(options.centre, options.backend, options.compress_sliding)
 @options.combined(options.output, options.markdown, options.json, options.resume)

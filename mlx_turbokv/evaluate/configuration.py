@@ -1,8 +1,9 @@
 """The configurations of an evaluation: a name for each way of storing K and V.
 
-Names: `K/V` (one pair in every layer), a policy's name or file, `K/V@POLICY` and `POLICY:K` (the
-formats that a policy leaves open), and other projects' caches: `mlx-kvN[:GROUP]`, mlx-lm's affine
-`kv_bits`, and `llama-q4_0` and `llama-q5_1`, llama.cpp's rotated cache (simulated, llama_cpp.py).
+Names: `K/V` (one pair in every layer), a setting, a policy's name or file, `K/V@POLICY` and
+`POLICY:K` (the formats that a policy leaves open), and other projects' caches: `mlx-kvN[:GROUP]`,
+mlx-lm's affine `kv_bits`, and `llama-q4_0` and `llama-q5_1`, llama.cpp's rotated cache (simulated,
+llama_cpp.py).
 `NAME+SINK,RECENT` protects so many tokens; without it they are those of the options of these
 names: 32 and 128, and none with the paper's presets.
 """
@@ -34,8 +35,8 @@ DEFAULT_CONFIGS = (
     "mode-10", "turbo4/turbo4", "turbo3/turbo3",
 )  # fmt: skip
 ACCEPTED = (
-    "K/V such as q8_0/turbo3, a policy, K/V@POLICY, POLICY:K, NAME+SINK,RECENT, mlx-kvN:GROUP, "
-    "llama-q4_0 or llama-q5_1"
+    "K/V such as q8_0/turbo3, a setting or a policy, K/V@POLICY, POLICY:K, NAME+SINK,RECENT, "
+    "mlx-kvN:GROUP, llama-q4_0 or llama-q5_1"
 )
 _MLX_LM_NAME = re.compile(r"mlx-kv([2348])(?::(32|64|128))?")
 _LLAMA_CPP_NAME = re.compile(f"llama-({'|'.join(llama_cpp.FORMATS)})")

@@ -15,12 +15,14 @@ from ..quant.formats import KVFormat, as_format
 from .files import read_layer_list
 from .policies import DEFAULT_K, DEFAULT_V, Boundary, LastN, Policy, Preset, Uniform
 from .protection import UNPROTECTED
+from .settings import SETTINGS
 
 ENVIRONMENT = "TURBO_LAYER_ADAPTIVE"
 PRESETS = {"la-v5": 5, "la-v6": 6, "la-v7": 7, "boundary-v": 7}
 MODES = (0, 1, 2, 5, 6, 7, 10)
 ACCEPTED = (
-    "uniform, la-v5, la-v6, la-v7 (or boundary-v), mode-N (N one of 0, 1, 2, 5, 6, 7, 10), "
+    f"{', '.join(SETTINGS)}, uniform, la-v5, la-v6, la-v7 (or boundary-v), "
+    "mode-N (N one of 0, 1, 2, 5, 6, 7, 10), "
     "boundary:A,B[:V or :K/V], last:N[:V or :K/V] and the path of a JSON file"
 )
 
@@ -90,19 +92,28 @@ def load_policy(
 ) -> Policy:
     """A policy by name, or from a JSON file.
 
-    Names: ``uniform``, the presets, ``mode-N``, ``boundary:A,B`` and ``last:N``; the last two give
-    V q8_0 in the layers they name, or what follows a second colon: ``boundary:2,2:f16`` sets V,
-    ``last:8:q8_0/turbo4`` sets K and V.
+    Names: the settings (``balanced``), ``uniform``, the presets, ``mode-N``, ``boundary:A,B`` and
+    ``last:N``; the last two give V q8_0 in the layers they name, or what follows a
+    second colon: ``boundary:2,2:f16`` sets V, ``last:8:q8_0/turbo4`` sets K and V.
 
     Args:
         k: K's format where the policy leaves it open (default q8_0).
         v: V's format where the policy leaves it open (default turbo2).
 
     Raises:
-        InputError: no such name, an unreadable file, or ``k``/``v`` given beside a file.
+        InputError: no such name, an unreadable file, or ``k``/``v`` given beside a file or a
+            setting, which leave none open.
     """
     text = os.fspath(name).strip()
     lower = text.lower()
+    if lower in SETTINGS:
+        found = SETTINGS[lower]
+        if k is not None or v is not None:
+            raise InputError(
+                f"Policy {lower!r} is K {found.k} and V {found.v}: other formats cannot be given "
+                "beside it. Give K and V formats alone."
+            )
+        return found
     if lower == "uniform":
         return Uniform(k or DEFAULT_K, v or DEFAULT_V)
     if lower in PRESETS:

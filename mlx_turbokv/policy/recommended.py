@@ -5,26 +5,31 @@
 
 from __future__ import annotations
 
+from ..quant.formats import as_format
 from .policies import Policy, Preset, Uniform
 from .presets import load_policy
+from .settings import SETTINGS, Setting
 
-_PAIRS = (
-    ("turbo6", "turbo5"), ("turbo5", "turbo4"), ("turbo4", "turbo3"),
-    ("turbo3", "turbo3"), ("turbo3", "turbo2"),
-)  # fmt: skip
+# What lies between the settings.
+_PAIRS = (("turbo5", "turbo4"), ("turbo3", "turbo3"))
 
 
 def recommended() -> list[Policy]:
     """Policies in order of their quality: f16, pairs with protected tokens, then without.
 
-    F16 and q8_0 protect themselves. The paper's policy is among those without.
+    The settings are among the former, the paper's policy is among the latter. F16 and q8_0 protect
+    themselves.
     """
-    turbo = [Uniform(k, v) for k, v in _PAIRS]
+    settings = list(SETTINGS.values())
+    named = {(str(x.k), str(x.v)) for x in settings}
+    turbo = [*settings, *(Uniform(*pair) for pair in _PAIRS if pair not in named)]
+    turbo.sort(key=lambda x: (as_format(x.k).bits + as_format(x.v).bits, as_format(x.k).bits))
+    turbo.reverse()
     return [
         Uniform("f16", "f16"),
         Uniform("q8_0", "q8_0"),
         *turbo,
-        *(pair.protecting(0, 0) for pair in turbo[:3]),
+        *(pair.protecting(0, 0) for pair in settings[:2]),
         load_policy("la-v7"),
     ]
 
@@ -34,7 +39,7 @@ def label(policy: Policy) -> str:
 
     Protected tokens are left out where a policy of this name has them by default.
     """
-    name = f"{policy.k}/{policy.v}" if isinstance(policy, Uniform) else policy.name
+    name = f"{policy.k}/{policy.v}" if type(policy) is Uniform else policy.name
     own = policy.protection
     return name + (f"+{own}" if own != policy.default_protection else "")
 
@@ -51,9 +56,9 @@ def options(policy: Policy) -> str | None:
 
     Protected tokens are left out where they are the default.
     """
-    if isinstance(policy, Uniform):
+    if type(policy) is Uniform:
         words = [f"-ctk {policy.k} -ctv {policy.v}"]
-    elif policy == _preset(policy):
+    elif isinstance(policy, Setting) or policy == _preset(policy):
         words = [f"--policy {policy.name}"]
     else:
         return None

@@ -11,6 +11,7 @@ from ..evaluate.notes import protection_notes
 from ..evaluate.tables import Table, bytes_text
 from ..loading.weight_bits import bits_text
 from ..model.shapes import KVShape
+from ..policy.settings import Setting
 from .plan import Plan, Row, raw_index_v_bits, runs
 from .verdict import chosen, verdict
 
@@ -160,6 +161,7 @@ def _notes(plan: Plan) -> list[str]:
             )
     lines += plan.model.layers.notes()
     lines += _uncompressed(plan)
+    lines += _settings(plan)
     lines += _protected(plan)
     lines += _counted(plan)
     if sentence := verdict(plan):
@@ -167,6 +169,13 @@ def _notes(plan: Plan) -> list[str]:
     elif plan.model.max_context and max(plan.contexts, default=0) > plan.model.max_context:
         lines.append(f"The model's context is {plan.model.max_context:,} tokens.")
     return lines
+
+
+def _settings(plan: Plan) -> list[str]:
+    """The formats of the settings that are rows."""
+    found = {x.name: f"{x.k}/{x.v}" for row in plan.rows if isinstance(x := row.policy, Setting)}
+    named = [f"{name} is {pair}" for name, pair in found.items()]
+    return [f"{', '.join(named)}."] if named else []
 
 
 def _protected(plan: Plan) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..evaluate.tables import bytes_text
+from ..policy.settings import DEFAULT, SETTINGS
 from .plan import Plan, Row
 
 _MOST_NAMES = 3
@@ -47,8 +48,9 @@ def _takes(plan: Plan, row: Row, n: int) -> str:
     }
     known = {name: size for name, size in parts.items() if size}
     listed = ", ".join(f"{name} {bytes_text(size)}" for name, size in known.items())
+    default = " (the default: nothing to type)" if row.policy == SETTINGS[DEFAULT] else ""
     return (
-        f"Type {row.typed or row.name}: with {n:,} tokens {plan.model.name} takes "
+        f"Type {row.typed or row.name}{default}: with {n:,} tokens {plan.model.name} takes "
         f"{bytes_text(sum(known.values()))} of {_limit(plan)} ({listed})"
     )
 

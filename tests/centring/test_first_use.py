@@ -101,7 +101,11 @@ def test_means_are_those_of_calibrate_keys_on_the_same_text():
 
 def test_measured_keys_bring_quality():
     model = planted_model()
-    plain, centred = (divergence(model, caches(model, centre=c)) for c in (True, "auto"))
+    # protected tokens would hide what the formats do to a short text
+    protects = {"sink": 0, "recent": 0}
+    plain, centred = (
+        divergence(model, caches(model, centre=c, **protects)) for c in (True, "auto")
+    )
     assert centred < 0.1 * plain and plain > 0.02
 
 

@@ -275,7 +275,7 @@ def test_cache_prompt_needs_a_prompt_and_a_file(folders, tmp_path):
 
 def test_the_json_of_generate_is_its_text_and_its_cache(folders, tmp_path):
     folder = folders("llama")
-    common = ("generate", "--model", folder, "-p", QUESTIONS[0], "-m", N)
+    common = ("generate", "--model", folder, "-p", QUESTIONS[0], "-m", N, "-ctk", "q8_0")
     text = call(*common).out.split("=" * 10 + "\n")[1]
     found = json.loads(call(*common, "--output", "json").out)
     assert found["text"] + "\n" == text and found["finish_reason"] in ("stop", "length")

@@ -22,6 +22,7 @@ from mlx_turbokv.cli.entry import run
 from mlx_turbokv.cli.generate import command
 from mlx_turbokv.errors import InputError
 from mlx_turbokv.loading import models
+from mlx_turbokv.policy.settings import DEFAULT, PAIRS
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def _bad(result, *words):
 
 
 def test_closing_lines(call):
-    status, out, err = call("-p", "the", "-m", 5)
+    status, out, err = call("-p", "the", "-m", 5, "--no-calibrate")
     assert status == 0
     lines = out.split("==========\n")[2].splitlines()
     assert re.fullmatch(r"Prompt: 1 tokens, [\d.]+ tokens-per-sec", lines[0])
@@ -65,7 +66,8 @@ def test_closing_lines(call):
     assert re.fullmatch(r"Peak memory: [\d.]+ GB", lines[2])
     assert re.fullmatch(
         r"KV cache: \d tokens, [\d.]+ MiB, [\d.]+% of f16 \([\d.]+ MiB\), [\d.]+ MiB resident, "
-        r"[\d.]+ bits per value, la-v7 \(.*2 x q8_0/q8_0 layers\), \w+ back-end",
+        rf"[\d.]+ bits per value, {DEFAULT} \(2 x {'/'.join(PAIRS[DEFAULT])} layers\), "
+        r"keys not centred, \w+ back-end",
         lines[3],
     )
 
@@ -168,7 +170,7 @@ def test_foreign_prompt_caches(call, saved):
 
 
 def test_mismatched_prompt_caches(call, saved, tmp_path):
-    _bad(call("-p", "a", "--prompt-cache-file", saved, "-ctv", "turbo3"), "q8_0/turbo3")
+    _bad(call("-p", "a", "--prompt-cache-file", saved, "-ctv", "turbo2"), "/turbo2")
     other = str(write_small_gguf(tmp_path, "qwen2"))
     _bad(call("-p", "a", "--prompt-cache-file", saved, model=other), "belongs to the model")
 
@@ -194,7 +196,7 @@ def test_more_than_the_memory_is_a_warning(call, monkeypatch):
 
 
 def test_max_kv_size_bounds_the_cache_and_not_the_text(call, tmp_path):
-    _, out, _ = call("-p", "the", "-m", 400, "--max-kv-size", 64)
+    _, out, _ = call("-p", "the", "-m", 400, "--max-kv-size", 64, "--policy", "la-v7")
     pattern = r"KV cache: (\d+) tokens, .* of f16 \(([\d.]+) MiB\), ([\d.]+) MiB resident"
     tokens, f16, resident = map(float, re.search(pattern, out).groups())
     assert tokens > 300
@@ -208,9 +210,10 @@ def test_max_kv_size_bounds_the_cache_and_not_the_text(call, tmp_path):
 
 
 def test_a_draft_model_is_refused_beyond_a_window(call, small):
-    draft = ("--draft-model", small, "--max-kv-size", 16)
+    policy = ("--policy", "la-v7")  # keys of windows are not centred
+    draft = ("--draft-model", small, "--max-kv-size", 16, *policy)
     _bad(call("-p", "the", "-m", 30, *draft), "beyond a window of 16 tokens")
-    plain = _answer(call("-p", "the", "-m", 5)[1])
+    plain = _answer(call("-p", "the", "-m", 5, *policy)[1])
     assert _answer(call("-p", "the", "-m", 5, *draft)[1]) == plain
 
 

@@ -25,6 +25,7 @@ from mlx_turbokv.policy import (
 )
 from mlx_turbokv.policy.files import read_layer_list, write_layer_list
 from mlx_turbokv.policy.presets import MODES
+from mlx_turbokv.policy.settings import DEFAULT, PAIRS
 from mlx_turbokv.quant.formats import FORMAT_NAMES, KVFormat
 
 FORMATS = st.sampled_from(FORMAT_NAMES)
@@ -237,11 +238,12 @@ SEVEN = {"TURBO_LAYER_ADAPTIVE": "7"}
 @pytest.mark.parametrize(
     ("options", "environ", "expected"),
     [
-        ({}, {}, ["q8_0/q8_0"] * 2 + ["q8_0/turbo2"] * 2 + ["q8_0/q8_0"] * 2),
-        ({"cache_type_v": TURBO3}, {}, ["q8_0/turbo3"] * 6),
+        ({}, {}, ["/".join(PAIRS[DEFAULT])] * 6),
+        ({"cache_type_v": TURBO3}, {}, [f"{PAIRS[DEFAULT][0]}/turbo3"] * 6),
         ({"cache_type_k": TURBO3, "cache_type_v": Q8}, {}, ["turbo3/q8_0"] * 6),
+        ({"cache_type_k": TURBO3}, {}, [f"turbo3/{PAIRS[DEFAULT][1]}"] * 6),
         (
-            {"cache_type_k": TURBO3},
+            {"policy": "la-v7", "cache_type_k": TURBO3},
             {},
             ["turbo3/q8_0"] * 2 + ["turbo3/turbo2"] * 2 + ["turbo3/q8_0"] * 2,
         ),

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 
 from mlx_turbokv.cli.plan import command
 from mlx_turbokv.loading.memory import apple_gpu_bytes
+from mlx_turbokv.policy.settings import DEFAULT
 
 GIB, MIB = 1 << 30, 1 << 20
 K = 1024
@@ -72,7 +73,7 @@ FITS = [
     ),
     # 80 layers of 8 heads of 128: turbo6/turbo5 98 + 82; of more than 32 GB, three quarters
     (
-        "Llama-3.3-70B", "64GB", "64K", "-ctk turbo6 -ctv turbo5",
+        "Llama-3.3-70B", "64GB", "64K", "--policy near-lossless",
         LLAMA_70B + (64 * K - 128) * 80 * 8 * 180 + 160 * 80 * 8 * 272,
         scratch(64 * K, (4 * 8192 + 3 * 28672) * 4), 48 * GIB,
     ),
@@ -119,9 +120,18 @@ def test_the_question_of_the_help_ends_in_the_sentence_to_type() -> None:
     assert last == (
         "Type -ctk turbo5 -ctv turbo4: with 131,072 tokens Qwen3-8B takes "
         "10.28 GiB of the 10.67 GiB that the GPU may use of 16.00 GiB (weights 4.29 GiB, cache "
-        "5.21 GiB, reading the prompt 801.00 MiB); f16/f16, q8_0/q8_0, turbo6/turbo5 and 2 "
+        "5.21 GiB, reading the prompt 801.00 MiB); f16/f16, q8_0/q8_0, near-lossless and 2 "
         "more do not fit; the model was made for 40,960 tokens."
     )
+
+
+def test_the_default_needs_no_typing() -> None:
+    args = ["--model", "Qwen3-8B", "--memory", "16GB", "-c", "128K", "--config", "compact"]
+    assert ask(*args)["verdict"].startswith("Type --policy compact: with")
+    args += ["--config", DEFAULT, "--config", f"{DEFAULT}+0,0"]
+    plan = ask(*args[:6], *args[8:])
+    said = f"Type --policy {DEFAULT} (the default: nothing to type): with"
+    assert plan["verdict"].startswith(said) and plan["chosen"] == DEFAULT
 
 
 def test_weights_that_do_not_fit() -> None:
@@ -141,9 +151,9 @@ def test_a_context_that_does_not_fit_says_which_does() -> None:
     # of n tokens at most 128 + 127 + 32 are protected, while n - 128 are not
     n = (free + 128 * row - 287 * 32 * 8 * 272) // (row + 2048)
     assert plan["verdict"].endswith(
-        f"; {n:,} tokens fit with -ctk turbo3 -ctv turbo2; the model was made for 32,768 tokens."
+        f"; {n:,} tokens fit with --policy compact; the model was made for 32,768 tokens."
     )
-    assert plan["verdict"].startswith("49,152 tokens of Mistral-7B-v0.3 do not fit: turbo3/turbo2")
+    assert plan["verdict"].startswith("49,152 tokens of Mistral-7B-v0.3 do not fit: compact")
 
 
 def test_smaller_steps_leave_room() -> None:
