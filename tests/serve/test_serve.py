@@ -18,16 +18,19 @@ import pytest
 from command_calls import refused
 from gguf_files import write_small_gguf
 from mlx_lm import stream_generate
+from protected import assert_protects
 from server_process import SERVE, running
 
-from mlx_turbokv import load_policy, make_prompt_cache
+from mlx_turbokv import make_prompt_cache
 from mlx_turbokv.errors import InputError
+from mlx_turbokv.evaluate.configuration import parse_policy
 from mlx_turbokv.loading import models
 from mlx_turbokv.serve.options import parse
 
 pytestmark = pytest.mark.slow
 
 N_TOKENS = 8
+PROTECTED = ("--policy", "la-v7", "--sink", "32", "--recent", "128")
 GENERATE = [sys.executable, "-c", "from mlx_turbokv.cli.generate import main; main()"]
 QUESTIONS = [
     "What is the capital of Italy?",
@@ -39,7 +42,7 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[tuple[subprocess.Popen, str]]:
-    with running("--policy", "la-v7", "--prompt-cache-size", "4") as started:
+    with running(*PROTECTED, "--prompt-cache-size", "4") as started:
         yield started
 
 
@@ -57,7 +60,8 @@ def expected() -> dict[str, str]:
         prompt = loaded.tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True
         )
-        cache = make_prompt_cache(loaded.model, policy=load_policy("la-v7"))
+        cache = make_prompt_cache(loaded.model, policy=parse_policy("la-v7+32,128"))
+        assert_protects(cache)
         parts = stream_generate(
             loaded.model, loaded.tokenizer, prompt, max_tokens=N_TOKENS, prompt_cache=cache
         )
@@ -82,7 +86,7 @@ def test_answer_is_that_of_unbatched_generation(client, expected) -> None:
 
 
 def test_answer_is_that_of_the_generate_command(client) -> None:
-    options = ["-p", QUESTIONS[0], "-m", str(N_TOKENS), "--policy", "la-v7"]
+    options = ["-p", QUESTIONS[0], "-m", str(N_TOKENS), *PROTECTED]
     printed = subprocess.run(GENERATE + options, capture_output=True, text=True, check=True)
     answer = client.chat.completions.create(**chat(QUESTIONS[0]))
     assert printed.stdout.split("=" * 10 + "\n")[1] == answer.choices[0].message.content + "\n"
@@ -158,7 +162,7 @@ def test_bad_request_gets_an_answer_and_stops_nothing(server, client, path, body
 def test_what_is_served_is_said(server) -> None:
     said = "".join(server[0].said)
     assert "Serving SmolLM2-135M-Instruct" in said
-    assert "KV cache la-v7, " in said
+    assert "KV cache la-v7+32,128, " in said
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
