@@ -7,7 +7,6 @@ from functools import partial
 from typing import NamedTuple
 
 import kernel_variants as variants
-import protected_variants
 
 from mlx_turbokv.kernels.backend import Backend
 
@@ -55,8 +54,11 @@ def groups(parts, pairs, lengths, backend: Backend) -> Iterator[Group]:
             if name.startswith("kv_bits"):
                 make[name] = partial(variants.kv_bits_attention, bits=int(name[-1]))
             elif name.endswith(" protected"):
+                # earlier trees, which --against times, have no protected tokens
+                from protected_variants import protected_attention
+
                 pair = name.partition(" ")[0]
-                make[name] = partial(protected_variants.protected_attention, pair, backend=backend)
+                make[name] = partial(protected_attention, pair, backend=backend)
             else:
                 pair, _, how = name.partition(" ")
                 make[name] = partial(variants.packed_attention, pair, backend=backend, how=how)
@@ -84,13 +86,13 @@ def groups(parts, pairs, lengths, backend: Backend) -> Iterator[Group]:
         for n in lengths:
             yield attention("protected", HEADS, HEAD_DIM, n, [*pairs, *protected])
     if "prefill" in parts:
+        from protected_variants import fp16_prefill, prefill
+
         for n in PREFILL_TOKENS:
-            make = {"fp16": protected_variants.fp16_prefill}
+            make = {"fp16": fp16_prefill}
             for pair in pairs:
                 for name, on in ((pair, False), (f"{pair} protected", True)):
-                    make[name] = partial(
-                        protected_variants.prefill, pair, backend=backend, protected=on
-                    )
+                    make[name] = partial(prefill, pair, backend=backend, protected=on)
             yield Group("prefill", "prefill", HEADS, HEAD_DIM, n, make, queries=CHUNK_TOKENS)
     if "batches" in parts:
         for heads, batch in BATCHES:

@@ -19,6 +19,8 @@ from pathlib import Path
 os.environ.setdefault("TURBOKV_SELFCHECK", "0")  # the cases say more
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
+# two back-ends are compared to the last bits of float32
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 import mlx_turbokv  # noqa: E402, F401 - before mlx.core, so that OpenBLAS is used
 

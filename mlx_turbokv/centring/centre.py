@@ -105,7 +105,6 @@ class Centre:
     ) -> None:
         if mu.ndim != 2 or mu.shape[-1] != rope.head_dim:
             raise ValueError(f"[Centre] mu {mu.shape} does not fit a head of {rope.head_dim}.")
-        self.mu = mu.astype(mx.float32)
         self.rope = rope
         self.source = source
         self.n_sharing = n_sharing
@@ -116,10 +115,11 @@ class Centre:
         ones = mx.ones(mu.shape, mx.float32)
         factors = (ones, ones) if scales is None else (scales.of_dims, scales.inverse)
         # what kernels take: mu, what keys are multiplied by, and the inverse; [H, 3, head_dim]
-        self.kernel_rows = mx.stack([self.mu, *factors], axis=1)
+        self.kernel_rows = mx.stack([mu.astype(mx.float32), *factors], axis=1)
+        self.mu = self.kernel_rows[:, 0]
         self._table = 0, mx.zeros((0,), mx.uint32)  # blocks, and the table of them
         self._angles = mx.array(np.array(rope.angles, np.float32))
-        mx.eval(self.mu, self.kernel_rows, self._angles)
+        mx.eval(self.kernel_rows, self.mu, self._angles)
         content = np.array(self.mu).tobytes() + repr((rope, BLOCK, first_key_uncentred)).encode()
         if scales is not None:
             content += np.array(scales.of_pairs).tobytes()
@@ -194,9 +194,8 @@ class Centre:
         return rows
 
     def nbytes(self, n_rows: int) -> int:
-        """Bytes resident for ``n_rows`` positions: mu, scales, and a share of the table."""
-        own = self.mu.nbytes + self.kernel_rows.nbytes
-        own += 0 if self.scales is None else self.scales.nbytes
+        """Bytes resident for ``n_rows`` positions: what kernels take, scales, a share of the table."""
+        own = self.kernel_rows.nbytes + (0 if self.scales is None else self.scales.nbytes)
         return own + self.table(max(n_rows, 1)).nbytes // self.n_sharing
 
     @property

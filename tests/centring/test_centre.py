@@ -285,6 +285,6 @@ def test_bytes_of_anchors_are_counted_and_few():
     plain = TurboKVCache("turbo4", "turbo3", "reference")
     plain.update_and_fetch(k, k)
     extra = cache.nbytes - plain.nbytes
-    assert extra == 4 * centre.mu.nbytes + 8192 // BLOCK * 256 // 32
+    assert extra == 3 * centre.mu.nbytes + 8192 // BLOCK * 256 // 32
     bits = KVLayout(cache.k_format, cache.v_format, 128, 128).bits_per_value
     assert cache.nbytes < 1.03 * bits * 2 * k.size / 8

@@ -108,13 +108,13 @@ def test_windows_that_cannot_be_kept_are_no_failure(tmp_path, caplog) -> None:
 
 @pytest.mark.parametrize("n", [64, 512, 8192])
 def test_bits_a_value_count_the_anchors(n: int) -> None:
-    """3 layers of 2 heads of 32: a mean key of 256 bytes each, and one table for all of them.
+    """3 layers of 2 heads of 32: three rows of 256 bytes each, and one table for all of them.
 
     A table has 4 bytes for each of 16 pairs of 256 blocks, which are enough for 8,192 tokens.
     """
     model = centred_model()
     k, v, both = prepare(model, "turbo4/turbo4+0,0", "reference").bits_at(n)
-    anchors = 8 * (3 * 2 * 32 * 4 + 256 * 16 * 4) / (n * 3 * 2 * 32)
+    anchors = 8 * (3 * 3 * 2 * 32 * 4 + 256 * 16 * 4) / (n * 3 * 2 * 32)
     stored = 4 + 16 / 32
     assert (k, v) == (pytest.approx(stored + anchors, rel=1e-3), stored)
     assert both == pytest.approx(stored + anchors / 2, rel=1e-3)
