@@ -179,7 +179,7 @@ def test_pack_with_more_registers_is_refused(monkeypatch) -> None:
     kept = """
         float kept[120];
         TKV_UNROLL for (int n = 0; n < 120; n++) {
-          kept[n] = *(const volatile device float*)(mu + n);
+          kept[n] = *(const volatile device float*)(centre + n);
         }
     """
     used = "TKV_UNROLL for (int n = 0; n < 120; n++) { packed[n] += uint(kept[n]); }"
