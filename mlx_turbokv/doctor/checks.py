@@ -20,6 +20,7 @@ from ..kernels import decode, dequantize, reference
 from ..kernels.agreement import CheckError, codes_and_scales, compare_rows
 from ..kernels.backend import Backend
 from ..kernels.packed import PackedKV
+from ..kernels.segments import scales_of
 from ..quant.layout import TILE
 from ..quant.rotate import rotate
 from ..quant.tiles import code_bits, first_rows_mask, tiles_to_rows
@@ -126,6 +127,8 @@ def check_dequantize(case: Case, backend: Backend) -> float:
             for i, fmt in enumerate((case.layout.k_format, case.layout.v_format)):
                 if fmt.is_turbo:
                     got[i] = rotate(got[i], got[i].shape[-1], inverse=True)
+            if (scales := scales_of(packed)) is not None:
+                got[0] = scales.unscaled(got[0])
             want = [float64(x) for x in reference.dequantize(packed, mx.float32)]
     worst = 0.0
     for side, rows, expected in zip("KV", got, want):

@@ -155,7 +155,8 @@ def kernel_failures(chosen: list[Variant]) -> list[dict]:
 def test_kernels_pass_on_the_cpu_executor(metal_host, monkeypatch) -> None:
     monkeypatch.setattr(assemble, "factory", metal_host.metal_kernel)
     starts = Variant("f16", "q8_0", 72, 72, "bfloat16", 1, 1, "starts")
-    assert kernel_failures([SMALL, starts]) == []
+    centred = Variant("turbo4", "turbo3", 64, 64, "float16", 1, 1, "starts", True)
+    assert kernel_failures([SMALL, starts, centred]) == []
 
 
 @pytest.fixture
