@@ -35,6 +35,7 @@ PAGES: dict[str, tuple[Callable[[], str], str]] = {
     "memory": (models.memory, "bytes of the cache of known models"),
     "kernels": (kernels.kernels, "times of attention, packing and dequantising"),
     "kernels-turns": (kernels.turns, "the same of an earlier commit's kernels and these, in turns"),
+    "kernels-protected": (kernels.protected, "decode with protected tokens and without"),
     "kv-bits": (kernels.kv_bits, "times of mlx-lm's kv_bits attention"),
     "kernel-counters": (kernels.counters, "instructions and bytes, counted on an NVIDIA GPU"),
     "decode-log": (models.decode_log, "steps of tuning decode attention"),
