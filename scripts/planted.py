@@ -2,53 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-from typing import NamedTuple
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
-
-from kernel_cases import ALL_CASES
-from segment_cases import CASES as SEGMENT_CASES
-
-Tests = tuple[tuple[str, ...], str]
-
-
-class Defect(NamedTuple):
-    """A text of a file, what replaces it, and the tests that should notice.
-
-    Args:
-        tests: files or tests, and an expression for pytest's -k.
-        equal: why the changed code is as right; empty for a defect.
-    """
-
-    what: str
-    file: str
-    old: str
-    new: str
-    tests: Tests
-    equal: str = ""
-
-
-def cases(*words: str, most: int = 6) -> Tests:
-    """Kernel cases whose names have all of these words, those of few values first."""
-    found = [c for c in ALL_CASES if all(w in f" {c} " for w in words)]
-    if not found:
-        raise ValueError(f"no case has {words}")
-    found.sort(key=lambda c: sum(c.dims) * sum(c.tokens))
-    test = "tests/kernels/test_kernels.py::test_case_agrees_with_float64"
-    return tuple(f"{test}[{case}]" for case in found[:most]), ""
-
-
-def protected(*words: str) -> Tests:
-    """Cases of protected tokens whose names have all of these words."""
-    found = [c for c in SEGMENT_CASES if all(w in f" {c} " for w in words)]
-    if not found:
-        raise ValueError(f"no case has {words}")
-    test = "tests/kernels/test_protected_kernels.py::test_protected_case_agrees_with_float64"
-    return tuple(f"{test}[{case}]" for case in found), ""
-
+from defects import Defect, Tests, cases, protected
 
 FAR: Tests = ("tests/kernels/test_far_offsets.py",), ""
 AFTER: Tests = ("tests/cache/test_after_operations.py",), ""
