@@ -19,7 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from planted import PLANTED, Defect
+from defects import Defect
+from planted import PLANTED
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("mlx_turbokv", "metal", "tests", "scripts", "pyproject.toml", "README.md")

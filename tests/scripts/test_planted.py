@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from planted import PLANTED, Defect
+from defects import Defect
+from planted import PLANTED
 
 ROOT = Path(__file__).resolve().parents[2]
 
