@@ -226,6 +226,13 @@ def _prepare_mlx_lm(model: nn.Module, name: str, fmt: AffineFormat, timed: bool)
                 f"Configuration {name!r} does not fit head_dim {head_dim}: its group of "
                 f"{fmt.group} must divide it."
             )
+        # mlx-lm's cache gives a row this many words; mx.quantize may fill fewer.
+        words, given = head_dim * fmt.bits // 32, head_dim // (32 // fmt.bits)
+        if words != given:
+            raise InputError(
+                f"Configuration {name!r} does not fit head_dim {head_dim}: {fmt.bits} bits a value "
+                f"take {words} words a row, not {given} words as in mlx-lm's cache."
+            )
     pairs = [(fmt, fmt)] * len(kv_layers(model).layers)
     dequantized = needs_dequantizing() and not timed
     return Prepared(

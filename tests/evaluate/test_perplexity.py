@@ -183,6 +183,28 @@ def test_bits_per_value_of_mlx_lms_cache_count_scale_and_bias():
     assert configuration.prepare(model, "q8_0/turbo2").bits == (8.5 + 2.25) / 2
 
 
+@pytest.mark.parametrize(
+    ("name", "head_dim", "words"),
+    [("mlx-kv3:64", 256, "24 words.*25"), ("mlx-kv3:64", 192, "18 words.*19"),
+     ("mlx-kv8:64", 256, None), ("mlx-kv4:64", 256, None), ("mlx-kv3:64", 128, None)],
+)  # fmt: skip
+def test_mlx_lms_cache_is_refused_where_its_words_do_not_fit_head_dim(name, head_dim, words):
+    model = tiny_model("llama", head_dim=head_dim)
+    if words is None:
+        caches = configuration.prepare(model, name).make_caches()
+        rows = mx.random.normal((1, 2, 8, head_dim))
+        caches[0].update_and_fetch(rows, rows)
+        assert configuration.fitting(model, [name]) == ([name], [])
+        return
+    with pytest.raises(InputError, match=f"{name}.*head_dim {head_dim}.*{words}"):
+        configuration.prepare(model, name)
+    found, reasons = configuration.fitting(model, [name, "mlx-kv4:64"])
+    assert found == ["mlx-kv4:64"] and len(reasons) == 1 and "\n" not in reasons[0]
+    with pytest.raises(ValueError, match="broadcast"):  # mlx-lm's own cache, without the check
+        rows = mx.random.normal((1, 2, 8, head_dim))
+        QuantizedKVCache(group_size=64, bits=3).update_and_fetch(rows, rows)
+
+
 @pytest.mark.parametrize("name", ["q8_0", "q9/turbo2", "a/b/c", "la-v9", "mlx-kv5", "x@la-v7"])
 def test_unknown_configurations_are_named(name):
     with pytest.raises(InputError, match=r"accepted"):
