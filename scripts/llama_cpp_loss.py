@@ -2,7 +2,7 @@
 """llama.cpp's loss on the windows of a record of `perplexity`, from the same GGUF file.
 
     python scripts/llama_cpp_loss.py --library FOLDER --model FILE --text FILE \
-        --record benchmarks/gemma_quality.json --json benchmarks/gemma_llama_cpp.json
+        --record perplexity.json --json benchmarks/gemma_llama_cpp.json
 
 FOLDER has llama.cpp's shared libraries, from a build of it or from the npm package
 @node-llama-cpp/linux-x64 (its bins/linux-x64). On a CPU llama.cpp rounds activations to 8 bits, so

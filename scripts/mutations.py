@@ -19,8 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from defects import Defect
-from planted import PLANTED
+from planted import PLANTED, Defect
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("mlx_turbokv", "metal", "tests", "scripts", "pyproject.toml", "README.md")

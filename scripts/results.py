@@ -7,6 +7,7 @@ python scripts/results.py --check    # exit with 1 if a page differs from the re
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +15,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from pages import accuracy, apple, gemma, kernels, models, needles, plot, quality  # noqa: E402
+from pages import accuracy, apple, gemma, kernels, models, needles, plot, quality, tables  # noqa: E402
 
 FOLDER = ROOT / "docs/results"
 # page: (its maker, what it has)
 PAGES: dict[str, tuple[Callable[[], str], str]] = {
-    "quality": (quality.quality, "perplexity and KLD of every configuration, windows of 512"),
-    "quality-long": (quality.quality_long, "the same, windows of 2,048"),
+    "quality": (tables.quality, "quality against bits of three trained models, with protected "
+                "tokens and without, beside mlx-lm and llama.cpp"),
     "calibration": (quality.calibration, "calibrated policies"),
     "centred-keys": (quality.centred_keys, "keys centred and not, policies calibrated with them"),
     "lm-eval": (accuracy.accuracy, "accuracy on a task of lm-eval"),
@@ -29,7 +30,7 @@ PAGES: dict[str, tuple[Callable[[], str], str]] = {
         needles.needle_protected, "the same with protected tokens, by bits of the others"
     ),
     "paper": (quality.paper, "the paper's claims and tables"),
-    "gemma": (gemma.gemma, "Gemma 3 270M from a GGUF file: llama.cpp's loss, and formats"),
+    "gemma": (gemma.gemma, "Gemma 3 270M from a GGUF file: its loss beside llama.cpp's"),
     "report": (quality.report, "a report of the default model in one table"),
     "whole-models": (models.whole_models, "speed and memory of an 8B and a 7B shape"),
     "memory": (models.memory, "bytes of the cache of known models"),
@@ -48,6 +49,12 @@ PAGES: dict[str, tuple[Callable[[], str], str]] = {
 }  # fmt: skip
 # pages of docs/ that consist of figures, by where they lie from docs/results
 GUIDES: dict[str, Callable[[], str]] = {"../apple.md": apple.apple}
+# what stands between marks in other pages
+INSERTED: dict[str, dict[str, Callable[[], str]]] = {
+    "../../README.md": {"settings": tables.settings},
+    "../centred-keys.md": {"scales": tables.scales_measured},
+}
+_MARKED = re.compile(r"(<!-- figures: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def index() -> str:
@@ -63,7 +70,20 @@ def pages() -> dict[str, str]:
     """The text of every page, by file name."""
     made = {f"{name}.md": make() for name, (make, _) in PAGES.items()}
     made |= {"README.md": index(), **{name: make() for name, make in GUIDES.items()}}
-    return {name: f"{text}\n" for name, text in made.items()}
+    found = {name: f"{text}\n" for name, text in made.items()}
+    for name, makers in INSERTED.items():
+        found[name] = inserted((FOLDER / name).read_text(encoding="utf-8"), makers)
+    return found
+
+
+def inserted(text: str, makers: dict[str, Callable[[], str]]) -> str:
+    """A page with what its makers make between the marks of their names; nothing leaves it."""
+
+    def replaced(match: re.Match) -> str:
+        made = makers[match[2]]()
+        return f"{match[1]}{made}\n{match[4]}" if made else match[0]
+
+    return _MARKED.sub(replaced, text)
 
 
 def differing() -> list[str]:

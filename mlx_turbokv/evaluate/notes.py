@@ -4,10 +4,12 @@ from __future__ import annotations
 
 
 def centring_notes(centred: dict[str, str | None]) -> list[str]:
-    """A sentence on each configuration whose keys are centred."""
-    return [
-        f"{name}: {how}." for name, how in centred.items() if how and how.startswith("keys centred")
-    ]
+    """A sentence on the configurations whose keys are centred in the same way, for each way."""
+    names: dict[str, list[str]] = {}
+    for name, how in centred.items():
+        if how and how.startswith("keys centred"):
+            names.setdefault(how, []).append(name)
+    return [f"{', '.join(found)}: {how}." for how, found in names.items()]
 
 
 def protection_notes(protected: dict[str, str | None]) -> list[str]:

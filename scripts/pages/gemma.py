@@ -1,37 +1,22 @@
-"""The page on Gemma 3 270M, read from a GGUF file."""
+"""The page on Gemma 3 270M, read from a GGUF file: its loss beside llama.cpp's."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from mlx_turbokv.evaluate.tables import perplexity_table
-
 from . import read, source, table
 
 
 def gemma() -> str:
-    """Loss beside llama.cpp's, and formats of K and V."""
-    record, long, other = (
-        read(name) for name in ("gemma_quality", "gemma_quality_long", "gemma_llama_cpp")
-    )
-    parts = [
+    """Loss beside llama.cpp's."""
+    record = read("gemma_llama_cpp")
+    return "\n\n".join([
         "# Gemma 3 270M",
-        "From a GGUF file (Q4_K_M). Of its 18 layers 15 have a sliding window of 512 tokens and "
-        "stay as mlx-lm keeps them; K and V of the other 3 are packed, one KV head of 256 values. "
-        "`la-v7` protects 4 layers, and so all of them.",
-        "## Beside llama.cpp",
-        _losses(other),
-        source("gemma_llama_cpp", other),
-    ]
-    for name, found in (("gemma_quality", record), ("gemma_quality_long", long)):
-        shown = perplexity_table(found)
-        parts += [
-            f"## Windows of {found['n_ctx']:,}",
-            f"{found['n_windows']} windows of wikitext-2; distances are against f16/f16.",
-            table(list(shown.header), shown.rows),
-            source(name, found),
-        ]
-    return "\n\n".join(parts)
+        "From a GGUF file (Q4_K_M), with an f16 cache. What formats of K and V cost it: "
+        "[quality.md](quality.md).",
+        _losses(record),
+        source("gemma_llama_cpp", record),
+    ])  # fmt: skip
 
 
 def _losses(record: dict) -> str:

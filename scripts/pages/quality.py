@@ -1,11 +1,10 @@
-"""Pages on quality: perplexity and KLD, calibrated policies, centred keys, the paper."""
+"""Pages on quality of the default model: calibrated policies, centred keys, the paper, a report."""
 
 from __future__ import annotations
 
 import paper_replay
 
 from mlx_turbokv.evaluate.statistics import ratio
-from mlx_turbokv.evaluate.tables import bytes_text, perplexity_table
 from mlx_turbokv.report import order, summary
 from mlx_turbokv.report.recommendation import recommendation
 
@@ -37,63 +36,6 @@ def _by_config(record: dict) -> dict[str, dict]:
 def _ratio(found: dict[str, dict], name: str, other: str = BOUNDARY) -> dict:
     """KLD over another configuration's, paired over windows."""
     return ratio(found[name]["kld_by_window"], found[other]["kld_by_window"])
-
-
-def _quality(name: str) -> str:
-    """Every configuration of a record, with intervals."""
-    record = read(name)
-    shown, found, results = perplexity_table(record), _by_config(record), record["results"]
-    front, rows = summary.front_of(results[1:]), []
-    for r in sorted(results[1:], key=lambda r: (-r["bits_per_value"], r["kld"]["mean"])):
-        rows.append([
-            policy_name(r["config"]) + (" ●" if r["config"] in front else ""),
-            f"{r['bits_per_value']:.3f}", f"{r['k_bits_per_value']:.2f}",
-            f"{r['v_bits_per_value']:.2f}", f"{r['ppl']['ppl']:.3f} ± {r['ppl']['se']:.3f}",
-            interval(r["delta_nll"], "+.4f"), interval(r["kld"], ".5f"),
-            f"{r['kld']['p99.9']:.3f}", f"{100 * r['delta_p']['rms']:.2f} %",
-            f"{100 * r['same_top']['mean']:.1f} %", bytes_text(r["kv_bytes"]),
-            interval(_ratio(found, r["config"]), ".3f"),
-        ])  # fmt: skip
-    header = [
-        "K/V", "bits/value", "K bits", "V bits", "PPL", "Δnll", "KLD", "KLD 99.9 %", "RMS Δp",
-        "same top", "KV bytes", f"KLD / `{BOUNDARY}`'s",
-    ]  # fmt: skip
-    first = results[0]["ppl"]
-    about = (
-        f"{shown.heading.splitlines()[0]}. f16/f16 has a perplexity of {first['ppl']:.3f} ± "
-        f"{first['se']:.3f}. In brackets: 95 % intervals, bootstrap over windows; the ratios are "
-        "paired. ● No configuration here has both fewer bits and a smaller KLD."
-    )
-    return "\n\n".join([about, table(header, rows), "\n".join(shown.notes), source(name)])
-
-
-def quality() -> str:
-    """KLD and perplexity at 512 tokens, with the plot."""
-    found = _by_config(read("quality"))
-    ours, theirs = found["turbo4/turbo4"], found["mlx-kv4:64"]
-    boundary = found[BOUNDARY]["bits_per_value"]
-
-    def against(name: str) -> str:
-        times = interval(_ratio(found, name), ".3f")
-        return f"`{name}` has {times} at {found[name]['bits_per_value']:.2f}"
-
-    return "\n\n".join([
-        "# Quality, windows of 512 tokens",
-        "The same windows through every configuration, always through the cache "
-        "([protocol](../evaluation.md)). `mlx-kvN:GROUP` is mlx-lm's `kv_bits=N`.",
-        "![KLD against bits per value](kld-by-bits.svg)",
-        f"- `turbo4/turbo4`, at {ours['bits_per_value']:.2f} bits, has "
-        f"{interval(_ratio(found, 'turbo4/turbo4', 'mlx-kv4:64'), '.3f')} times the KLD of "
-        f"mlx-lm's `kv_bits=4`, at {theirs['bits_per_value']:.2f} (scales in half precision).\n"
-        f"- Of the KLD of `{BOUNDARY}` ({boundary:.2f} bits), {against('turbo6/turbo5')}, and "
-        f"{against('turbo4/turbo3')}.",
-        _quality("quality"),
-    ])  # fmt: skip
-
-
-def quality_long() -> str:
-    """The same at 2,048 tokens."""
-    return "# Quality, windows of 2,048 tokens\n\n" + _quality("quality_long")
 
 
 def calibration() -> str:
@@ -129,8 +71,10 @@ def calibration() -> str:
     return "\n\n".join([
         "# Calibrated policies",
         "The policies in [benchmarks/policies](../../benchmarks/policies), calibrated on the "
-        "package's sample without centring ([how](../calibrate.md)), on the windows of "
-        "[quality.md](quality.md). How many windows a calibration needs: "
+        "package's sample without centring ([how](../calibrate.md)), on "
+        f"{record['n_windows']} windows of {record['n_ctx']} of wikitext-2, without protected "
+        "tokens or centred keys; some of them with both: [quality.md](quality.md). "
+        "How many windows a calibration needs: "
         "[research.md](research.md#windows-that-a-calibration-needs). With centred keys: "
         "[centred-keys.md](centred-keys.md).",
         "\n".join(f"- {note}" for note in notes),

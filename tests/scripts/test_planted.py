@@ -3,8 +3,7 @@
 from pathlib import Path
 
 import pytest
-from defects import Defect
-from planted import PLANTED
+from planted import PLANTED, Defect
 
 ROOT = Path(__file__).resolve().parents[2]
 

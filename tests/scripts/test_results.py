@@ -7,12 +7,16 @@ import re
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
+import quality_table
 import results
-from pages import apple, commands, plot, read
+from pages import apple, commands, plot, tables
 from pages.kernels import text_cells
 
+from mlx_turbokv.evaluate import statistics
 from mlx_turbokv.kernels.chips import CHIPS
+from mlx_turbokv.policy.settings import PAIRS
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -23,14 +27,15 @@ def test_pages_are_what_the_records_make():
 
 
 def test_a_changed_page_and_one_of_no_record_are_found(tmp_path, monkeypatch):
-    made = results.pages()
+    made, folder = results.pages(), tmp_path / "docs/results"
+    folder.mkdir(parents=True)
     for name, text in made.items():
-        (tmp_path / name).write_text(text, encoding="utf-8")
-    monkeypatch.setattr(results, "FOLDER", tmp_path)
+        (folder / name).write_text(text, encoding="utf-8")
+    monkeypatch.setattr(results, "FOLDER", folder)
     assert results.differing() == []
-    (tmp_path / "needle.md").write_text("# Needles\n", encoding="utf-8")
-    (tmp_path / "old.md").write_text("", encoding="utf-8")
-    (tmp_path / "quality.md").unlink()
+    (folder / "needle.md").write_text("# Needles\n", encoding="utf-8")
+    (folder / "old.md").write_text("", encoding="utf-8")
+    (folder / "quality.md").unlink()
     assert results.differing() == ["needle.md", "old.md", "quality.md"]
 
 
@@ -58,12 +63,134 @@ def test_every_page_of_docs_is_in_an_index():
         assert {name for name in names if f"({name})" not in index} == set()
 
 
-def test_the_plot_has_every_kind_and_name(tmp_path):
-    kinds = [plot.kind_of(r["config"]) for r in read("quality")["results"][1:]]
-    assert [kinds.count(kind) for kind in plot.KINDS] == [17, 9, 6, 8]
+def model_record(seed: int) -> dict:
+    """A record of scripts/quality_table.py with made-up figures."""
+    names = ["f16/f16", "turbo4/turbo3+32,128", "turbo4/turbo3+0,0", "turbo2/turbo2+32,128",
+             "turbo2/turbo2+0,0", "la-v7+32,128", "la-v7+0,0", "mlx-kv4:64", "llama-q4_0",
+             "benchmarks/policies/bits-3.75.json+32,128"]  # fmt: skip
+    rng, rows = np.random.default_rng(seed), []
+    asked = [(name, None) for name in names]
+    asked += [(names[1], keys) for keys in (tables.MEAN, tables.SCALES)]
+    for i, (name, keys) in enumerate(asked):
+        windows = [rng.gamma(2, 0.02 * (i > 0), 31) for _ in range(4)]
+        found = statistics.block_summary(windows)
+        protected = name.partition("+")[2]
+        rows.append({
+            "config": name, "asked_keys": keys, "keys": keys or "key bias",
+            "protected": protected if protected not in ("", "0,0") else None,
+            "bits_32k": 16.0 if i == 0 else 9.0 - i / 2, "kv_bytes_32k": 2**20 * (20 - i),
+            "kld": found, "delta_nll": found, "same_top": found,
+            "kld_by_window": [float(x.mean()) for x in windows], "ppl": {"ppl": 15.0, "se": 0.5},
+        })  # fmt: skip
+    return {
+        "model": {"dtype": "float32"}, "calibration": {"windows": 6, "tokens": 512},
+        "device": "a GPU", "command": "scripts/quality_table.py --json x",
+        "tables": {"2048": {"n_windows": 4, "rows": rows}},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def made_up(monkeypatch):
+    found = {name: model_record(i) for i, name in enumerate(tables.MODELS)}
+    monkeypatch.setattr(tables, "records", lambda: found)
+    return found
+
+
+def drop(record: dict, what) -> None:
+    """Take rows out of a record's table, but the reference's."""
+    part = record["tables"]["2048"]
+    part["rows"] = [part["rows"][0], *(row for row in part["rows"][1:] if not what(row))]
+
+
+def test_the_plot_has_every_kind_and_name(made_up, tmp_path):
     plot.draw(tmp_path / "plot.svg")
     text = (tmp_path / "plot.svg").read_text(encoding="utf-8")
-    assert all(text.count(f">{name}<") == 1 for name in (*plot.NAMED, *plot.KINDS))
+    assert all(text.count(f">{kind}<") == 1 for kind in plot.KINDS)
+    for name in ("balanced", "turbo2/turbo2", "la-v7", "kv_bits 4", "llama-q4_0"):
+        assert text.count(f">{name}<") == len(made_up), name
+    assert all(f">{name}<" in text for name in tables.NAMES.values())
+    assert "not measured" not in text
+
+
+def test_a_panel_says_what_was_not_measured(made_up, tmp_path):
+    drop(made_up["quality_qwen"], lambda row: plot.kind_of(row) in (plot.PLAIN, plot.LLAMA_CPP))
+    plot.draw(tmp_path / "plot.svg")
+    text = (tmp_path / "plot.svg").read_text(encoding="utf-8")
+    assert text.count("not measured:") == 1 and text.count(">llama.cpp's<") == 1
+    assert text.count(">unprotected<") == 1 and ">mlx-lm's<" not in text
+
+
+def test_a_table_says_what_it_lacks_and_has_no_empty_columns(made_up):
+    part = made_up["quality_gemma"]["tables"]["2048"]
+    assert "pairs with protected tokens (all but turbo4/turbo3, turbo2/turbo2);" in tables.missing(
+        part, 2048
+    )
+    assert "llama.cpp's rotated cache (llama-q5_1)" in tables.missing(part, 2048)
+    assert tables.of_length(part).splitlines()[0].count("KLD") == 2
+    drop(made_up["quality_gemma"], lambda row: plot.kind_of(row) in (plot.PLAIN, plot.PAPER))
+    assert "; pairs without them;" in tables.missing(part, 2048)
+    shown = tables.of_length(part)
+    assert shown.splitlines()[0].count("KLD") == 1 and "mlx-kv4:64 (no protected tokens)" in shown
+    everything = {"rows": [{"config": c, "asked_keys": k} for c, k in quality_table.plan(2048)]}
+    assert tables.missing(everything, 2048) == ""
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_setting_is_the_cheapest_measured_pair_within_its_limit(name):
+    """On every model, of the pairs with protected tokens that were measured on all."""
+    found = []
+    for pair in quality_table.PAIRS:
+        config = quality_table.protected(pair, 2048)
+        rows = [tables.row_of(record, config) for record in tables.records().values()]
+        if all(row and row["kld"]["mean"] <= tables.LIMITS[name] for row in rows):
+            found.append((max(row["bits_32k"] for row in rows), pair))
+    assert len(tables.records()) == 3 and min(found)[1] == "/".join(PAIRS[name])
+
+
+def test_a_models_table_goes_by_bits_with_protection_beside_none(made_up):
+    text = tables.quality()
+    lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    for name, record in made_up.items():
+        at = text.index(f"### {tables.NAMES[name]}, 2,048 tokens")
+        names = re.findall(r"^\| ([^ |]+/?[^|]*?) \|", text[at:], re.MULTILINE)
+        first = names[1 : names.index("K/V", 1)]
+        rows = {row["config"]: row for row in tables.main_rows(record["tables"]["2048"])}
+        plain = [rows.get(f"{x}+0,0") or rows.get(x) for x in first if "calibrated" not in x]
+        bits = [row["bits_32k"] for row in plain]
+        assert bits == sorted(bits, reverse=True) and len(first) == 6
+        pair = rows["turbo4/turbo3+32,128"], rows["turbo4/turbo3+0,0"]
+        line = next(
+            x
+            for x in lines
+            if x[0] == "| turbo4/turbo3" and f"{pair[0]['kld']['mean']:.5f}" in " ".join(x)
+        )
+        assert line[3].startswith(f"{pair[1]['kld']['mean']:.5f}")
+        assert line[8].startswith(f"{pair[0]['kld']['mean']:.5f}")
+
+
+def test_the_table_of_settings_has_each_models_kld(made_up):
+    lines = tables.settings().splitlines()
+    found = next(line for line in lines if "`balanced` (default)" in line)
+    for record in made_up.values():
+        rows = {row["config"]: row for row in tables.main_rows(record["tables"]["2048"])}
+        assert f"| {rows['turbo4/turbo3+32,128']['kld']['mean']:.4f} |" in found
+
+
+def test_what_stands_between_marks_is_replaced():
+    text = "a\n<!-- figures: settings -->\nold\n<!-- end -->\nb\n"
+    made = results.inserted(text, {"settings": lambda: "new"})
+    assert made == "a\n<!-- figures: settings -->\nnew\n<!-- end -->\nb\n"
+    assert results.inserted(made, {"settings": lambda: "new"}) == made
+    assert results.inserted(text, {"settings": lambda: ""}) == text
+
+
+def test_scales_are_compared_window_by_window(made_up):
+    part = made_up["quality_qwen"]["tables"]["2048"]
+    a, b = (np.mean(row["kld_by_window"]) for row in part["rows"][-1:-3:-1])
+    assert f"| {a / b:.2f} (" in tables.scales(part)
+    assert "by the bias" in tables.scales(part)
+    assert f"| {a / b:.2f} (" in tables.scales_measured()
+    assert tables.scales({"rows": part["rows"][:-1]}) is None
 
 
 def test_a_script_that_is_gone_is_named_with_its_commit():

@@ -1,0 +1,258 @@
+"""The page of tables of the trained models, from the records of scripts/quality_table.py."""
+
+from __future__ import annotations
+
+from quality_table import PAIRS, PEERS, PRESETS, SCALED, WINDOWS, protected
+
+from mlx_turbokv.evaluate.statistics import ratio
+from mlx_turbokv.evaluate.tables import bytes_text
+from mlx_turbokv.policy import Policy, load_policy
+from mlx_turbokv.policy.settings import DEFAULT, SETTINGS
+
+from . import ROOT, interval, read, source, table
+
+# record, and what a reader should know of the model
+MODELS = {
+    "quality_smollm2": "30 KV layers with 3 KV heads, head_dim 64.",
+    "quality_qwen": "28 KV layers with 2 KV heads, head_dim 128. Its key projection has a large "
+    "bias.",
+    "quality_gemma": "3 of its 18 layers are packed, one KV head, head_dim 256; the other 15 have "
+    "sliding windows of 512 tokens, stay in 16 bits, and are not in the figures of bits and bytes. "
+    "The presets' boundaries cover all 3 layers. mlx-lm's cache cannot hold 3 bits at head_dim "
+    "256.",
+}
+NAMES = {
+    "quality_smollm2": "SmolLM2-135M-Instruct", "quality_qwen": "Qwen2.5-Coder-1.5B-Instruct",
+    "quality_gemma": "Gemma 3 270M",
+}  # fmt: skip
+SCALES, MEAN, BIAS = "mean and scales", "mean", "key bias"
+NONE = "–"
+# what the settings promise: each is the cheapest pair measured on all models with such a KLD
+LIMITS = {"near-lossless": 0.001, "balanced": 0.01, "compact": 0.05}
+NO_PROTECTION = " (no protected tokens)"
+SCALES_TITLE = (
+    "[Scales of pairs of dims](../centred-keys.md#scales-of-pairs-of-dims), with protected tokens, "
+    "on the same windows; the ratio of KLDs is paired:"
+)
+Row = dict
+
+
+def records() -> dict[str, dict]:
+    """The records that there are, by name."""
+    return {name: read(name) for name in MODELS if (ROOT / f"benchmarks/{name}.json").is_file()}
+
+
+def base(config: str) -> str:
+    """A configuration without its protected tokens; a calibrated policy by its bits."""
+    name = config.partition("+")[0]
+    if name.endswith(".json"):
+        bits = name.rsplit("/", 1)[-1].removeprefix("bits-").removesuffix(".json")
+        return f"calibrated for {bits} bits"
+    return name
+
+
+def main_rows(part: dict) -> list[Row]:
+    """The rows of a table but those of other key references, and the reference's."""
+    return [row for row in part["rows"][1:] if row["asked_keys"] is None]
+
+
+def pairs(part: dict) -> dict[str, tuple[Row | None, Row | None]]:
+    """Rows without and with protected tokens, by configuration, most bits first."""
+    found: dict[str, list[Row | None]] = {}
+    for row in main_rows(part):
+        found.setdefault(base(row["config"]), [None, None])[row["protected"] is not None] = row
+
+    def bits(item: tuple[str, list[Row | None]]) -> tuple[float, float]:
+        row = item[1][0] or item[1][1]
+        assert row is not None
+        return -row["bits_32k"], row["kld"]["mean"]
+
+    return {name: (rows[0], rows[1]) for name, rows in sorted(found.items(), key=bits)}
+
+
+def _cell(row: Row | None, key: str, spec: str) -> str:
+    return NONE if row is None else interval(row[key], spec)
+
+
+def _share(row: Row | None) -> str:
+    if row is None:
+        return NONE
+    low, high = row["same_top"]["interval"] or (None, None)
+    found = f"{100 * row['same_top']['mean']:.1f}"
+    return found + ("" if low is None else f" ({100 * low:.1f} to {100 * high:.1f})")
+
+
+def of_length(part: dict) -> str:
+    """One table: what is protected stands beside what is not, where both were measured."""
+    found = pairs(part)
+    both = any(plain is not None and protected is not None for plain, protected in found.values())
+    rows = []
+    for name, sides in found.items():
+        # other projects' caches protect nothing: they share a column where nothing else is in it
+        shown = sides if both else [sides[0] or sides[1]]
+        cells = [
+            [f"{row['bits_32k']:.2f}" if row else NONE,
+             bytes_text(row["kv_bytes_32k"]) if row else NONE,
+             _cell(row, "kld", ".5f"), _cell(row, "delta_nll", "+.4f"), _share(row)]
+            for row in shown
+        ]  # fmt: skip
+        rows.append([name + ("" if both or sides[0] is None else NO_PROTECTION), *sum(cells, [])])
+    header = ["K/V", "bits", "cache at 32K", "KLD", "Δnll", "same top, %"]
+    return table([*header, "protected: bits", *header[2:]] if both else header, rows)
+
+
+def groups(n_ctx: int) -> dict[str, list[str]]:
+    """The plan of windows of this length, for any model, by what configurations are."""
+    return {
+        "pairs with protected tokens": [protected(name, n_ctx) for name in PAIRS],
+        "pairs without them": [f"{name}+0,0" for name in PAIRS],
+        "the paper's policies with protected tokens": [protected(name, n_ctx) for name in PRESETS],
+        "the paper's policies without them": [f"{name}+0,0" for name in PRESETS],
+        "mlx-lm's `kv_bits`": [name for name in PEERS if name.startswith("mlx")],
+        "llama.cpp's rotated cache": [name for name in PEERS if name.startswith("llama")],
+        **({"scales of pairs of dims": [f"{name} {SCALES}" for name in SCALED]}
+           if n_ctx == 2048 else {}),
+    }  # fmt: skip
+
+
+def missing(part: dict, n_ctx: int) -> str:
+    """What of the plan was not measured, in a sentence; empty where all was."""
+    there = {row["config"] for row in part["rows"]}
+    there |= {f"{base(r['config'])} {SCALES}" for r in part["rows"] if r["asked_keys"] == SCALES}
+    found = []
+    for name, configs in groups(n_ctx).items():
+        have = [base(config) for config in configs if config in there]
+        lacking = [base(config) for config in configs if config not in there]
+        which = "all but " * (len(have) < len(lacking)) + ", ".join(min(lacking, have, key=len))
+        found += [name + (f" ({which})" if have else "")] if lacking else []
+    return f"Not measured: {'; '.join(found)}." if found else ""
+
+
+def _protection_of(part: dict) -> str:
+    sink, recent = next(r["protected"] for r in part["rows"] if r["protected"]).split(",")
+    return f"the first {sink} and the newest {recent} tokens or more"
+
+
+def scales(part: dict) -> str | None:
+    """Pairs with keys centred by a mean, with scales of pairs of dims and without."""
+    found = {(row["config"], row["asked_keys"]): row for row in part["rows"]}
+    rows, biased = [], any(row["keys"] == BIAS for row in main_rows(part))
+    for (config, keys), row in found.items():
+        other, plain = found.get((config, MEAN)), found.get((config, None))
+        if keys != SCALES or other is None or plain is None:
+            continue
+        times = ratio(row["kld_by_window"], other["kld_by_window"])
+        rows.append([
+            base(config), *([_cell(plain, "kld", ".5f")] if biased else []),
+            _cell(other, "kld", ".5f"), _cell(row, "kld", ".5f"), interval(times, ".2f"),
+        ])  # fmt: skip
+    header = ["K/V", *(["KLD, centred by the bias"] if biased else []), "KLD, centred by means",
+              "by means, with scales", "ratio"]  # fmt: skip
+    return table(header, rows) if rows else None
+
+
+def scales_measured() -> str:
+    """The tables of scales that there are, for the page on centred keys."""
+    parts = []
+    for name, record in records().items():
+        part = record["tables"].get("2048")
+        if part and (made := scales(part)):
+            parts.append(
+                f"{NAMES[name]}, {part['n_windows']} windows of 2,048 tokens of wikitext-2, with "
+                f"protected tokens; in brackets 95 % intervals, of ratios paired:\n\n{made}"
+            )
+    return "\n\n".join(parts)
+
+
+def quality() -> str:
+    """Every table of every record."""
+    parts = [
+        "# Quality against bits: three trained models",
+        "wikitext-2, always through the cache ([protocol](../evaluation.md)): KLD against the f16 "
+        "cache in nats a token, added loss, and the share of positions with the same most likely "
+        "token; in brackets 95 % intervals, bootstrap over windows. Bits per value and bytes are "
+        "of K and V together after 32,768 tokens, with scales, protected tokens and anchors of "
+        "centred keys; rows go by bits. `mlx-kvN:64` is mlx-lm's `kv_bits=N`, its rows dequantised "
+        "before attention; `llama-…` is llama.cpp's rotated cache, simulated by its published "
+        "rule. Turbo keys are centred. Policies calibrated for the default model are for it alone. "
+        "Needles: [needle-protected.md](needle-protected.md).",
+        f"{NONE}: not measured. Not every table is whole: a sentence above each says what it "
+        "lacks.",
+        "![KLD against bits per value](kld-by-bits.svg)",
+    ]
+    for name, record in records().items():
+        parts += [f"## {NAMES[name]}", f"{MODELS[name]} {_centred_by(record)}"]
+        for n_ctx, part in sorted(record["tables"].items(), key=lambda item: int(item[0])):
+            parts += _length(NAMES[name], n_ctx, part)
+        lengths = [f"{n:,}" for n in sorted(WINDOWS) if str(n) not in record["tables"]]
+        if lengths:
+            parts.append(f"Windows of {' and '.join(lengths)} tokens were not measured.")
+        parts.append(source(name, record))
+    return "\n\n".join(parts)
+
+
+def _length(name: str, n_ctx: str, part: dict) -> list[str]:
+    """The parts of the page about windows of one length."""
+    reference = part["rows"][0]["ppl"]
+    about = (
+        f"{part['n_windows']} windows; perplexity with f16 {reference['ppl']:.2f} ± "
+        f"{reference['se']:.2f}. Protected: {_protection_of(part)}. {missing(part, int(n_ctx))}"
+    )
+    made = scales(part)
+    return [
+        f"### {name}, {int(n_ctx):,} tokens", about.rstrip(), of_length(part),
+        *([SCALES_TITLE, made] if made else []),
+    ]  # fmt: skip
+
+
+def _centred_by(record: dict) -> str:
+    used = {row["keys"] for part in record["tables"].values() for row in main_rows(part)}
+    by = "the key projection's bias" if BIAS in used else "means of the package's sample"
+    windows, tokens = record["calibration"]["windows"], record["calibration"]["tokens"]
+    taken = "" if BIAS in used else f" ({windows} windows of {tokens} tokens)"
+    return f"Turbo keys are centred by {by}{taken}; the model runs in {record['model']['dtype']}."
+
+
+def settings() -> str:
+    """The named settings with each model's KLD at 2,048 tokens and needles; empty if none is."""
+    found = {name: r for name, r in records().items() if "2048" in r["tables"]}
+    if not found:
+        return ""
+    needles = [needles_of(name) for name in found]
+    rows = []
+    for policy, name, config in named():
+        measured = [row_of(record, f"{config}+{policy.protection}") for record in found.values()]
+        bits = [row["bits_32k"] for row in measured if row]
+        shown = list(dict.fromkeys(f"{x:.1f}" for x in (min(bits), max(bits)))) if bits else [NONE]
+        kld = [f"{row['kld']['mean']:.4f}" if row else NONE for row in measured]
+        hits = [by_config.get(f"{config}+{policy.protection}", NONE) for by_config in needles]
+        named_so = f"`{policy.name}`{' (default)' if policy.name == DEFAULT else ''}"
+        rows.append([named_so, name, " to ".join(shown), *kld, ", ".join(hits)])
+    names = [f"KLD: {NAMES[name]}" if i == 0 else NAMES[name] for i, name in enumerate(found)]
+    return table(["`--policy`", "K/V", "bits/value", *names, "needles, of f16's"], rows)
+
+
+def row_of(record: dict, config: str) -> Row | None:
+    """A configuration's row at 2,048 tokens; None where it was not measured."""
+    rows = main_rows(record["tables"]["2048"])
+    return next((row for row in rows if row["config"] == config), None)
+
+
+def needles_of(name: str) -> dict[str, str]:
+    """Needles found of those that f16 finds, by configuration, of a quality record's model."""
+    name = name.replace("quality", "needle")
+    if not (ROOT / f"benchmarks/{name}.json").is_file():
+        return {}
+    return {
+        row["config"]: f"{row['found_of_reference']}/{row['reference_found']}"
+        for row in read(name)["summary"]
+    }
+
+
+def named() -> list[tuple[Policy, str, str]]:
+    """The settings that have a name: what they hold, and how the records call them."""
+    found: list[tuple[Policy, str, str]] = []
+    for setting in SETTINGS.values():
+        pair = f"{setting.k}/{setting.v}"
+        found.append((setting, pair, pair))
+    return [*found, (load_policy("la-v7"), "the paper's", "la-v7")]
