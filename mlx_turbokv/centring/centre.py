@@ -194,7 +194,7 @@ class Centre:
         return rows
 
     def nbytes(self, n_rows: int) -> int:
-        """Bytes resident for ``n_rows`` positions: what kernels take, scales, a share of the table."""
+        """Bytes resident for ``n_rows`` positions: of kernels, of scales, a share of the table."""
         own = self.kernel_rows.nbytes + (0 if self.scales is None else self.scales.nbytes)
         return own + self.table(max(n_rows, 1)).nbytes // self.n_sharing
 
