@@ -44,8 +44,8 @@ def kind_of(row: dict) -> str | None:
 
 
 def at(row: dict) -> tuple[float, float]:
-    """Where a row is drawn: bits per value, KLD."""
-    return row["bits_32k"], row["kld"]["mean"]
+    """Where a row is drawn: bits per value where its KLD was measured, and that."""
+    return row["bits"], row["kld"]["mean"]
 
 
 def draw(path: Path) -> None:
@@ -53,14 +53,14 @@ def draw(path: Path) -> None:
     found = {name: r for name, r in tables.records().items() if N_CTX in r["tables"]}
     if not found:
         return
-    figure, axes = new_figure(3.45 * len(found), 4.5, len(found), sharex=True, sharey=True)
+    figure, axes = new_figure(3.45 * len(found), 5.0, len(found), sharex=True, sharey=True)
     axes[0, 0].set_yscale("log")
     axes[0, 0].set_xlim(0.8, 9.4)
     for ax, (name, record) in zip(axes.flat, found.items()):
         ax.set_title(tables.NAMES[name])
         draw_model(ax, [row for row in tables.main_rows(record["tables"][N_CTX]) if kind_of(row)])
     axes[0, 0].set_ylabel("KLD against f16, nats a token")
-    axes[0, len(found) // 2].set_xlabel("bits per value of K and V, 32,768 tokens")
+    axes[0, len(found) // 2].set_xlabel(f"bits per value of K and V at {int(N_CTX):,} tokens")
     legend_below(figure, axes[0, 0])
     for ax, record in zip(axes.flat, found.values()):
         name_points(ax, [row for row in tables.main_rows(record["tables"][N_CTX]) if kind_of(row)])

@@ -91,13 +91,13 @@ def of_length(part: dict) -> str:
         # other projects' caches protect nothing: they share a column where nothing else is in it
         shown = sides if both else [sides[0] or sides[1]]
         cells = [
-            [f"{row['bits_32k']:.2f}" if row else NONE,
+            [f"{row['bits']:.2f}" if row else NONE, f"{row['bits_32k']:.2f}" if row else NONE,
              bytes_text(row["kv_bytes_32k"]) if row else NONE,
              _cell(row, "kld", ".5f"), _cell(row, "delta_nll", "+.4f"), _share(row)]
             for row in shown
         ]  # fmt: skip
         rows.append([name + ("" if both or sides[0] is None else NO_PROTECTION), *sum(cells, [])])
-    header = ["K/V", "bits", "cache at 32K", "KLD", "Δnll", "same top, %"]
+    header = ["K/V", "bits", "at 32K", "cache at 32K", "KLD", "Δnll", "same top, %"]
     return table([*header, "protected: bits", *header[2:]] if both else header, rows)
 
 
@@ -170,10 +170,11 @@ def quality() -> str:
         "# Quality against bits: three trained models",
         "wikitext-2, always through the cache ([protocol](../evaluation.md)): KLD against the f16 "
         "cache in nats a token, added loss, and the share of positions with the same most likely "
-        "token; in brackets 95 % intervals, bootstrap over windows. Bits per value and bytes are "
-        "of K and V together after 32,768 tokens, with scales, protected tokens and anchors of "
-        "centred keys; rows go by bits. `mlx-kvN:64` is mlx-lm's `kv_bits=N`, its rows dequantised "
-        "before attention; `llama-…` is llama.cpp's rotated cache, simulated by its published "
+        "token; in brackets 95 % intervals, bootstrap over windows. Bits per value are of K and "
+        "V together, with scales, protected tokens and anchors of centred keys: at a window's end, "
+        "and after 32,768 tokens, by which rows go, with the bytes there. Protected tokens are a "
+        "larger part of a window than of a long context: KLD there was not measured. "
+        "`mlx-kvN:64` is mlx-lm's `kv_bits=N`, its rows dequantised before attention; `llama-…` is llama.cpp's rotated cache, simulated by its published "
         "rule. Turbo keys are centred. Policies calibrated for the default model are for it alone. "
         "Needles: [needle-protected.md](needle-protected.md).",
         f"{NONE}: not measured. Not every table is whole: a sentence above each says what it "
@@ -222,14 +223,20 @@ def settings() -> str:
     rows = []
     for policy, name, config in named():
         measured = [row_of(record, f"{config}+{policy.protection}") for record in found.values()]
-        bits = [row["bits_32k"] for row in measured if row]
-        shown = list(dict.fromkeys(f"{x:.1f}" for x in (min(bits), max(bits)))) if bits else [NONE]
+        bits = [_from_to([row[key] for row in measured if row]) for key in ("bits", "bits_32k")]
         kld = [f"{row['kld']['mean']:.4f}" if row else NONE for row in measured]
         hits = [by_config.get(f"{config}+{policy.protection}", NONE) for by_config in needles]
         named_so = f"`{policy.name}`{' (default)' if policy.name == DEFAULT else ''}"
-        rows.append([named_so, name, " to ".join(shown), *kld, ", ".join(hits)])
+        rows.append([named_so, name, *bits, *kld, ", ".join(hits)])
     names = [f"KLD: {NAMES[name]}" if i == 0 else NAMES[name] for i, name in enumerate(found)]
-    return table(["`--policy`", "K/V", "bits/value", *names, "needles, of f16's"], rows)
+    return table(
+        ["`--policy`", "K/V", "bits at 2,048", "at 32K", *names, "needles, of f16's"], rows
+    )
+
+
+def _from_to(values: list[float]) -> str:
+    shown = dict.fromkeys(f"{x:.1f}" for x in (min(values), max(values))) if values else [NONE]
+    return " to ".join(shown)
 
 
 def row_of(record: dict, config: str) -> Row | None:

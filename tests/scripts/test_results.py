@@ -78,6 +78,7 @@ def model_record(seed: int) -> dict:
         rows.append({
             "config": name, "asked_keys": keys, "keys": keys or "key bias",
             "protected": protected if protected not in ("", "0,0") else None,
+            "bits": 16.0 if i == 0 else 9.5 - i / 2,
             "bits_32k": 16.0 if i == 0 else 9.0 - i / 2, "kv_bytes_32k": 2**20 * (20 - i),
             "kld": found, "delta_nll": found, "same_top": found,
             "kld_by_window": [float(x.mean()) for x in windows], "ppl": {"ppl": 15.0, "se": 0.5},
@@ -164,8 +165,8 @@ def test_a_models_table_goes_by_bits_with_protection_beside_none(made_up):
             for x in lines
             if x[0] == "| turbo4/turbo3" and f"{pair[0]['kld']['mean']:.5f}" in " ".join(x)
         )
-        assert line[3].startswith(f"{pair[1]['kld']['mean']:.5f}")
-        assert line[8].startswith(f"{pair[0]['kld']['mean']:.5f}")
+        assert line[4].startswith(f"{pair[1]['kld']['mean']:.5f}")
+        assert line[10].startswith(f"{pair[0]['kld']['mean']:.5f}")
 
 
 def test_the_table_of_settings_has_each_models_kld(made_up):
