@@ -174,8 +174,9 @@ def quality() -> str:
         "V together, with scales, protected tokens and anchors of centred keys: at a window's end, "
         "and after 32,768 tokens, by which rows go, with the bytes there. Protected tokens are a "
         "larger part of a window than of a long context: KLD there was not measured. "
-        "`mlx-kvN:64` is mlx-lm's `kv_bits=N`, its rows dequantised before attention; `llama-…` is llama.cpp's rotated cache, simulated by its published "
-        "rule. Turbo keys are centred. Policies calibrated for the default model are for it alone. "
+        "`mlx-kvN:64` is mlx-lm's `kv_bits=N`, its rows dequantised before attention; `llama-…` "
+        "is llama.cpp's rotated cache, simulated by its published rule. Turbo keys are centred. "
+        "Policies calibrated for the default model are for it alone. "
         "Needles: [needle-protected.md](needle-protected.md).",
         f"{NONE}: not measured. Not every table is whole: a sentence above each says what it "
         "lacks.",
