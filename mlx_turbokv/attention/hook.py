@@ -80,9 +80,14 @@ class AttentionFunctions:
 
     ``Handle``s are only understood by the functions of this module. Whoever replaces attention
     later, in MLX, in mlx-lm or in the model's own module, is given arrays.
+
+    Args:
+        model: the model.
+        padded: whether it calls them with K and V of left-padded batches as they are, too.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, padded: bool = True) -> None:
+        self.padded = padded
         modules = [sys.modules.get(name) for name in {type(m).__module__ for m in model.modules()}]
         name = scaled_dot_product_attention.__name__
         self._functions = [

@@ -16,7 +16,7 @@ from ..centring.centre import Centre
 from ..kernels.packed import PaddedCausal
 from ..quant.formats import KVFormat
 from .base import loadable
-from .padding import PaddedBatch, common_layout
+from .padding import PaddedBatch, as_list, common_layout
 from .single import TurboKVCache
 from .state import counts
 
@@ -35,6 +35,8 @@ class BatchTurboKVCache(PaddedBatch):
     Raises:
         InputError: as ``TurboKVCache``.
     """
+
+    single_class: type[TurboKVCache] = TurboKVCache  # of one of its sequences
 
     def __init__(
         self,
@@ -65,6 +67,11 @@ class BatchTurboKVCache(PaddedBatch):
         if self._offset_at is None or self._offset_at[0] != size:
             self._offset_at = size, mx.array([size - n for n in self._left_padding], mx.int32)
         return self._offset_at[1]
+
+    @offset.setter
+    def offset(self, offset: mx.array) -> None:
+        """Set how many rows are padding, as mlx-vlm does for padding that is still to come."""
+        self._set_left_padding([self.size() - n for n in as_list(offset)])
 
     @property
     def _idx(self) -> int:
@@ -107,7 +114,7 @@ class BatchTurboKVCache(PaddedBatch):
     def finalize(self) -> None:
         """Turn the right padding into left padding."""
         padding, self._right_padding, self._coming = self._right_padding, None, None
-        if padding is None or self.empty():
+        if padding is None or self.layout is None:
             return
         n = self.size()
         self._move(padding, [n - p for p in padding], n)
@@ -127,7 +134,7 @@ class BatchTurboKVCache(PaddedBatch):
 
     def _new_single(self) -> TurboKVCache:
         options = self._backend_name, self.centre
-        return TurboKVCache(self.k_format, self.v_format, *options, **vars(self.protection))
+        return self.single_class(self.k_format, self.v_format, *options, **vars(self.protection))
 
     @classmethod
     def merge(cls, caches: Sequence[TurboKVCache]) -> BatchTurboKVCache:

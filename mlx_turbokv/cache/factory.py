@@ -14,7 +14,7 @@ from ..centring.first_use import FirstUse, for_model
 from ..centring.references import References
 from ..log import warn_once
 from ..model.caches import ModelReference, cache_at, language_model, own_caches, put_cache
-from ..model.kinds import is_a, new_cache
+from ..model.kinds import is_a, is_of_mlx_vlm, new_cache
 from ..model.kv_layers import KVLayer, KVLayers, kv_layers
 from ..model.probing import only_forwards_kv
 from ..policy import Pair, Policy
@@ -188,7 +188,8 @@ class CacheFactory:
             notes.append("max_kv_size has no effect: no layer keeps all tokens in a KV cache.")
         for note in notes:
             warn_once(note, type(model).__module__)
-        functions = AttentionFunctions(model)
+        # qwen3_5 and qwen4_exp of mlx-vlm cut the padding off K and V by themselves
+        functions = AttentionFunctions(model, padded=not is_of_mlx_vlm(model))
         if handles and only_forwards_kv(model, _with_handles(self(), functions)):
             self._attention = functions
 

@@ -36,9 +36,25 @@ class PaddedBatch(PackedCache):
             self._left_padding_array = mx.array(self._left_padding, mx.int32)
         return self._left_padding_array
 
+    @left_padding.setter
+    def left_padding(self, left_padding: mx.array) -> None:
+        self._set_left_padding(as_list(left_padding))
+
+    def empty(self) -> bool:
+        """Whether nothing has been written, and no padding was announced.
+
+        mlx-vlm goes on with caches of its own where a batch is empty, without these formats.
+        """
+        return self.layout is None and not any(self._left_padding)
+
     @property
     def starts(self) -> list[int]:
         return list(self._left_padding)
+
+    def _may_return_handles(self) -> bool:
+        handles = self.handles
+        is_read = handles is not None and not handles.padded and any(self._left_padding)
+        return not is_read and super()._may_return_handles()
 
     def _check(self, keys: mx.array, values: mx.array) -> None:
         if keys.shape[0] != self.batch_size:
@@ -67,7 +83,7 @@ class PaddedBatch(PackedCache):
             ValueError: left padding for a cache that holds rows.
         """
         if left_padding is not None:
-            if not self.empty():
+            if self.layout is not None:
                 raise ValueError(
                     f"[{type(self).__name__}] left padding can only be added to an empty cache."
                 )
@@ -82,14 +98,14 @@ class PaddedBatch(PackedCache):
     def filter(self, batch_indices: Sequence[int] | mx.array) -> None:
         """Keep these sequences, in this order, and drop padding that all of them have."""
         indices = as_list(batch_indices)
-        if not self.empty():
+        if self.layout is not None:
             rows = mx.array(indices)
             self._take_sequences(rows, indices)
         self._select(indices)
         common = min(self._left_padding)
         if common <= 0:
             return
-        if not self.empty():
+        if self.layout is not None:
             common, n = min(common, self.n_rows), self.n_rows
             self._move([-common] * self.batch_size, [n] * self.batch_size, n - common)
         self._set_left_padding([n - common for n in self._left_padding])

@@ -98,7 +98,7 @@ class BatchTurboRotatingKVCache(PaddedBatch, RotatingRows):
 
     def _roll(self) -> None:
         """Move sequences that end in padding to the right."""
-        if self._ends is None or self.empty():
+        if self._ends is None or self.layout is None:
             return
         shifts = [max(0, offset - end) for offset, end in zip(self._offsets(), self._ends)]
         if any(shifts):

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import mlx.core as mx
 import pytest
-from vision_models import WINDOW, Batches, prompt, tiny_gemma3, with_image
+from tiny_vlm import tiny_language_model
+from vision_models import (
+    WINDOW,
+    Batches,
+    Whole,
+    greedy_answer,
+    prompt,
+    tiny_gemma3,
+    with_image,
+)
 
 from mlx_turbokv import TurboKVCache, TurboRotatingKVCache, attach, detach, make_prompt_cache
 from mlx_turbokv.cache.base import PackedCache
@@ -109,6 +118,16 @@ def test_a_request_that_comes_later_joins_the_batch(packed) -> None:
     prompts = [prompt(40, 1), prompt(23, 5)]
     alone = [text_answer(packed, tokens) for tokens in prompts]
     assert Batches(packed).answers(prompts, N, later=3) == alone
+
+
+@pytest.mark.parametrize("lengths", [[40, 40, 40], [40, 23, 61]])
+@pytest.mark.parametrize("later", [0, 3])
+def test_batches_of_qwen3_5_whose_padding_the_model_cuts_off_itself(lengths, later) -> None:
+    model = tiny_language_model("qwen3_5")
+    attach(model, *FORMATS)
+    prompts = [prompt(n, first) for n, first in zip(lengths, (1, 5, 2))]
+    alone = [greedy_answer(model, tokens, N) for tokens in prompts]
+    assert Batches(Whole(model)).answers(prompts, N, later=later) == alone
 
 
 @pytest.mark.parametrize("fixture", ["packed", "packed_windows"])

@@ -47,6 +47,23 @@ def with_image(n: int) -> tuple[mx.array, mx.array, mx.array]:
     return mx.array([tokens]), image, mx.ones((1, n), mx.int32)
 
 
+class Whole:
+    """A language model as the part of a whole model that ``Batches`` asks for."""
+
+    def __init__(self, language_model: nn.Module) -> None:
+        self.language_model = language_model
+
+
+def greedy_answer(model: nn.Module, tokens: list[int], n: int) -> list[int]:
+    """A language model's answer of ``n`` tokens to one prompt, through its caches."""
+    caches, answer = model.make_cache(), []
+    for _ in range(n):
+        logits = model(mx.array([tokens]), cache=caches).logits
+        tokens = [mx.argmax(logits[0, -1]).item()]
+        answer += tokens
+    return answer
+
+
 class _NeverStops:
     def add_eos_token_ids(self, ids: Any) -> None:
         pass
