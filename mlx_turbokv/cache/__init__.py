@@ -4,6 +4,7 @@ from . import speculation as speculation
 from .base import STATE_VERSION, PackedCache
 from .batch import BatchTurboKVCache
 from .factory import CacheFactory, attach, detach, make_prompt_cache
+from .indexed import IndexedTurboKVCache
 from .rotating import TurboRotatingKVCache
 from .rotating_batch import BatchTurboRotatingKVCache
 from .rows import FLUSH_TOKENS
@@ -15,6 +16,7 @@ __all__ = [
     "BatchTurboKVCache",
     "BatchTurboRotatingKVCache",
     "CacheFactory",
+    "IndexedTurboKVCache",
     "PackedCache",
     "TurboKVCache",
     "TurboRotatingKVCache",

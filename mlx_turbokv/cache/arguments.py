@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from ..centring.first_use import FirstUse
@@ -17,7 +17,7 @@ from ..quant.formats import KVFormat
 KEPT_TOKENS = 4  # first tokens that stay when max_kv_size is reached; mlx-lm keeps as many
 
 
-def check_max_kv_size(max_kv_size: int, centre: Any, layers: Iterable[KVLayer]) -> None:
+def check_max_kv_size(max_kv_size: int, centre: Any, layers: Sequence[KVLayer]) -> None:
     """Check a limit of tokens against what else was asked for, and the model's layers.
 
     Raises:
@@ -37,6 +37,11 @@ def check_max_kv_size(max_kv_size: int, centre: Any, layers: Iterable[KVLayer]) 
         raise InputError(
             f"max_kv_size {max_kv_size} cannot be used with a diffusion model, which reads all "
             "rows of its caches."
+        )
+    if any(layer.is_indexed for layer in layers):
+        raise InputError(
+            f"max_kv_size {max_kv_size} cannot be used with a model whose indexer chooses among "
+            "all tokens."
         )
 
 

@@ -248,9 +248,8 @@ class CacheFactory:
             return own
         if window is None:
             centre = self.centring.centres.get(self._growing[layer.ordinal])
-            kind = ReadableTurboKVCache if layer.is_read else TurboKVCache
             protection = self.policy.protection.of(k, v)
-            return kind(k, v, self.backend, centre, **vars(protection))
+            return _kind(layer)(k, v, self.backend, centre, **vars(protection))
         return TurboRotatingKVCache(k, v, window, keep, self.backend)
 
     def _layers_of(self, caches: list[Any]) -> KVLayers:
@@ -266,6 +265,14 @@ class CacheFactory:
                 k, v = self.formats[layer.ordinal]
                 check_head_dim(k, layer.shape.k_head_dim)
                 check_head_dim(v, layer.shape.v_head_dim)
+
+
+def _kind(layer: KVLayer) -> type[TurboKVCache]:
+    if layer.is_indexed:  # a model of mlx-vlm's, which is optional
+        from .indexed_batch import IndexedTurboKVCache
+
+        return IndexedTurboKVCache
+    return ReadableTurboKVCache if layer.is_read else TurboKVCache
 
 
 def _with_handles(caches: list[Any], functions: AttentionFunctions | None) -> list[Any]:

@@ -15,7 +15,6 @@ from ..quant.layout import KVLayout
 from .base import loadable
 from .batch import BatchTurboKVCache
 from .indexed import Indexed, IndexedTurboKVCache, IndexRows, joined
-from .padding import as_list
 
 _OwnBatch: Any = importlib.import_module("mlx_vlm.models.qwen4_exp.language").BatchQSAKVCache
 
@@ -24,32 +23,13 @@ _OwnBatch: Any = importlib.import_module("mlx_vlm.models.qwen4_exp.language").Ba
 class BatchIndexedTurboKVCache(Indexed, BatchTurboKVCache, _OwnBatch):
     """A packed KV cache for one layer and several sequences, with the keys of an indexer.
 
-    The model asks whether its batch is a ``BatchQSAKVCache``; nothing of that is used. It sets
-    ``offset`` and ``left_padding`` where padding is still to come after it has read rows alone.
+    The model asks whether its batch is a ``BatchQSAKVCache``; nothing of that is used.
 
     Takes what ``BatchTurboKVCache`` takes.
     """
 
     single_class = IndexedTurboKVCache
     memory_profile = None  # as PrefixCached says
-
-    @property
-    def offset(self) -> mx.array:
-        """Tokens of each sequence, negative while its padding is still to come; [B] int32."""
-        return super().offset
-
-    @offset.setter
-    def offset(self, offset: mx.array) -> None:
-        self._set_left_padding([self.size() - n for n in as_list(offset)])
-
-    @property
-    def left_padding(self) -> mx.array:
-        """Rows before the first token of each sequence; [B] int32."""
-        return super().left_padding
-
-    @left_padding.setter
-    def left_padding(self, left_padding: mx.array) -> None:
-        self._set_left_padding(as_list(left_padding))
 
     def extract(self, idx: int) -> IndexedTurboKVCache:
         cache: Any = super().extract(idx)

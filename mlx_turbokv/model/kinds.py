@@ -15,6 +15,7 @@ from ..errors import InputError
 
 MLX_VLM = "mlx_vlm"
 _MLX_VLM_CACHE = f"{MLX_VLM}.models.cache"
+_QWEN4_EXP = f"{MLX_VLM}.models.qwen4_exp.language"
 
 
 def kind(name: str) -> tuple[type, ...]:
@@ -31,6 +32,11 @@ def is_a(cache: Any, name: str) -> bool:
 def is_just(cache: Any, name: str) -> bool:
     """Whether a cache is of the class of this name, and of no derived one."""
     return type(cache) in kind(name)
+
+
+def is_indexed(cache: Any) -> bool:
+    """Whether a cache keeps an indexer's keys beside K and V, as that of mlx-vlm's qwen4_exp."""
+    return type(cache) is getattr(sys.modules.get(_QWEN4_EXP), "QSAKVCache", None)
 
 
 def is_of_mlx_vlm(model: Any) -> bool:

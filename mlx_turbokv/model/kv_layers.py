@@ -18,7 +18,7 @@ from typing import Any
 import mlx.nn as nn
 
 from .caches import Position, model_layers, own_caches
-from .kinds import is_a, is_just, is_of_mlx_vlm
+from .kinds import is_a, is_indexed, is_just, is_of_mlx_vlm
 from .probing import record_one_token
 from .shapes import KVShape
 
@@ -42,6 +42,7 @@ class KVLayer:
         shape: heads and head_dims, where a call with one token could show them.
         window: tokens of its sliding window, or None for a layer whose cache grows.
         is_read: whether the model takes K and V out of the cache itself.
+        is_indexed: whether the cache also keeps the keys of an indexer.
     """
 
     ordinal: int
@@ -50,6 +51,7 @@ class KVLayer:
     shape: KVShape | None = None
     window: int | None = None
     is_read: bool = False
+    is_indexed: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,8 @@ def _classify(model: nn.Module, caches: list[Any], compress_sliding: bool) -> KV
             reason = DIFFUSION if reason is None and diffuses and not is_read else reason
             window = entry.max_size if is_a(entry, "RotatingKVCache") else None
             if reason is None:
-                layers.append(KVLayer(len(layers), index, sub, window=window, is_read=is_read))
+                about = {"window": window, "is_read": is_read, "is_indexed": is_indexed(entry)}
+                layers.append(KVLayer(len(layers), index, sub, **about))
             else:
                 skipped.append(Skipped(index, reason, sub, window))
     return KVLayers(layers, skipped, len(layers))
@@ -181,7 +184,7 @@ def _is_of_decoder(cache: Any) -> bool:
 
 def _why_not(cache: Any, latent: bool, compress_sliding: bool) -> str | None:
     rotates = is_just(cache, "RotatingKVCache")
-    if is_just(cache, "KVCache") or (compress_sliding and rotates):
+    if is_just(cache, "KVCache") or is_indexed(cache) or (compress_sliding and rotates):
         return LATENT if latent else None
     if is_a(cache, "ArraysCache"):
         return RECURRENT

@@ -38,6 +38,10 @@ class RecordingCache(KVCache):
         self.offset += keys.shape[2]
         return keys, values
 
+    def update_indexer(self, keys: mx.array, position_ids: mx.array) -> tuple[mx.array, mx.array]:
+        """The keys of an indexer, for models that keep them in the same cache."""
+        return keys, position_ids
+
     @property
     def state(self) -> tuple[mx.array | None, mx.array | None]:
         """K and V, as the state of mlx-vlm's caches."""

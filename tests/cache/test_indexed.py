@@ -13,9 +13,9 @@ from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 from q8_simulation import through_q8
 from tiny_models import run_session
 from tiny_vlm import tiny_language_model
-from vision_models import Batches, prompt
+from vision_models import Batches, Whole, greedy_answer, prompt
 
-from mlx_turbokv import attach, detach, make_prompt_cache
+from mlx_turbokv import attach, make_prompt_cache
 from mlx_turbokv.cache import IndexedTurboKVCache, PackedCache
 from mlx_turbokv.errors import InputError
 
@@ -24,13 +24,6 @@ pytestmark = pytest.mark.slow
 
 HEADS, HEAD_DIM, INDEX_DIM = 2, 64, 32
 N = 8
-
-
-class Model:
-    """What mlx-vlm's generator of batches asks of a whole model."""
-
-    def __init__(self, **changes: Any) -> None:
-        self.language_model = tiny_language_model("qwen4_exp", **changes)
 
 
 def packed(**options: Any) -> IndexedTurboKVCache:
@@ -230,20 +223,8 @@ def test_logits_do_not_depend_on_how_a_prompt_is_cut(formats) -> None:
 @pytest.mark.parametrize(("budget", "lengths"), [(8, [40, 40, 40]), (4096, [40, 23, 61])])
 @pytest.mark.parametrize("later", [0, 3])
 def test_a_batch_answers_as_each_prompt_alone(budget, lengths, later) -> None:
-    model = Model(indexer_budget=budget)
+    model = tiny_language_model("qwen4_exp", indexer_budget=budget)
     prompts = [prompt(n, first) for n, first in zip(lengths, (1, 5, 2))]
-    attach(model.language_model, "turbo4", "turbo3")
-    try:
-        alone = [_answer(model.language_model, tokens) for tokens in prompts]
-        assert Batches(model).answers(prompts, N, later=later) == alone
-    finally:
-        detach(model.language_model)
-
-
-def _answer(model: Any, tokens: list[int]) -> list[int]:
-    caches, answer = model.make_cache(), []
-    for _ in range(N):
-        logits = model(mx.array([tokens]), cache=caches).logits
-        tokens = [mx.argmax(logits[0, -1]).item()]
-        answer += tokens
-    return answer
+    attach(model, "turbo4", "turbo3")
+    alone = [greedy_answer(model, tokens, N) for tokens in prompts]
+    assert Batches(Whole(model)).answers(prompts, N, later=later) == alone

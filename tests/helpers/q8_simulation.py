@@ -90,6 +90,13 @@ class SimulatedQ8Cache(_Simulated, KVCache):
         self.stored = stored
 
 
+def simulated_like(own: object, stored: list[Rows]) -> object:
+    """A new cache of the model's own class, with rows through q8_0."""
+    cache = type("SimulatedOwnCache", (_Simulated, type(own)), {})()
+    cache.stored = stored
+    return cache
+
+
 class SimulatedQ8RotatingCache(_Simulated, RotatingKVCache):
     """mlx-lm's cache of a window."""
 
