@@ -228,3 +228,18 @@ def test_a_batch_answers_as_each_prompt_alone(budget, lengths, later) -> None:
     attach(model, "turbo4", "turbo3")
     alone = [greedy_answer(model, tokens, N) for tokens in prompts]
     assert Batches(Whole(model)).answers(prompts, N, later=later) == alone
+
+
+def test_mlx_vlms_prefix_cache_keeps_packed_rows_and_the_indexers_keys() -> None:
+    from mlx_vlm.apc import APCManager
+
+    model, tokens, manager = tiny_language_model("qwen4_exp"), prompt(200, 1), APCManager()
+    attach(model, "turbo4", "turbo3")
+    expected = greedy_answer(model, tokens, N)
+    for hits in range(2):
+        batches = Batches(Whole(model), apc_manager=manager)
+        assert batches.answers([tokens], N) == [expected]
+        assert manager.stats.exact_hits == hits
+    (entry, *_) = manager._exact_cache.values()
+    held = entry.prompt_cache[1]
+    assert type(held) is IndexedTurboKVCache and held.index_offset == held.offset == 199
