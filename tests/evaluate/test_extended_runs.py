@@ -89,6 +89,7 @@ def test_other_settings_and_no_resume_measure_anew(ask) -> None:
 @pytest.mark.parametrize(
     "content",
     [b"", b"no gzip", gzip.compress(b"{")[:-3], gzip.compress(b"{}\n[]"), gzip.compress(b"\xff")],
+    ids=["empty", "no gzip", "cut", "no windows", "no text"],  # gzip writes the time
 )
 def test_a_damaged_file_of_windows_counts_as_none(tmp_path, content) -> None:
     (tmp_path / "x.json.windows.gz").write_bytes(content)

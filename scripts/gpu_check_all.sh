@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# Every check of the kernels on a machine with NVIDIA GPUs, side by side, within a time limit.
+#
+#   scripts/gpu_check_all.sh FOLDER [SECONDS [SHARDS]]
+#   python scripts/gpu_check_record.py FOLDER --out benchmarks/gpu_check.json
+#
+# Kernel cases against float64 and under both sanitizers, in SHARDS processes; then the default model
+# on both back-ends, doctor on this tree and on two whose kernels are wrong, and the launches of a
+# decode step. TEXT: a file for the model's windows; else the package's sample. Kernels of a process
+# are compiled into a folder of its own, since MLX's processes cannot share one.
+set -u
+cd "$(dirname "$0")/.."
+folder=$(realpath "${1:?a folder for the records}") limit=${2:-1800} shards=${3:-$(nproc)}
+compiled=$(mktemp -d)
+export TURBOKV_SELFCHECK=0
+mkdir -p "$folder"
+
+left() { echo $((limit - SECONDS)); }
+
+# run NAME COMMAND...: the command's output is in NAME.log, its exit status in NAME.rc
+run() {
+  local name=$1 ended
+  shift
+  [ "$(left)" -lt 20 ] && return 1
+  timeout "$(left)" "$@" --"$as" "$folder/$name.json" >"$folder/$name.log" 2>&1
+  ended=$?
+  echo $ended >"$folder/$name.rc"
+  echo "$name: exit status $ended after $SECONDS s"
+}
+
+shard() {
+  local as=out check="python3 scripts/gpu_check.py --shard $1/$shards"
+  export MLX_PTX_CACHE_DIR=$compiled/$1
+  run "cases$1" $check --seconds $(($(left) - 15)) || return
+  for tool in memcheck racecheck; do
+    run "$tool$1" compute-sanitizer --tool $tool $check --seconds $(($(left) - 15)) || return
+  done
+}
+
+# doctor NUMBER [FILE OLD NEW WHAT]: of a tree in whose FILE the text OLD is NEW
+doctor() {
+  local as=json tree=$PWD
+  export MLX_PTX_CACHE_DIR=$compiled/doctor$1
+  if [ $# -gt 1 ]; then
+    tree=$compiled/tree$1
+    mkdir "$tree"
+    cp -r metal mlx_turbokv "$tree"
+    python3 - "$tree/metal/$2" "$3" "$4" <<'END' || return
+import sys
+from pathlib import Path
+
+path, old, new = Path(sys.argv[1]), *sys.argv[2:]
+text = path.read_text()
+assert text.count(old) == 1, f"{path} has {old} {text.count(old)} times"
+path.write_text(text.replace(old, new))
+END
+    echo "$5" >"$folder/doctor$1.txt"
+  fi
+  (cd "$tree" && PYTHONPATH="$tree${PYTHONPATH:+:$PYTHONPATH}" run "doctor$1" python3 -m mlx_turbokv doctor --no-times)
+}
+
+model() {
+  local as=out
+  export MLX_PTX_CACHE_DIR=$compiled/model
+  run model python3 scripts/gpu_check.py --no-kernels --windows 16 ${TEXT:+--text "$TEXT"}
+}
+
+launches() {
+  local as=out
+  export MLX_PTX_CACHE_DIR=$compiled/launches
+  run launches python3 scripts/ncu.py launches
+}
+
+model &
+launches &
+doctor 0 &
+doctor 1 pack_quantize.h "scale_bits(unbiased_scale(energy, levels_dot))" \
+  "scale_bits(1.01f * unbiased_scale(energy, levels_dot))" \
+  "pack.metal: scales 1 % too large, in pack_quantize.h" &
+doctor 2 merge.metal "x[j] += factor * " "x[j] += 1.01f * factor * " \
+  "merge.metal: a sum 1 % too large" &
+for i in $(seq 0 $((shards - 1))); do
+  shard "$i" &
+done
+wait
+rm -rf "$compiled"
