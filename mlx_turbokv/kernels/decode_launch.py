@@ -25,6 +25,7 @@ from .trust import Kernel, require
 from .tuning import Tuning
 
 MERGE_THREADS = 256
+PROTECTED_COST = 2  # tiles of the body that take as long as a tile of protected rows
 READS_REST, READS_BODY = 1, 2  # of metal/decode_config.h
 _TENSORS = "T, Tensor<KB, KG, KD, KW>, Tensor<VB, VG, VD, VW>, RAW, ROWS, CENTRED, WHOLE"
 _TUNING = "SIMD_GROUPS, KEY_COLUMNS, LUT_KIB, PREFETCH, HALF2"
@@ -83,14 +84,27 @@ class Segments(NamedTuple):
     body_ends: tuple[int, ...]
     tail_protected: bool
 
-    def body_splits(self, n_tokens: int, splits: int) -> int:
-        """How many of a head's splits read the body; at least one is left for protected rows."""
+    def shared_out(self, n_tokens: int, splits: int, one_more: bool) -> tuple[int, int]:
+        """A head's splits, and how many of them read the body; at least one reads protected rows.
+
+        Args:
+            splits: two at least, as many as the GPU runs at once.
+            one_more: whether there may be one more: it runs after the others, which is sooner than
+                the body in one split less where few of many rows are protected.
+        """
         n_tiles, n_body = -(-n_tokens // TILE), -(-max(self.body_ends) // TILE)
         n_tail = n_tiles - self.tail_start // TILE
         n_body, n_tail = (n_body, n_tail) if self.tail_protected else (n_tiles, 0)
-        n_protected = self.first_tiles + n_tail
-        share = splits * n_body / (n_body + n_protected)
-        return 0 if n_body == 0 else min(max(1, round(share)), splits - 1)
+        n_protected = PROTECTED_COST * (self.first_tiles + n_tail)
+        if n_body == 0:
+            return splits, 0
+        share = min(max(1, round(splits * n_body / (n_body + n_protected))), splits)
+        if share < splits:
+            return splits, share
+        after = n_body / splits + n_protected
+        if one_more and after < n_body / (splits - 1):
+            return splits + 1, splits
+        return splits, splits - 1
 
 
 class DecodeParams(NamedTuple):
@@ -153,9 +167,12 @@ def launch_for(
     n_tokens = n_tail + (n_body if segments is None else segments.tail_start)
     n_rows = n_heads // n_kv_heads * n_queries
     n_groups = batch * n_kv_heads
+    one_more, body_splits = splits is None, 0
     rows, splits = tuning.rows_and_splits(
         cut, backend, n_rows, max(k.dim, v.dim), n_groups, n_tokens, splits
     )
+    if segments is not None and splits > 1:
+        splits, body_splits = segments.shared_out(n_tokens, splits, one_more)
     whole = splits == 1
     n_partial = 0 if whole else n_groups * n_rows * splits * v.dim
     output = (batch, n_heads, n_queries, v.dim)
@@ -213,7 +230,7 @@ def launch_for(
             first_tiles=segments.first_tiles,
             first_stride=segments.first_stride,
             tail_start=segments.tail_start if segments.tail_protected else n_tokens,
-            body_splits=segments.body_splits(n_tokens, splits),
+            body_splits=body_splits,
         )
         wanted += (tiles_input("first tokens", fine, heads, segments.first_stride), None)
     heads = n_heads // n_kv_heads, n_queries

@@ -76,7 +76,7 @@ class SegmentCase:
     shape: str
     edge: str = "causal"  # or plain, sinks
     centred: bool = False
-    splits: int = 1
+    splits: int | None = 1
 
     def __str__(self) -> str:
         values = asdict(self)
