@@ -25,8 +25,9 @@ class KVSummary:
     row_bytes: of the tokens' rows and what is subtracted from them, without spare rows.
     f16_bytes: of the same rows in 16 bits.
     resident_bytes: everything held, spare rows included.
-    bits_per_value: of the formats, scales included.
+    bits_per_value: ``row_bytes`` in bits, for each value of the tokens' K and V.
     pairs: number of layers by ``K/V`` formats.
+    protected: the most tokens of one sequence that a layer reads in the protected formats.
     backend: of the packed layers, or None without any.
     centred: number of layers whose keys are centred, by what they are centred by.
     """
@@ -38,18 +39,20 @@ class KVSummary:
     bits_per_value: float
     pairs: dict[str, int]
     backend: str | None
+    protected: int = 0
     centred: dict[str, int] = field(default_factory=dict)
 
     def line(self, policy: str) -> str:
         """The closing line of ``generate``."""
         pairs = ", ".join(f"{n} x {pair}" for pair, n in self.pairs.items())
+        protected = f"{self.protected:,} tokens protected, " if "turbo" in pairs else ""
         turbo_keys = any(pair.startswith("turbo") for pair in self.pairs)
         centred = f"{describe(self.centred)}, " if turbo_keys else ""
         backend = f"{self.backend} back-end" if self.backend else "mlx-lm's own cache"
         return (
             f"KV cache: {self.size()} ({mib(self.f16_bytes)}), {mib(self.resident_bytes)} "
             f"resident, {self.bits_per_value:.2f} bits per value, {policy} ({pairs} layers), "
-            f"{centred}{backend}"
+            f"{protected}{centred}{backend}"
         )
 
     def size(self) -> str:
@@ -79,22 +82,27 @@ def summarize(caches: list[Any]) -> KVSummary:
     layers = [c for c in leaves(caches) if isinstance(c, PACKED) or is_just(c, "KVCache")]
     pairs: Counter[str] = Counter()
     n_values = n_bits = 0.0
+    protected = 0
     for cache in layers:
         packed = isinstance(cache, PACKED)
+        if packed and not cache.empty():
+            protected = max(protected, cache.n_protected // cache.keys.shape[0])
         pairs[f"{cache.k_format}/{cache.v_format}" if packed else "f16/f16"] += 1
         for values, bits in _rows(cache, packed):
             n_values += values
             n_bits += values * bits
     backends = [c.backend.name for c in layers if isinstance(c, PACKED)]
     centres = [c.centre for c in layers if isinstance(c, TurboKVCache)]
+    row_bytes = round(n_bits / 8) + sum(map(_centre_bytes, layers))
     return KVSummary(
         tokens=max((int(c.offset) for c in layers), default=0),
-        row_bytes=round(n_bits / 8) + sum(map(_centre_bytes, layers)),
+        row_bytes=row_bytes,
         f16_bytes=int(n_values) * F16_BYTES,
         resident_bytes=sum(c.nbytes for c in layers),
-        bits_per_value=n_bits / n_values if n_values else 0.0,
+        bits_per_value=8 * row_bytes / n_values if n_values else 0.0,
         pairs=dict(pairs),
         backend=_backend(backends[0]) if backends else None,
+        protected=protected,
         centred=dict(Counter(centre.source for centre in centres if centre is not None)),
     )
 

@@ -381,12 +381,16 @@ def test_the_closing_line_says_what_is_centred():
 
     held = caches()
     feed(held, 0, 5)
-    assert "turbo4/f16 layers), keys centred by key bias (3 layers), reference" in summarize(
-        held
-    ).line("p")
+    found = summarize(held)
+    said = "turbo4/f16 layers), 0 tokens protected, keys centred by key bias (3 layers), reference"
+    assert said in found.line("p")
+    # per cent of f16 and bits per value are one number, and count what centring takes
+    assert found.bits_per_value == pytest.approx(16 * found.row_bytes / found.f16_bytes)
     held = caches(centre=False)
     feed(held, 0, 5)
-    assert "turbo4/f16 layers), keys not centred, reference" in summarize(held).line("p")
+    without = summarize(held)
+    assert "turbo4/f16 layers), 0 tokens protected, keys not centred" in without.line("p")
+    assert found.bits_per_value > without.bits_per_value
     held = caches(k="q8_0")
     feed(held, 0, 5)
     assert "centred" not in summarize(held).line("p")

@@ -67,7 +67,7 @@ def test_closing_lines(call):
     assert re.fullmatch(
         r"KV cache: \d tokens, [\d.]+ MiB, [\d.]+% of f16 \([\d.]+ MiB\), [\d.]+ MiB resident, "
         rf"[\d.]+ bits per value, {DEFAULT} \(2 x {'/'.join(PAIRS[DEFAULT])} layers\), "
-        r"keys not centred, \w+ back-end",
+        r"\d tokens protected, keys not centred, \w+ back-end",
         lines[3],
     )
 
@@ -87,9 +87,14 @@ def test_counted_bytes_and_bits(call):
     f16 = tokens * 2 * 2 * 32 * 2
     assert f"{f16 * 4.5 / 16 / 2**20:.4f} MiB, 28.1% of f16 ({f16 / 2**20:.4f} MiB)" in out
     # A scale of 16 bits for every 16 values beside 4 and 3 bits.
-    assert "4.50 bits per value, turbo4/turbo3+0,0 (2 x turbo4/turbo3 layers)" in out
+    assert "4.50 bits per value, turbo4/turbo3+0,0 (2 x turbo4/turbo3 layers), 0 tokens" in out
     _, out, _ = call("-p", "the", "-m", 5, *pair)  # all of them are protected
-    assert "9.00 bits per value, turbo4/turbo3 (2 x turbo4/turbo3 layers)" in out
+    said = f"turbo4/turbo3 (2 x turbo4/turbo3 layers), {tokens} tokens protected"
+    assert f"9.00 bits per value, {said}" in out
+    _, out, _ = call("-p", "the", "-m", 5, *pair, "--max-kv-size", 64)  # a window protects none
+    assert "4.50 bits per value" in out and "layers), 0 tokens protected" in out
+    _, out, _ = call("-p", "the", "-m", 5, "-ctk", "q8_0", "-ctv", "f16")
+    assert "protected" not in out
 
 
 def test_not_verbose_prints_the_text_alone(call):
