@@ -11,6 +11,7 @@ from ..errors import InputError
 from ..model.kinds import check_model
 from ..model.kv_layers import KVLayer
 from ..policy import Policy, load_policy
+from ..policy.presets import format_of
 from ..policy.settings import default_policy
 from ..quant.formats import KVFormat
 
@@ -45,6 +46,18 @@ def check_max_kv_size(max_kv_size: int, centre: Any, layers: Sequence[KVLayer]) 
         )
 
 
+def check_window(max_kv_size: int | None, sink: int | None, recent: int | None) -> None:
+    """Raises: InputError where tokens of a window are to be protected."""
+    if max_kv_size is None:
+        return
+    for name, n in (("sink", sink), ("recent", recent)):
+        if n:
+            raise InputError(
+                f"{name} {n} has no effect with max_kv_size {max_kv_size}: a window protects no "
+                "tokens."
+            )
+
+
 def as_policy(
     model: Any,
     k: KVFormat | str | None,
@@ -57,6 +70,7 @@ def as_policy(
         InputError: they mean none, or the model is none.
     """
     check_model(model)
+    k, v = (None if x is None else format_of(x) for x in (k, v))
     if policy is None:
         return default_policy(k, v)
     if isinstance(policy, Policy):

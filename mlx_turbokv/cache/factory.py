@@ -19,7 +19,7 @@ from ..model.kv_layers import KVLayer, KVLayers, kv_layers
 from ..model.probing import only_forwards_kv
 from ..policy import Pair, Policy
 from ..quant.formats import KVFormat, as_format, check_head_dim
-from .arguments import KEPT_TOKENS, as_policy, check_max_kv_size
+from .arguments import KEPT_TOKENS, as_policy, check_max_kv_size, check_window
 from .base import PackedCache
 from .readable import ReadableTurboKVCache
 from .rotating import TurboRotatingKVCache
@@ -75,10 +75,11 @@ def make_prompt_cache(
     Raises:
         InputError: unknown format or policy, a policy that does not fit the model, a head_dim
             that a format cannot store, a max_kv_size below 5, centre="auto" without a tokenizer, or
-            protected tokens that are not accepted, or not with this back-end.
+            protected tokens that are not accepted, or not with this back-end or a window.
     """
     centre = for_model(centre, tokenizer)
     policy = as_policy(model, k, v, policy).protecting(sink, recent)
+    check_window(max_kv_size, sink, recent)
     options = centre, compress_sliding, max_kv_size, handles
     return CacheFactory(language_model(model), policy, backend, None, *options)()
 
@@ -113,6 +114,7 @@ def attach(
     """
     centre = for_model(centre, tokenizer)
     policy = as_policy(model, k, v, policy).protecting(sink, recent)
+    check_window(max_kv_size, sink, recent)
     inner = language_model(model)
     previous = vars(inner).get("make_cache")
     if isinstance(previous, CacheFactory):

@@ -9,6 +9,7 @@ import click
 
 from .. import __version__
 from ..errors import InputError
+from .output import shorten
 
 HELP_NAMES = ["-h", "--help"]
 # Parameters by the section of the help that lists them; others are in the last but one.
@@ -26,6 +27,14 @@ _OUTPUT = (
     "output markdown json_path json_file plot folder from_path verbose resume no_resume time_limit"
 )
 _BITS = {8: "q8_0", 6: "turbo6", 5: "turbo5", 4: "turbo4", 3: "turbo3", 2: "turbo2"}
+# Cache options, and how a configuration (--config) says what they say; {} is their value.
+_AS_CONFIG = {
+    "-ctk": "K/V, such as turbo4/turbo3", "--cache-type-k": "K/V, such as turbo4/turbo3",
+    "-ctv": "K/V, such as turbo4/turbo3", "--cache-type-v": "K/V, such as turbo4/turbo3",
+    "--policy": "{}", "--boundary": "boundary:{}", "--layer-adaptive": "mode-{}",
+    "--sink": "NAME+SINK,RECENT, such as balanced+0,0",
+    "--recent": "NAME+SINK,RECENT, such as balanced+0,0",
+}  # fmt: skip
 _ELSEWHERE = ("--image", "--quantize-activations", "-qa", "--use-default-chat-template")
 
 
@@ -43,6 +52,8 @@ class Command(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """As click does; a flag of another cache is answered with what to type instead."""
         given = list(args)
+        if answer := _as_config(given, {param.name for param in self.get_params(ctx)}):
+            raise InputError(answer)
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
@@ -110,6 +121,23 @@ def _instead(option: str, args: Sequence[str], ctx: click.Context) -> str | None
             f"{option} is not taken here: mlx_turbokv run -- mlx_lm.generate {option} has it, with "
             "packed caches."
         )
+    return None
+
+
+def _as_config(args: Sequence[str], names: set[str | None]) -> str | None:
+    """What to type instead of a cache option in a command that takes configurations alone.
+
+    Args:
+        names: the command's parameters.
+    """
+    if "configs" not in names or "cache_type_k" in names:
+        return None
+    for word in args:
+        option = word.partition("=")[0]
+        if option in _AS_CONFIG:
+            value = _value_of(option, args) or "NAME"
+            config = _AS_CONFIG[option].format(shorten(value))
+            return f"{option} is not an option here: give --config {config}."
     return None
 
 

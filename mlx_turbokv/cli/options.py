@@ -281,4 +281,10 @@ def policy_from(
         found = from_env
     else:
         found = default_policy(k, v)
+    option = "--sink" if sink else "--recent" if recent else None
+    if option is not None and not found.has_turbo():
+        raise InputError(
+            f"{option} {sink or recent} has no effect where no K or V format is turbo: q8_0 and "
+            "f16 are at least as exact."
+        )
     return found.protecting(sink, recent)

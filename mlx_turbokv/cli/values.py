@@ -13,6 +13,7 @@ from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from ..errors import InputError
+from ..policy.presets import format_of
 from ..policy.protection import check_count
 from ..quant.formats import FORMAT_NAMES, KVFormat
 
@@ -59,7 +60,7 @@ class FormatType(click.ParamType):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> KVFormat:
-        return value if isinstance(value, KVFormat) else KVFormat.parse(value)
+        return format_of(value)
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
@@ -172,9 +173,10 @@ def check_max_tokens(n: int) -> None:
 
 
 def check_max_kv_size(n: int | None) -> None:
-    """Raises: InputError where --keys is given with --max-kv-size."""
+    """Raises: InputError where --keys, --sink or --recent is given with --max-kv-size."""
     if n is not None:
         refuse(["keys"], "with --max-kv-size: the keys of a window stay whole")
+        refuse(["sink", "recent"], "with --max-kv-size: a window protects no tokens")
 
 
 def refuse(names: Collection[str], why: str) -> None:

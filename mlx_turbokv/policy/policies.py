@@ -73,7 +73,18 @@ class Policy:
 
     def k_formats(self) -> set[KVFormat]:
         """Every format that a layer's keys may get."""
-        names = [x.name for x in fields(self) if x.name == "k" or x.name.endswith("_k")]
+        return self._formats_of("k")
+
+    def v_formats(self) -> set[KVFormat]:
+        """Every format that a layer's values may get."""
+        return self._formats_of("v")
+
+    def has_turbo(self) -> bool:
+        """Whether a layer may get a turbo format; others need no protected tokens."""
+        return any(f.is_turbo for f in self.k_formats() | self.v_formats())
+
+    def _formats_of(self, side: str) -> set[KVFormat]:
+        names = [x.name for x in fields(self) if x.name == side or x.name.endswith(f"_{side}")]
         return {as_format(f) for f in (getattr(self, name) for name in names) if f is not None}
 
     def formats(self, n_layers: int) -> list[Pair]:
@@ -215,6 +226,9 @@ class LayerList(Policy):
     def k_formats(self) -> set[KVFormat]:
         return {as_format(k) for k, _ in self.pairs}
 
+    def v_formats(self) -> set[KVFormat]:
+        return {as_format(v) for _, v in self.pairs}
+
     def pair(self, ordinal: int, n_layers: int) -> Pair:
         return self.pairs[ordinal]
 
@@ -245,6 +259,9 @@ class Preset(Policy):
 
     def k_formats(self) -> set[KVFormat]:
         return self.inner.k_formats()
+
+    def v_formats(self) -> set[KVFormat]:
+        return self.inner.v_formats()
 
     def pair(self, ordinal: int, n_layers: int) -> Pair:
         return self.inner.pair(ordinal, n_layers)

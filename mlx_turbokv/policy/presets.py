@@ -6,6 +6,8 @@ in ordinals of KV layers.
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import os
 import re
 from collections.abc import Mapping
@@ -82,6 +84,39 @@ def from_environment(
         raise InputError(f"{ENVIRONMENT}={mode}: {error}") from None
 
 
+_WITH_PROTECTED = re.compile(r"(.+)\+\s*([0-9]{1,7})\s*,\s*([0-9]{1,7})")
+
+
+def _instead(text: str) -> str:
+    """What was probably meant by an unknown policy; empty where nothing is like it."""
+    if match := _WITH_PROTECTED.fullmatch(text):
+        name, sink, recent = match.groups()
+        options = f"--sink {sink} --recent {recent}"
+        if name in (*SETTINGS, *PRESETS):
+            options = f"--policy {name} {options}"
+        return f"protected tokens are options of their own ({options}); "
+    k, slash, v = text.partition("/")
+    with contextlib.suppress(InputError):
+        if slash and as_format(k) and as_format(v):
+            return f"formats are options of their own (-ctk {k} -ctv {v}); "
+    near = difflib.get_close_matches(text[:60], (*SETTINGS, "uniform", *PRESETS), 1)
+    return f"the nearest is {near[0]}; " if near else ""
+
+
+def format_of(value: KVFormat | str) -> KVFormat:
+    """Accept a format or its name, where a policy's name is a likely mistake.
+
+    Raises:
+        InputError: the name is none of a format; that of a policy is said to be one.
+    """
+    if isinstance(value, str) and (name := value.strip().lower()) in (*SETTINGS, *PRESETS):
+        raise InputError(
+            f"{value!r} is a policy, not a KV format: give --policy {name}, in Python "
+            f'policy="{name}".'
+        )
+    return as_format(value)
+
+
 _PARAMETRISED = re.compile(
     r"(?:boundary:(?P<first>[0-9]{1,9}),(?P<last>[0-9]{1,9})|last:(?P<n>[0-9]{1,9}))(?::(?P<formats>[^/]+(?:/[^/]+)?))?"
 )
@@ -123,7 +158,7 @@ def load_policy(
     if match := _PARAMETRISED.fullmatch(lower):
         return _parametrised(match, k or DEFAULT_K, v or DEFAULT_V)
     if not (text.endswith(".json") or os.path.exists(text)):
-        raise InputError(f"Unknown policy {text!r}: accepted are {ACCEPTED}.")
+        raise InputError(f"Unknown policy {text!r}: {_instead(lower)}accepted are {ACCEPTED}.")
     if k is not None or v is not None:
         raise InputError(
             f"Policy file {text!r} sets the formats of every layer: K or V formats cannot be "

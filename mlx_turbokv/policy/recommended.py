@@ -54,7 +54,7 @@ def _preset(policy: Policy) -> Policy | None:
 def options(policy: Policy) -> str | None:
     """The options of the commands that select a policy; None for one that takes more than a name.
 
-    Protected tokens are left out where they are the default.
+    Protected tokens are left out where they are the default, or change nothing.
     """
     if type(policy) is Uniform:
         words = [f"-ctk {policy.k} -ctv {policy.v}"]
@@ -63,6 +63,8 @@ def options(policy: Policy) -> str | None:
     else:
         return None
     own, default = policy.protection, policy.default_protection
+    if not policy.has_turbo():
+        own = default
     words += [f"--sink {own.sink}"] if own.sink != default.sink else []
     words += [f"--recent {own.recent}"] if own.recent != default.recent else []
     return " ".join(words)

@@ -240,6 +240,11 @@ def test_keys_of_windows_are_not_centred() -> None:
     assert not any(getattr(cache, "centre", None) for cache in caches)
     with pytest.raises(InputError, match="Key references cannot be used with max_kv_size 64"):
         make_prompt_cache(model, "turbo4", centre="a.safetensors", max_kv_size=64)
+    for protected in ({"sink": 32}, {"recent": 64}):
+        for make in (make_prompt_cache, attach):
+            with pytest.raises(InputError, match="max_kv_size 64: a window protects no tokens"):
+                make(model, max_kv_size=64, **protected)
+    make_prompt_cache(model, max_kv_size=64, sink=0, recent=0)
 
 
 def test_windows_in_f16_are_of_one_kind_with_the_others() -> None:

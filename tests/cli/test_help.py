@@ -46,6 +46,39 @@ def test_flags_of_other_caches_are_answered_with_what_to_type(args, said):
     refused("generate", *args, words=[said, args[0].partition("=")[0]])
 
 
+@pytest.mark.parametrize("command", ["perplexity", "needle", "bench"])
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--policy", "balanced"], "--policy is not an option here: give --config balanced"),
+        (["--policy=la-v7"], "give --config la-v7"),
+        (["-ctk", "turbo4"], "-ctk is not an option here: give --config K/V, such as"),
+        (["--cache-type-v", "turbo3"], "--cache-type-v is not an option here: give --config K/V"),
+        (["--boundary", "2,2"], "--boundary is not an option here: give --config boundary:2,2"),
+        (["--layer-adaptive", "7"], "give --config mode-7"),
+    ],
+)
+def test_evaluations_say_how_their_configurations_are_written(command, args, said):
+    refused(command, *args, words=[said])
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--policy", "balanced+0,0"], "--sink 0 --recent 0"),
+        (["--policy", "la-v7+32,128"], "--policy la-v7 --sink 32 --recent 128"),
+        (["--policy", "turbo4/turbo3"], "-ctk turbo4 -ctv turbo3"),
+        (["--policy", "balancd"], "the nearest is balanced"),
+        (["--policy", "near_lossless"], "the nearest is near-lossless"),
+        (["-ctk", "balanced"], "--policy balanced"),
+        (["-ctv", "LA-V7"], "--policy la-v7"),
+    ],
+)
+def test_names_in_the_place_of_others_are_answered_with_what_to_type(args, said):
+    for command in ("generate", "serve", "plan"):
+        refused(command, *args, words=[said, repr(args[1])])
+
+
 def test_evaluations_name_mlx_lms_own_cache():
     refused("perplexity", "--kv-bits", "4", words=["--config turbo4/turbo4", "mlx-kv4:64"])
 

@@ -153,6 +153,25 @@ def test_numbers_outside_a_sensible_range(command, option, values):
 
 
 SENSELESS = [
+    ("generate", ["--max-kv-size", "64", "--sink", "32"], "--sink has no effect with --max-kv"),
+    ("chat", ["--max-kv-size", "64", "--recent", "32"], "--recent has no effect with --max-kv"),
+    (
+        "cache_prompt",
+        [
+            "--prompt",
+            "a",
+            "--prompt-cache-file",
+            "x.safetensors",
+            "--max-kv-size",
+            "64",
+            "--sink",
+            "0",
+        ],
+        "--sink has no effect with --max-kv-size",
+    ),
+    ("generate", ["-ctk", "q8_0", "-ctv", "f16", "--sink", "64"], "--sink 64 has no effect"),
+    ("serve", ["-ctk", "f16", "-ctv", "f16", "--recent", "64"], "--recent 64 has no effect"),
+    ("plan", ["-ctk", "f16", "-ctv", "q8_0", "--recent", "64"], "--recent 64 has no effect"),
     ("generate", ["--xtc-threshold", "0.2", "--temp", "1"], "--xtc-threshold has no effect"),
     ("generate", ["--min-tokens-to-keep", "3", "--temp", "1"], "--min-tokens-to-keep has no"),
     ("generate", ["--num-draft-tokens", "4"], "--num-draft-tokens has no effect"),

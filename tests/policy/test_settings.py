@@ -62,6 +62,13 @@ def test_formats_beside_a_setting_are_refused(given: dict[str, str]) -> None:
         load_policy("balanced", **given)
 
 
+@pytest.mark.parametrize("given", [("balanced",), (None, "LA-V7")])
+def test_a_policy_in_the_place_of_a_format_is_named(given: tuple) -> None:
+    name = next(filter(None, given))
+    with pytest.raises(InputError, match=f"'{name}' is a policy.*policy=\"{name.lower()}\""):
+        attach(shared_model("llama"), *given)
+
+
 def test_settings_are_named_where_policies_are() -> None:
     with pytest.raises(InputError, match="near-lossless, balanced, compact, uniform, la-v5"):
         load_policy("la-v9")
