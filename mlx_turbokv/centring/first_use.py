@@ -30,7 +30,7 @@ from .calibration import calibrate_keys, centrable_layers
 from .references import References, load_references, paths_for, save_references
 
 N_CTX, N_WINDOWS = 512, 2
-MEASURES_SCALES = False  # scales.py: kernels do not read them yet
+MEASURES_SCALES = False  # scales.py: calibrate --keys --scales measures them
 FOLDER = "keys"  # within the cache folder
 
 

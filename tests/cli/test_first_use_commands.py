@@ -121,9 +121,9 @@ def test_evaluations_measure_once(model, runs, tmp_path):
     result = call(
         "perplexity", "--text", text, "-c", 64, "--chunks", 2, *configs, "--backend", "reference"
     )
-    assert f"turbo3/f16: {CENTRED}" in result.out, result.err
+    assert f"turbo3/f16, turbo4/turbo3: {CENTRED}" in result.out, result.err
     result = call("bench", "-p", 16, "-g", 2, "-n", 1, *configs, "--backend", "reference")
-    assert f"turbo3/f16: {CENTRED}" in result.out, result.err
+    assert f"turbo3/f16, turbo4/turbo3: {CENTRED}" in result.out, result.err
     assert len(runs) == 1
     result = call(
         "needle", "-c", 500, "--depths", 1, "--needle", "number", *configs, "--no-calibrate",
