@@ -18,6 +18,7 @@ from ..files import cache_dir
 from .end_tokens import EndToken
 from .output import KEPT, print_status, shorten
 
+Check = Callable[[files.Saved], None]
 _MARK = "<query>"  # stands before a message whose beginning mlx-lm read
 
 
@@ -87,18 +88,18 @@ class Conversation:
         self.checkpoint: checkpoint.Checkpoint | None = None
         self._text = ""  # the prompt that ``tokens`` made
 
-    def load(self, file: Path, same_formats: bool) -> files.Saved:
+    def load(self, file: Path, same_formats: bool, check: Check = lambda _: None) -> files.Saved:
         """Go on with a file's conversation.
 
         Args:
             same_formats: the file must have the formats of ``make_caches``.
+            check: raises InputError where the file is not to be used.
 
         Raises: InputError; the conversation stays as it was.
         """
-        loaded = self.loaded
-        saved = files.load(
-            file, loaded.name, loaded.model, self.make_caches(), same_formats, loaded.source
-        )
+        own, fresh = self.loaded, self.make_caches()
+        saved = files.load(file, own.name, own.model, fresh, same_formats, own.source)
+        check(saved)
         self.end_token.use(saved.end_token, f"The end token in {file},")
         self.caches, self.held, self.messages = saved.caches, saved.tokens, saved.messages
         self.checkpoint = saved.checkpoint

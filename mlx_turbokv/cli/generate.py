@@ -158,10 +158,17 @@ def resume(
 
     Raises: InputError.
     """
+    from ..cache.summary import leaves
+
     if file is None or not file.exists():
         return policy, True
     has_formats = any(args[name] is not None for name in options.CACHE_ARGUMENTS)
-    saved = conversation.load(file, same_formats=has_formats)
+
+    def check(saved: Any) -> None:
+        if any(getattr(cache, "centre", None) is not None for cache in leaves(saved.caches)):
+            refuse(["no_centre"], f"on {file}, whose keys are stored centred")
+
+    saved = conversation.load(file, has_formats, check)
     if saved.is_prompt:
         n = f"{len(saved.tokens):,} tokens"
         packed = f", which are packed in {saved.n_packed} layers" if saved.n_packed else ""

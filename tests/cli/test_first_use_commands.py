@@ -101,6 +101,18 @@ def test_run_measures_what_mlx_lm_loads(options, folder, runs):
     assert len(runs) == (not options)
 
 
+def test_no_centre_is_refused_on_a_file_whose_keys_are_centred(folder, tmp_path):
+    centred, plain = (tmp_path / f"{name}.safetensors" for name in ("centred", "plain"))
+    generated(folder, *FORMATS, "--prompt-cache-file", centred)
+    saved = centred.read_bytes()
+    args = ("--model", folder, "-p", "a", "-m", 2, "--no-centre", "--prompt-cache-file")
+    sentence = call("generate", *args, centred).error()
+    assert "--no-centre has no effect" in sentence and centred.name in sentence
+    assert centred.read_bytes() == saved
+    generated(folder, *FORMATS, "--no-centre", "--prompt-cache-file", plain)
+    assert "keys not centred" in call("generate", *args, plain).out
+
+
 def test_serve_measures_once(folder, remembered):
     body = {"prompt": "the quick", "max_tokens": 2}
     times = []
