@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from centred_model import centred_model
 from characters import Characters
-from planted_mean import SINK, planted_model
+from planted_mean import SINK, counted_runs, planted_model
 from tiny_models import tiny_model
 
 from mlx_turbokv import InputError, attach, log, make_prompt_cache
@@ -39,15 +39,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def runs(monkeypatch):
-    """The windows that models are measured with."""
-    found = []
-
-    def counted(model, windows, *args, **kwargs):
-        found.append(np.asarray(windows))
-        return calibrate_keys(model, windows, *args, **kwargs)
-
-    monkeypatch.setattr(first_use, "calibrate_keys", counted)
-    return found
+    return counted_runs(monkeypatch)
 
 
 def caches(model, k="turbo3", centre="auto", **options):

@@ -5,16 +5,13 @@ from __future__ import annotations
 import io
 import sys
 
-import numpy as np
 import pytest
 from characters import loaded
 from chat_models import write_chat_folder
 from command_calls import call
-from planted_mean import planted_model
+from planted_mean import counted_runs, planted_model
 from server_process import ask, running
 
-from mlx_turbokv.centring import first_use
-from mlx_turbokv.centring.calibration import calibrate_keys
 from mlx_turbokv.cli.options import centre_from
 
 FORMATS = ("-ctk", "turbo3", "-ctv", "f16", "--backend", "reference")
@@ -36,15 +33,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def runs(monkeypatch):
-    """The windows that models are measured with."""
-    found = []
-
-    def counted(model, windows, *args, **kwargs):
-        found.append(np.asarray(windows))
-        return calibrate_keys(model, windows, *args, **kwargs)
-
-    monkeypatch.setattr(first_use, "calibrate_keys", counted)
-    return found
+    return counted_runs(monkeypatch)
 
 
 @pytest.fixture

@@ -11,6 +11,9 @@ import numpy as np
 from centred_model import ATTENTION_GAIN, HEAD_DIM, LOGIT_GAIN, VALUE_GAIN, slow_bias
 from tiny_models import tiny_model
 
+from mlx_turbokv.centring import first_use
+from mlx_turbokv.centring.calibration import calibrate_keys
+
 VOCABULARY = 96  # of characters.py
 SINK = 95
 MEAN_OVER_REST = 12.0
@@ -44,3 +47,15 @@ def planted_model(seed: int = 0) -> nn.Module:
     model.lm_head.weight = model.lm_head.weight * LOGIT_GAIN
     mx.eval(model.parameters())
     return model
+
+
+def counted_runs(monkeypatch) -> list[np.ndarray]:
+    """The windows that models are measured with from now on, a run each."""
+    found: list[np.ndarray] = []
+
+    def counted(model, windows, *args, **kwargs):
+        found.append(np.asarray(windows))
+        return calibrate_keys(model, windows, *args, **kwargs)
+
+    monkeypatch.setattr(first_use, "calibrate_keys", counted)
+    return found
