@@ -43,6 +43,7 @@ MOST_DIFFERING = 1e-3
 FORCED_TIE = 1e-3
 # nats by which the log-probability of any token may differ, with teacher-forced codes
 FORCED_LOG_PROBABILITY = 1e-2
+UNPROTECTED = {"sink": 0, "recent": 0}  # codes are forced on caches of one layout
 
 
 def counts_of(caches: list[TeacherForcedCache]) -> dict[str, int]:
@@ -62,11 +63,11 @@ def compare_windows(model, windows: np.ndarray, pair, backends) -> tuple[dict, l
     nll = {"first": [], "second": [], "second_forced": []}
     counts = counts_of([])
     for i, window in enumerate(windows):
-        caches = make_prompt_cache(model, *pair, backend=backends[0])
+        caches = make_prompt_cache(model, *pair, backend=backends[0], **UNPROTECTED)
         nll["first"].append(window_nll(model, window, caches))
         forced = [TeacherForcedCache(cache, backends[1]) for cache in caches]
         nll["second_forced"].append(window_nll(model, window, forced))
-        free = make_prompt_cache(model, *pair, backend=backends[1])
+        free = make_prompt_cache(model, *pair, backend=backends[1], **UNPROTECTED)
         nll["second"].append(window_nll(model, window, free))
         counts = {name: n + counts[name] for name, n in counts_of(forced).items()}
         print(pair, i, *(f"{x[-1]:.5f}" for x in nll.values()), counts, flush=True)
@@ -163,10 +164,13 @@ def compare_texts(model, tokenizer, pair, backends) -> tuple[list[dict], list[st
     texts, failures = [], []
     for prompt in PROMPTS:
         tokens = tokenizer.encode(prompt)
-        first = make_prompt_cache(model, *pair, backend=backends[0])
+        first = make_prompt_cache(model, *pair, backend=backends[0], **UNPROTECTED)
         second = [TeacherForcedCache(cache, backends[1]) for cache in first]
         forced = forced_text(model, tokens, first, second, N_TOKENS)
-        caches = [partial(make_prompt_cache, model, *pair, backend=name) for name in backends]
+        caches = [
+            partial(make_prompt_cache, model, *pair, backend=name, **UNPROTECTED)
+            for name in backends
+        ]
         free = compare(model, tokens, caches[1], caches[0], N_TOKENS)
         name = f"{'/'.join(pair)}, {prompt!r}"
         failures += [f"{name}: {failure}" for failure in forced_failures(forced)]

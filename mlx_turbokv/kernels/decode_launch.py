@@ -264,15 +264,8 @@ def _template(
     k, v = tables.tensor_parameters(protected_layout(layout))
     step = cut.tiles_at_once(rows, v.dim, centred and k.bits == 8)
     reads = READS_BODY if segments.tail_protected else READS_REST
-    own = (
-        ("READS", reads),
-        ("PKB", k.bits),
-        ("PKG", k.group),
-        ("PVB", v.bits),
-        ("PVG", v.group),
-        ("P_STEP", step),
-    )
-    return template + own
+    own = ("PKB", k.bits), ("PKG", k.group), ("PVB", v.bits), ("PVG", v.group), ("P_STEP", step)
+    return (*template, ("READS", reads), *own)
 
 
 @lru_cache(maxsize=64)

@@ -359,10 +359,14 @@ def test_an_odd_gpu_has_the_cores_of_a_common_one(monkeypatch) -> None:
     tuning.n_cores.cache_clear()
 
 
-def test_a_padded_batch_decodes_from_packed_rows(host) -> None:
+@pytest.mark.parametrize(
+    ("protected", "kernel"), [((0, 0), "decode_partial"), ((32, 128), "decode_protected")]
+)
+def test_a_padded_batch_decodes_from_packed_rows(host, protected, kernel) -> None:
     model = tiny_model("llama", num_hidden_layers=2)
     prompts, new = ([1, 2, 3, 4, 5], list(range(20))), mx.array([[7, 8], [9, 10]])
-    singles = [make_prompt_cache(model, "q8_0", "turbo3", backend="metal") for _ in prompts]
+    options = dict(zip(("sink", "recent"), protected), backend="metal")
+    singles = [make_prompt_cache(model, "q8_0", "turbo3", **options) for _ in prompts]
     for prompt, caches in zip(prompts, singles):
         model(mx.array([prompt]), cache=caches)
     batch = [type(pair[0]).merge(list(pair)) for pair in zip(*singles)]
@@ -370,7 +374,7 @@ def test_a_padded_batch_decodes_from_packed_rows(host) -> None:
     got = model(new, cache=batch)
     mx.eval(got)
     names = [launch.name for launch in host.launches]
-    assert sum("decode_partial" in name for name in names) == 2
+    assert sum(kernel in name for name in names) == 2
     # K and V that nobody reads are never launched on a GPU; here every launch runs at once
     assert len(host.launches) - sum("dequantize" in name for name in names) == 2 * 2
     for row, caches in enumerate(singles):

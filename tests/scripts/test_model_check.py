@@ -72,7 +72,7 @@ def test_rounding_changes_codes_and_only_free_texts(model, pair, monkeypatch):
     backends = {"noisy": noisy(3e-5), "reference": REFERENCE}
     prompts = [PROMPT, PROMPT[1:], PROMPT[2:]]
 
-    def caches(model, *pair, backend):
+    def caches(model, *pair, backend, **unprotected):
         return [through(backends[backend])(*pair) for _ in model.layers]
 
     class Words:
@@ -117,7 +117,7 @@ def test_decode_without_the_newest_row_fails(model):
         return REFERENCE.attention(queries, packed, *args, **options)
 
     pair = model_check.PAIRS[0]
-    first = make_prompt_cache(model, *pair, backend="reference")
+    first = make_prompt_cache(model, *pair, backend="reference", sink=0, recent=0)
     first[-1] = through(REFERENCE._replace(attention=attention))(*pair)
     second = [TeacherForcedCache(cache, "reference") for cache in first]
     forced = forced_text(model, PROMPT, first, second, N)
