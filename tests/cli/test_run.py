@@ -140,7 +140,7 @@ def test_max_kv_size_goes_to_the_packed_caches(folder):
     result, counted = run("generate", *args)
     assert {name for name, _ in counted} == {"TurboRotatingKVCache"}
     assert "--max-kv-size 32 goes to the packed caches" in result.err
-    expected = call("generate", *FORMATS, *args).out
+    expected = call("generate", *PAIR, *args).out
     assert result.out.split("=" * 10)[1] == expected.split("=" * 10)[1]
     assert "max_kv_size 3" in call("run", "mlx_lm.chat", "--model", folder, "--max-kv-size", 3).err
 
