@@ -153,13 +153,15 @@ def scales(part: dict) -> str | None:
 
 def scales_measured() -> str:
     """The tables of scales that there are, for the page on centred keys."""
+    of_models = [(NAMES[name], 2048, r["tables"].get("2048"), "") for name, r in records().items()]
+    qwen = read("scales_qwen")["tables"]["512"]
     parts = []
-    for name, record in records().items():
-        part = record["tables"].get("2048")
+    for name, n_ctx, part, where in [*of_models, (NAMES["quality_qwen"], 512, qwen, ", on a CPU")]:
         if part and (made := scales(part)):
             parts.append(
-                f"{NAMES[name]}, {part['n_windows']} windows of 2,048 tokens of wikitext-2, with "
-                f"protected tokens; in brackets 95 % intervals, of ratios paired:\n\n{made}"
+                f"{name}, {part['n_windows']} windows of {n_ctx:,} tokens of "
+                f"wikitext-2{where}, with protected tokens; in brackets 95 % intervals, of ratios "
+                f"paired:\n\n{made}"
             )
     return "\n\n".join(parts)
 
