@@ -29,7 +29,8 @@ from .rope import RopeFrequencies
 from .scales import PairScales
 
 BLOCK = 32
-INVERSE_SCALES = 2  # a row of Centre.kernel_rows
+# rows of a head in Centre.kernel_rows, and which of them the inverse scales are (metal/anchor.h)
+KERNEL_ROWS, INVERSE_SCALES = 3, 2
 # blocks by which the table of cosines and sines grows: it is made anew each time
 TABLE_STEP = 256
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..centring.centre import Centre
+from ..centring.centre import KERNEL_ROWS, Centre
 from ..quant.layout import TILE, KVLayout
 from .packed import PackedKV
 
@@ -50,7 +50,8 @@ def anchor_inputs(
 ) -> tuple[Input | None, None, Input | None]:
     """The centre's rows, the table and the left padding, as tables.py gives them."""
     batch, n_heads = heads
-    centre = Input("centre", (n_heads, 3, layout.k_head_dim), mx.float32) if centred else None
+    shape = n_heads, KERNEL_ROWS, layout.k_head_dim
+    centre = Input("centre", shape, mx.float32) if centred else None
     return centre, None, padding_input(batch) if has_padding else None
 
 

@@ -28,9 +28,8 @@ def fingerprint(model: nn.Module, adapters: bool = False) -> str:
         is_norm = weight.ndim == 1 and "norm" in name
         if is_norm or (adapters and name.rpartition(".")[2] in ADAPTERS):
             taken.append((name, weight.astype(mx.float32)))
-    mx.eval(
-        [weight for _, weight in taken]
-    )  # at once: a GPU takes longer to be asked than to answer
+    # at once: a GPU takes longer to be asked than to answer
+    mx.eval([weight for _, weight in taken])
     for name, weight in taken:
         found.update(name.encode())
         found.update(np.array(weight).tobytes())
