@@ -20,6 +20,7 @@ from ..errors import InputError
 MOST_CONNECTIONS = 512
 OPEN_FILES = 4096
 PROBE_SECONDS = 0.5
+WAKE_SECONDS = 0.2
 BUSY = (
     b"HTTP/1.0 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n\r\n"
     b'{"error": {"message": "Too many connections are open.", "type": "server_error", '
@@ -62,6 +63,18 @@ class Server(ThreadingHTTPServer):
         """Bind without asking for the host's name, which may take seconds."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+
+    def serve_until_interrupted(self) -> None:
+        """Accept connections, in a thread that KeyboardInterrupt does not reach: it would close
+        the connection that is being accepted.
+        """
+        accepting = threading.Thread(target=self.serve_forever, daemon=True)
+        accepting.start()
+        try:
+            while accepting.is_alive():
+                accepting.join(WAKE_SECONDS)  # interrupt_main does not end a wait
+        finally:
+            self.shutdown()
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start a connection's thread, or refuse it."""

@@ -67,7 +67,7 @@ def serve(
         else:
             http.RequestHandlerClass = partial(Handler, generator, int(time.time()))
             logger.info(f"Listening on http://{options.host}:{http.server_port}/v1")
-            http.serve_forever()
+            http.serve_until_interrupted()
     except KeyboardInterrupt:
         pass
     finally:

@@ -218,6 +218,12 @@ def next_job(self):
             {how}
     return job
 Generator._next_job = next_job
+from mlx_turbokv.serve.connections import Server
+start = Server.process_request
+def slow_start(self, *connection):
+    start(self, *connection)
+    time.sleep(0.5)  # the thread that accepts is behind the one that answers
+Server.process_request = slow_start
 from mlx_turbokv.cli.serve import main
 main()
 """
