@@ -32,7 +32,7 @@ PAGES: dict[str, tuple[Callable[[], str], str]] = {
     "paper": (quality.paper, "the paper's claims and tables"),
     "gemma": (gemma.gemma, "Gemma 3 270M from a GGUF file: its loss beside llama.cpp's"),
     "report": (quality.report, "a report of the default model in one table"),
-    "whole-models": (models.whole_models, "speed and memory of an 8B and a 7B shape"),
+    "whole-models": (models.whole_models, "speed and memory of models of known shapes"),
     "memory": (models.memory, "bytes of the cache of known models"),
     "kernels": (kernels.kernels, "times of attention, packing and dequantising"),
     "kernels-turns": (kernels.turns, "the same of an earlier commit's kernels and these, in turns"),

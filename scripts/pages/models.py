@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bench_whole
+
 from mlx_turbokv.evaluate.configuration import parse_policy
 from mlx_turbokv.evaluate.tables import bytes_text
 from mlx_turbokv.loading.known_shapes import known_config
@@ -9,8 +11,11 @@ from mlx_turbokv.loading.model_shape import shape_from_config
 from mlx_turbokv.policy.protection import DEFAULT_PROTECTION
 from mlx_turbokv.report.plan import make_plan
 
-from . import SETTLED, commands, read, source, table
+from . import ROOT, SETTLED, commands, read, source, table
 
+WHOLE = ("bench_llama", "bench_qwen", *bench_whole.RECORDS.values())
+# hybrids whose recurrent layers mlx-lm runs by a Metal kernel, and elsewhere token by token
+RECURRENT = ("Qwen3.5-27B",)
 KNOWN = ("Llama-3.1-8B", "Qwen2.5-7B", "Qwen3.5-27B")
 CACHES = ("f16/f16", "q8_0/q8_0", "la-v7", "turbo6/turbo5", "turbo4/turbo3")
 LATENT = "MLA latent"  # as the reason begins
@@ -18,15 +23,16 @@ CONTEXTS = (8192, 32768, 131072)
 
 
 def whole_models() -> str:
-    """Models of a known shape on a GPU."""
+    """Models of a known shape on a GPU, of those that were measured."""
     parts = [
         "# Speed and memory of whole models",
         "Medians; in brackets the median of the ratios to the first configuration in the same "
         "trial ([how](../evaluation.md#speed-and-memory)).",
     ]
-    for name in ("bench_llama", "bench_qwen"):
-        record = read(name)
-        parts += [f"## {record['model']['name']}", _whole_model(record), source(name, record)]
+    for name in WHOLE:
+        if (ROOT / f"benchmarks/{name}.json").is_file():
+            record = read(name)
+            parts += [f"## {record['model']['name']}", _whole_model(record), source(name, record)]
     return "\n\n".join(parts)
 
 
@@ -44,7 +50,8 @@ def _whole_model(record: dict) -> str:
 
     def speed(which: str):
         def cell(row: dict) -> str:
-            share = "" if row["config"] == first else f" ({row[f'{which}_of_first']:.2f}×)"
+            ratio = None if row["config"] == first else row[f"{which}_of_first"]
+            share = "" if ratio is None else f" ({ratio:.2f}×)"
             return f"{row[f'{which}_tps']['median']:,.0f}{share}"
 
         return cell
@@ -57,16 +64,24 @@ def _whole_model(record: dict) -> str:
     lines += [
         line("peak above weights, prefill of", p, size("peak_bytes_above_weights")) for p in prompts
     ]
+    lines += [line("peak above weights, decode after", p, size("peak_bytes_above_weights"))
+              for p in contexts[-1:]]  # fmt: skip
     lines += [line("KV bytes after", p, size("kv_bytes")) for p in contexts[-1:]]
     apart = max(
-        abs(trial / row["generation_tps"]["median"] - 1)
-        for row in record["rows"] if "error" not in row
-        for trial in row["generation_tps"]["trials"]
+        (abs(trial / row["generation_tps"]["median"] - 1)
+         for row in record["rows"] if "error" not in row
+         for trial in row["generation_tps"]["trials"]),
+        default=0.0,
     )  # fmt: skip
     about = (
         f"{record['weights']}; {record['num_trials']} trials of {record['generation_tokens']} "
         f"tokens, up to {apart:.0%} from their median."
     )
+    if record["backend"] != "metal" and record["model"]["source"] in RECURRENT:
+        about += (" Without Metal mlx-lm computes the recurrent layers token by token, which is "
+                  "what prefill takes here.")  # fmt: skip
+    if record["not_measured"]:
+        about += f" Not measured within the time limit: {', '.join(record['not_measured'])} tokens."
     return f"{about}\n\n{table(['', *record['configs']], lines)}"
 
 
