@@ -31,11 +31,10 @@ from .file_checks import (
     check_contents,
     check_header,
     check_kinds,
-    formats,
     offsets,
     read_prompt_header,
-    window,
 )
+from .file_options import Asked
 from .importing import dequantized, packed_as
 from .state import MOST
 from .summary import leaves
@@ -92,7 +91,7 @@ def save(path: Path, saved: Saved, name: str, model: nn.Module) -> None:
 
 
 def load(
-    path: Path, name: str, model: nn.Module, fresh: list[Any], same_formats: bool,
+    path: Path, name: str, model: nn.Module, fresh: list[Any], asked: Asked,
     source: str | None = None,
 ) -> Saved:  # fmt: skip
     """Read a prompt cache for a model.
@@ -103,17 +102,17 @@ def load(
         name: of the model, as ``save`` was told.
         fresh: empty caches of the model, as this run would use them. The rows of a file of
             mlx-lm's are packed into them.
-        same_formats: whether the file's K and V formats must be those of ``fresh``.
+        asked: what ``fresh`` was asked to be.
         source: what the model was loaded from, which mlx-lm's files name.
 
     Raises:
-        InputError: cut short, not a prompt cache of this package, of another model or shape, of
-            other formats, or with values that contradict each other.
+        InputError: cut short, not a prompt cache of this package, of another model or shape, not
+            what is asked for, or with values that contradict each other.
     """
     caches, metadata = read(path, len(fresh))
     maker = metadata.get("maker")
     if maker is None and isinstance(metadata.get("tokenizer_config"), str):
-        return _load_foreign(path, {name, source}, model, caches, fresh, metadata, same_formats)
+        return _load_foreign(path, {name, source}, model, caches, fresh, metadata, asked)
     if maker != MAKER:
         raise InputError(
             f"{path} was not saved by mlx_turbokv nor by mlx_lm.cache_prompt; accepted is a file "
@@ -128,7 +127,7 @@ def load(
     with _sentences(path):
         caches, copies = caches[: len(fresh)], caches[len(fresh) :]
         check_kinds(caches, fresh)
-        _check_options(path, caches, fresh, same_formats)
+        asked.check(path, caches, fresh)
         tokens, messages = _conversation(metadata)
         end = end_token.read(metadata)
         own = after_one_token(model)
@@ -142,7 +141,7 @@ def load(
 
 def _load_foreign(
     path: Path, names: set[str | None], model: nn.Module, caches: list[Any], fresh: list[Any],
-    metadata: dict[str, Any], same_formats: bool,
+    metadata: dict[str, Any], asked: Asked,
 ) -> Saved:  # fmt: skip
     """A file of mlx_lm.cache_prompt's, its rows packed."""
     _check_name(path, metadata, {Path(name).name for name in names if name})
@@ -151,7 +150,7 @@ def _load_foreign(
         caches = [dequantized(cache) for cache in caches]
         n_tokens = check_fit(path, caches, fresh, model)
         packed = [packed_as(held, new) for held, new in zip(caches, fresh)]
-        _check_options(path, packed, fresh, same_formats)
+        asked.check(path, packed, fresh)
         work_as(packed, fresh)
     n_packed = sum(new is not held for new, held in zip(leaves(packed), leaves(caches)))
     tokens = [FOREIGN] * n_tokens
@@ -209,10 +208,11 @@ def _checkpoint(metadata: dict[str, Any], copies: list[Any], n_tokens: int) -> C
 
 def work_as(caches: list[Any], fresh: list[Any]) -> None:
     """Give loaded caches the back-end of a model's fresh ones, and the way they meet attention."""
+    backend = next((x._backend_name for x in leaves(fresh) if isinstance(x, PackedCache)), None)
     for held, wanted in zip(leaves(caches), leaves(fresh)):
-        if isinstance(held, PackedCache) and isinstance(wanted, PackedCache):
-            held.handles = wanted.handles
-            held._backend_name = wanted._backend_name
+        if isinstance(held, PackedCache) and backend is not None:
+            held._backend_name = backend
+            held.handles = wanted.handles if isinstance(wanted, PackedCache) else None
 
 
 def read(path: Path, n_layers: int) -> tuple[list[Any], dict[str, Any]]:
@@ -272,18 +272,3 @@ def _is_message(message: Any) -> bool:
     if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
         return False
     return all(isinstance(text, str) for text in message.values())
-
-
-def _check_options(path: Path, caches: list[Any], fresh: list[Any], same_formats: bool) -> None:
-    """The caches have the windows that are asked for, and the formats if they are asked for."""
-    for held, wanted in zip(leaves(caches), leaves(fresh)):
-        if window(held) != window(wanted):
-            raise InputError(
-                f"The prompt cache file {path} holds a layer with {window(held)} where "
-                f"{window(wanted)} is asked for: give the --max-kv-size that it was made with."
-            )
-        if same_formats and formats(held) != formats(wanted):
-            raise InputError(
-                f"The prompt cache file {path} holds {formats(held)} where {formats(wanted)} is "
-                "asked for; omit the cache options to keep the formats of the file."
-            )

@@ -13,12 +13,12 @@ from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
 from ..cache import checkpoint, files
 from ..cache.file_checks import offsets
+from ..cache.file_options import Asked
 from ..errors import InputError
 from ..files import cache_dir
 from .end_tokens import EndToken
 from .output import KEPT, print_status, shorten
 
-Check = Callable[[files.Saved], None]
 _MARK = "<query>"  # stands before a message whose beginning mlx-lm read
 
 
@@ -88,18 +88,16 @@ class Conversation:
         self.checkpoint: checkpoint.Checkpoint | None = None
         self._text = ""  # the prompt that ``tokens`` made
 
-    def load(self, file: Path, same_formats: bool, check: Check = lambda _: None) -> files.Saved:
+    def load(self, file: Path, asked: Asked) -> files.Saved:
         """Go on with a file's conversation.
 
         Args:
-            same_formats: the file must have the formats of ``make_caches``.
-            check: raises InputError where the file is not to be used.
+            asked: what the caches of ``make_caches`` were asked to be.
 
         Raises: InputError; the conversation stays as it was.
         """
         own, fresh = self.loaded, self.make_caches()
-        saved = files.load(file, own.name, own.model, fresh, same_formats, own.source)
-        check(saved)
+        saved = files.load(file, own.name, own.model, fresh, asked, own.source)
         self.end_token.use(saved.end_token, f"The end token in {file},")
         self.caches, self.held, self.messages = saved.caches, saved.tokens, saved.messages
         self.checkpoint = saved.checkpoint

@@ -29,6 +29,7 @@ def command(source: Path, target: Path, **args: Any) -> None:
     """
     from ..cache import end_token, files
     from ..cache.factory import make_prompt_cache
+    from ..cache.file_options import Asked
     from ..cache.importing import unpacked
     from ..cache.summary import mib, summarize
     from ..cache.writing import check_target, save_prompt_cache
@@ -39,14 +40,15 @@ def command(source: Path, target: Path, **args: Any) -> None:
     check_target(target)
     is_packed = _is_packed(source)
     if is_packed:
-        names = [*options.CACHE_ARGUMENTS, "keys", "no_centre", "no_calibrate"]
+        names = [*options.CACHE_ARGUMENTS, "keys", "no_centre", "no_calibrate", "compress_sliding"]
         refuse(names, f"on {source}, which holds packed rows: they are dequantised")
     cache_options = options.attach_options(args)
     loaded = load_model(args)
     # packed rows say themselves what their keys are centred by
     cache_options["centre"] = True if is_packed else centre_of(cache_options["centre"], loaded)
     fresh = make_prompt_cache(loaded.model, **cache_options)
-    saved = files.load(source, loaded.name, loaded.model, fresh, not is_packed, loaded.source)
+    asked = Asked(formats=not is_packed)
+    saved = files.load(source, loaded.name, loaded.model, fresh, asked, loaded.source)
     if is_packed:
         caches = [unpacked(cache) for cache in saved.caches]
         # mlx_lm.generate compares its --model with this

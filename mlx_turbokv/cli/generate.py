@@ -158,22 +158,17 @@ def resume(
 
     Raises: InputError.
     """
-    from ..cache.summary import leaves
+    from .runs import asked_of_file
 
     if file is None or not file.exists():
         return policy, True
-    has_formats = any(args[name] is not None for name in options.CACHE_ARGUMENTS)
-
-    def check(saved: Any) -> None:
-        if any(getattr(cache, "centre", None) is not None for cache in leaves(saved.caches)):
-            refuse(["no_centre"], f"on {file}, whose keys are stored centred")
-
-    saved = conversation.load(file, has_formats, check)
+    asked = asked_of_file(args)
+    saved = conversation.load(file, asked)
     if saved.is_prompt:
         n = f"{len(saved.tokens):,} tokens"
         packed = f", which are packed in {saved.n_packed} layers" if saved.n_packed else ""
         print_status(f"{file.name} holds a prompt of {n}{packed}; the file stays as it is.")
-    if not has_formats and not saved.n_packed:
+    if not asked.formats and not saved.n_packed:
         policy = f"as in {file.name}"
     return policy, not saved.is_prompt
 

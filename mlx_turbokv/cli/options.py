@@ -221,7 +221,7 @@ def attach_options(args: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises: InputError.
     """
-    policy = policy_from(**{name: args[name] for name in CACHE_ARGUMENTS})
+    policy = policy_of(args)
     centre = centre_from(args["keys"], args["no_centre"], [policy], args["no_calibrate"])
     return {
         "policy": policy,
@@ -229,6 +229,14 @@ def attach_options(args: Mapping[str, Any]) -> dict[str, Any]:
         "centre": centre,
         "compress_sliding": args["compress_sliding"],
     }
+
+
+def policy_of(args: Mapping[str, Any]) -> policies.Policy:
+    """The policy that the options of a command ask for.
+
+    Raises: InputError.
+    """
+    return policy_from(**{name: args[name] for name in CACHE_ARGUMENTS})
 
 
 def check_output(output: str, markdown: bool) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -12,6 +13,7 @@ from . import options
 from .command import Command, instead_of_kv_bits
 from .entry import console_script
 from .output import print_status
+from .runs import asked_of_file
 from .values import refuse
 
 COMMANDS = (
@@ -69,6 +71,8 @@ def command(ctx: click.Context, words: tuple[str, ...], **args: Any) -> None:
         from ..loading.attached import Attaching
 
     attaching = Attaching(print_status, _check, **options.attach_options(args))
+    # mlx-lm's commands take a file's windows as they are
+    attaching.asked = replace(asked_of_file(args), windows=False)
     attaching.run(name, rest)
     if not attaching.has_packed:
         print_status(f"{package}.{name} made no KV cache.")
@@ -127,4 +131,5 @@ def _check(attaching: Any, given: Any, parser: Any) -> None:
     if (n := getattr(given, "max_kv_size", None)) is not None:
         refuse(["keys"], "with --max-kv-size: the keys of a window stay whole")
         attaching.cache_options["max_kv_size"] = n
+        attaching.asked = replace(attaching.asked, windows=True)
         print_status(f"--max-kv-size {n} goes to the packed caches, which keep the first 4 tokens.")

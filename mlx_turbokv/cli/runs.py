@@ -64,6 +64,25 @@ def asked_centre(args: Options, names: Iterable[str]) -> bool | str:
     )
 
 
+def asked_of_file(args: Options) -> Any:
+    """The ``Asked`` of a prompt cache file that the options of ``options.cache`` ask for."""
+    from ..cache.file_options import Asked
+    from ..centring.references import paths_for
+
+    references = args["keys"]
+    if args["policy"] is not None and references is None and not args["no_centre"]:
+        policy = options.policy_of(args)
+        own, has_turbo = getattr(policy, "path", None), any(k.is_turbo for k in policy.k_formats())
+        if own and has_turbo and paths_for(own)[1].is_file():
+            references = str(paths_for(own)[1])
+    return Asked(
+        formats=any(args[name] is not None for name in options.CACHE_ARGUMENTS),
+        references=references,
+        whole_keys=args["no_centre"],
+        packed_windows=args["compress_sliding"],
+    )
+
+
 def centre_of(centre: Any, loaded: Any) -> Any:
     """What ``options.centre_from`` said, for the model that was loaded.
 

@@ -25,6 +25,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 
 from ..cache import files
 from ..cache.factory import CacheFactory, attach
+from ..cache.file_options import Asked
 from ..cache.importing import dequantized, packed_as
 from ..cache.summary import leaves
 from ..centring.first_use import for_model
@@ -47,9 +48,12 @@ class Attaching:
         say: called with each line that the user is told.
         check: called with the command's options once they are read.
         cache_options: as ``attach`` takes them.
+
+    ``asked`` says which of them a prompt cache file must agree with.
     """
 
     package = "mlx_lm"
+    asked = Asked(windows=False)
 
     def __init__(
         self, say: Say, check: Callable[[Attaching, Any, argparse.ArgumentParser], None],
@@ -179,6 +183,7 @@ class Attaching:
         n_tokens = files.check_fit(path, caches, fresh, model)
         packed = [packed_as(held, new) for held, new in zip(caches, fresh)]
         n_packed = sum(new is not old for new, old in zip(leaves(packed), leaves(caches)))
+        self.asked.check(path, packed, fresh)
         caches[:] = packed
         files.work_as(caches, make_cache())
         if n_packed:

@@ -15,6 +15,7 @@ from tiny_models import tiny_model
 from mlx_turbokv import InputError
 from mlx_turbokv.cache import files
 from mlx_turbokv.cache.factory import make_prompt_cache
+from mlx_turbokv.cache.file_options import Asked
 
 TOKENS = list(range(40))
 OPTIONS = {"k": "turbo4", "v": "turbo2", "backend": "reference"}
@@ -36,7 +37,7 @@ def saved(path, net=None, name="m", **options):
 def load(path, net=None, same_formats=False, **options):
     net = net or model()
     fresh = make_prompt_cache(net, **{**OPTIONS, **options})
-    return files.load(path, "m", net, fresh, same_formats)
+    return files.load(path, "m", net, fresh, Asked(formats=same_formats))
 
 
 @pytest.fixture

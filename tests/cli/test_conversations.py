@@ -16,6 +16,7 @@ from safetensors_files import edit
 
 from mlx_turbokv import make_prompt_cache
 from mlx_turbokv.cache import files
+from mlx_turbokv.cache.file_options import Asked
 from mlx_turbokv.loading import models
 
 HYBRIDS = ["qwen3_5", "qwen3_next", "lfm2", "gemma3_text"]
@@ -76,7 +77,7 @@ def test_without_a_checkpoint_the_prompt_is_read_again_which_is_said(folders, tm
     assert found["prompt_tokens"] > expected[1][1]
     saved = files.load(
         file, folder.name, models.load(str(folder)).model,
-        make_prompt_cache(models.load(str(folder)).model, "q8_0", "q8_0"), True,
+        make_prompt_cache(models.load(str(folder)).model, "q8_0", "q8_0"), Asked(formats=True),
     )  # fmt: skip
     assert saved.checkpoint is not None and saved.checkpoint.n_tokens < len(saved.tokens)
 

@@ -33,6 +33,7 @@ from tiny_models import tiny_model
 
 from mlx_turbokv.cache import checkpoint, files
 from mlx_turbokv.cache.factory import make_prompt_cache
+from mlx_turbokv.cache.file_options import Asked
 from mlx_turbokv.centring.references import References, load_references, save_references
 from mlx_turbokv.errors import InputError
 from mlx_turbokv.kernels import assemble
@@ -90,7 +91,7 @@ def cache_files(folder: Path, backend: str) -> Use:
             fuzz_mutations.safetensors_files.edit(path, lambda _, m: m.pop("0.fingerprint", None))
         fuzz_mutations.change_safetensors(path, rng)
         fresh = make_prompt_cache(model, **kwargs)
-        saved = files.load(path, "m", model, fresh, rng.random() < 0.3)
+        saved = files.load(path, "m", model, fresh, Asked(formats=rng.random() < 0.3))
         mx.eval(model(mx.array([[1]]), cache=saved.caches))
         mx.eval(model(mx.array([[2, 3, 4]]), cache=saved.caches))
         if saved.checkpoint is not None:
