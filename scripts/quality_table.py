@@ -118,24 +118,25 @@ def measure_length(run: Measurement, record: dict, n_ctx: int, chunks: int, rows
                      f"same top {row['same_top']['mean']:.4f}, {seconds:.1f} s")  # fmt: skip
 
 
-def start_record(path: Path, loaded: Any, source: Any, backend: str | None) -> dict:
-    """The record at ``path``, or a new one.
+def start_record(
+    path: Path, loaded: Any, source: Any, backend: str | None, what: str = WHAT, **more: Any
+) -> dict:
+    """The record at ``path``, or a new one with ``more`` in it.
 
-    Raises: InputError where it is of another model or text.
+    Raises: InputError where it is of another model or text, or of something else.
     """
     import record as environment
 
     from mlx_turbokv.evaluate.record import model_record
 
-    about = {"what": WHAT, "model": model_record(loaded), "text": source.record()}
+    about = {"what": what, "model": model_record(loaded), "text": source.record()}
     if path.is_file():
         found = json.loads(path.read_text(encoding="utf-8"))
         for key, value in about.items():
             if found.get(key) != value:
                 raise InputError(f"{path} is a record with another {key}: give another --json.")
         return found
-    calibration = {"text": "sample", "windows": CALIBRATION[0], "tokens": CALIBRATION[1]}
-    return environment.record(**about, backend=backend, calibration=calibration, tables={})
+    return environment.record(**about, backend=backend, **more, tables={})
 
 
 @click.command()
@@ -166,7 +167,9 @@ def command(
     loaded = load_model(args)
     if mx.default_device().type == mx.DeviceType.gpu:
         mx.set_cache_limit(CACHE_LIMIT)
-    record, path = start_record(Path(json_path), loaded, source, backend), Path(json_path)
+    path = Path(json_path)
+    calibration = {"text": "sample", "windows": CALIBRATION[0], "tokens": CALIBRATION[1]}
+    record = start_record(path, loaded, source, backend, calibration=calibration)
     from mlx_turbokv.files import write_text
 
     def save(record: dict) -> None:
