@@ -157,7 +157,7 @@ def command(
     """Measure the tables of one model."""
     import mlx.core as mx
 
-    from mlx_turbokv.evaluate.configuration import check_name
+    from mlx_turbokv.evaluate.names import check_name
     from mlx_turbokv.evaluate.text import load_text
 
     deadline = time.perf_counter() + (time_limit or 1e9)

@@ -152,7 +152,7 @@ def _batched_names(names: list[str], args: dict[str, Any]) -> list[str]:
 
     Raises: InputError for one that was given and holds one sequence.
     """
-    from ..evaluate.configuration import is_peer
+    from ..evaluate.names import is_peer
 
     single = [name for name in names if is_peer(name)] if args["batch_size"] > 1 else []
     if single and args["configs"]:

@@ -137,7 +137,7 @@ def check_options(args: dict[str, Any]) -> None:
     """
     from ..evaluate import calibrate
     from ..evaluate.calibration_record import file_name
-    from ..evaluate.configuration import check_name, parse_policy
+    from ..evaluate.names import check_name, parse_policy
     from ..evaluate.sensitivity import check_context
     from ..model.text_windows import check_sizes
 

@@ -46,7 +46,7 @@ def command(**args: Any) -> None:
     Follows llama-perplexity: windows that do not overlap, the second half of each scored, K and V
     quantised on write.
     """
-    from ..evaluate.configuration import DEFAULT_CONFIGS
+    from ..evaluate.names import DEFAULT_CONFIGS
     from ..evaluate.tables import perplexity_table
     from ..evaluate.text import load_text
     from ..model.text_windows import check_sizes

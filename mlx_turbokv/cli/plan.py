@@ -107,7 +107,7 @@ def _check_options(args: dict[str, Any]) -> None:
 
 def _rows(args: dict[str, Any]) -> list[tuple[str, Any]]:
     """(name, policy) of every row."""
-    from ..evaluate.configuration import parse_policy
+    from ..evaluate.names import parse_policy
     from ..policy.recommended import label, recommended
 
     rows = [(name, parse_policy(name)) for name in args["configs"]]

@@ -258,7 +258,7 @@ class _Report:
         )  # fmt: skip
 
     def _plan(self) -> dict:
-        from ..evaluate.configuration import is_peer, parse_policy
+        from ..evaluate.names import is_peer, parse_policy
         from ..loading.model_shape import shape_from_config
         from ..report.plan import make_plan
         from ..report.plan_table import as_json

@@ -20,7 +20,7 @@ def config_names(names: Iterable[str], reference: bool = True) -> list[str]:
 
     Raises: InputError for an unknown name.
     """
-    from ..evaluate.configuration import REFERENCE, check_name
+    from ..evaluate.names import REFERENCE, check_name
 
     found = list(dict.fromkeys([REFERENCE, *names] if reference else names))
     for name in found:
@@ -30,7 +30,7 @@ def config_names(names: Iterable[str], reference: bool = True) -> list[str]:
 
 def policies_of(names: Iterable[str]) -> list[Policy]:
     """The policies of configurations; mlx-lm's own quantised cache has none."""
-    from ..evaluate.configuration import is_peer, parse_policy
+    from ..evaluate.names import is_peer, parse_policy
 
     return [parse_policy(name) for name in names if not is_peer(name)]
 

@@ -18,7 +18,8 @@ from ..errors import InputError
 from ..model.shapes import KVShape
 from ..quant.formats import as_format
 from .assignment import assign, monotone
-from .configuration import check_name, kv_shapes, prepare
+from .configuration import kv_shapes, prepare
+from .names import check_name
 from .sensitivity import PARTS, Change, Pairs, Sensitivity, all_changes, measure
 
 FORMATS = ("q8_0", "turbo6", "turbo5", "turbo4", "turbo3", "turbo2")

@@ -20,15 +20,10 @@ from . import calibrate
 from . import calibration_record as records
 from .calibrate import Assigned
 from .checkpoint import Checkpoint, Journal, journal_path
-from .configuration import (
-    REFERENCE,
-    Prepared,
-    layer_list,
-    parse_policy,
-    prepare,
-    protected_name,
-)
+from .configuration import layer_list, prepare
+from .names import REFERENCE, parse_policy, protected_name
 from .perplexity import Evaluation, evaluate_windows, settings_of
+from .prepared import Prepared
 from .record import command_line, environment, model_record
 from .sensitivity import default_batch
 from .text import TextSource

@@ -1,16 +1,7 @@
-"""The configurations of an evaluation: a name for each way of storing K and V.
-
-Names: `K/V` (one pair in every layer), a setting, a policy's name or file, `K/V@POLICY` and
-`POLICY:K` (the formats that a policy leaves open), and other projects' caches: `mlx-kvN[:GROUP]`,
-mlx-lm's affine `kv_bits`, and `llama-q4_0` and `llama-q5_1`, llama.cpp's rotated cache (simulated,
-llama_cpp.py).
-`NAME+SINK,RECENT` protects so many tokens; without it they are those of the options of these
-names: 32 and 128, and none with the paper's presets.
-"""
+"""The configurations of an evaluation, made ready for a model; names.py has their names."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,25 +13,14 @@ from ..errors import InputError
 from ..kernels.backend import select_backend
 from ..model.kv_layers import kv_layers
 from ..model.shapes import KVShape
-from ..policy import LayerList, Pair, Policy, Protection, Uniform, bits_per_value, load_policy
+from ..policy import LayerList, Policy, Protection, bits_per_value
 from ..policy.protection import DEFAULT_PROTECTION, UNPROTECTED
 from ..quant.formats import as_format
 from . import llama_cpp
 from .mlx_lm_quantized import DEQUANTIZED, MLX_LM, make_quantized_caches, needs_dequantizing
+from .names import LLAMA_CPP_NAME, MLX_LM_NAME, parse_policy
 from .prepared import Prepared
 
-REFERENCE = "f16/f16"
-DEFAULT_CONFIGS = (
-    REFERENCE, "q8_0/q8_0", "q8_0/turbo4", "q8_0/turbo3", "q8_0/turbo2", "la-v5", "la-v6", "la-v7",
-    "mode-10", "turbo4/turbo4", "turbo3/turbo3",
-)  # fmt: skip
-ACCEPTED = (
-    "K/V such as q8_0/turbo3, a setting or a policy, K/V@POLICY, POLICY:K, NAME+SINK,RECENT, "
-    "mlx-kvN:GROUP, llama-q4_0 or llama-q5_1"
-)
-_MLX_LM_NAME = re.compile(r"mlx-kv([2348])(?::(32|64|128))?")
-_LLAMA_CPP_NAME = re.compile(f"llama-({'|'.join(llama_cpp.FORMATS)})")
-_PROTECTED = re.compile(r"(.+)\+\s*([0-9]{1,7})\s*,\s*([0-9]{1,7})\s*")
 _DEFAULT_GROUP = 64
 
 
@@ -56,72 +36,6 @@ class AffineFormat(NamedTuple):
 
     def __str__(self) -> str:
         return f"affine{self.bits}:{self.group}"
-
-
-def parse_policy(name: str) -> Policy:
-    """The policy that a configuration names.
-
-    Raises:
-        InputError: an unknown format or policy.
-    """
-    text = name.strip()
-    if found := _PROTECTED.fullmatch(text):
-        return parse_policy(found[1]).protecting(int(found[2]), int(found[3]))
-    parametrised = re.match(r"(?i)(boundary|last):", text)
-    # A file's name may hold anything, so files come before the forms with signs in them.
-    if text.lower().endswith(".json"):
-        return load_policy(text)
-    pair, at, policy = text.partition("@")
-    if at:
-        return load_policy(policy, *_pair(pair, name))
-    if "/" in text and not parametrised:
-        return Uniform(*_pair(text, name))
-    # boundary:2,2:f16 has colons of its own, and takes K by K/V@boundary:...
-    if text.lower().startswith("mlx-kv"):
-        raise InputError(
-            f"Unknown configuration {name!r}: mlx-lm's quantised cache is mlx-kvN or "
-            "mlx-kvN:GROUP, accepted are N 2, 3, 4 and 8, and GROUP 32, 64 and 128."
-        )
-    if text.lower().startswith("llama-"):
-        raise InputError(
-            f"Unknown configuration {name!r}: of llama.cpp's caches "
-            f"{' and '.join(f'llama-{x}' for x in llama_cpp.FORMATS)} are simulated."
-        )
-    if ":" in text and not parametrised:
-        policy, _, k = text.partition(":")
-        _known_policy(policy, name)
-        return load_policy(policy, as_format(k))
-    return _known_policy(text, name)
-
-
-def _known_policy(text: str, name: str) -> Policy:
-    try:
-        return load_policy(text)
-    except InputError:
-        raise InputError(f"Unknown configuration {name!r}: accepted are {ACCEPTED}.") from None
-
-
-def _pair(text: str, name: str) -> Pair:
-    parts = text.split("/")
-    if len(parts) != 2:
-        raise InputError(f"Unknown configuration {name!r}: accepted are {ACCEPTED}.")
-    return as_format(parts[0]), as_format(parts[1])
-
-
-def is_peer(name: str) -> bool:
-    """Whether a configuration is the quantised cache of mlx-lm or of llama.cpp."""
-    text = name.strip().lower()
-    return any(names.fullmatch(text) for names in (_MLX_LM_NAME, _LLAMA_CPP_NAME))
-
-
-def check_name(name: str) -> None:
-    """Check a configuration's name before any model is loaded.
-
-    Raises:
-        InputError: as `parse_policy`.
-    """
-    if not is_peer(name):
-        parse_policy(name)
 
 
 def fitting(
@@ -162,10 +76,10 @@ def prepare(
     Raises:
         InputError: an unknown name, or one that does not fit the model.
     """
-    if isinstance(config, str) and (found := _MLX_LM_NAME.fullmatch(config.strip().lower())):
+    if isinstance(config, str) and (found := MLX_LM_NAME.fullmatch(config.strip().lower())):
         fmt = AffineFormat(int(found[1]), int(found[2] or _DEFAULT_GROUP))
         return _prepare_mlx_lm(model, name or config, fmt, timed)
-    if isinstance(config, str) and (found := _LLAMA_CPP_NAME.fullmatch(config.strip().lower())):
+    if isinstance(config, str) and (found := LLAMA_CPP_NAME.fullmatch(config.strip().lower())):
         return _prepare_llama_cpp(model, name or config, found[1], timed)
     policy = parse_policy(config) if isinstance(config, str) else config
     factory = CacheFactory(
@@ -202,15 +116,6 @@ def layer_list(
     """The policy of one pair of formats, by name, for each KV layer."""
     formats = tuple((as_format(k), as_format(v)) for k, v in pairs)
     return LayerList(formats, name, protection=protection)
-
-
-def protected_name(name: str, sink: int | None, recent: int | None) -> str:
-    """A configuration with these protected tokens; one that names its own keeps them."""
-    if (sink is None and recent is None) or is_peer(name) or _PROTECTED.fullmatch(name.strip()):
-        return name
-    policy = parse_policy(name)
-    wanted = policy.protecting(sink, recent).protection
-    return name if wanted == policy.protection else f"{name}+{wanted}"
 
 
 def _n_values(shapes: Sequence[KVShape]) -> tuple[int, int]:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 
 from ..errors import InputError
-from ..quant.formats import KVFormat, as_format
+from ..quant.formats import KVFormat, as_format, nearest_format
 from .files import read_layer_list
 from .policies import DEFAULT_K, DEFAULT_V, Boundary, LastN, Policy, Preset, Uniform
 from .protection import UNPROTECTED
@@ -99,8 +99,20 @@ def _instead(text: str) -> str:
     with contextlib.suppress(InputError):
         if slash and as_format(k) and as_format(v):
             return f"formats are options of their own (-ctk {k} -ctv {v}); "
-    near = difflib.get_close_matches(text[:60], (*SETTINGS, "uniform", *PRESETS), 1)
-    return f"the nearest is {near[0]}; " if near else ""
+    near = nearest_policy(text)
+    return f"the nearest is {near}; " if near else ""
+
+
+class UnknownPolicyError(InputError):
+    """A name that no policy has."""
+
+
+def nearest_policy(text: str) -> str | None:
+    """The policy of a like name, with what follows its colon; None where no name is like it."""
+    name, colon, rest = text.strip().lower()[:60].partition(":")
+    names = ("boundary", "last") if colon else (*SETTINGS, "uniform", *PRESETS)
+    near = difflib.get_close_matches(name, names, 1)
+    return f"{near[0]}{colon}{rest}" if near else None
 
 
 def format_of(value: KVFormat | str) -> KVFormat:
@@ -109,12 +121,22 @@ def format_of(value: KVFormat | str) -> KVFormat:
     Raises:
         InputError: the name is none of a format; that of a policy is said to be one.
     """
-    if isinstance(value, str) and (name := value.strip().lower()) in (*SETTINGS, *PRESETS):
+    name = value.strip().lower() if isinstance(value, str) else ""
+    if name in (*SETTINGS, *PRESETS):
         raise InputError(
             f"{value!r} is a policy, not a KV format: give --policy {name}, in Python "
             f'policy="{name}".'
         )
-    return as_format(value)
+    try:
+        return as_format(value)
+    except InputError:
+        near = nearest_policy(name)
+        if near is None or nearest_format(name) is not None:
+            raise
+        raise InputError(
+            f"Unknown KV format {value!r}: the nearest is {near}, a policy: give --policy {near}, "
+            f'in Python policy="{near}".'
+        ) from None
 
 
 _PARAMETRISED = re.compile(
@@ -158,7 +180,9 @@ def load_policy(
     if match := _PARAMETRISED.fullmatch(lower):
         return _parametrised(match, k or DEFAULT_K, v or DEFAULT_V)
     if not (text.endswith(".json") or os.path.exists(text)):
-        raise InputError(f"Unknown policy {text!r}: {_instead(lower)}accepted are {ACCEPTED}.")
+        raise UnknownPolicyError(
+            f"Unknown policy {text!r}: {_instead(lower)}accepted are {ACCEPTED}."
+        )
     if k is not None or v is not None:
         raise InputError(
             f"Policy file {text!r} sets the formats of every layer: K or V formats cannot be "

@@ -54,7 +54,7 @@ class KVFormat:
         if match := _TURBO.fullmatch(text):
             group = int(match[2]) if match[2] else None
             return cls("turbo", int(match[1] or Q8_BITS), group)
-        nearest = _nearest(text)
+        nearest = nearest_format(text)
         hint = f"the nearest is {nearest}; " if nearest else ""
         raise InputError(
             f"Unknown KV format {short(name)}: {hint}accepted are {', '.join(FORMAT_NAMES)} and "
@@ -112,7 +112,7 @@ class KVFormat:
         return 8 * self.row_bytes(head_dim) / head_dim
 
 
-def _nearest(text: str) -> str | None:
+def nearest_format(text: str) -> str | None:
     """The format of about as many bits as one of llama.cpp's or another's, or of a like name."""
     if match := _OTHER.fullmatch(text):
         bits = int(match[1])

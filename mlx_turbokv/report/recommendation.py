@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import comb
 
 from ..errors import InputError
-from ..evaluate.configuration import is_peer, parse_policy
+from ..evaluate.names import is_peer, parse_policy
 from ..evaluate.notes import may_protect
 from ..evaluate.tables import bytes_text
 from ..policy.recommended import options

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bench_whole
 
-from mlx_turbokv.evaluate.configuration import parse_policy
+from mlx_turbokv.evaluate.names import parse_policy
 from mlx_turbokv.evaluate.tables import bytes_text
 from mlx_turbokv.loading.known_shapes import known_config
 from mlx_turbokv.loading.model_shape import shape_from_config

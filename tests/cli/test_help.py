@@ -106,3 +106,55 @@ def test_names_without_a_nearest_format(name):
     with pytest.raises(InputError, match="Unknown KV format") as error:
         KVFormat.parse(name)
     assert "nearest" not in str(error.value) and len(str(error.value)) < 300
+
+
+PLACES = [
+    ("perplexity", "--config"), ("needle", "--config"), ("bench", "--config"),
+    ("report", "--config"), ("plan", "--config"), ("calibrate", "--base"),
+    ("calibrate", "--budget"), ("calibrate", "--compare"), ("generate", "--policy"),
+    ("chat", "--policy"), ("serve", "--policy"), ("plan", "--policy"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "option"), PLACES)
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("balancd", "balanced"),
+        ("near_lossless", "near-lossless"),
+        ("la-v77", "la-v7"),
+        ("boundry:2,2", "boundary:2,2"),
+        ("lst:8:f16", "last:8:f16"),
+    ],
+)
+def test_the_nearest_policy_is_named_wherever_one_is_taken(command, option, name, nearest):
+    refused(command, option, name, words=[repr(name), f"the nearest is {nearest}; accepted are"])
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("balancd+32,128", "'balancd': the nearest is balanced;"),
+        ("la-v77:turbo3", "the nearest is la-v7:turbo3;"),
+        ("turbo4", "the nearest is turbo4/turbo4;"),
+        ("q8_0:turbo3", "the nearest is q8_0/turbo3;"),
+        ("q8_0/turbo3@la-v77", "the nearest is la-v7;"),
+        ("turbo4/trubo3", "the nearest is turbo3;"),
+        ("trubo4", "the nearest is turbo4/turbo4;"),
+        ("turbo4:32", "the nearest is turbo4:32/turbo4:32;"),
+        ("mode-3", "Unknown layer-adaptive mode '3'"),
+        ("boundary:2,2:trubo4", "the nearest is turbo4;"),
+    ],
+)
+def test_the_nearest_configuration_is_named(name, words):
+    refused("perplexity", "--config", name, words=[words])
+
+
+@pytest.mark.parametrize("option", ["-ctk", "-ctv"])
+def test_a_policy_that_is_mistyped_as_a_format_is_named(option):
+    refused("generate", option, "balancd", words=["the nearest is balanced", "--policy balanced"])
+
+
+@pytest.mark.parametrize("name", ["xyz", "xyz:3", "/", "", "a/b/c"])
+def test_configurations_without_a_nearest_one(name):
+    assert "nearest" not in refused("perplexity", "--config", name)

@@ -19,6 +19,7 @@ from tiny_models import tiny_config, tiny_model
 from mlx_turbokv import InputError, load_policy
 from mlx_turbokv.cli.output import Progress
 from mlx_turbokv.evaluate import configuration
+from mlx_turbokv.evaluate.names import check_name
 from mlx_turbokv.evaluate.text import load_text
 from mlx_turbokv.policy.files import write_layer_list
 
@@ -119,7 +120,7 @@ def test_options_of_a_chat_template_where_there_is_none(small):
 )
 def test_unknown_configurations_are_named_as_what_they_are(name, said):
     with pytest.raises(InputError) as error:
-        configuration.check_name(name)
+        check_name(name)
     assert said in str(error.value)
 
 

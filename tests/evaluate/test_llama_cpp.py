@@ -11,6 +11,7 @@ from tiny_models import tiny_model
 from mlx_turbokv.errors import InputError
 from mlx_turbokv.evaluate import configuration
 from mlx_turbokv.evaluate.llama_cpp import RotatedCache, hadamard, stored, width_of_keys
+from mlx_turbokv.evaluate.names import check_name
 from mlx_turbokv.evaluate.windows import scored_logits
 
 F32 = np.float32
@@ -102,7 +103,7 @@ def test_it_is_a_configuration_with_its_bits_and_a_name():
 @pytest.mark.parametrize("name", ["llama-q3_0", "llama-", "llama-q4_0+32,128"])
 def test_names_that_are_not_simulated_are_refused(name):
     with pytest.raises(InputError, match="llama-q4_0 and llama-q5_1"):
-        configuration.check_name(name)
+        check_name(name)
 
 
 def test_heads_that_llama_cpp_does_not_rotate_and_timing_are_refused():

@@ -17,6 +17,7 @@ from mlx_turbokv.evaluate import configuration, text
 from mlx_turbokv.evaluate.checkpoint import Checkpoint, Journal
 from mlx_turbokv.evaluate.divergence import PositionStats, Reference
 from mlx_turbokv.evaluate.mlx_lm_quantized import DequantizedCache, make_quantized_caches
+from mlx_turbokv.evaluate.names import check_name
 from mlx_turbokv.evaluate.perplexity import evaluate_windows
 from mlx_turbokv.evaluate.tables import PERPLEXITY_HEADER, Table, perplexity_rows
 from mlx_turbokv.evaluate.windows import batch_logits, first_scored, scored_logits
@@ -208,7 +209,7 @@ def test_mlx_lms_cache_is_refused_where_its_words_do_not_fit_head_dim(name, head
 @pytest.mark.parametrize("name", ["q8_0", "q9/turbo2", "a/b/c", "la-v9", "mlx-kv5", "x@la-v7"])
 def test_unknown_configurations_are_named(name):
     with pytest.raises(InputError, match=r"accepted"):
-        configuration.check_name(name)
+        check_name(name)
 
 
 def test_two_configurations_of_one_name_are_refused(model, windows):

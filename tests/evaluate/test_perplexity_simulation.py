@@ -19,8 +19,9 @@ from simulation import (
 )
 from tiny_models import tiny_model
 
-from mlx_turbokv.evaluate.configuration import DEFAULT_CONFIGS, prepare
+from mlx_turbokv.evaluate.configuration import prepare
 from mlx_turbokv.evaluate.divergence import Reference
+from mlx_turbokv.evaluate.names import DEFAULT_CONFIGS
 from mlx_turbokv.evaluate.windows import scored_logits, targets_of
 from mlx_turbokv.quant import codebook
 

@@ -13,7 +13,7 @@ from tiny_models import shared_model
 from mlx_turbokv import InputError, LayerList, Uniform, load_policy, make_prompt_cache
 from mlx_turbokv.cli.options import policy_from
 from mlx_turbokv.cli.values import ProtectedType
-from mlx_turbokv.evaluate.configuration import parse_policy
+from mlx_turbokv.evaluate.names import parse_policy
 from mlx_turbokv.evaluate.notes import protection_notes
 from mlx_turbokv.loading.known_shapes import KNOWN
 from mlx_turbokv.loading.model_shape import shape_from_config

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_turbokv.cli.plan import command
-from mlx_turbokv.evaluate.configuration import parse_policy
+from mlx_turbokv.evaluate.names import parse_policy
 from mlx_turbokv.policy.recommended import label, options, recommended
 
 

@@ -9,7 +9,8 @@ from tiny_models import shared_model
 
 from mlx_turbokv import InputError, attach, detach, load_policy, make_prompt_cache
 from mlx_turbokv.cli.options import policy_from
-from mlx_turbokv.evaluate.configuration import parse_policy, prepare
+from mlx_turbokv.evaluate.configuration import prepare
+from mlx_turbokv.evaluate.names import parse_policy
 from mlx_turbokv.policy.protection import DEFAULT_PROTECTION, Protection
 from mlx_turbokv.policy.recommended import label, options
 from mlx_turbokv.policy.settings import DEFAULT, PAIRS, SETTINGS

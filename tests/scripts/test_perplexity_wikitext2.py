@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from tiny_models import tiny_model
 
 from mlx_turbokv.cli import perplexity
-from mlx_turbokv.evaluate.configuration import check_name
+from mlx_turbokv.evaluate.names import check_name
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ import quality_windows  # noqa: E402
 
 from mlx_turbokv.cli import perplexity  # noqa: E402
 from mlx_turbokv.errors import InputError  # noqa: E402
-from mlx_turbokv.evaluate.configuration import check_name  # noqa: E402
+from mlx_turbokv.evaluate.names import check_name  # noqa: E402
 from mlx_turbokv.evaluate.text import load_text  # noqa: E402
 
 NAMES = ["f16/f16", "q8_0/turbo2+0,0", "q8_0/turbo3+32,64"]

@@ -23,7 +23,7 @@ from server_process import SERVE, running
 
 from mlx_turbokv import make_prompt_cache
 from mlx_turbokv.errors import InputError
-from mlx_turbokv.evaluate.configuration import parse_policy
+from mlx_turbokv.evaluate.names import parse_policy
 from mlx_turbokv.loading import models
 from mlx_turbokv.serve.options import parse
 
