@@ -94,6 +94,9 @@ def measure_length(run: Measurement, record: dict, n_ctx: int, chunks: int, rows
     if not missing:
         return
     started = time.perf_counter()
+    if started > deadline:
+        print_status(f"{name} {n_ctx}: no time for {missing[0][0]} and what comes after it.")
+        return
     windows = Windows(run, n_ctx, chunks)
     table = table_of(record, n_ctx, windows.n)
     took = time.perf_counter() - started

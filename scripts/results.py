@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from pages import accuracy, apple, gemma, kernels, models, needles, plot, quality, tables  # noqa: E402
+from pages import accuracy, apple, gemma, kernels, models, needles, paper, plot, quality, tables  # noqa: E402
 
 FOLDER = ROOT / "docs/results"
 # page: (its maker, what it has)
@@ -29,7 +29,7 @@ PAGES: dict[str, tuple[Callable[[], str], str]] = {
     "needle-protected": (
         needles.needle_protected, "the same with protected tokens, by bits of the others"
     ),
-    "paper": (quality.paper, "the paper's claims and tables"),
+    "paper": (paper.paper, "the paper's claims and tables"),
     "gemma": (gemma.gemma, "Gemma 3 270M from a GGUF file: its loss beside llama.cpp's"),
     "report": (quality.report, "a report of the default model in one table"),
     "whole-models": (models.whole_models, "speed and memory of models of known shapes"),

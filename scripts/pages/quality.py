@@ -1,8 +1,6 @@
-"""Pages on quality of the default model: calibrated policies, centred keys, the paper, a report."""
+"""Pages on quality of the default model: calibrated policies, centred keys, a report."""
 
 from __future__ import annotations
-
-import paper_replay
 
 from mlx_turbokv.evaluate.statistics import ratio
 from mlx_turbokv.report import order, summary
@@ -163,16 +161,6 @@ def _calibrated_keys() -> str:
         "bootstrap."
     )
     return f"{text}\n\n{table(header, rows)}"
-
-
-def paper() -> str:
-    """The paper's claims and tables on the default model."""
-    short, long, needles = read("paper/short"), read("paper/long"), read("needle")
-    about = "`scripts/paper_replay.py` measures and prints this page ([policies](../policies.md))."
-    return "\n\n".join([
-        "# The paper's claims and tables", about, paper_replay.report(short, long, needles),
-        source("paper/short"), source("paper/long"), "Needles: [needle.md](needle.md).",
-    ])  # fmt: skip
 
 
 def report() -> str:
