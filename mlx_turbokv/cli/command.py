@@ -27,6 +27,8 @@ _OUTPUT = (
     "output markdown json_path json_file plot folder from_path verbose resume no_resume time_limit"
 )
 _BITS = {8: "q8_0", 6: "turbo6", 5: "turbo5", 4: "turbo4", 3: "turbo3", 2: "turbo2"}
+_SHORT = ("-ctk", "-ctv")
+_FORMAT_OPTIONS = (*_SHORT, "--cache-type-k", "--cache-type-v")
 # Cache options, and how a configuration (--config) says what they say; {} is their value.
 _AS_CONFIG = {
     "-ctk": "K/V, such as turbo4/turbo3", "--cache-type-k": "K/V, such as turbo4/turbo3",
@@ -52,7 +54,7 @@ class Command(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """As click does; a flag of another cache is answered with what to type instead."""
         given = list(args)
-        if answer := _as_config(given, {param.name for param in self.get_params(ctx)}):
+        if answer := _not_taken(given, self.get_params(ctx), self.name):
             raise InputError(answer)
         try:
             return super().parse_args(ctx, args)
@@ -124,25 +126,45 @@ def _instead(option: str, args: Sequence[str], ctx: click.Context) -> str | None
     return None
 
 
-def _as_config(args: Sequence[str], names: set[str | None]) -> str | None:
-    """What to type instead of a cache option in a command that takes configurations alone.
+def _not_taken(
+    args: Sequence[str], params: Sequence[click.Parameter], command: str | None
+) -> str | None:
+    """What to type instead of a cache option that a command does not take.
+
+    click would read -ctk as -c with the value "tk".
 
     Args:
-        names: the command's parameters.
+        params: the command's.
     """
-    if "configs" not in names or "cache_type_k" in names:
+    taken = {name for param in params for name in param.opts}
+    if "-ctk" in taken:
         return None
     for word in args:
-        option = word.partition("=")[0]
-        if option in _AS_CONFIG:
-            value = _value_of(option, args) or "NAME"
-            config = _AS_CONFIG[option].format(shorten(value))
-            return f"{option} is not an option here: give --config {config}."
+        option = word[:4] if word.startswith(_SHORT) else word.partition("=")[0]
+        if option in taken or not (option in _AS_CONFIG or option == "--config"):
+            continue
+        value = shorten(_value_of(option, args) or "NAME")
+        if "--config" in taken:
+            instead = f"give --config {_AS_CONFIG[option].format(value)}"
+        elif command == "calibrate" and option in _FORMAT_OPTIONS:
+            instead = (
+                f"give --formats {value} for the formats to choose from, or give --base or "
+                "--compare K/V"
+            )
+        elif command == "calibrate":
+            instead = f"give --base or --compare {value}"
+        elif command == "doctor":
+            instead = "--quick and --full choose the formats that are checked; omit it"
+        else:
+            continue
+        return f"{option} is not an option here: {instead}."
     return None
 
 
 def _value_of(option: str, args: Sequence[str]) -> str | None:
     for word, following in zip(args, [*args[1:], None]):
+        if option in _SHORT and word.startswith(option) and word != option:
+            return word[len(option) :].lstrip("=")
         if word == option:
             return following
         if word.startswith(f"{option}="):

@@ -62,6 +62,31 @@ def test_evaluations_say_how_their_configurations_are_written(command, args, sai
     refused(command, *args, words=[said])
 
 
+@pytest.mark.parametrize("option", ["-ctk", "-ctv", "--cache-type-k", "--policy", "--boundary"])
+@pytest.mark.parametrize(("command", "said"), [
+    ("perplexity", "give --config"), ("needle", "give --config"), ("bench", "give --config"),
+    ("report", "give --config"), ("doctor", "omit it"),
+    ("calibrate", "give --base or --compare"),
+])  # fmt: skip
+def test_cache_options_are_named_where_they_are_not_taken(command, option, said):
+    """Not read as -c, or another short option, and what is left of them."""
+    for args in ([option, "turbo4"], [f"{option}=turbo4"]):
+        refused(command, *args, words=[f"{option} is not an option here: ", said])
+
+
+@pytest.mark.parametrize("command", ["perplexity", "calibrate", "doctor"])
+def test_a_format_that_follows_its_option_at_once_is_no_part_of_its_name(command):
+    refused(command, "-ctkturbo4", words=["-ctk is not an option here: "])
+
+
+def test_calibrate_takes_formats_as_a_list():
+    refused("calibrate", "-ctk", "turbo4", words=["--formats turbo4"])
+    refused("calibrate", "--policy", "la-v7", words=["--base or --compare la-v7"])
+    refused("calibrate", "--config", "la-v7", words=["--base or --compare la-v7"])
+    result = call("calibrate", "--sink", "33", "--held-out", "none")
+    assert "not an option" not in result.error()
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
