@@ -213,6 +213,12 @@ TKV_FN void decode_protected(DecodeInputs<typename C::T> inputs, device Result* 
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
+  if (C::WHOLE && !C::PREFETCH) {
+    // parameters that the compiler cannot know to be the same: otherwise what the second loop needs
+    // of them stays in registers during the first
+    inputs.params += inputs.params->opaque_one - 1;
+    split = query_rows_of<C>(inputs, group);
+  }
   if (C::WHOLE || index >= n_body) {
     take_protected<P>(split, inputs, C::WHOLE ? 0 : index - n_body);
     attend<P>(softmax, output, inputs, split, shared, int(simd_group), int(lane));

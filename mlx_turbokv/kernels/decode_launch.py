@@ -262,7 +262,7 @@ def _template(
     if segments is None:
         return template
     k, v = tables.tensor_parameters(protected_layout(layout))
-    step = cut.tiles_at_once(rows, v.dim, centred and k.bits == 8)
+    step = cut.tiles_at_once(rows, v.dim, centred and k.bits == 8, after_body=whole)
     reads = READS_BODY if segments.tail_protected else READS_REST
     own = ("PKB", k.bits), ("PKG", k.group), ("PVB", v.bits), ("PVG", v.group), ("P_STEP", step)
     return (*template, ("READS", reads), *own)

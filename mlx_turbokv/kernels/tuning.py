@@ -10,6 +10,8 @@ import mlx.core as mx
 from ..quant.layout import TILE
 from . import chips
 
+NARROW = 64  # dims of V that half a SIMD group takes of a tile (PARTS of metal/decode_config.h)
+
 
 @dataclass(frozen=True)
 class Tuning:
@@ -18,6 +20,9 @@ class Tuning:
     Args:
         step: tiles of 32 tokens that a SIMD group handles at a time, for at most 4 query rows of
             at most 256 dims; 1 beyond.
+        protected_step: the same of protected rows that are read after the body, whose sums then
+            take registers; no more than ``step``. Heads of at most 64 dims take ``step``, because
+            half of a SIMD group has nothing to do where there is one tile.
         simd_groups: SIMD groups of a threadgroup.
         most_rows: query rows of a threadgroup.
         wide_head: widest head_dim with so many; twice as wide a head gets half of them.
@@ -33,6 +38,7 @@ class Tuning:
     """
 
     step: int
+    protected_step: int
     simd_groups: int
     most_rows: int
     wide_head: int
@@ -50,13 +56,20 @@ class Tuning:
         most = max(1, self.most_rows // -(-widest // self.wide_head))
         return -(-n_rows // -(-n_rows // most))
 
-    def tiles_at_once(self, rows: int, v_head_dim: int, centred_int8: bool) -> int:
+    def tiles_at_once(
+        self, rows: int, v_head_dim: int, centred_int8: bool, after_body: bool = False
+    ) -> int:
         """Tiles that a SIMD group handles at a time: where two do not fit registers, one.
 
         Args:
             centred_int8: whether keys are int8 and centred.
+            after_body: whether these are protected rows that are read after the body.
         """
-        return self.step if rows <= 4 and v_head_dim <= 256 and not centred_int8 else 1
+        if rows > 4 or v_head_dim > 256 or centred_int8:
+            return 1
+        if after_body and v_head_dim > NARROW:
+            return min(self.step, self.protected_step)
+        return self.step
 
     def n_splits(self, n_tiles: int, n_groups: int, n_cores: int) -> int:
         """Into how many splits the tokens of a head are cut: no more than run at once.
@@ -75,6 +88,7 @@ class Tuning:
 # Measured on an H100 (docs/results/kernels.md).
 CUDA = Tuning(
     step=2,
+    protected_step=2,
     simd_groups=8,
     most_rows=8,
     wide_head=256,
@@ -90,6 +104,7 @@ CUDA = Tuning(
 # Chosen by registers, spills and instructions for M1 and M2 (docs/apple.md); never timed.
 APPLE = Tuning(
     step=2,
+    protected_step=1,
     simd_groups=4,
     most_rows=4,
     wide_head=128,

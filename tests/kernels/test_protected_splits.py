@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import heapq
+from dataclasses import replace
 
 import pytest
+from apple_variants import variants
 from hypothesis import given
 from hypothesis import strategies as st
+from metal_host.opencl import constants
 from segment_cases import SegmentCase, run_segment_case
 
 from mlx_turbokv.kernels import assemble, tuning
@@ -68,6 +71,33 @@ def test_one_split_less_for_the_body_is_never_sooner(n_tokens, splits, sink, n_t
 def test_first_tokens_alone_leave_the_body_its_splits() -> None:
     found = of_tokens(32768, newest=False)
     assert found.shared_out(32768, 4, one_more=True) == (5, 4)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+def test_apples_gpus_take_a_tile_at_a_time_of_protected_rows_after_the_body(rows: int) -> None:
+    for dim in (64, 80, 96, 128, 256):
+        wide = dim > tuning.NARROW
+        assert tuning.APPLE.tiles_at_once(rows, dim, False) == 2
+        assert tuning.APPLE.tiles_at_once(rows, dim, False, after_body=True) == (1 if wide else 2)
+        assert tuning.CUDA.tiles_at_once(rows, dim, False, after_body=True) == 2
+        one = replace(tuning.CUDA, step=1)  # as doctor --tune may cut it
+        assert one.tiles_at_once(rows, dim, False, after_body=True) == 1
+
+
+@pytest.mark.parametrize(
+    ("how", "dim", "parts", "steps"),
+    [
+        ("protected-whole", 128, 1, [2, 1]),
+        ("protected-whole", 64, 2, [2, 2]),  # halves of a SIMD group take a tile each
+        ("protected", 128, 1, [2, 2]),
+    ],
+)
+def test_tiles_at_once_are_those_of_the_text(how, dim, parts, steps) -> None:
+    found = variants(["turbo4/turbo3"], (dim,), (4,))
+    launch = next(v.launch for v in found if v.how == how)
+    assert launch.grid[2] == 1 and (launch.grid[1] == 1) == (how == "protected-whole")
+    names = "Body::PARTS", "Protected::PARTS", "Body::STEP", "Protected::STEP"
+    assert constants(launch.text, launch.name, names) == [parts, parts, *steps]
 
 
 @pytest.mark.slow
