@@ -95,6 +95,7 @@ def printed(record: dict, needles: dict | None, speeds: dict | None) -> str:
 @click.option("-c", "--ctx-size", "lengths", multiple=True, type=click.IntRange(8),
               help="Tokens a window; repeatable.  [default: 512, 2048, 8192, 16384]")  # fmt: skip
 @click.option("--chunks", type=click.IntRange(1), help="Windows.  [default: 64, 16, 8 and 4]")
+@click.option("--keys-only", is_flag=True, help="Measure keys by layer, and no windows.")
 @click.option("--group", type=click.Choice(["32", "head"]), default="32", show_default=True)
 @click.option("--time-limit", type=float, metavar="SECONDS",
               help="Start no configuration that would end later.")  # fmt: skip
@@ -103,7 +104,18 @@ def printed(record: dict, needles: dict | None, speeds: dict | None) -> str:
 @click.option("--needle", "needles", metavar="FILE", help="A needle record, to judge by.")
 @click.option("--bench", "speeds", metavar="FILE", help="A bench record, to show.")
 def command(
-    text, lengths, chunks, group, backend, time_limit, json_path, from_path, needles, speeds, **args
+    text,
+    lengths,
+    chunks,
+    keys_only,
+    group,
+    backend,
+    time_limit,
+    json_path,
+    from_path,
+    needles,
+    speeds,
+    **args,
 ) -> None:
     """Print the paper's tables and claims with what is measured here."""
     deadline = time.perf_counter() + (time_limit or 1e9)
@@ -121,7 +133,7 @@ def command(
         source, loaded = load_text(text), load_model(args)
         if mx.default_device().type == mx.DeviceType.gpu:
             mx.set_cache_limit(CACHE_LIMIT)
-        wanted = fitting_lengths(lengths or tuple(LENGTHS), loaded)
+        wanted = [] if keys_only else fitting_lengths(lengths or tuple(LENGTHS), loaded)
         suffix = ":32" if group == "32" else ""
         record = measure(loaded, source, Path(json_path), wanted, chunks, suffix, backend, deadline)
     print(printed(record, needle_record, speed_record))

@@ -30,7 +30,8 @@ PAGES: dict[str, tuple[Callable[[], str], str]] = {
         needles.needle_protected, "the same with protected tokens, by bits of the others"
     ),
     "paper": (paper.paper, "the paper's claims and tables"),
-    "gemma": (gemma.gemma, "Gemma 3 270M from a GGUF file: its loss beside llama.cpp's"),
+    "gemma": (gemma.gemma, "Gemma 3 270M from a GGUF file: its loss beside llama.cpp's, and which "
+              "layers to protect"),
     "report": (quality.report, "a report of the default model in one table"),
     "whole-models": (models.whole_models, "speed and memory of models of known shapes"),
     "memory": (models.memory, "bytes of the cache of known models"),

@@ -12,16 +12,22 @@ from .paper_tables import (
     NONE,
     QUALITY,
     Measured,
+    Part,
     keys_tables,
     printed_tables,
+    replaces,
     speed_table,
 )
 
 PRINTED = "paper/printed"
 # model: its name, its records in the order they were made, and its needles
 MODELS = {
-    "smollm2": ("SmolLM2-135M", ("paper/short", "paper/long", "paper/smollm2"), "needle"),
-    "qwen": ("Qwen2.5-Coder-1.5B", ("paper/qwen",), "needle_qwen"),
+    "smollm2": (
+        "SmolLM2-135M",
+        ("paper/short", "paper/long", "paper/smollm2_cpu", "paper/smollm2"),
+        "needle",
+    ),
+    "qwen": ("Qwen2.5-Coder-1.5B", ("paper/qwen_cpu", "paper/qwen"), "needle_qwen"),
 }
 
 
@@ -31,15 +37,16 @@ def there(name: str) -> bool:
 
 
 def records_of(names: tuple[str, ...]) -> dict[str, dict]:
-    """A model's records, but those whose lengths others have with as many configurations."""
+    """A model's records, but those of which newer ones have as much or more."""
     found = {name: read(name) for name in names if there(name)}
-    stands: dict[int, tuple[int, str]] = {}
+    stands: dict[int, tuple[str, Part]] = {}
+    with_keys = [name for name, record in found.items() if "keys" in record]
     for name, record in found.items():
-        for n_ctx, (_, rows) in tables_of(record).items():
-            if len(rows) >= stands.get(n_ctx, (0, ""))[0]:
-                stands[n_ctx] = len(rows), name
-    used = {name for _, name in stands.values()}
-    return {name: record for name, record in found.items() if name in used or "keys" in record}
+        for n_ctx, part in tables_of(record).items():
+            if n_ctx not in stands or replaces(part, stands[n_ctx][1]):
+                stands[n_ctx] = name, part
+    used = {name for name, _ in stands.values()} | set(with_keys[-1:])
+    return {name: record for name, record in found.items() if name in used}
 
 
 def paper() -> str:

@@ -17,6 +17,14 @@ from . import table
 NONE = "–"
 
 
+Part = tuple[int, Results]  # windows, and rows by role
+
+
+def replaces(newer: Part, older: Part) -> bool:
+    """Whether a newer table of a length has as many windows and configurations."""
+    return newer[0] >= older[0] and len(newer[1]) >= len(older[1])
+
+
 @dataclass
 class Measured:
     """What was measured on one model.
@@ -26,15 +34,15 @@ class Measured:
     """
 
     label: str
-    tables: dict[int, tuple[int, Results]] = field(default_factory=dict)
+    tables: dict[int, Part] = field(default_factory=dict)
     keys: dict | None = None
     needle: dict | None = None
     about: list[str] = field(default_factory=list)
 
     def add(self, record: dict) -> None:
-        """Take in a record; an older one's length is replaced by one with as many rows."""
+        """Take in a record, the older ones first."""
         found = {n: part for n, part in tables_of(record).items()
-                 if len(part[1]) >= len(self.results(n))}  # fmt: skip
+                 if n not in self.tables or replaces(part, self.tables[n])}  # fmt: skip
         self.tables |= found
         self.keys = record.get("keys") or self.keys
         lengths = [f"{windows} of {n:,}" for n, (windows, _) in sorted(found.items())]

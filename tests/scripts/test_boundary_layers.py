@@ -6,6 +6,7 @@ import json
 import re
 
 import boundary_layers
+import numpy as np
 import pytest
 from characters import loaded
 from command_calls import call
@@ -74,7 +75,18 @@ def test_a_record_is_continued_and_drawn(model, tmp_path, monkeypatch):
     text = gemma.boundaries(record)
     assert "2, 5 grow with the context" in text and "windows of 32 tokens" in text
     lines = ["1+1 by raw index (0, 5)", "2+2 by raw index (0, 1, 4, 5)", "all that grow (2, 5)",
-             "2+2 by raw index, of those that grow (5)"]  # fmt: skip
+             "2+2 by raw index (5)", "2+2 by ordinal (2, 5)", "all"]  # fmt: skip
     for line in lines:
         assert f"| {line} |" in text
     assert len(re.findall(r"2 windows of 64 tokens:", text)) == 2
+    means = {row["config"]: np.mean(row["kld_by_window"]) for row in rows}
+    own, other = (means[f"growing packed, protected {i}"] for i in (5, 2))
+    assert f"the one that raw indices name, than with 2: {own - other:+.5f}" in text
+
+
+def test_bits_of_what_is_kept_count_a_window_once():
+    layers = {"all": [0, 1, 2, 3], "growing": [1, 3], "window": 100}
+    assert gemma._bits_at([0, 3], layers, False, 1000) == pytest.approx((8.5 + 2.5) / 2)
+    found = gemma._bits_at([0, 3], layers, True, 1000)
+    assert found == pytest.approx((1000 * 11 + 100 * 11) / 2200)
+    assert gemma._bits_at([0, 2], layers, True, 1000) == pytest.approx((2000 * 2.5 + 1700) / 2200)

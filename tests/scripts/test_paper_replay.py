@@ -251,19 +251,22 @@ def test_models_stand_side_by_side():
 def test_newer_records_stand_for_older_ones_of_the_same_lengths(monkeypatch):
     names = list(roles.config_names("").values())
 
-    def record(n_ctx: int, count: int, **more: object) -> dict:
+    def record(n_ctx: int, count: int, windows: int = 2, **more: object) -> dict:
         rows = [{"config": name} for name in names[:count]]
-        return {"tables": {str(n_ctx): {"n_windows": 2, "rows": rows}}, **more}
+        return {"tables": {str(n_ctx): {"n_windows": windows, "rows": rows}}, **more}
 
     found = {"old": record(512, 3), "other": record(2048, 3), "new": record(512, 3)}
     monkeypatch.setattr(paper, "there", lambda name: True)
     monkeypatch.setattr(paper, "read", found.__getitem__)
     assert list(paper.records_of(("old", "other", "new"))) == ["other", "new"]
-    # one that was stopped early does not, and its figures of keys are shown
-    found["new"] = record(512, 1)
-    assert list(paper.records_of(("old", "other", "new"))) == ["old", "other"]
+    # one of fewer configurations or windows does not, and its figures of keys are shown
+    for less in (record(512, 1), record(512, 4, windows=1)):
+        found["new"] = less
+        assert list(paper.records_of(("old", "other", "new"))) == ["old", "other"]
     found["new"] = record(512, 1, keys={})
     assert list(paper.records_of(("old", "other", "new"))) == ["old", "other", "new"]
+    found["newest"] = record(512, 3, keys={})
+    assert list(paper.records_of(("old", "other", "new", "newest"))) == ["other", "newest"]
     about = {"text": {"name": "t"}, "device": "d", "backend": "b", "model": {"dtype": "float32"}}
     model = paper.Measured("m")
     for name in ("old", "new"):
