@@ -4,8 +4,9 @@
 
 Windows go side by side, as many as memory allows, and all configurations take the same ones. The
 record is written after each configuration; the same command measures what it lacks, so a run that
-was stopped goes on, and configurations and lengths (-c) can be added. Turbo keys are centred by the
-key projection's bias, or where there is none by means of the package's sample.
+was stopped goes on, and configurations and lengths (-c) can be added. Turbo keys are centred and
+scaled as a model's first use measures them; --keys asks for means alone, with scales, both of more
+windows, or for the key bias.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import click  # noqa: E402
-from quality_windows import BIAS, CALIBRATION, MEAN, REFERENCE, SCALES, Measurement, Windows  # noqa: E402
+from quality_windows import ASKED_WINDOWS, BIAS, MEAN, REFERENCE, SCALES, Measurement, Windows  # noqa: E402
 
+from mlx_turbokv.centring import first_use  # noqa: E402
 from mlx_turbokv.cli import options  # noqa: E402
 from mlx_turbokv.cli.entry import run  # noqa: E402
 from mlx_turbokv.cli.output import print_status  # noqa: E402
@@ -51,7 +52,7 @@ def protected(name: str, n_ctx: int) -> str:
 
 
 def plan(n_ctx: int) -> list[tuple[str, str | None]]:
-    """(configuration, what keys are centred by, None for what the model has), the weightiest first.
+    """(configuration, what keys are centred by, None for the default), the weightiest first.
 
     Protection is always written out: +0,0 is none.
     """
@@ -152,7 +153,7 @@ def start_record(
 @click.option("--keys", type=click.Choice([BIAS, MEAN, SCALES]), help="For --config.")
 @click.option("--time-limit", type=float, metavar="SECONDS",
               help="Start no configuration that would end later.")  # fmt: skip
-@click.option("--keys-file", metavar="NAME", help="Write the mean keys there, for --keys.")
+@click.option("--keys-file", metavar="NAME", help="Write the key references there, for --keys.")
 @click.option("--json", "json_path", required=True, metavar="FILE")
 def command(
     text, lengths, chunks, configs, keys, backend, time_limit, keys_file, json_path, **args
@@ -171,7 +172,8 @@ def command(
     if mx.default_device().type == mx.DeviceType.gpu:
         mx.set_cache_limit(CACHE_LIMIT)
     path = Path(json_path)
-    calibration = {"text": "sample", "windows": CALIBRATION[0], "tokens": CALIBRATION[1]}
+    calibration = {"text": "sample", "windows": first_use.N_WINDOWS, "tokens": first_use.N_CTX,
+                   "windows_asked_for": ASKED_WINDOWS}  # fmt: skip
     record = start_record(path, loaded, source, backend, calibration=calibration)
     from mlx_turbokv.files import write_text
 
@@ -182,7 +184,7 @@ def command(
     if keys_file:
         from mlx_turbokv.centring.references import save_references
 
-        save_references(keys_file, replace(run.scaled_references, scales={}))
+        save_references(keys_file, run.first_use)
     for n_ctx in lengths or WINDOWS:
         rows = [(name, keys) for name in configs] if configs else plan(n_ctx)
         windows = chunks or WINDOWS.get(n_ctx, 16)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+from mlx_turbokv.centring import first_use
 
 REFERENCE = "f16/f16"
 BIAS, MEAN, SCALES = "key bias", "mean", "mean and scales"
 BYTES_AT = 32768  # tokens
-CALIBRATION = 6, 512  # windows of the package's sample, and their tokens
+ASKED_WINDOWS = 6  # of the package's sample, where what keys are centred by is asked for
 MOST_BYTES = 4 << 30  # of a batch's logits
 
 
@@ -20,21 +25,22 @@ class Measurement:
         self.loaded, self.text, self.backend = loaded, text, backend
 
     @cached_property
-    def has_bias(self) -> bool:
-        from mlx_turbokv.centring.bias import key_biases
-        from mlx_turbokv.model.kv_layers import kv_layers
-
-        return bool(key_biases(self.loaded.model, kv_layers(self.loaded.model).layers))
+    def first_use(self) -> Any:
+        """Mean keys and scales as the first use of the model measures them."""
+        return self._references(first_use.N_WINDOWS)
 
     @cached_property
-    def scaled_references(self) -> Any:
-        """Mean keys, and scales of pairs of dims, from the package's sample."""
+    def asked(self) -> Any:
+        """The same of more windows."""
+        return self._references(ASKED_WINDOWS)
+
+    def _references(self, n_windows: int) -> Any:
         from mlx_turbokv.centring.calibration import calibrate_keys
         from mlx_turbokv.evaluate.text import load_text
         from mlx_turbokv.model.text_windows import cut_windows
 
-        sample, (chunks, n_ctx) = load_text("sample"), CALIBRATION
-        windows = cut_windows(self.loaded.tokenizer, sample.text, n_ctx, chunks)
+        sample = load_text("sample")
+        windows = cut_windows(self.loaded.tokenizer, sample.text, first_use.N_CTX, n_windows)
         return calibrate_keys(self.loaded.model, windows, sample.sha256, scale=True)
 
     def prepared(self, name: str, keys: str | None) -> tuple[Any, str]:
@@ -45,11 +51,12 @@ class Measurement:
         from mlx_turbokv.evaluate.configuration import prepare
 
         centre: Any = True
-        keys = keys or (BIAS if self.has_bias else MEAN)
-        if keys == MEAN:
-            centre = replace(self.scaled_references, scales={})
+        if keys is None:
+            keys, centre = SCALES, self.first_use
+        elif keys == MEAN:
+            centre = replace(self.asked, scales={})
         elif keys == SCALES:
-            centre = self.scaled_references
+            centre = self.asked
         config = prepare(self.loaded.model, name, self.backend, centre=centre)
         return config, keys if config.centres else "–"
 
@@ -87,11 +94,35 @@ class Windows:
         self.n = len(windows)
         self.pieces = [FirstPiece(run.loaded.model) for _ in self.batches]
         self.config = run.prepared(REFERENCE, None)[0]
-        self.references, self.stats = [], []
+        self._folder = TemporaryDirectory()
+        self._held: list[Reference] = []
+        self.stats = []
         for windows, logits in self._logits(self.config):
             reference = Reference(logits, targets_of(windows).reshape(-1))
-            self.references.append(reference)
+            self._keep(reference, logits)
             self.stats += self._by_window(reference.own_stats())
+
+    def _keep(self, reference: Any, logits: Any) -> None:
+        """Keep a batch's reference: on a CPU in a file, since memory is small there."""
+        import mlx.core as mx
+
+        if mx.default_device().type == mx.DeviceType.gpu:
+            self._held.append(reference)
+        else:
+            n = len(list(Path(self._folder.name).iterdir()))
+            mx.save(f"{self._folder.name}/{n:04}.npy", logits)
+
+    def _references(self) -> Iterator[Any]:
+        """The references of the batches, in their order."""
+        import mlx.core as mx
+
+        from mlx_turbokv.evaluate.divergence import Reference
+        from mlx_turbokv.evaluate.windows import targets_of
+
+        yield from self._held
+        files = sorted(Path(self._folder.name).iterdir())
+        for path, windows in zip(files, self.batches):
+            yield Reference(mx.load(str(path)), targets_of(windows).reshape(-1))
 
     def _logits(self, config: Any):
         """The windows and the scored logits of each batch, [B * scored, vocabulary]."""
@@ -121,7 +152,7 @@ class Windows:
         found = self.stats
         if config.name != REFERENCE:
             found = []
-            for reference, (_, logits) in zip(self.references, self._logits(config)):
+            for reference, (_, logits) in zip(self._references(), self._logits(config)):
                 found += self._by_window(reference.compare(logits))
         nll, kld = [x.nll for x in found], [x.kld for x in found]
         delta = [a - x.nll for a, x in zip(nll, self.stats)]

@@ -108,13 +108,9 @@ class Choice:
         if self.path is not None and paths_for(self.path)[1].is_file():
             return load_references(self.path, self._model())
         given = vars(self._model()).get(ATTRIBUTE)
-        if given is None and isinstance(self.centre, FirstUse) and self._has_layers_without_bias:
+        if given is None and isinstance(self.centre, FirstUse):
             return self.centre.references(self._model(), self.found)
         return given
-
-    @property
-    def _has_layers_without_bias(self) -> bool:
-        return any(layer.ordinal not in self._biases for layer in self.found.layers)
 
     @cached_property
     def _misfits(self) -> set[int]:

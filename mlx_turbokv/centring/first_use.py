@@ -1,4 +1,4 @@
-"""Mean keys measured at the first use of a model, and remembered in the cache folder.
+"""Mean keys and their scales, measured at a model's first use and kept in the cache folder.
 
 Two windows of the package's sample are enough: one of 512 tokens has nearly the mean of others.
 What is remembered is found by a digest of the model's weights: another quantisation is measured for
@@ -30,7 +30,6 @@ from .calibration import calibrate_keys, centrable_layers
 from .references import References, load_references, paths_for, save_references
 
 N_CTX, N_WINDOWS = 512, 2
-MEASURES_SCALES = False  # scales.py: calibrate --keys --scales measures them
 FOLDER = "keys"  # within the cache folder
 
 
@@ -84,8 +83,8 @@ class FirstUse:
         if group.size() > 1:
             if group.rank() == 0:
                 warn_once(
-                    f"The keys of {self.name} are not measured, nor centred: it is split over "
-                    f"{group.size()} processes."
+                    f"The keys of {self.name} are not measured: it is split over {group.size()} "
+                    "processes."
                 )
             return None
         text = (files("mlx_turbokv") / "evaluate" / "sample.txt").read_bytes()
@@ -103,30 +102,27 @@ class FirstUse:
             centrable_layers(model)
             windows = cut_windows(self.tokenizer, text, N_CTX, N_WINDOWS)
             with _progress(f"Measuring the keys of {self.name}, once", windows.size) as progress:
-                references = calibrate_keys(
-                    model, windows, sha256, progress=progress, scale=MEASURES_SCALES
-                )
+                references = calibrate_keys(model, windows, sha256, progress=progress, scale=True)
         except InputError as error:  # nothing to centre, or no text for it
             if self.asked:
                 warn_once(f"The keys of {self.name} are not measured: {error}")
             return None
         except Exception as error:  # what a model needs beyond tokens is known to it alone
             warn_once(
-                f"The keys of {self.name} are not centred: they could not be measured "
-                f"({type(error).__name__}: {error})."
+                f"The keys of {self.name} could not be measured ({type(error).__name__}: {error})."
             )
             return None
         finally:
             mx.clear_cache()
         if not all(mx.isfinite(mean).all().item() for mean in references.means.values()):
-            warn_once(f"The keys of {self.name} are not centred: some of them are not finite.")
+            warn_once(f"The keys of {self.name} could not be measured: some are not finite.")
             return None
         return references
 
 
 def _path(model: nn.Module, text_sha256: str) -> Path:
     """The file of references for all that they depend on."""
-    settings = weights_digest(model), text_sha256, N_CTX, N_WINDOWS, MEASURES_SCALES
+    settings = weights_digest(model), text_sha256, N_CTX, N_WINDOWS
     name = hashlib.sha256(repr(settings).encode()).hexdigest()[:32]
     return cache_dir() / FOLDER / f"{name}.keys.json"
 

@@ -68,16 +68,12 @@ RECORD = "calibration.json"
 @options.backend
 @click.option(
     "--keys", is_flag=True,
-    help="Take mean keys from the text first, centre turbo keys by them, and write them next to "
-    "each policy file, where they are found.",
-)  # fmt: skip
-@click.option(
-    "--scales", is_flag=True,
-    help="Take scales of pairs of dims along with the mean keys.",
+    help="Take mean keys and their scales from the text first, and write them next to each policy "
+    "file, where they are found.  [default: measured at a model's first use]",
 )  # fmt: skip
 @click.option(
     "--no-centre", is_flag=True,
-    help="Leave turbo keys as they are.  [default: centred by the key projection's bias]",
+    help="Leave turbo keys as they are.",
 )  # fmt: skip
 @click.option(
     "--folder", default="calibrated", type=click.Path(file_okay=False),
@@ -146,8 +142,6 @@ def check_options(args: dict[str, Any]) -> None:
         calibrate.FORMATS if names is None else [n for n in names.split(",") if n.strip()]
     )
     exclude("keys", "no_centre")
-    if not args["keys"]:
-        refuse(["scales"], "without --keys")
     if args["held_out"] == NO_TEXT:
         refuse(["held_out_chunks", "compare"], "with --held-out none")
     args["budgets"] = tuple(dict.fromkeys(args["budgets"])) or calibrate.BUDGETS

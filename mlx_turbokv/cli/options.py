@@ -84,8 +84,8 @@ compress_sliding = click.option(
 centre = combined(
     click.option(
         "--keys", metavar="FILE",
-        help="Mean keys that calibrate --keys wrote.  [default: the file next to the policy's "
-        "file, the key projection's bias, or means measured at the model's first use]",
+        help="Mean keys and scales that calibrate --keys wrote.  [default: the file next to the "
+        "policy's file, or what is measured at the model's first use]",
     ),
     click.option(
         "--no-centre", is_flag=True,
@@ -93,8 +93,7 @@ centre = combined(
     ),
     click.option(
         "--no-calibrate", is_flag=True,
-        help="Do not measure mean keys at the first use of a model whose key projection has no "
-        "bias.",
+        help="Do not measure a model's keys at its first use: a key bias alone then centres them.",
     ),
 )  # fmt: skip
 protection = combined(

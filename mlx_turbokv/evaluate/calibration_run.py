@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..centring import AUTO
 from ..centring.calibration import calibrate_keys
+from ..centring.first_use import for_model
 from ..centring.references import References, save_references
 from ..kernels.backend import select_backend
 from ..loading.models import Loaded
@@ -66,8 +68,11 @@ class Calibration:
         self.model = model_record(loaded) | {"fingerprint": weights_digest(loaded.model)}
         self.environment = environment()
         # What turbo keys are centred by, and its description.
-        self.centre: bool | References = not options["no_centre"]
-        self.keys = "centred by the bias, if any" if self.centre else "not centred"
+        self.centre: Any = False
+        self.keys = "not centred"
+        if not options["no_centre"]:
+            self.centre = for_model(AUTO, loaded.tokenizer, loaded.name)
+            self.keys = "centred as measured at the model's first use"
         self.protected = options["sink"], options["recent"]
         # The base's own where it names some: of all that is measured, and of the policies.
         self.protection = parse_policy(options["base"]).protecting(*self.protected).protection
@@ -81,10 +86,8 @@ class Calibration:
             calibrate.as_budget(model, shapes, name)  # refused before anything is measured
         sample = self._sample(source, options["chunks"], stride)
         if options["keys"]:
-            scale = options["scales"]
-            self.centre = calibrate_keys(model, sample.windows, source.sha256, scale=scale)
-            self.keys = f"centred by their means over {len(sample.windows)} windows of the text"
-            self.keys += ", their pairs of dims scaled" if self.centre.scales else ""
+            self.centre = calibrate_keys(model, sample.windows, source.sha256, scale=True)
+            self.keys = f"centred and scaled by {len(sample.windows)} windows of the text"
         how = {
             "backend": options["backend"],
             "centre": self.centre,

@@ -229,10 +229,10 @@ def _centring(
             how += ", although the key projection has a bias"
     elif file:
         how = f"are centred by the calibrated means in {paths_for(file)[1].name}"
+    elif centre == AUTO:
+        how = "are centred and scaled by what is measured at the model's first use"
     elif model.key_bias:
         how = "are centred by the bias of the key projection"
-    elif centre == AUTO:
-        how = "are centred by means that are measured at the model's first use"
     else:
         how = "are not centred: the model has no key bias, and no calibrated means were given"
     return [f"{name}: the turbo keys of {n} layer{'s' * (n > 1)} {how}."]

@@ -26,9 +26,15 @@ NAMES = {
     "quality_gemma": "Gemma 3 270M",
 }  # fmt: skip
 SCALES, MEAN, BIAS = "mean and scales", "mean", "key bias"
+# of a configuration that was not measured with the default, which is shown, and how it is marked
+OLDER = {SCALES: " (scales of 6 windows)", BIAS: " (by the bias alone)", MEAN: " (by means alone)"}
 NONE = "–"
 # what the settings promise: each is the cheapest pair measured on all models with such a KLD
 LIMITS = {"near-lossless": 0.001, "balanced": 0.01, "compact": 0.05}
+BEFORE_SCALES = (
+    "Some of these were measured with keys centred by means or the bias alone, before [scales]"
+    "(docs/centred-keys.md#scales-of-pairs-of-dims), which lower KLD."
+)
 NO_PROTECTION = " (no protected tokens)"
 SCALES_TITLE = (
     "[Scales of pairs of dims](../centred-keys.md#scales-of-pairs-of-dims), with protected tokens, "
@@ -52,8 +58,19 @@ def base(config: str) -> str:
 
 
 def main_rows(part: dict) -> list[Row]:
-    """The rows of a table but those of other key references, and the reference's."""
-    return [row for row in part["rows"][1:] if row["asked_keys"] is None]
+    """One row a configuration, without the reference's: the default keys', or the nearest to it."""
+    order = [None, *OLDER]
+    found: dict[str, Row] = {}
+    for row in part["rows"][1:]:
+        keys, held = row["asked_keys"], found.get(row["config"])
+        if keys in order and (held is None or order.index(keys) < order.index(held["asked_keys"])):
+            found[row["config"]] = row
+    return list(found.values())
+
+
+def mark(*rows: Row | None) -> str:
+    """What tells rows of other key references from those of the default."""
+    return next((OLDER[r["asked_keys"]] for r in rows if r and r["asked_keys"] in OLDER), "")
 
 
 def pairs(part: dict) -> dict[str, tuple[Row | None, Row | None]]:
@@ -96,7 +113,8 @@ def of_length(part: dict) -> str:
              _cell(row, "kld", ".5f"), _cell(row, "delta_nll", "+.4f"), _share(row)]
             for row in shown
         ]  # fmt: skip
-        rows.append([name + ("" if both or sides[0] is None else NO_PROTECTION), *sum(cells, [])])
+        name += mark(*shown) + ("" if both or sides[0] is None else NO_PROTECTION)
+        rows.append([name, *sum(cells, [])])
     header = ["K/V", "bits", "at 32K", "cache at 32K", "KLD", "Δnll", "same top, %"]
     return table([*header, "protected: bits", *header[2:]] if both else header, rows)
 
@@ -110,7 +128,7 @@ def groups(n_ctx: int) -> dict[str, list[str]]:
         "the paper's policies without them": [f"{name}+0,0" for name in PRESETS],
         "mlx-lm's `kv_bits`": [name for name in PEERS if name.startswith("mlx")],
         "llama.cpp's rotated cache": [name for name in PEERS if name.startswith("llama")],
-        **({"scales of pairs of dims": [f"{name} {SCALES}" for name in SCALED]}
+        **({"scales beside means alone": [f"{name} {MEAN}" for name in SCALED]}
            if n_ctx == 2048 else {}),
     }  # fmt: skip
 
@@ -118,7 +136,7 @@ def groups(n_ctx: int) -> dict[str, list[str]]:
 def missing(part: dict, n_ctx: int) -> str:
     """What of the plan was not measured, in a sentence; empty where all was."""
     there = {row["config"] for row in part["rows"]}
-    there |= {f"{base(r['config'])} {SCALES}" for r in part["rows"] if r["asked_keys"] == SCALES}
+    there |= {f"{base(r['config'])} {MEAN}" for r in part["rows"] if r["asked_keys"] == MEAN}
     found = []
     for name, configs in groups(n_ctx).items():
         have = [base(config) for config in configs if config in there]
@@ -135,15 +153,16 @@ def _protection_of(part: dict) -> str:
 
 def scales(part: dict) -> str | None:
     """Pairs with keys centred by a mean, with scales of pairs of dims and without."""
-    found = {(row["config"], row["asked_keys"]): row for row in part["rows"]}
-    rows, biased = [], any(row["keys"] == BIAS for row in main_rows(part))
+    found = {(row["config"], row["keys"]): row for row in part["rows"]
+             if row["asked_keys"] or row["keys"] not in (MEAN, SCALES)}  # fmt: skip
+    rows, biased = [], any(row["keys"] == BIAS for row in part["rows"])
     for (config, keys), row in found.items():
-        other, plain = found.get((config, MEAN)), found.get((config, None))
-        if keys != SCALES or other is None or plain is None:
+        other = found.get((config, MEAN))
+        if keys != SCALES or other is None:
             continue
         times = ratio(row["kld_by_window"], other["kld_by_window"])
         rows.append([
-            base(config), *([_cell(plain, "kld", ".5f")] if biased else []),
+            base(config), *([_cell(found.get((config, BIAS)), "kld", ".5f")] if biased else []),
             _cell(other, "kld", ".5f"), _cell(row, "kld", ".5f"), interval(times, ".2f"),
         ])  # fmt: skip
     header = ["K/V", *(["KLD, centred by the bias"] if biased else []), "KLD, centred by means",
@@ -154,9 +173,11 @@ def scales(part: dict) -> str | None:
 def scales_measured() -> str:
     """The tables of scales that there are, for the page on centred keys."""
     of_models = [(NAMES[name], 2048, r["tables"].get("2048"), "") for name, r in records().items()]
-    qwen = read("scales_qwen")["tables"]["512"]
+    for name in ("qwen", "gemma"):
+        part = read(f"scales_{name}")["tables"]["512"]
+        of_models.append((NAMES[f"quality_{name}"], 512, part, ", on a CPU"))
     parts = []
-    for name, n_ctx, part, where in [*of_models, (NAMES["quality_qwen"], 512, qwen, ", on a CPU")]:
+    for name, n_ctx, part, where in of_models:
         if part and (made := scales(part)):
             parts.append(
                 f"{name}, {part['n_windows']} windows of {n_ctx:,} tokens of "
@@ -177,7 +198,7 @@ def quality() -> str:
         "and after 32,768 tokens, by which rows go, with the bytes there. Protected tokens are a "
         "larger part of a window than of a long context: KLD there was not measured. "
         "`mlx-kvN:64` is mlx-lm's `kv_bits=N`, its rows dequantised before attention; `llama-…` "
-        "is llama.cpp's rotated cache, simulated by its published rule. Turbo keys are centred. "
+        "is llama.cpp's rotated cache, simulated by its published rule. "
         "Policies calibrated for the default model are for it alone. "
         "Needles: [needle-protected.md](needle-protected.md).",
         f"{NONE}: not measured. Not every table is whole: a sentence above each says what it "
@@ -210,11 +231,13 @@ def _length(name: str, n_ctx: str, part: dict) -> list[str]:
 
 
 def _centred_by(record: dict) -> str:
-    used = {row["keys"] for part in record["tables"].values() for row in main_rows(part)}
-    by = "the key projection's bias" if BIAS in used else "means of the package's sample"
-    windows, tokens = record["calibration"]["windows"], record["calibration"]["tokens"]
-    taken = "" if BIAS in used else f" ({windows} windows of {tokens} tokens)"
-    return f"Turbo keys are centred by {by}{taken}; the model runs in {record['model']['dtype']}."
+    taken = record["calibration"]
+    return (
+        "Turbo keys are centred and scaled as at a model's first use "
+        f"({taken['windows']} windows of {taken['tokens']} tokens), but in rows that say otherwise "
+        f"({taken['windows_asked_for']} windows); the model runs in "
+        f"{record['model']['dtype']}."
+    )
 
 
 def settings() -> str:
@@ -223,18 +246,20 @@ def settings() -> str:
     if not found:
         return ""
     needles = [needles_of(name) for name in found]
-    rows = []
+    rows, older = [], False
     for policy, name, config in named():
         measured = [row_of(record, f"{config}+{policy.protection}") for record in found.values()]
+        older = older or bool({row["asked_keys"] for row in measured if row} & {MEAN, BIAS})
         bits = [_from_to([row[key] for row in measured if row]) for key in ("bits", "bits_32k")]
         kld = [f"{row['kld']['mean']:.4f}" if row else NONE for row in measured]
         hits = [by_config.get(f"{config}+{policy.protection}", NONE) for by_config in needles]
         named_so = f"`{policy.name}`{' (default)' if policy.name == DEFAULT else ''}"
         rows.append([named_so, name, *bits, *kld, ", ".join(hits)])
     names = [f"KLD: {NAMES[name]}" if i == 0 else NAMES[name] for i, name in enumerate(found)]
-    return table(
+    made = table(
         ["`--policy`", "K/V", "bits at 2,048", "at 32K", *names, "needles, of f16's"], rows
     )
+    return f"{made}\n\n{BEFORE_SCALES}" if older else made
 
 
 def _from_to(values: list[float]) -> str:

@@ -26,7 +26,7 @@ from mlx_turbokv.evaluate.text import load_text
 from mlx_turbokv.model.text_windows import cut_windows
 
 TOKENS = [SINK] + [(7 * i * i + 3 * i + 1) % 89 for i in range(149)]
-MEASURED = ["calibrated mean"] * 3
+MEASURED = ["calibrated mean and scales"] * 3
 
 
 @pytest.fixture(autouse=True)
@@ -72,23 +72,16 @@ def test_the_first_use_measures_and_the_second_does_not(folder, runs, capfd):
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == held
 
 
-def test_means_are_those_of_calibrate_keys_on_the_same_text():
+def test_references_are_those_of_calibrate_keys_on_the_same_text(folder):
     model, sample = planted_model(), load_text("sample")
     windows = cut_windows(Characters(), sample.text, N_CTX, N_WINDOWS)
-    expected = calibrate_keys(model, windows, sample.sha256)
+    expected = calibrate_keys(model, windows, sample.sha256, scale=True)
     for _ in range(2):  # as measured, and as remembered
-        held = caches(model)
-        assert all(mx.array_equal(held[i].centre.mu, expected.means[i]).item() for i in range(3))
-    assert json.loads(next(first_use.cache_dir().glob("keys/*.json")).read_text())["record"] == (
-        expected.record
-    )
-    assert (
-        not expected.scales
-        and "scales"
-        not in first_use.load_references(
-            next(first_use.cache_dir().glob("keys/*.json")), model
-        ).record
-    )
+        for i, cache in enumerate(caches(model)):
+            scales = cache.centre.scales
+            assert mx.array_equal(scales.of_pairs, expected.scales[i]).item()
+            assert mx.array_equal(cache.centre.mu, expected.means[i] * scales.of_dims).item()
+    assert json.loads(next(folder.glob("*.json")).read_text())["record"] == expected.record
 
 
 def test_measured_keys_bring_quality():
@@ -118,9 +111,14 @@ def test_keys_that_gain_nothing_are_not_measured(k, folder, runs):
     assert not runs and not folder.exists()
 
 
-def test_a_bias_is_enough(folder, runs):
-    assert sources(caches(centred_model())) == ["key bias"] * 3
-    assert not runs and not folder.exists()
+def test_keys_with_a_bias_are_measured_too(runs):
+    assert sources(caches(centred_model())) == MEASURED and len(runs) == 1
+    assert sources(caches(centred_model(), centre=True)) == ["key bias"] * 3
+
+
+def test_a_bias_centres_keys_that_could_not_be_measured(monkeypatch, caplog):
+    monkeypatch.setattr(first_use, "calibrate_keys", mock.Mock(side_effect=IndexError("odd")))
+    assert sources(caches(centred_model())) == ["key bias"] * 3 and len(caplog.records) == 1
 
 
 def test_references_that_are_given_go_first(tmp_path, runs):
@@ -249,7 +247,7 @@ def test_what_fails_while_measuring_ends_nothing(folder, monkeypatch, caplog):
     monkeypatch.setattr(first_use, "calibrate_keys", mock.Mock(side_effect=IndexError("odd")))
     assert sources(caches(planted_model())) == [None] * 3
     (message,) = [r.message for r in caplog.records]
-    assert "are not centred: they could not be measured (IndexError: odd)" in message
+    assert message == "The keys of the model could not be measured (IndexError: odd)."
     assert not folder.exists()
 
 
@@ -262,14 +260,3 @@ def test_a_split_model_is_not_measured(runs, monkeypatch, caplog):
     log._given.clear()
     caches(planted_model())
     assert len(caplog.records) == seen == 1
-
-
-def test_scales_are_remembered_once_they_are_measured(folder, monkeypatch):
-    monkeypatch.setattr(first_use, "MEASURES_SCALES", True)
-    for _ in range(2):
-        held = caches(planted_model())
-        assert all(c.centre.scales is not None for c in held)
-    assert json.loads(next(folder.glob("*.json")).read_text())["version"] == 2
-    monkeypatch.setattr(first_use, "MEASURES_SCALES", False)
-    assert caches(planted_model())[0].centre.scales is None
-    assert len(list(folder.glob("*.json"))) == 2

@@ -16,7 +16,7 @@ from mlx_turbokv.cli.options import centre_from
 
 FORMATS = ("-ctk", "turbo3", "-ctv", "f16", "--backend", "reference")
 MEASURING = "Measuring the keys of {}, once"
-CENTRED = "keys centred by calibrated mean (3 layers)"
+CENTRED = "keys centred by calibrated mean and scales (3 layers)"
 
 
 @pytest.fixture(autouse=True)

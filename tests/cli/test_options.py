@@ -219,7 +219,6 @@ SENSELESS = [
     ("calibrate", ["--held-out", "none", "--held-out-chunks", "4"], "--held-out-chunks has no"),
     ("calibrate", ["--held-out", "none", "--compare", "la-v7"], "--compare has no effect"),
     ("calibrate", ["--keys", "--no-centre"], "--no-centre"),
-    ("calibrate", ["--scales"], "--scales has no effect without --keys"),
     ("report", ["--skip", "needle", "--needle-context", "512"], "--needle-context has no effect"),
     ("report", ["--skip", "needle", "--depths", "3"], "--depths has no effect"),
     ("report", ["--skip", "bench", "-n", "3"], "--num-trials has no effect"),

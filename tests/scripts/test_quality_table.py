@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 import quality_table  # noqa: E402
 import quality_windows  # noqa: E402
 
+from mlx_turbokv.centring import first_use  # noqa: E402
 from mlx_turbokv.cli import perplexity  # noqa: E402
 from mlx_turbokv.errors import InputError  # noqa: E402
 from mlx_turbokv.evaluate.names import check_name  # noqa: E402
@@ -26,7 +27,7 @@ NAMES = ["f16/f16", "q8_0/turbo2+0,0", "q8_0/turbo3+32,64"]
 
 @pytest.fixture
 def run(monkeypatch):
-    monkeypatch.setattr(quality_windows, "CALIBRATION", (2, 64))
+    monkeypatch.setattr(first_use, "N_CTX", 64)
     return quality_windows.Measurement(
         loaded(tiny_model("llama", vocab_size=96, head_dim=64)), load_text("sample"), "reference"
     )
@@ -74,22 +75,23 @@ def test_a_record_is_continued_with_what_it_lacks(run, monkeypatch):
         assert measured(run, record, 128, 2, NAMES, deadline=0) == []
 
 
-def test_keys_are_centred_by_means_where_there_is_no_bias(run):
+def test_keys_are_centred_and_scaled_as_at_first_use(run):
     found = {}
     for keys in (None, quality_windows.MEAN, quality_windows.SCALES):
         config, used = run.prepared("turbo3/turbo3+0,0", keys)
         found[keys] = used, {centre.source for centre in config.centres}
-    assert found[None] == found["mean"] == ("mean", {"calibrated mean"})
-    assert found["mean and scales"] == ("mean and scales", {"calibrated mean and scales"})
+    assert found["mean"] == ("mean", {"calibrated mean"})
+    assert found[None] == found["mean and scales"]
+    assert found[None] == ("mean and scales", {"calibrated mean and scales"})
     assert run.prepared("q8_0/turbo3+0,0", None)[1] == "–"
 
 
-def test_the_bias_centres_keys_where_there_is_one():
+def test_the_bias_alone_centres_keys_where_it_is_asked_for():
     model = tiny_model("qwen2", num_hidden_layers=2)
     for layer in model.model.layers:
         layer.self_attn.k_proj.bias = 3 + mx.random.normal(layer.self_attn.k_proj.bias.shape)
     biased = quality_windows.Measurement(loaded(model), load_text("sample"), "reference")
-    config, used = biased.prepared("turbo3/turbo3+0,0", None)
+    config, used = biased.prepared("turbo3/turbo3+0,0", "key bias")
     assert used == "key bias" and {c.source for c in config.centres} == {"key bias"}
 
 

@@ -70,13 +70,14 @@ def model_record(seed: int) -> dict:
              "benchmarks/policies/bits-3.75.json+32,128"]  # fmt: skip
     rng, rows = np.random.default_rng(seed), []
     asked = [(name, None) for name in names]
-    asked += [(names[1], keys) for keys in (tables.MEAN, tables.SCALES)]
+    asked += [(names[1], keys) for keys in (tables.BIAS, tables.MEAN, tables.SCALES)]
+    asked += [("q8_0/turbo2+32,128", None), ("turbo5/turbo5+32,128", tables.MEAN)]
     for i, (name, keys) in enumerate(asked):
         windows = [rng.gamma(2, 0.02 * (i > 0), 31) for _ in range(4)]
         found = statistics.block_summary(windows)
         protected = name.partition("+")[2]
         rows.append({
-            "config": name, "asked_keys": keys, "keys": keys or "key bias",
+            "config": name, "asked_keys": keys, "keys": keys or tables.SCALES,
             "protected": protected if protected not in ("", "0,0") else None,
             "bits": 16.0 if i == 0 else 9.5 - i / 2,
             "bits_32k": 16.0 if i == 0 else 9.0 - i / 2, "kv_bytes_32k": 2**20 * (20 - i),
@@ -84,7 +85,8 @@ def model_record(seed: int) -> dict:
             "kld_by_window": [float(x.mean()) for x in windows], "ppl": {"ppl": 15.0, "se": 0.5},
         })  # fmt: skip
     return {
-        "model": {"dtype": "float32"}, "calibration": {"windows": 6, "tokens": 512},
+        "model": {"dtype": "float32"},
+        "calibration": {"windows": 2, "tokens": 512, "windows_asked_for": 6},
         "device": "a GPU", "command": "scripts/quality_table.py --json x",
         "tables": {"2048": {"n_windows": 4, "rows": rows}},
     }  # fmt: skip
@@ -123,9 +125,10 @@ def test_a_panel_says_what_was_not_measured(made_up, tmp_path):
 
 def test_a_table_says_what_it_lacks_and_has_no_empty_columns(made_up):
     part = made_up["quality_gemma"]["tables"]["2048"]
-    assert "pairs with protected tokens (all but turbo4/turbo3, turbo2/turbo2);" in tables.missing(
-        part, 2048
-    )
+    assert (
+        "pairs with protected tokens (all but turbo4/turbo3, turbo2/turbo2, q8_0/turbo2, "
+        "turbo5/turbo5);"
+    ) in tables.missing(part, 2048)
     assert "llama.cpp's rotated cache (llama-q5_1)" in tables.missing(part, 2048)
     assert tables.of_length(part).splitlines()[0].count("KLD") == 2
     drop(made_up["quality_gemma"], lambda row: plot.kind_of(row) in (plot.PLAIN, plot.PAPER))
@@ -156,9 +159,11 @@ def test_a_models_table_goes_by_bits_with_protection_beside_none(made_up):
         names = re.findall(r"^\| ([^ |]+/?[^|]*?) \|", text[at:], re.MULTILINE)
         first = names[1 : names.index("K/V", 1)]
         rows = {row["config"]: row for row in tables.main_rows(record["tables"]["2048"])}
-        plain = [rows.get(f"{x}+0,0") or rows.get(x) for x in first if "calibrated" not in x]
+        bare = [x.partition(" (")[0] for x in first if "calibrated" not in x]
+        plain = [next(filter(None, map(rows.get, (f"{x}+0,0", x, f"{x}+32,128")))) for x in bare]
         bits = [row["bits_32k"] for row in plain]
-        assert bits == sorted(bits, reverse=True) and len(first) == 6
+        assert bits == sorted(bits, reverse=True) and len(first) == 8
+        assert "turbo5/turbo5 (by means alone)" in first
         pair = rows["turbo4/turbo3+32,128"], rows["turbo4/turbo3+0,0"]
         line = next(
             x
@@ -187,11 +192,25 @@ def test_what_stands_between_marks_is_replaced():
 
 def test_scales_are_compared_window_by_window(made_up):
     part = made_up["quality_qwen"]["tables"]["2048"]
-    a, b = (np.mean(row["kld_by_window"]) for row in part["rows"][-1:-3:-1])
+    rows = {(row["config"], row["keys"]): row for row in part["rows"]}
+    a, b = (
+        np.mean(rows["turbo4/turbo3+32,128", keys]["kld_by_window"])
+        for keys in (tables.SCALES, tables.MEAN)
+    )
     assert f"| {a / b:.2f} (" in tables.scales(part)
     assert "by the bias" in tables.scales(part)
     assert f"| {a / b:.2f} (" in tables.scales_measured()
-    assert tables.scales({"rows": part["rows"][:-1]}) is None
+    assert tables.scales({"rows": [r for r in part["rows"] if r["keys"] != tables.MEAN]}) is None
+
+
+def test_a_configuration_is_shown_with_the_best_keys_that_were_measured():
+    asked = [None, tables.MEAN, tables.BIAS, None, tables.SCALES]
+    rows = [{"config": "turbo3/turbo3+0,0", "asked_keys": keys, "n": i}
+            for i, keys in enumerate(asked)]  # fmt: skip
+    part = {"rows": [rows[0], *rows[1:]]}
+    assert [row["n"] for row in tables.main_rows(part)] == [3]
+    assert [row["n"] for row in tables.main_rows({"rows": rows[:3]})] == [2]
+    assert tables.mark(rows[2]) == " (by the bias alone)" and tables.mark(None, rows[3]) == ""
 
 
 def test_a_script_that_is_gone_is_named_with_its_commit():
