@@ -135,6 +135,7 @@ def check_options(args: dict[str, Any]) -> None:
     from ..evaluate.calibration_record import file_name
     from ..evaluate.names import check_name, parse_policy
     from ..evaluate.sensitivity import check_context
+    from ..evaluate.windows import short_windows
     from ..model.text_windows import check_sizes
 
     names = args["formats"]
@@ -153,6 +154,8 @@ def check_options(args: dict[str, Any]) -> None:
             raise InputError(f"Budget {args['budgets'][at]} would write {name} a second time.")
     protection = parse_policy(args["base"]).protecting(args["sink"], args["recent"]).protection
     check_context(args["ctx_size"], protection)
+    if said := short_windows({"every configuration": protection}, args["ctx_size"]):
+        print_status(said)
     for name in args["compare"]:
         check_name(name)
     budgets = [name for name in args["budgets"] if not calibrate.is_number(name)]

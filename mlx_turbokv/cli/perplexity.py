@@ -91,6 +91,7 @@ def make_run(
     from ..evaluate.configuration import prepare
     from ..evaluate.perplexity import settings_of
     from ..evaluate.record import environment, model_record
+    from ..evaluate.windows import short_windows
     from ..model.text_windows import cut_windows
 
     windows = cut_windows(loaded.tokenizer, source.text, ctx_size, chunks)
@@ -100,6 +101,8 @@ def make_run(
         prepare(loaded.model, name, backend, centre=centre, compress_sliding=compress_sliding)
         for name in names
     ]
+    if said := short_windows({c.name: c.protection for c in configs}, ctx_size):
+        print_status(said)
     versions, model = environment(), model_record(loaded)
     settings = settings_of(windows, configs, model["source"], source.sha256, versions)
     return Run(windows, configs, model, versions, settings)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import mlx.core as mx
 import numpy as np
 
 from ..cache.summary import leaves
-from ..policy.protection import UNPROTECTED
+from ..policy.protection import UNPROTECTED, Protection
 from .first_piece import FirstPiece
 
 PREFILL_STEP = 2048
+LONG_CTX = 2048  # tokens of windows that are mostly unprotected
 PROTECTED_STEP = 32  # tokens
 
 
@@ -79,6 +81,25 @@ def read_prompt(
     for start in range(step, tokens.shape[1], step):
         model(tokens[:, start : start + step], cache=caches)
         mx.eval([c.state for c in caches])
+
+
+def short_windows(protected: Mapping[str, Protection], n_ctx: int) -> str | None:
+    """A sentence where less than half of the rows that scored tokens read are unprotected.
+
+    Args:
+        protected: what each configuration protects, by name.
+    """
+    first = first_scored(n_ctx)
+    names = [
+        name for name, protection in protected.items()
+        if protection and protection.share_left(first, n_ctx - 1) < 0.5
+    ]  # fmt: skip
+    if not names:
+        return None
+    return (
+        f"Windows of {n_ctx} tokens measure mostly protected rows in {', '.join(names)}: "
+        f"-c {LONG_CTX} measures the formats."
+    )
 
 
 def digest(windows: np.ndarray) -> str:

@@ -64,6 +64,20 @@ class Protection:
             return 0, n
         return n - self.recent, most - 1 + self.sink
 
+    def share_left(self, first: int, n: int) -> float:
+        """The part of the rows that tokens ``first`` to ``n`` read which is not protected.
+
+        They come STEP at a time, after a prompt of ``first`` tokens.
+        """
+        left, shares = self.rows_after(first)[0], []
+        for at in range(first, n, STEP):
+            if not self.recent:
+                left = at
+            elif at - left >= self.recent + LEAVE_TOGETHER:
+                left = (at - self.recent) // STEP * STEP
+            shares.append(max(0, left - self.sink) / max(at, 1))
+        return sum(shares) / len(shares) if shares else 0.0
+
     def __str__(self) -> str:
         return f"{self.sink},{self.recent}"
 

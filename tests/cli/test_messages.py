@@ -167,6 +167,20 @@ def test_an_interrupted_run_says_how_it_goes_on(tiny, tmp_path):
         assert call(*perplexity).err.splitlines()[-1].startswith(goes_on)
 
 
+def test_perplexity_and_calibrate_say_that_short_windows_are_mostly_protected(tiny):
+    said = "-c 2048 measures the formats"
+    args = ("perplexity", "--text", tiny, "--chunks", 1, "-c", 64, "--config")
+    short, plain = call(*args, "turbo4/turbo3"), call(*args, "turbo4/turbo3+0,0")
+    assert short.status == plain.status == 0
+    assert said in short.err and said not in plain.err
+    with nothing_loads():
+        held_out = ("calibrate", "--held-out", "none")
+        assert said in call(*held_out).err and said in call(*held_out, "-c", 512).err
+        for more in (("-c", 2048), ("--sink", 0, "--recent", 0)):
+            result = call(*held_out, *more)
+            assert result.status is None and said not in result.err
+
+
 def test_a_record_that_is_not_whole_is_refused(tmp_path):
     for name in ("needle", "bench"):
         what = importlib.import_module(f"mlx_turbokv.cli.{name}").WHAT

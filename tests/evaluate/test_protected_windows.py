@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from tiny_models import tiny_model
 
+from mlx_turbokv import TurboKVCache
 from mlx_turbokv.evaluate.configuration import prepare
 from mlx_turbokv.evaluate.first_piece import FirstPiece
-from mlx_turbokv.evaluate.windows import batch_logits, first_scored
-from mlx_turbokv.policy.protection import Protection
+from mlx_turbokv.evaluate.windows import batch_logits, first_scored, short_windows
+from mlx_turbokv.policy.protection import STEP, Protection
 
 N_CTX = 700
 
@@ -54,6 +55,49 @@ def test_bits_are_those_of_all_rows(model, n: int) -> None:
         assert found == pytest.approx((fine * 8.5 + (n - fine) * coarse) / n)
     for name in ("f16/f16", "q8_0/q8_0", "q8_0/f16+32,128"):
         assert prepare(model, name).protection == Protection()
+
+
+@pytest.mark.parametrize(
+    ("n_ctx", "protection"), [(700, (32, 128)), (1500, (64, 32)), (700, (96, 0))]
+)
+def test_the_rows_left_to_the_formats_are_those_of_a_cache(n_ctx, protection) -> None:
+    """Averaged over what the scored tokens of a window read."""
+    sink, recent = protection
+    cache = TurboKVCache("turbo4", "turbo3", "reference", sink=sink, recent=recent)
+    first, shares = first_scored(n_ctx), []
+
+    def append(n: int) -> None:
+        rows = mx.zeros((1, 1, n, 64))
+        cache.update_and_fetch(rows, rows)
+
+    append(first)
+    for start in range(first, n_ctx - 1, STEP):
+        shares.append(max(0, cache.segments.tail_start - sink) / start)
+        append(min(STEP, n_ctx - 1 - start))
+    wanted = sum(shares) / len(shares)
+    if not recent:
+        wanted = sum((n - sink) / n for n in range(first, n_ctx - 1, STEP)) / len(shares)
+    assert Protection(*protection).share_left(first, n_ctx - 1) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    ("n_ctx", "configs", "said"),
+    [
+        (512, ["f16/f16", "q8_0/q8_0", "balanced", "la-v7"], "balanced"),
+        (128, ["balanced", "turbo4/turbo3+0,0", "turbo3/turbo2"], "balanced, turbo3/turbo2"),
+        (2048, ["balanced"], None),
+        (512, ["balanced+0,0", "la-v7", "f16/f16"], None),
+    ],
+)
+def test_windows_that_measure_mostly_protected_rows_are_told(model, n_ctx, configs, said) -> None:
+    protected = {name: prepare(model, name, "reference").protection for name in configs}
+    found = short_windows(protected, n_ctx)
+    assert (found is None) == (said is None)
+    if found is not None:
+        assert f"Windows of {n_ctx} tokens" in found and found.endswith(
+            "-c 2048 measures the formats."
+        )
+        assert f" in {said}: " in found
 
 
 def test_protected_caches_take_steps_of_32_tokens(model, windows) -> None:
