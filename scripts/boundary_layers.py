@@ -30,6 +30,7 @@ from mlx_turbokv.cli import options  # noqa: E402
 from mlx_turbokv.cli.entry import run  # noqa: E402
 from mlx_turbokv.cli.runs import load_model  # noqa: E402
 from mlx_turbokv.errors import InputError  # noqa: E402
+from mlx_turbokv.kernels.backend import select_backend  # noqa: E402
 from mlx_turbokv.policy import LayerList  # noqa: E402
 from mlx_turbokv.quant.formats import as_format  # noqa: E402
 
@@ -111,6 +112,7 @@ def command(text, n_ctx, chunks, backend, time_limit, json_path, **args) -> None
     from mlx_turbokv.files import write_text
 
     source, loaded, path = load_text(text), load_model(args), Path(json_path)
+    backend = select_backend(backend).name
     if mx.default_device().type == mx.DeviceType.gpu:
         mx.set_cache_limit(CACHE_LIMIT)
     layers = Layers(loaded.model)

@@ -34,6 +34,7 @@ from mlx_turbokv.cli.entry import run  # noqa: E402
 from mlx_turbokv.cli.output import print_status, read_json  # noqa: E402
 from mlx_turbokv.cli.runs import load_model  # noqa: E402
 from mlx_turbokv.errors import InputError  # noqa: E402
+from mlx_turbokv.kernels.backend import select_backend  # noqa: E402
 
 WHAT = "the paper's claims"
 
@@ -131,6 +132,7 @@ def command(
         from mlx_turbokv.evaluate.text import load_text
 
         source, loaded = load_text(text), load_model(args)
+        backend = select_backend(backend).name
         if mx.default_device().type == mx.DeviceType.gpu:
             mx.set_cache_limit(CACHE_LIMIT)
         wanted = [] if keys_only else fitting_lengths(lengths or tuple(LENGTHS), loaded)

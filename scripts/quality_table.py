@@ -29,6 +29,7 @@ from mlx_turbokv.cli.entry import run  # noqa: E402
 from mlx_turbokv.cli.output import print_status  # noqa: E402
 from mlx_turbokv.cli.runs import load_model  # noqa: E402
 from mlx_turbokv.errors import InputError  # noqa: E402
+from mlx_turbokv.kernels.backend import select_backend  # noqa: E402
 
 WHAT = "quality against bits"
 PAIRS = (
@@ -169,6 +170,7 @@ def command(
         check_name(name)
     source = load_text(text)
     loaded = load_model(args)
+    backend = select_backend(backend).name
     if mx.default_device().type == mx.DeviceType.gpu:
         mx.set_cache_limit(CACHE_LIMIT)
     path = Path(json_path)

@@ -14,6 +14,7 @@ from pages import gemma
 from tiny_models import tiny_model
 
 from mlx_turbokv.errors import InputError
+from mlx_turbokv.kernels.backend import select_backend
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +53,14 @@ def test_a_model_without_windows_or_with_many_growing_layers_is_refused():
 def test_a_record_is_continued_and_drawn(model, tmp_path, monkeypatch):
     monkeypatch.setattr("mlx_turbokv.loading.models.load", lambda *a, **k: loaded(model))
     path = tmp_path / "record.json"
-    arguments = ["--text", "sample", "-c", 64, "--chunks", 2, "--backend", "reference",
-                 "--json", path]  # fmt: skip
+    arguments = ["--text", "sample", "-c", 64, "--chunks", 2, "--json", path]
     stopped = call(boundary_layers.command, *arguments, "--time-limit", "0.0001")
     assert stopped.status == 0
     result = call(boundary_layers.command, *arguments)
     assert result.status == 0, result.err
     record = json.loads(path.read_text())
     rows = record["tables"]["64"]["rows"]
+    assert record["backend"] == select_backend("auto").name  # what was chosen
     assert [row["config"] for row in rows] == ["f16/f16", *record["choices"]]
     kld = {row["config"]: row["kld"]["mean"] for row in rows}
     assert kld["growing packed, protected 2,5"] < kld["growing packed, protected none"]
