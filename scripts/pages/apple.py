@@ -14,6 +14,7 @@ from mlx_turbokv.quant.formats import KVFormat
 from . import commands, read, source, table
 
 PAIRS, DIM, ROWS = ("q8_0/turbo2", "turbo4/turbo3"), 128, 4
+DECODE = ("decode_partial", "decode_protected")
 CACHE_BYTES = 12 * 1024  # of M1's instructions, metal-benchmarks
 MOST_REGISTERS = 256
 # Clocks of GPUs in GHz, which Apple does not publish: metal-benchmarks (of M2 Pro, Max and Ultra
@@ -104,6 +105,16 @@ def _protected() -> str:
         and row["rows"] <= ROWS
     ]  # fmt: skip
     return table(["", *shown], rows)
+
+
+def _fits() -> str:
+    """How many variants of decode spill, and the fewest threads a core at DIM, in a sentence."""
+    rows = [row for row in read("apple_kernels")["rows"] if row["kernel"] in DECODE]
+    spilled = sum(row["spills"] > 0 for row in rows)
+    fewest = min(row["threads_a_core"] for row in rows if row["head_dim"] == DIM)
+    return (f"Of all {len(rows)} variants of decode, with protected tokens and without, "
+            f"{spilled or 'none'} spill; at head_dim {DIM} every one leaves at least {fewest} "
+            "threads a core.")  # fmt: skip
 
 
 def _others() -> str:
@@ -239,7 +250,7 @@ def apple() -> str:
         "[Each of them](results/apple-kernels.md).", _summary(),
         "## Decode with protected tokens",
         "[Two loops in one launch](kernels.md#protected-tokens): a threadgroup runs one of "
-        "them; *whole*: one after the other.", _protected(),
+        "them; *whole*: one after the other.", _protected(), _fits(),
         "## Packing, merging, dequantising", _others(),
         "## What limits which chip",
         f"One token of one KV head, head_dim {DIM}, {ROWS} query rows: {needs}. A chip reads so "

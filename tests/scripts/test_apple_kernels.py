@@ -9,7 +9,7 @@ from pathlib import Path
 import agx
 import apple_kernels
 import pytest
-from apple_variants import KERNELS, SHORT_PAIRS, variants
+from apple_variants import ATTENTION, KERNELS, ROOT, SHORT_PAIRS, variants
 from metal_host.opencl import compiled_source
 
 STATISTICS = (
@@ -59,6 +59,14 @@ block0 {{
              "main_bytes": 64, "bytes": 90})}
 """  # fmt: skip
 MESSAGES = "SPIR-V WARNING:\nAGX-DEMAND 51\n"
+
+
+def test_every_decode_variant_of_the_record_fits_into_registers() -> None:
+    record = json.loads((ROOT / "benchmarks/apple_kernels.json").read_text(encoding="utf-8"))
+    rows = [row for row in record["rows"] if row["kernel"] in ATTENTION]
+    assert [row["variant"] for row in rows if "error" in row or row["spills"]] == []
+    main = [row for row in rows if row["head_dim"] == 128]
+    assert [row["variant"] for row in main if row["threads_a_core"] < 512] == []
 
 
 def jump(offset: int) -> bytes:
