@@ -1,8 +1,9 @@
 """The paper's claims, and what measurements say of them.
 
 A claim says that one configuration has a smaller loss than another. Windows are paired: each gives
-one difference, and the 95 % interval of the mean is a bootstrap over windows. A claim holds if the
-interval lies on its side, does not hold if it lies on the other, and else cannot be told.
+one difference, and the 95 % interval of the mean is a bootstrap over windows, or of fewer than
+FEWEST, of which a bootstrap is too narrow, Student's. A claim holds if the interval lies on its
+side, does not hold if it lies on the other, and else cannot be told.
 """
 
 from __future__ import annotations
@@ -11,10 +12,9 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from few_windows import FEWEST, STUDENT, interval_of
 from paper_keys import gaps
 from paper_roles import K_BITS, RAW, UNPROTECTED
-
-from mlx_turbokv.evaluate.statistics import bootstrap_interval
 
 HOLDS, FAILS, OPEN, MISSING = "holds", "does not hold", "cannot tell", "not measured"
 TURBO2_COST = (0.03, 0.05)  # "+3-5 % PPL" against q8_0/q8_0
@@ -97,7 +97,7 @@ def judge(claim: Claim, results: Results, key: str = "nll") -> dict:
 
 def of_differences(values: np.ndarray) -> dict:
     """The verdict on values by window that should be above zero."""
-    interval = bootstrap_interval(values)
+    interval = interval_of(values)
     return {"difference": float(values.mean()), "interval": interval, "verdict": verdict(interval)}
 
 
@@ -106,7 +106,7 @@ def perplexity_cost(results: Results, role: str, low: float, high: float) -> dic
     found = by_window(results, (role, "q8"))
     if found is None:
         return {"verdict": MISSING}
-    interval = bootstrap_interval(found[0] - found[1])
+    interval = interval_of(found[0] - found[1])
     interval = interval and (math.expm1(interval[0]), math.expm1(interval[1]))
     difference = math.expm1(float((found[0] - found[1]).mean()))
     return {
@@ -142,6 +142,10 @@ def dilution(short: Results, long: Results, role: str = "la-v7") -> dict:
     difference = float(gains[0].mean() - gains[1].mean())
     if min(g.size for g in gains) < 2:
         return {"verdict": OPEN, "difference": difference}
+    if (fewest := min(g.size for g in gains)) < FEWEST:
+        reach = STUDENT[fewest] * math.sqrt(sum(g.var(ddof=1) / g.size for g in gains))
+        interval = difference - reach, difference + reach
+        return {"difference": difference, "interval": interval, "verdict": verdict(interval)}
     rng = np.random.default_rng(SEED)
     means = [g[rng.integers(0, g.size, (SAMPLES, g.size))].mean(1) for g in gains]
     low, high = np.quantile(means[0] - means[1], [0.025, 0.975])

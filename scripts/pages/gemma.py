@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import boundary_layers
 import numpy as np
+from few_windows import NOTE, interval_of
 
-from mlx_turbokv.evaluate.statistics import bootstrap_interval
 from mlx_turbokv.quant.formats import as_format
 
-from . import ROOT, interval, read, source, table
+from . import ROOT, read, source, table
 
 BOUNDARY = "boundary_gemma"
 LONG = 32768  # tokens
@@ -65,7 +65,7 @@ def boundaries(record: dict) -> str:
         "layer costs next to nothing, and almost all bits are those of the layers that grow.",
         f"K {formats['k']}, V {formats['v']}, and {formats['protected_v']} in the layers that are "
         "protected; no tokens are. Gains are of KLD over no protection with the same layers "
-        "packed; in brackets 95 % intervals, bootstrap over windows, those of gains paired. At "
+        f"packed, paired over windows; in brackets 95 % intervals. {NOTE} At "
         f"{LONG:,}: V bits of what so many tokens keep, {window:,} of them in a window.",
     ]
     if max(map(int, record["tables"]), default=0) <= window:
@@ -119,8 +119,9 @@ def _lines(found: list, layers: dict, packs_windows: bool) -> list[list[str]]:
             label = f"{name} ({label})" if len(protected) < len(layers["all"]) else name
         gain = "–" if plain is None or not protected else _gain(plain, row)
         long = _bits_at(protected, layers, packs_windows, LONG)
-        lines.append([label, f"{row['v_bits']:.2f}", f"{long:.2f}", interval(row["kld"], ".5f"),
-                      gain, interval(row["delta_nll"], "+.4f")])  # fmt: skip
+        kld = _over_windows(row["kld_by_window"], ".5f")
+        loss = _over_windows(row["delta_nll_by_window"], "+.4f")
+        lines.append([label, f"{row['v_bits']:.2f}", f"{long:.2f}", kld, gain, loss])
     return lines
 
 
@@ -155,7 +156,11 @@ def _gain(plain: dict, row: dict) -> str:
 
 
 def _difference(apart: np.ndarray) -> str:
+    return _over_windows(apart, "+.5f")
+
+
+def _over_windows(values: np.ndarray | list[float], spec: str) -> str:
     """A mean over windows with its interval."""
-    ends = bootstrap_interval(apart)
-    mean = f"{apart.mean():+.5f}"
-    return mean if ends is None else f"{mean} ({ends[0]:+.5f} to {ends[1]:+.5f})"
+    values = np.asarray(values)
+    ends, mean = interval_of(values), f"{values.mean():{spec}}"
+    return mean if ends is None else f"{mean} ({ends[0]:{spec}} to {ends[1]:{spec}})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from few_windows import NOTE
 from paper_claims import MISSING, judged
 from paper_roles import tables_of
 
@@ -121,7 +122,7 @@ def claims_table(models: list[Measured]) -> str:
     header = ["the paper says", "tokens"]
     for model in models:
         header += [f"{model.label}: difference, nats (95 %)", "by loss", "by KLD from f16"]
-    return "## Claims\n\n" + table(header, rows)
+    return f"## Claims\n\n{NOTE}\n\n{table(header, rows)}"
 
 
 def _claim_cells(entry: dict | None) -> list[str]:

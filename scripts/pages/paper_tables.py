@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from few_windows import interval_of
 from paper_claims import Results, gap_closed, losses
 from paper_keys import gaps, split
 from paper_roles import K_BITS, config_names, tables_of
-
-from mlx_turbokv.evaluate.statistics import bootstrap_interval
 
 from . import table
 
@@ -186,7 +185,7 @@ def _gap_cells(keys: dict, bits: int) -> list[str]:
     if found is None:
         return [NONE] * 3
     edge, middle = split(keys["cosines"][str(bits)])
-    text, ends = f"{found.mean():+.4f}", bootstrap_interval(found)
+    text, ends = f"{found.mean():+.4f}", interval_of(found)
     text += "" if ends is None else f" ({ends[0]:+.4f} to {ends[1]:+.4f})"
     return [f"{edge.mean():.4f}", f"{middle.mean():.4f}", text]
 

@@ -14,10 +14,12 @@ import paper_roles as roles
 import pytest
 from characters import loaded
 from command_calls import call
+from few_windows import interval_of
 from pages import paper
 from tiny_models import tiny_model
 
 from mlx_turbokv.errors import InputError
+from mlx_turbokv.evaluate import statistics
 from mlx_turbokv.evaluate.text import load_text
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,6 +43,21 @@ def test_a_claim_is_judged_from_paired_windows(gain, expected):
     assert found["verdict"] == expected
     assert found["difference"] == pytest.approx(gain + NOISE.mean())
     assert found["interval"][1] - found["interval"][0] < 0.03
+
+
+def test_few_windows_have_students_interval():
+    values = np.array([0.1, 0.2, 0.3, 0.6])
+    low, high = interval_of(values)
+    reach = 3.182 * values.std(ddof=1) / 2
+    assert (low, high) == pytest.approx((0.3 - reach, 0.3 + reach))
+    boot = statistics.bootstrap_interval(values)
+    assert boot is not None and low < boot[0] < boot[1] < high
+    eight = np.tile(values, 2)
+    assert interval_of(eight) == statistics.bootstrap_interval(eight)
+    assert interval_of(values[:1]) is None
+    few = _rows(turbo2=values + 3, **{"la-v7": [3.0] * 4})
+    many = _rows(turbo2=COMMON + 0.2, **{"la-v7": COMMON})
+    assert claims.dilution(few, many)["interval"] == pytest.approx((0.1 - reach, 0.1 + reach))
 
 
 def test_losses_over_the_references_are_judged_alike():
@@ -240,7 +257,7 @@ def test_models_stand_side_by_side():
         models.append(paper.Measured(label))
         models[-1].add(json.loads((ROOT / f"benchmarks/{name}.json").read_text()))
     lines = paper.claims_table(models).splitlines()
-    assert "one: difference, nats (95 %)" in lines[2] and "two: difference" in lines[2]
+    assert "one: difference, nats (95 %)" in lines[4] and "two: difference" in lines[4]
     at = {where: [x for x in lines if f"| {where} |" in x] for where in ("512", "2,048")}
     # each was measured at one length
     assert all(x.endswith("| – | – | – |") for x in at["512"])
