@@ -33,7 +33,7 @@ def make_prompt_cache(
     v: KVFormat | str | None = None,
     policy: Policy | str | os.PathLike | None = None,
     backend: str | None = None,
-    centre: bool | str | os.PathLike | References | FirstUse = True,
+    centre: bool | str | os.PathLike | References | FirstUse | None = None,
     *,
     tokenizer: Any = None,
     compress_sliding: bool = False,
@@ -50,11 +50,12 @@ def make_prompt_cache(
         policy: which layer gets which formats: an object, a JSON file or a name, such as those of
             the settings ``near-lossless``, ``balanced`` and ``compact``.
         backend: ``metal``, ``cuda`` or ``reference``; None chooses.
-        centre: whether turbo keys are centred: True by what there is (means beside a policy file,
-            or the key projection's bias), "auto" the same, and where there is nothing by means that
-            are measured at the model's first use and remembered; False not; or calibrated
-            references or their file. Keys of windows, those of max_kv_size included, never are.
-        tokenizer: the model's; centre="auto" needs it.
+        centre: whether turbo keys are centred: "auto" by references beside a policy file, and where
+            there are none by what is measured at the model's first use and remembered; True by
+            such a file or the key projection's bias; False not; or calibrated references or their
+            file. None is "auto" with a tokenizer, and True without. Keys of windows, those of
+            max_kv_size included, never are.
+        tokenizer: the model's, to measure its keys.
         compress_sliding: pack layers with a sliding window too. They then count as KV layers, in
             the model's order with the others: the first two of a boundary may be sliding layers,
             and a list of formats has an entry for each. Without it they keep mlx-lm's own cache
@@ -77,10 +78,10 @@ def make_prompt_cache(
             that a format cannot store, a max_kv_size below 5, centre="auto" without a tokenizer, or
             protected tokens that are not accepted, or not with this back-end or a window.
     """
-    centre = for_model(centre, tokenizer)
+    found: Any = for_model(centre, tokenizer)
     policy = as_policy(model, k, v, policy).protecting(sink, recent)
     check_window(max_kv_size, sink, recent)
-    options = centre, compress_sliding, max_kv_size, handles
+    options = found, compress_sliding, max_kv_size, handles
     return CacheFactory(language_model(model), policy, backend, None, *options)()
 
 
@@ -90,7 +91,7 @@ def attach(
     v: KVFormat | str | None = None,
     policy: Policy | str | os.PathLike | None = None,
     backend: str | None = None,
-    centre: bool | str | os.PathLike | References | FirstUse = True,
+    centre: bool | str | os.PathLike | References | FirstUse | None = None,
     *,
     tokenizer: Any = None,
     compress_sliding: bool = False,
@@ -112,7 +113,7 @@ def attach(
     Raises:
         InputError: as ``make_prompt_cache``.
     """
-    centre = for_model(centre, tokenizer)
+    found: Any = for_model(centre, tokenizer)
     policy = as_policy(model, k, v, policy).protecting(sink, recent)
     check_window(max_kv_size, sink, recent)
     inner = language_model(model)
@@ -120,7 +121,7 @@ def attach(
     if isinstance(previous, CacheFactory):
         previous = previous.turbokv_previous
     inner.make_cache = CacheFactory(
-        inner, policy, backend, previous, centre, compress_sliding, max_kv_size, handles
+        inner, policy, backend, previous, found, compress_sliding, max_kv_size, handles
     )
     return model
 

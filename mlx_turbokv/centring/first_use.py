@@ -37,12 +37,15 @@ def for_model(centre: Any, tokenizer: Any, name: str | None = None) -> Any:
     """``centre`` for one model: AUTO becomes a ``FirstUse``.
 
     Args:
+        centre: None is AUTO with a tokenizer, and True without.
         tokenizer: the model's.
         name: of the model that a command loaded; None where the user asked for AUTO.
 
     Raises:
         InputError: AUTO without a tokenizer.
     """
+    if centre is None:
+        centre = True if tokenizer is None else AUTO
     if not isinstance(centre, str) or centre != AUTO:
         return centre
     if tokenizer is None:

@@ -151,6 +151,16 @@ def test_auto_needs_a_tokenizer():
         attach(planted_model(), "turbo4", "f16", centre="auto")
 
 
+def test_a_tokenizer_is_enough(runs):
+    model = planted_model()
+    assert sources(attach(model, "turbo4", "f16").make_cache()) == [None] * 3
+    attach(model, "turbo4", "f16", tokenizer=Characters(), centre=True)
+    assert sources(model.make_cache()) == [None] * 3 and not runs
+    attach(model, "turbo4", "f16", tokenizer=Characters())
+    assert sources(model.make_cache()) == MEASURED
+    assert sources(caches(model, centre=None)) == MEASURED and len(runs) == 1
+
+
 def test_attached_models_are_measured_and_copied(runs):
     model = attach(planted_model(), "turbo4", "f16", centre="auto", tokenizer=Characters())
     assert sources(model.make_cache()) == sources(copy.deepcopy(model).make_cache()) == MEASURED
