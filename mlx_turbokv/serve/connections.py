@@ -67,14 +67,27 @@ class Server(ThreadingHTTPServer):
     def serve_until_interrupted(self) -> None:
         """Accept connections, in a thread that KeyboardInterrupt does not reach: it would close
         the connection that is being accepted.
+
+        Raises:
+            Exception: what ended the thread.
         """
-        accepting = threading.Thread(target=self.serve_forever, daemon=True)
+        failures: list[Exception] = []
+
+        def accept() -> None:
+            try:
+                self.serve_forever()
+            except Exception as error:
+                failures.append(error)
+
+        accepting = threading.Thread(target=accept, daemon=True)
         accepting.start()
         try:
             while accepting.is_alive():
                 accepting.join(WAKE_SECONDS)  # interrupt_main does not end a wait
         finally:
             self.shutdown()
+        if failures:
+            raise failures[0]
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start a connection's thread, or refuse it."""

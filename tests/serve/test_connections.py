@@ -238,3 +238,16 @@ def test_an_occupied_port_is_found_before_the_model_is_loaded(capfd) -> None:
         with pytest.raises(InputError, match=f":{port} cannot be listened on"):
             Server("127.0.0.1", port, None)
         assert time.monotonic() - begun < 2
+
+
+def test_what_ends_accepting_is_raised_where_it_is_waited_for(monkeypatch) -> None:
+    def broken(*_: object) -> None:
+        raise OSError("no more memory")
+
+    server = Server("127.0.0.1", 0, None)
+    monkeypatch.setattr(server, "service_actions", broken)
+    try:
+        with pytest.raises(OSError, match="no more memory"):
+            server.serve_until_interrupted()
+    finally:
+        server.server_close()
