@@ -9,6 +9,7 @@ from itertools import islice
 from .notes import centring_notes, protected_rows, protection_notes
 
 NONE = "–"
+MEASURED_KEYS = "centred and scaled by", "centred by their means"  # the latter in older records
 
 
 @dataclass(frozen=True)
@@ -287,8 +288,8 @@ def _calibration_notes(record: dict) -> list[str]:
             f"{repaired} measured costs did not fall with the bits and were evened out before "
             "assigning (isotonic regression)."
         )
-    if c["keys"].startswith("centred by their means"):
-        notes.append(f"Keys are {c['keys']}; the means are next to the policy files.")
+    if c["keys"].startswith(MEASURED_KEYS):
+        notes.append(f"Keys are {c['keys']}; what was measured is next to the policy files.")
     if h is None:
         return [*notes, "Not checked on held-out windows."]
     return [

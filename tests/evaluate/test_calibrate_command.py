@@ -10,6 +10,7 @@ from gguf_files import small_model, write_gguf
 from mlx_turbokv.cli.calibrate import command
 from mlx_turbokv.cli.entry import run
 from mlx_turbokv.evaluate.configuration import prepare
+from mlx_turbokv.evaluate.tables import calibration_table
 from mlx_turbokv.loading import models
 from mlx_turbokv.policy import Protection
 from mlx_turbokv.policy.files import read_layer_list, write_layer_list
@@ -121,14 +122,18 @@ def test_windows_whose_tokens_are_all_protected_are_refused(call, tmp_path):
 def test_means_of_keys_lie_beside_the_policies_and_are_what_was_measured(call, tmp_path, small):
     status, out, _ = call(tmp_path, "--keys", *BUDGETS, "--output", "json")
     assert status == 0
-    measured = json.loads(out)["held_out"]["results"]
+    record = json.loads(out)
+    assert "next to the policy files" in str(calibration_table(record).notes)
+    measured = record["held_out"]["results"]
     policy = tmp_path / "bits-5.json"
     loaded = models.load(small[1])
     centred = "keys centred by calibrated mean and scales (2 layers)"
     assert prepare(loaded.model, str(policy)).centred == centred
     assert [r["centred"] for r in measured if r["config"] == "bits-5.json"] == [centred]
     plain = call(tmp_path / "plain", "--no-centre", *BUDGETS, "--output", "json")
-    assert json.loads(plain[1])["calibration"]["keys"] == "not centred"
+    record = json.loads(plain[1])
+    assert record["calibration"]["keys"] == "not centred"
+    assert "next to the policy files" not in str(calibration_table(record).notes)
     status, _, err = call(tmp_path, *BUDGETS)
     assert status == 2 and "other settings (keys)" in err
 
