@@ -152,7 +152,7 @@ def _not_taken(
                 "--compare K/V"
             )
         elif command == "calibrate":
-            instead = f"give --base or --compare {value}"
+            instead = f"give --base or --compare {_AS_CONFIG.get(option, '{}').format(value)}"
         elif command == "doctor":
             instead = "--quick and --full choose the formats that are checked; omit it"
         else:

@@ -83,6 +83,8 @@ def test_calibrate_takes_formats_as_a_list():
     refused("calibrate", "-ctk", "turbo4", words=["--formats turbo4"])
     refused("calibrate", "--policy", "la-v7", words=["--base or --compare la-v7"])
     refused("calibrate", "--config", "la-v7", words=["--base or --compare la-v7"])
+    refused("calibrate", "--boundary", "2,2", words=["--base or --compare boundary:2,2."])
+    refused("calibrate", "--layer-adaptive", "7", words=["--base or --compare mode-7."])
     result = call("calibrate", "--sink", "33", "--held-out", "none")
     assert "not an option" not in result.error()
 
