@@ -117,7 +117,8 @@ class FirstUse:
             return None
         finally:
             mx.clear_cache()
-        if not all(mx.isfinite(mean).all().item() for mean in references.means.values()):
+        measured = *references.means.values(), *references.scales.values()
+        if not all(mx.isfinite(x).all().item() for x in measured):
             warn_once(f"The keys of {self.name} could not be measured: some are not finite.")
             return None
         return references

@@ -121,6 +121,18 @@ def test_a_bias_centres_keys_that_could_not_be_measured(monkeypatch, caplog):
     assert sources(caches(centred_model())) == ["key bias"] * 3 and len(caplog.records) == 1
 
 
+@pytest.mark.parametrize("part", ["means", "scales"])
+def test_keys_that_are_not_finite_are_not_remembered(part, folder, monkeypatch, caplog):
+    def measured(*args, **options):
+        found = calibrate_keys(*args, **options)
+        getattr(found, part)[2] = getattr(found, part)[2] * mx.nan
+        return found
+
+    monkeypatch.setattr(first_use, "calibrate_keys", measured)
+    assert sources(caches(centred_model())) == ["key bias"] * 3
+    assert not folder.exists() and len(caplog.records) == 1
+
+
 def test_references_that_are_given_go_first(tmp_path, runs):
     from mlx_turbokv.policy.files import write_layer_list
 
