@@ -221,5 +221,7 @@ def judged(tables: dict[int, Results], needle: dict | None, keys: dict | None) -
             result = {"verdict": MISSING}
             if more in gap and fewer in gap:
                 result = of_differences(gap[more] - gap[fewer])
+                suffer = of_differences(-gap[fewer])["verdict"]
+                result["verdict"] = min(result["verdict"], suffer, key=(FAILS, OPEN, HOLDS).index)
             add(text, "scores", "cosine", result)
     return found

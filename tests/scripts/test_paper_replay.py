@@ -189,6 +189,21 @@ def test_gaps_are_those_of_the_first_and_last_two_layers():
     assert paper_keys.gaps({"cosines": {"2": [[None]] * 5}}) == {}
 
 
+@pytest.mark.parametrize(("edge", "expected"), [
+    ([0.8, 0.6], claims.HOLDS),  # below 0.9, and more so
+    ([0.99, 0.95], claims.FAILS),  # above 0.9: the distance shrinks alone
+    ([0.7, 0.8], claims.FAILS),  # below 0.9, and less so
+])  # fmt: skip
+def test_scores_of_boundary_layers_must_suffer_more_than_middle_ones(edge, expected):
+    keys = {"cosines": {
+        str(bits): [[at] * 3, [at] * 3, [0.9] * 3, [at] * 3, [at] * 3]
+        for bits, at in zip((3, 2), edge)
+    }}  # fmt: skip
+    found = {c["claim"][-len("turbo2 against turbo3") :]: c["verdict"]
+             for c in claims.judged({}, None, keys)}  # fmt: skip
+    assert found == {"turbo3 against turbo4": claims.MISSING, "turbo2 against turbo3": expected}
+
+
 @pytest.fixture
 def quick(monkeypatch):
     """Few windows of few tokens, of a hybrid with 8 KV layers."""
