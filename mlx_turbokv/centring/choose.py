@@ -62,7 +62,7 @@ class Choice:
     Args:
         found: the model's KV layers.
         centre: True: by what there is, a file beside the policy's, references that the model was
-            given, or the bias; FirstUse: the same, and measured where there is none of them; False:
+            given, or the bias; FirstUse: the same, but measured before the bias is taken; False:
             not at all; or references, or the name of their file.
         policy: where its file is, references may lie beside it.
 

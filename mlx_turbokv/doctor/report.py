@@ -62,7 +62,7 @@ def _centred(variants: list[dict]) -> str:
     n = sum(v["centred"] for v in variants)
     return (
         f"turbo keys of {n} of {len(variants)} variants, centred by the constant part of the rows "
-        "checked (a model's are by its key bias, or by calibrated means)"
+        "checked (a model's are by means that are measured, or by its key bias)"
     )
 
 
