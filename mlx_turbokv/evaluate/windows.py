@@ -13,7 +13,7 @@ from ..policy.protection import UNPROTECTED, Protection
 from .first_piece import FirstPiece
 
 PREFILL_STEP = 2048
-LONG_CTX = 2048  # tokens of windows that are mostly unprotected
+LONG_CTX = 2048  # tokens of windows that are mostly unprotected by default
 PROTECTED_STEP = 32  # tokens
 
 
@@ -89,17 +89,20 @@ def short_windows(protected: Mapping[str, Protection], n_ctx: int) -> str | None
     Args:
         protected: what each configuration protects, by name.
     """
-    first = first_scored(n_ctx)
-    names = [
-        name for name, protection in protected.items()
-        if protection and protection.share_left(first, n_ctx - 1) < 0.5
-    ]  # fmt: skip
+    names = [name for name, x in protected.items() if _mostly_protected(x, n_ctx)]
     if not names:
         return None
+    longer = LONG_CTX
+    while any(_mostly_protected(x, longer) for x in protected.values()):
+        longer *= 2
     return (
         f"Windows of {n_ctx} tokens measure mostly protected rows in {', '.join(names)}: "
-        f"-c {LONG_CTX} measures the formats."
+        f"-c {longer} measures the formats."
     )
+
+
+def _mostly_protected(protection: Protection, n_ctx: int) -> bool:
+    return bool(protection) and protection.share_left(first_scored(n_ctx), n_ctx - 1) < 0.5
 
 
 def digest(windows: np.ndarray) -> str:

@@ -100,6 +100,16 @@ def test_windows_that_measure_mostly_protected_rows_are_told(model, n_ctx, confi
         assert f" in {said}: " in found
 
 
+@pytest.mark.parametrize(
+    ("n_ctx", "protection", "longer"),
+    [(2048, (32, 1536), 8192), (1024, (32, 4096), 16384), (4096, (32, 2048), 8192)],
+)
+def test_the_windows_that_are_named_measure_the_formats(n_ctx, protection, longer) -> None:
+    found = {"a": Protection(*protection), "b": Protection()}
+    assert short_windows(found, n_ctx).endswith(f"in a: -c {longer} measures the formats.")
+    assert short_windows(found, longer) is None and short_windows(found, longer // 2) is not None
+
+
 def test_protected_caches_take_steps_of_32_tokens(model, windows) -> None:
     counting = Counting(model)
     config = prepare(model, "turbo4/turbo2+32,64", "reference")
