@@ -168,7 +168,9 @@ class Attaching:
         layers = ", ".join(f"{n} x {pair}" for pair, n in pairs.items()) or "no"
         backend = select_backend(self.cache_options.get("backend")).name
         policy = label(self.cache_options["policy"])
-        self.say(f"{name}: KV cache {policy} ({layers} layers), {backend} back-end")
+        turbo_keys = any(k.is_turbo for k, _ in factory.formats)
+        centred = f"{factory.centring.summary()}, " if turbo_keys else ""
+        self.say(f"{name}: KV cache {policy} ({layers} layers), {centred}{backend} back-end")
 
     def _pack(
         self, path: Path, caches: list[Any], metadata: dict[str, Any], model: nn.Module

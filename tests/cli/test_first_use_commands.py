@@ -87,6 +87,8 @@ def test_run_measures_what_mlx_lm_loads(options, folder, runs):
     for _ in range(2):
         result = call("run", *FORMATS, *options, "--", *words)
         assert result.status == 0, result.err
+        centred = "keys not centred" if options else CENTRED
+        assert f"(3 x turbo3/f16 layers), {centred}, reference back-end" in result.err
     assert len(runs) == (not options)
 
 
