@@ -33,6 +33,7 @@ from mlx_turbokv.cli import bench, needle, options  # noqa: E402
 from mlx_turbokv.cli.entry import run  # noqa: E402
 from mlx_turbokv.cli.output import print_status, read_json  # noqa: E402
 from mlx_turbokv.cli.runs import load_model  # noqa: E402
+from mlx_turbokv.cli.values import refuse, refuse_all_but  # noqa: E402
 from mlx_turbokv.errors import InputError  # noqa: E402
 from mlx_turbokv.kernels.backend import select_backend  # noqa: E402
 
@@ -122,6 +123,10 @@ def command(
     deadline = time.perf_counter() + (time_limit or 1e9)
     if (json_path is None) == (from_path is None):
         raise InputError("Give either --json FILE, to measure, or --from FILE, to print a record.")
+    if from_path is not None:
+        refuse_all_but(["from_path", "needles", "speeds"], "with --from")
+    if keys_only:
+        refuse(["lengths", "chunks"], "with --keys-only")
     needle_record = read_json(needles, needle.WHAT) if needles else None
     speed_record = read_json(speeds, bench.WHAT) if speeds else None
     if from_path is not None:

@@ -26,8 +26,9 @@ from quality_windows import ASKED_WINDOWS, BIAS, MEAN, REFERENCE, SCALES, Measur
 from mlx_turbokv.centring import first_use  # noqa: E402
 from mlx_turbokv.cli import options  # noqa: E402
 from mlx_turbokv.cli.entry import run  # noqa: E402
-from mlx_turbokv.cli.output import print_status  # noqa: E402
+from mlx_turbokv.cli.output import print_status, read_json  # noqa: E402
 from mlx_turbokv.cli.runs import load_model  # noqa: E402
+from mlx_turbokv.cli.values import refuse  # noqa: E402
 from mlx_turbokv.errors import InputError  # noqa: E402
 from mlx_turbokv.kernels.backend import select_backend  # noqa: E402
 
@@ -128,7 +129,7 @@ def start_record(
 ) -> dict:
     """The record at ``path``, or a new one with ``more`` in it.
 
-    Raises: InputError where it is of another model or text, or of something else.
+    Raises: InputError where it cannot be read, or is of another model or text, or something else.
     """
     import record as environment
 
@@ -136,7 +137,7 @@ def start_record(
 
     about = {"what": what, "model": model_record(loaded), "text": source.record()}
     if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path, what)
         for key, value in about.items():
             if found.get(key) != value:
                 raise InputError(f"{path} is a record with another {key}: give another --json.")
@@ -166,6 +167,8 @@ def command(
     from mlx_turbokv.evaluate.text import load_text
 
     deadline = time.perf_counter() + (time_limit or 1e9)
+    if not configs:
+        refuse(["keys"], "without --config")
     for name in configs:
         check_name(name)
     source = load_text(text)

@@ -309,3 +309,15 @@ def test_newer_records_stand_for_older_ones_of_the_same_lengths(monkeypatch):
 def test_one_source_must_be_named():
     error = call(paper_replay.command).error()
     assert "either" in error
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--from", "x.json", "--keys-only"], "--keys-only has no effect with --from"),
+        (["--from", "x.json", "-c", 512], "--ctx-size has no effect with --from"),
+        (["--json", "x.json", "--keys-only", "--chunks", 2], "--chunks has no effect with"),
+    ],
+)
+def test_options_that_would_change_nothing_are_refused(args, said):
+    assert said in call(paper_replay.command, *args).error()

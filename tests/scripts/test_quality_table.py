@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from characters import loaded
+from command_calls import call
 from tiny_models import tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -121,3 +122,12 @@ def test_a_record_of_another_model_or_text_is_refused(run, tmp_path):
     path.write_text(json.dumps(record | {"text": {"name": "other"}}))
     with pytest.raises(InputError, match="another text"):
         quality_table.start_record(path, run.loaded, run.text, "reference")
+    for content in ("{", "[]", json.dumps(record | {"what": "other"})):
+        path.write_text(content)
+        with pytest.raises(InputError, match="is not a"):
+            quality_table.start_record(path, run.loaded, run.text, "reference")
+
+
+def test_keys_are_asked_for_with_configurations_alone(tmp_path):
+    found = call(quality_table.command, "--keys", "mean", "--json", tmp_path / "r.json")
+    assert "--keys has no effect without --config" in found.error()
