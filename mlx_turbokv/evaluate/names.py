@@ -24,10 +24,8 @@ DEFAULT_CONFIGS = (
     REFERENCE, "q8_0/q8_0", "q8_0/turbo4", "q8_0/turbo3", "q8_0/turbo2", "la-v5", "la-v6", "la-v7",
     "mode-10", "turbo4/turbo4", "turbo3/turbo3",
 )  # fmt: skip
-ACCEPTED = (
-    "K/V such as q8_0/turbo3, a setting or a policy, K/V@POLICY, POLICY:K, NAME+SINK,RECENT, "
-    "mlx-kvN:GROUP, llama-q4_0 or llama-q5_1"
-)
+POLICIES = "K/V such as q8_0/turbo3, a setting or a policy, K/V@POLICY, POLICY:K, NAME+SINK,RECENT"
+ACCEPTED = f"{POLICIES}, mlx-kvN:GROUP, llama-q4_0 or llama-q5_1"
 MLX_LM_NAME = re.compile(r"mlx-kv([2348])(?::(32|64|128))?")
 LLAMA_CPP_NAME = re.compile(f"llama-({'|'.join(llama_cpp.FORMATS)})")
 _PROTECTED = re.compile(r"(.+)\+\s*([0-9]{1,7})\s*,\s*([0-9]{1,7})\s*")
@@ -37,7 +35,7 @@ def parse_policy(name: str) -> Policy:
     """The policy that a configuration names.
 
     Raises:
-        InputError: an unknown format or policy.
+        InputError: an unknown format or policy, or another project's cache, which has none.
     """
     text = name.strip()
     if found := _PROTECTED.fullmatch(text):
@@ -51,6 +49,11 @@ def parse_policy(name: str) -> Policy:
         return load_policy(policy, *_pair(pair, name))
     if "/" in text and not parametrised:
         return Uniform(*_pair(text, name))
+    if is_peer(text):
+        raise InputError(
+            f"Configuration {text!r} is another project's cache, which has no formats by layer and "
+            f"no protected tokens: accepted here are {POLICIES}."
+        )
     # boundary:2,2:f16 has colons of its own, and takes K by K/V@boundary:...
     if text.lower().startswith("mlx-kv"):
         raise InputError(

@@ -96,8 +96,9 @@ def _instead(text: str) -> str:
             options = f"--policy {name} {options}"
         return f"protected tokens are options of their own ({options}); "
     k, slash, v = text.partition("/")
+    v = v if slash else k
     with contextlib.suppress(InputError):
-        if slash and as_format(k) and as_format(v):
+        if as_format(k) and as_format(v):
             return f"formats are options of their own (-ctk {k} -ctv {v}); "
     near = nearest_policy(text)
     return f"the nearest is {near}; " if near else ""

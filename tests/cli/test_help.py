@@ -177,6 +177,23 @@ def test_the_nearest_configuration_is_named(name, words):
     refused("perplexity", "--config", name, words=[words])
 
 
+@pytest.mark.parametrize(
+    ("args", "name"),
+    [
+        (("plan", "--config", "mlx-kv4"), "mlx-kv4"),
+        (("calibrate", "--base", "llama-q4_0"), "llama-q4_0"),
+        (("perplexity", "--config", "mlx-kv4:64+0,0"), "mlx-kv4:64"),
+    ],
+)
+def test_caches_of_other_projects_are_not_unknown_where_they_are_not_accepted(args, name):
+    said = refused(*args, words=[f"{name!r} is another project's cache", "accepted here are K/V"])
+    assert "Unknown" not in said and "mlx-kvN" not in said
+
+
+def test_a_format_that_is_given_as_a_policy_is_answered_with_its_options():
+    refused("generate", "--policy", "turbo4", words=["(-ctk turbo4 -ctv turbo4)"])
+
+
 @pytest.mark.parametrize("option", ["-ctk", "-ctv"])
 def test_a_policy_that_is_mistyped_as_a_format_is_named(option):
     refused("generate", option, "balancd", words=["the nearest is balanced", "--policy balanced"])
