@@ -86,8 +86,8 @@ class FirstUse:
         if group.size() > 1:
             if group.rank() == 0:
                 warn_once(
-                    f"The keys of {self.name} are not measured: it is split over {group.size()} "
-                    "processes."
+                    f"The keys of {self.name} are not measured: {group.size()} processes run, and "
+                    "each may have a part of it."
                 )
             return None
         text = (files("mlx_turbokv") / "evaluate" / "sample.txt").read_bytes()

@@ -74,7 +74,7 @@ def test_generate_prints_the_text_of_one_process_once(options, folder, script, a
 def test_keys_of_a_split_model_are_not_measured(options, folder, script) -> None:
     ended = generate([*LAUNCH, script("generate")], folder, "-ctk", "turbo4", *options)
     assert "keys not centred" in ended.stdout and "Measuring" not in ended.stderr
-    assert ended.stderr.count("are not measured: it is split over 2 processes.") == 1
+    assert ended.stderr.count("are not measured: 2 processes run") == 1
 
 
 def test_sampling_draws_the_same_tokens_on_both(folder: Path, script) -> None:
