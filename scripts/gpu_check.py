@@ -11,6 +11,7 @@ gpu_check_record.py puts what such runs wrote together.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -53,10 +54,18 @@ def check_kernels(backend: str, cases, seconds: float) -> tuple[list[dict], list
     return results, failures, [str(case) for case in cases[len(results) :]]
 
 
+def cases_of(records: list[Path]) -> set[str]:
+    """The cases that were run for these records."""
+    read = (json.loads(path.read_text(encoding="utf-8")) for path in records)
+    return {row["case"] for record in read for row in record["kernels"]}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", help="metal or cuda; default: TURBOKV_BACKEND, else auto")
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th case from i on")
+    parser.add_argument("--without", type=Path, nargs="*", default=[], metavar="FILE",
+                        help="leave out the cases of these records")  # fmt: skip
     parser.add_argument("--seconds", type=float, default=400, help="time for the kernel cases")
     parser.add_argument("--model", default=None, help="a GGUF file or folder of the default model")
     parser.add_argument("--windows", type=int, default=0, help="perplexity windows of the model")
@@ -71,6 +80,7 @@ def main() -> int:
         return 1
     shard, n_shards = (int(x) for x in args.shard.split("/"))
     cases = [] if args.no_kernels else [*ALL_CASES, *SEGMENT_CASES][shard::n_shards]
+    cases = [case for case in cases if str(case) not in cases_of(args.without)]
     results, failures, not_run = check_kernels(backend, cases, args.seconds)
     report = record(backend=backend, kernels=results, not_run=not_run)
     if args.windows:

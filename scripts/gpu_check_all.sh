@@ -9,11 +9,12 @@
 # decode step. TEXT: a file for the model's windows; else the package's sample. Kernels of a process
 # are compiled into a folder of its own, since MLX's processes cannot share one.
 set -u
+CASE_SECONDS=60 # the longest case, which is not begun later
 cd "$(dirname "$0")/.."
 folder=$(realpath "${1:?a folder for the records}") limit=${2:-1800} shards=${3:-$(nproc)}
-compiled=$(mktemp -d)
+compiled=$folder/compiled
 export TURBOKV_SELFCHECK=0
-mkdir -p "$folder"
+mkdir -p "$compiled"
 
 left() { echo $((limit - SECONDS)); }
 
@@ -21,6 +22,7 @@ left() { echo $((limit - SECONDS)); }
 run() {
   local name=$1 ended
   shift
+  [ -e "$folder/$name.json" ] && return
   [ "$(left)" -lt 20 ] && return 1
   timeout "$(left)" "$@" --"$as" "$folder/$name.json" >"$folder/$name.log" 2>&1
   ended=$?
@@ -28,12 +30,22 @@ run() {
   echo "$name: exit status $ended after $SECONDS s"
 }
 
+# cases NAME COMMAND...: run the cases that no record NAME.*.json has
+cases() {
+  local as=out name=$1 have=("$folder/$1".*.json)
+  shift
+  [ -e "${have[0]}" ] || have=()
+  [ ${#have[@]} -gt 0 ] && grep -q '"not_run": \[\]' "${have[-1]}" && return
+  [ "$(left)" -lt $((CASE_SECONDS + 20)) ] && return 1
+  run "$name.${#have[@]}" "$@" --seconds $(($(left) - CASE_SECONDS)) ${have[@]+--without "${have[@]}"}
+}
+
 shard() {
-  local as=out check="python3 scripts/gpu_check.py --shard $1/$shards"
+  local check="python3 scripts/gpu_check.py --shard $1/$shards" tool
   export MLX_PTX_CACHE_DIR=$compiled/$1
-  run "cases$1" $check --seconds $(($(left) - 15)) || return
+  cases "cases$1" $check || return
   for tool in memcheck racecheck; do
-    run "$tool$1" compute-sanitizer --tool $tool $check --seconds $(($(left) - 15)) || return
+    cases "$tool$1" compute-sanitizer --tool $tool $check || return
   done
 }
 
@@ -43,6 +55,7 @@ doctor() {
   export MLX_PTX_CACHE_DIR=$compiled/doctor$1
   if [ $# -gt 1 ]; then
     tree=$compiled/tree$1
+    rm -rf "$tree"
     mkdir "$tree"
     cp -r metal mlx_turbokv "$tree"
     python3 - "$tree/metal/$2" "$3" "$4" <<'END' || return
@@ -83,4 +96,3 @@ for i in $(seq 0 $((shards - 1))); do
   shard "$i" &
 done
 wait
-rm -rf "$compiled"

@@ -89,7 +89,7 @@ def shards(found: list[Part]) -> dict:
     failures += [f"{case}: no case of this checkout" for case in ran if case not in CASE_NAMES]
     command = re.sub(r"--shard \d+/", "--shard i/", found[0].record["command"]) if found else None
     return {
-        "command": command and re.sub(r" --out \S+", "", command),
+        "command": command and re.sub(r" --out \S+| --without(?: [^-]\S*)+", "", command),
         "processes": len(found),
         "cases": len(set(ran)),
         "not_run": sorted(CASE_NAMES - set(ran)),

@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
+import gpu_check  # noqa: E402
 import gpu_check_record as script  # noqa: E402
 
 ABOUT = {
@@ -135,3 +136,16 @@ def test_parts_of_two_devices_are_no_record(folder) -> None:
     change(folder, "racecheck1", device="another card")
     with pytest.raises(ValueError, match="racecheck1 has device another card"):
         script.gather(folder)
+
+
+def test_paths_are_left_out_of_commands_that_go_on(folder):
+    command = "scripts/gpu_check.py --shard 0/2 --seconds 9 --without /a/x.json b.json --out c.json"
+    change(folder, "cases0", command=command)
+    report, _ = script.gather(folder)
+    assert report["kernels"]["command"] == "scripts/gpu_check.py --shard i/2 --seconds 9"
+
+
+def test_cases_of_other_records_are_left_out(folder):
+    files = [folder / f"cases{i}.json" for i in range(2)]
+    assert gpu_check.cases_of(files) == script.CASE_NAMES
+    assert gpu_check.cases_of(files[:1]) < script.CASE_NAMES and gpu_check.cases_of([]) == set()
