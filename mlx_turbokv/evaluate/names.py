@@ -38,7 +38,13 @@ def parse_policy(name: str) -> Policy:
         InputError: an unknown format or policy, or another project's cache, which has none.
     """
     text = name.strip()
-    if found := _PROTECTED.fullmatch(text):
+    found = _PROTECTED.fullmatch(text)
+    if is_peer(found[1] if found else text):
+        raise InputError(
+            f"Configuration {name!r} is another project's cache, which has no formats by layer and "
+            f"no protected tokens: accepted here are {POLICIES}."
+        )
+    if found:
         return parse_policy(found[1]).protecting(int(found[2]), int(found[3]))
     parametrised = re.match(r"(?i)(boundary|last):", text)
     # A file's name may hold anything, so files come before the forms with signs in them.
@@ -49,11 +55,6 @@ def parse_policy(name: str) -> Policy:
         return load_policy(policy, *_pair(pair, name))
     if "/" in text and not parametrised:
         return Uniform(*_pair(text, name))
-    if is_peer(text):
-        raise InputError(
-            f"Configuration {text!r} is another project's cache, which has no formats by layer and "
-            f"no protected tokens: accepted here are {POLICIES}."
-        )
     # boundary:2,2:f16 has colons of its own, and takes K by K/V@boundary:...
     if text.lower().startswith("mlx-kv"):
         raise InputError(

@@ -182,7 +182,7 @@ def test_the_nearest_configuration_is_named(name, words):
     [
         (("plan", "--config", "mlx-kv4"), "mlx-kv4"),
         (("calibrate", "--base", "llama-q4_0"), "llama-q4_0"),
-        (("perplexity", "--config", "mlx-kv4:64+0,0"), "mlx-kv4:64"),
+        (("perplexity", "--config", "mlx-kv4:64+0,0"), "mlx-kv4:64+0,0"),
     ],
 )
 def test_caches_of_other_projects_are_not_unknown_where_they_are_not_accepted(args, name):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -100,9 +102,15 @@ def test_it_is_a_configuration_with_its_bits_and_a_name():
     assert 0 < mx.abs(simulated - exact).max().item() < 1
 
 
-@pytest.mark.parametrize("name", ["llama-q3_0", "llama-", "llama-q4_0+32,128"])
+@pytest.mark.parametrize("name", ["llama-q3_0", "llama-"])
 def test_names_that_are_not_simulated_are_refused(name):
     with pytest.raises(InputError, match="llama-q4_0 and llama-q5_1"):
+        check_name(name)
+
+
+@pytest.mark.parametrize("name", ["llama-q4_0+32,128", "mlx-kv4 + 32, 128", "LLAMA-q5_1+0,0"])
+def test_other_projects_caches_have_no_protected_tokens(name):
+    with pytest.raises(InputError, match=f"{re.escape(repr(name))} is another project's cache"):
         check_name(name)
 
 
