@@ -86,6 +86,16 @@ def table_of(record: dict, n_ctx: int, windows: int) -> dict:
     return table
 
 
+def measured_elsewhere(record: dict) -> dict:
+    """What a row says of this machine where its record is another's."""
+    import record as environment
+
+    here = environment.record()
+    if here["device"] == record.get("device"):
+        return {}
+    return {key: here[key] for key in ("device", "commit", "date")}
+
+
 def measure_length(run: Measurement, record: dict, n_ctx: int, chunks: int, rows: Any, save: Any,
                    deadline: float) -> None:  # fmt: skip
     """Measure what a record lacks of one length; ``save`` is called after each configuration."""
@@ -118,7 +128,8 @@ def measure_length(run: Measurement, record: dict, n_ctx: int, chunks: int, rows
         seconds = time.perf_counter() - started
         # an estimate of the next one, which is new to the machine as well
         took = max(seconds, took / 2)
-        table["rows"].append(row | {"asked_keys": keys, "seconds": round(seconds, 2)})
+        asked_for = {"asked_keys": keys, "seconds": round(seconds, 2)}
+        table["rows"].append(row | asked_for | measured_elsewhere(record))
         save(record)
         print_status(f"{name} {n_ctx} {config_name} ({row['keys']}): KLD {row['kld']['mean']:.5f}, "
                      f"same top {row['same_top']['mean']:.4f}, {seconds:.1f} s")  # fmt: skip

@@ -15,7 +15,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from pages import accuracy, apple, gemma, kernels, models, needles, paper, plot, quality, tables  # noqa: E402
+from pages import (  # noqa: E402
+    accuracy,
+    apple,
+    gemma,
+    kernels,
+    models,
+    needles,
+    paper,
+    plot,
+    quality,
+    settings,
+    tables,
+)
 
 FOLDER = ROOT / "docs/results"
 # page: (its maker, what it has)
@@ -52,7 +64,7 @@ PAGES: dict[str, tuple[Callable[[], str], str]] = {
 GUIDES: dict[str, Callable[[], str]] = {"../apple.md": apple.apple}
 # what stands between marks in other pages
 INSERTED: dict[str, dict[str, Callable[[], str]]] = {
-    "../../README.md": {"settings": tables.settings},
+    "../../README.md": {"settings": settings.settings},
     "../centred-keys.md": {"scales": tables.scales_measured},
 }
 _MARKED = re.compile(r"(<!-- figures: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)

@@ -6,8 +6,6 @@ from quality_table import PAIRS, PEERS, PRESETS, SCALED, WINDOWS, protected
 
 from mlx_turbokv.evaluate.statistics import ratio
 from mlx_turbokv.evaluate.tables import bytes_text
-from mlx_turbokv.policy import Policy, load_policy
-from mlx_turbokv.policy.settings import DEFAULT, SETTINGS
 
 from . import ROOT, interval, read, source, table
 
@@ -29,12 +27,6 @@ SCALES, MEAN, BIAS = "mean and scales", "mean", "key bias"
 # of a configuration that was not measured with the default, which is shown, and how it is marked
 OLDER = {SCALES: " (scales of 6 windows)", BIAS: " (by the bias alone)", MEAN: " (by means alone)"}
 NONE = "–"
-# what the settings promise: each is the cheapest pair measured on all models with such a KLD
-LIMITS = {"near-lossless": 0.001, "balanced": 0.01, "compact": 0.05}
-BEFORE_SCALES = (
-    "Some of these were measured with keys centred by means or the bias alone, before [scales]"
-    "(docs/centred-keys.md#scales-of-pairs-of-dims), which lower KLD."
-)
 NO_PROTECTION = " (no protected tokens)"
 SCALES_TITLE = (
     "[Scales of pairs of dims](../centred-keys.md#scales-of-pairs-of-dims), with protected tokens, "
@@ -212,8 +204,19 @@ def quality() -> str:
         lengths = [f"{n:,}" for n in sorted(WINDOWS) if str(n) not in record["tables"]]
         if lengths:
             parts.append(f"Windows of {' and '.join(lengths)} tokens were not measured.")
-        parts.append(source(name, record))
+        parts += [source(name, record), *elsewhere(record)]
     return "\n\n".join(parts)
+
+
+def elsewhere(record: dict) -> list[str]:
+    """Sentences on the rows that were measured on another machine than the record."""
+    found: dict[str, list[str]] = {}
+    for n_ctx, part in record["tables"].items():
+        for row in part["rows"]:
+            if "device" in row:
+                where = f"{row['device']}, commit {row['commit']}, {row['date']}"
+                found.setdefault(where, []).append(f"{row['config']} at {int(n_ctx):,}")
+    return [f"On another machine ({where}): {', '.join(rows)}." for where, rows in found.items()]
 
 
 def _length(name: str, n_ctx: str, part: dict) -> list[str]:
@@ -238,56 +241,3 @@ def _centred_by(record: dict) -> str:
         f"({taken['windows_asked_for']} windows); the model runs in "
         f"{record['model']['dtype']}."
     )
-
-
-def settings() -> str:
-    """The named settings with each model's KLD at 2,048 tokens and needles; empty if none is."""
-    found = {name: r for name, r in records().items() if "2048" in r["tables"]}
-    if not found:
-        return ""
-    needles = [needles_of(name) for name in found]
-    rows, older = [], False
-    for policy, name, config in named():
-        measured = [row_of(record, f"{config}+{policy.protection}") for record in found.values()]
-        older = older or bool({row["asked_keys"] for row in measured if row} & {MEAN, BIAS})
-        bits = [_from_to([row[key] for row in measured if row]) for key in ("bits", "bits_32k")]
-        kld = [f"{row['kld']['mean']:.4f}" if row else NONE for row in measured]
-        hits = [by_config.get(f"{config}+{policy.protection}", NONE) for by_config in needles]
-        named_so = f"`{policy.name}`{' (default)' if policy.name == DEFAULT else ''}"
-        rows.append([named_so, name, *bits, *kld, ", ".join(hits)])
-    names = [f"KLD: {NAMES[name]}" if i == 0 else NAMES[name] for i, name in enumerate(found)]
-    made = table(
-        ["`--policy`", "K/V", "bits at 2,048", "at 32K", *names, "needles, of f16's"], rows
-    )
-    return f"{made}\n\n{BEFORE_SCALES}" if older else made
-
-
-def _from_to(values: list[float]) -> str:
-    shown = dict.fromkeys(f"{x:.1f}" for x in (min(values), max(values))) if values else [NONE]
-    return " to ".join(shown)
-
-
-def row_of(record: dict, config: str) -> Row | None:
-    """A configuration's row at 2,048 tokens; None where it was not measured."""
-    rows = main_rows(record["tables"]["2048"])
-    return next((row for row in rows if row["config"] == config), None)
-
-
-def needles_of(name: str) -> dict[str, str]:
-    """Needles found of those that f16 finds, by configuration, of a quality record's model."""
-    name = name.replace("quality", "needle")
-    if not (ROOT / f"benchmarks/{name}.json").is_file():
-        return {}
-    return {
-        row["config"]: f"{row['found_of_reference']}/{row['reference_found']}"
-        for row in read(name)["summary"]
-    }
-
-
-def named() -> list[tuple[Policy, str, str]]:
-    """The settings that have a name: what they hold, and how the records call them."""
-    found: list[tuple[Policy, str, str]] = []
-    for setting in SETTINGS.values():
-        pair = f"{setting.k}/{setting.v}"
-        found.append((setting, pair, pair))
-    return [*found, (load_policy("la-v7"), "the paper's", "la-v7")]

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 import quality_table  # noqa: E402
 import quality_windows  # noqa: E402
+from pages import tables  # noqa: E402
 
 from mlx_turbokv.centring import first_use  # noqa: E402
 from mlx_turbokv.cli import perplexity  # noqa: E402
@@ -131,3 +132,13 @@ def test_a_record_of_another_model_or_text_is_refused(run, tmp_path):
 def test_keys_are_asked_for_with_configurations_alone(tmp_path):
     found = call(quality_table.command, "--keys", "mean", "--json", tmp_path / "r.json")
     assert "--keys has no effect without --config" in found.error()
+
+
+def test_rows_of_another_machine_than_the_records_say_so(run):
+    rows = measured(run, {"device": "a card", "tables": {}}, 64, 1, NAMES[1:2])
+    assert all(row["device"] != "a card" and row["date"] for row in rows)
+    (sentence,) = tables.elsewhere({"tables": {"64": {"rows": [{"config": "x"}, *rows[1:]]}}})
+    assert rows[1]["device"] in sentence and sentence.endswith(f": {NAMES[1]} at 64.")
+    here = {"device": rows[0]["device"], "tables": {}}
+    assert "device" not in measured(run, here, 64, 1, NAMES[1:2])[1]
+    assert tables.elsewhere(here) == []

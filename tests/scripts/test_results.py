@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import quality_table
 import results
-from pages import apple, commands, plot, tables
+from pages import apple, commands, plot, settings, tables
 from pages.kernels import text_cells
 
 from mlx_turbokv.evaluate import statistics
@@ -145,8 +145,8 @@ def test_a_setting_is_the_cheapest_measured_pair_within_its_limit(name):
     found = []
     for pair in quality_table.PAIRS:
         config = quality_table.protected(pair, 2048)
-        rows = [tables.row_of(record, config) for record in tables.records().values()]
-        if all(row and row["kld"]["mean"] <= tables.LIMITS[name] for row in rows):
+        rows = [settings.row_of(record, config) for record in tables.records().values()]
+        if all(row and row["kld"]["mean"] <= settings.LIMITS[name] for row in rows):
             found.append((max(row["bits_32k"] for row in rows), pair))
     assert len(tables.records()) == 3 and min(found)[1] == "/".join(PAIRS[name])
 
@@ -175,7 +175,7 @@ def test_a_models_table_goes_by_bits_with_protection_beside_none(made_up):
 
 
 def test_the_table_of_settings_has_each_models_kld(made_up):
-    lines = tables.settings().splitlines()
+    lines = settings.settings().splitlines()
     found = next(line for line in lines if "`balanced` (default)" in line)
     for record in made_up.values():
         rows = {row["config"]: row for row in tables.main_rows(record["tables"]["2048"])}
