@@ -112,6 +112,7 @@ def measure_length(run: Measurement, record: dict, n_ctx: int, chunks: int, rows
         return
     windows = Windows(run, n_ctx, chunks)
     table = table_of(record, n_ctx, windows.n)
+    where = measured_elsewhere(record)
     took = time.perf_counter() - started
     print_status(f"{name} {n_ctx}: {windows.n} windows in {len(windows.batches)} batches, "
                  f"reference in {took:.1f} s")  # fmt: skip
@@ -129,7 +130,7 @@ def measure_length(run: Measurement, record: dict, n_ctx: int, chunks: int, rows
         # an estimate of the next one, which is new to the machine as well
         took = max(seconds, took / 2)
         asked_for = {"asked_keys": keys, "seconds": round(seconds, 2)}
-        table["rows"].append(row | asked_for | measured_elsewhere(record))
+        table["rows"].append(row | asked_for | where)
         save(record)
         print_status(f"{name} {n_ctx} {config_name} ({row['keys']}): KLD {row['kld']['mean']:.5f}, "
                      f"same top {row['same_top']['mean']:.4f}, {seconds:.1f} s")  # fmt: skip

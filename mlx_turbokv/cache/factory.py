@@ -12,6 +12,7 @@ from ..attention.hook import AttentionFunctions
 from ..centring.choose import Choice
 from ..centring.first_use import FirstUse, for_model
 from ..centring.references import References
+from ..kernels.backend import select_backend
 from ..log import warn_once
 from ..model.caches import ModelReference, cache_at, language_model, own_caches, put_cache
 from ..model.kinds import is_a, is_of_mlx_vlm, new_cache
@@ -200,6 +201,12 @@ class CacheFactory:
     def model(self) -> nn.Module:
         """The model; it owns the factory, which refers to it weakly."""
         return self._model()
+
+    def about_keys_and_backend(self) -> str:
+        """What turbo keys are centred by, if any are stored, and the back-end, in a few words."""
+        turbo_keys = any(k.is_turbo for k, _ in self.formats)
+        centred = f"{self.centring.summary()}, " if turbo_keys else ""
+        return f"{centred}{select_backend(self.backend).name} back-end"
 
     def with_policy(self, policy: Policy) -> CacheFactory:
         """A factory for the same model under another policy, without looking at the model again.

@@ -30,7 +30,6 @@ from ..cache.importing import dequantized, packed_as
 from ..cache.summary import leaves
 from ..centring.first_use import for_model
 from ..errors import InputError
-from ..kernels.backend import select_backend
 from ..model.fingerprint import fingerprint
 from ..policy.protection import STEP, UNPROTECTED
 from ..policy.recommended import label
@@ -166,11 +165,9 @@ class Attaching:
     def _say_formats(self, factory: Any, name: str) -> None:
         pairs = Counter(f"{k}/{v}" for k, v in factory.formats)
         layers = ", ".join(f"{n} x {pair}" for pair, n in pairs.items()) or "no"
-        backend = select_backend(self.cache_options.get("backend")).name
         policy = label(self.cache_options["policy"])
-        turbo_keys = any(k.is_turbo for k, _ in factory.formats)
-        centred = f"{factory.centring.summary()}, " if turbo_keys else ""
-        self.say(f"{name}: KV cache {policy} ({layers} layers), {centred}{backend} back-end")
+        about = factory.about_keys_and_backend()
+        self.say(f"{name}: KV cache {policy} ({layers} layers), {about}")
 
     def _pack(
         self, path: Path, caches: list[Any], metadata: dict[str, Any], model: nn.Module

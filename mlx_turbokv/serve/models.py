@@ -17,7 +17,6 @@ from ..cache import speculation
 from ..cache.factory import attach
 from ..centring.first_use import for_model
 from ..errors import InputError, short
-from ..kernels.backend import select_backend
 from ..loading import distributed, models
 from ..loading.patching import patched
 from ..policy.recommended import label
@@ -182,12 +181,8 @@ class TurboModelProvider(server.ModelProvider):
         attach(model, **self.cache_options | {"centre": centre})
         if distributed.rank() != 0:
             return
-        factory = model.make_cache
-        turbo_keys = any(k.is_turbo for k, _ in factory.formats)
-        centred = f"{factory.centring.summary()}, " if turbo_keys else ""
-        policy = label(self.cache_options["policy"])
-        backend = select_backend(self.cache_options.get("backend")).name
-        print(
-            f"Serving {loaded.name}: KV cache {policy}, {centred}{backend} back-end",
-            file=sys.stderr,
+        policy, about = (
+            label(self.cache_options["policy"]),
+            model.make_cache.about_keys_and_backend(),
         )
+        print(f"Serving {loaded.name}: KV cache {policy}, {about}", file=sys.stderr)
