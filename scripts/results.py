@@ -64,7 +64,7 @@ PAGES: dict[str, tuple[Callable[[], str], str]] = {
 GUIDES: dict[str, Callable[[], str]] = {"../apple.md": apple.apple}
 # what stands between marks in other pages
 INSERTED: dict[str, dict[str, Callable[[], str]]] = {
-    "../../README.md": {"settings": settings.settings},
+    "../../README.md": {"settings": settings.settings, "memory": models.memory_in_readme},
     "../centred-keys.md": {"scales": tables.scales_measured},
 }
 _MARKED = re.compile(r"(<!-- figures: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)

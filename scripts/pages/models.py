@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import bench_whole
 
 from mlx_turbokv.evaluate.names import parse_policy
@@ -18,8 +20,10 @@ WHOLE = ("bench_llama", "bench_qwen", *bench_whole.RECORDS.values())
 RECURRENT = ("Qwen3.5-27B",)
 KNOWN = ("Llama-3.1-8B", "Qwen2.5-7B", "Qwen3.5-27B")
 CACHES = ("f16/f16", "q8_0/q8_0", "la-v7", "turbo6/turbo5", "turbo4/turbo3")
+README_CACHES = ("f16/f16", "turbo6/turbo5", "turbo4/turbo3")
 LATENT = "MLA latent"  # as the reason begins
 CONTEXTS = (8192, 32768, 131072)
+MEMORY_HEADER = ("K/V", "bits/value", *(f"{n:,} tokens" for n in CONTEXTS))
 
 
 def whole_models() -> str:
@@ -95,15 +99,29 @@ def memory() -> str:
         "more in 8.5 bits; `bits/value` is that of the others.",
     ]
     for name in KNOWN:
-        shape = shape_from_config(known_config(name), name)
-        plan = make_plan(shape, [(c, parse_policy(c)) for c in CACHES], CONTEXTS)
-        rows = [
-            [row.name, f"{row.bits:.2f}", *(bytes_text(row.bytes_at[n]) for n in CONTEXTS)]
-            for row in plan.rows
-        ]
-        header = ["K/V", "bits/value", *(f"{n:,} tokens" for n in CONTEXTS)]
-        parts += [f"## {name}", f"{len(shape.layers.layers)} KV layers.", table(header, rows)]
+        n_layers = len(shape_from_config(known_config(name), name).layers.layers)
+        made = table(MEMORY_HEADER, _memory_rows(name, CACHES))
+        parts += [f"## {name}", f"{n_layers} KV layers.", made]
     return "\n\n".join(parts)
+
+
+def memory_in_readme() -> str:
+    """The same of fewer caches, in one table."""
+    rows = [
+        [name if i == 0 else "", *row]
+        for name in KNOWN
+        for i, row in enumerate(_memory_rows(name, README_CACHES))
+    ]
+    return table(["model", *MEMORY_HEADER], rows)
+
+
+def _memory_rows(name: str, caches: Sequence[str]) -> list[list[str]]:
+    shape = shape_from_config(known_config(name), name)
+    plan = make_plan(shape, [(c, parse_policy(c)) for c in caches], CONTEXTS)
+    return [
+        [row.name, f"{row.bits:.2f}", *(bytes_text(row.bytes_at[n]) for n in CONTEXTS)]
+        for row in plan.rows
+    ]
 
 
 def models() -> str:
