@@ -22,11 +22,13 @@ struct DecodeParams {
   int n_uncentred;       // first keys of a sequence without an anchor
   int stats_offset;      // offset of maxima and sums in `result`
   // of protected rows
-  int n_sunk;        // rows whose first tokens are stored apart
-  int first_tiles;   // most tiles of first tokens
-  int first_stride;  // tiles of one head in their buffer
-  int tail_start;    // the tail's first row, a multiple of 32
-  int body_splits;   // splits that read the body; the others read protected rows
+  int n_sunk;           // rows whose first tokens are stored apart
+  int first_tiles;      // most tiles of first tokens
+  int first_stride;     // tiles of one head in their buffer
+  int tail_start;       // the tail's first row, a multiple of 32
+  int body_splits;      // splits that read the body, from the first on
+  int protected_split;  // the first split that reads protected rows; it may read the body as well
+  int spared_tiles;     // tiles of the body that the last of its splits reads less than the others
 };
 
 // The softmax weight of an output row's sink relative to `max_score`, at most 2^120.

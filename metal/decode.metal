@@ -184,7 +184,7 @@ template <typename C, typename Result>
 TKV_FN void decode_partial(DecodeInputs<typename C::T> inputs, device Result* result,
                            threadgroup float4* shared, uint3 group, uint simd_group, uint lane) {
   Split split = query_rows_of<C>(inputs, group);
-  take_all<C>(split, inputs, int(group.y), inputs.params->n_splits);
+  take_all<C>(split, inputs, int(group.y), inputs.params->n_splits, 0);
   Softmax<C::ROWS> softmax;
   float output[C::VEC4S * C::ROWS * 4];
   start<C>(softmax, output);
@@ -194,33 +194,33 @@ TKV_FN void decode_partial(DecodeInputs<typename C::T> inputs, device Result* re
 }
 
 // The same where tokens are protected. C: of the other rows, P: of protected ones. The first splits
-// read the others, the rest protected rows; with WHOLE one reads both.
+// read the others, the last ones protected rows; one may read both.
 template <typename C, typename P, typename Result>
 TKV_FN void decode_protected(DecodeInputs<typename C::T> inputs, device Result* result,
                              threadgroup float4* shared, uint3 group, uint simd_group, uint lane) {
   static_assert(C::ROWS == P::ROWS && C::VEC4S == P::VEC4S, "both add to the same sums");
   static_assert(C::OUTPUT_PARTS == P::OUTPUT_PARTS, "both add to the same sums");
-  const int n_body = inputs.params->body_splits;
   const int index = int(group.y);
   Split split = query_rows_of<C>(inputs, group);
   Softmax<C::ROWS> softmax;
   float output[C::VEC4S * C::ROWS * 4];
   start<C>(softmax, output);
-  if (C::WHOLE || index < n_body) {
+  if (C::WHOLE || index < inputs.params->body_splits) {
     take_body<C>(split, inputs, index);
     if (split.begin < split.end) {
       attend<C>(softmax, output, inputs, split, shared, int(simd_group), int(lane));
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
-  if (C::WHOLE && !C::PREFETCH) {
+  if (!C::PREFETCH) {
     // parameters that the compiler cannot know to be the same: otherwise what the second loop needs
     // of them stays in registers during the first
     inputs.params += inputs.params->opaque_one - 1;
     split = query_rows_of<C>(inputs, group);
   }
-  if (C::WHOLE || index >= n_body) {
-    take_protected<P>(split, inputs, C::WHOLE ? 0 : index - n_body);
+  const int first = inputs.params->protected_split;
+  if (C::WHOLE || index >= first) {
+    take_protected<P>(split, inputs, C::WHOLE ? 0 : index - first);
     attend<P>(softmax, output, inputs, split, shared, int(simd_group), int(lane));
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);

@@ -43,17 +43,18 @@ TKV_FN Split query_rows_of(DecodeInputs<typename C::T> inputs, uint3 group) {
 }
 
 // Takes part `index` of `n` of `n_tiles` tiles from `first` on; parts have nearly the same length,
-// in units of `unit` tiles.
+// in units of `unit` tiles, but for the last one, which is `n_spared` tiles shorter.
 template <typename C>
-TKV_FN void take_part(thread Split& split, int first, int n_tiles, int index, int n) {
+TKV_FN void take_part(thread Split& split, int first, int n_tiles, int index, int n,
+                      int n_spared) {
   constexpr int UNIT = C::READS == READS_PROTECTED ? C::STEP : 1;
-  const int n_units = ceil_div(n_tiles, UNIT);
+  const int n_units = ceil_div(n_tiles + n_spared, UNIT);
   const int length = C::WHOLE ? n_units : int(uint(n_units) / uint(n));
   const int n_longer = C::WHOLE ? 0 : n_units - length * n;
   const int begin = index * length + smaller(index, n_longer);
   const int end = (begin + length + (index < n_longer ? 1 : 0)) * UNIT;
   split.begin = first + begin * UNIT;
-  split.end = first + (UNIT == 1 ? end : smaller(end, n_tiles));
+  split.end = first + (C::READS == READS_ALL ? end : smaller(end, n_tiles));
 }
 
 // First tokens of a sequence that are stored apart.
@@ -63,7 +64,8 @@ TKV_FN int n_first_tokens(const device DecodeParams& params, int padding) {
 
 // Part `index` of `n` of body and tail. Tiles of which no row is read are skipped.
 template <typename C>
-TKV_FN void take_all(thread Split& split, DecodeInputs<typename C::T> inputs, int index, int n) {
+TKV_FN void take_all(thread Split& split, DecodeInputs<typename C::T> inputs, int index, int n,
+                     int n_spared) {
   const device DecodeParams& params = *inputs.params;
   const int n_tokens = params.n_tokens;
   split.from = split.padding;
@@ -78,7 +80,7 @@ TKV_FN void take_all(thread Split& split, DecodeInputs<typename C::T> inputs, in
   split.body = inputs.body + size_t(uint(split.body_first)) * C::TILE_WORDS;
   split.tail = inputs.tail + size_t(uint(split.head * params.tail_stride)) * C::TILE_WORDS;
   const int first = smaller(split.from, n_tokens) / TILE;
-  take_part<C>(split, first, ceil_div(n_tokens, TILE) - first, index, n);
+  take_part<C>(split, first, ceil_div(n_tokens, TILE) - first, index, n, n_spared);
 }
 
 // The rows that are not protected.
@@ -86,7 +88,7 @@ template <typename C>
 TKV_FN void take_body(thread Split& split, DecodeInputs<typename C::T> inputs, int index) {
   const device DecodeParams& params = *inputs.params;
   if (C::READS == READS_REST) {
-    take_all<C>(split, inputs, index, params.body_splits);
+    take_all<C>(split, inputs, index, params.body_splits, params.spared_tiles);
     return;
   }
   split.from = split.padding + n_first_tokens(params, split.padding);
@@ -96,7 +98,7 @@ TKV_FN void take_body(thread Split& split, DecodeInputs<typename C::T> inputs, i
   split.body = inputs.body + size_t(uint(split.body_first)) * C::TILE_WORDS;
   const int first = split.from / TILE;
   take_part<C>(split, first, larger(ceil_div(split.to, TILE) - first, 0), index,
-               params.body_splits);
+               params.body_splits, params.spared_tiles);
 }
 
 // The first tokens, in whole steps, then the tail from its first row on that is read. A tail of the
@@ -118,7 +120,7 @@ TKV_FN void take_protected(thread Split& split, DecodeInputs<typename C::T> inpu
   split.tail =
       inputs.tail + size_t(uint(split.head * params.tail_stride + skipped)) * C::TILE_WORDS;
   const int n_tiles = split.body_tiles + ceil_div(n_tokens - start, TILE) - skipped;
-  take_part<C>(split, 0, n_tiles, index, params.n_splits - params.body_splits);
+  take_part<C>(split, 0, n_tiles, index, params.n_splits - params.protected_split, 0);
 }
 
 // Where the tiles from `t` on of a step lie.

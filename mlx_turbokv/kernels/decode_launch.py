@@ -21,11 +21,11 @@ from .checks import (
     padding_input,
     tiles_input,
 )
+from .splits import Segments
 from .trust import Kernel, require
 from .tuning import Tuning
 
 MERGE_THREADS = 256
-PROTECTED_COST = 2  # tiles of the body that take as long as a tile of protected rows
 READS_REST, READS_BODY = 1, 2  # of metal/decode_config.h
 _TENSORS = "T, Tensor<KB, KG, KD, KW>, Tensor<VB, VG, VD, VW>, RAW, ROWS, CENTRED, WHOLE"
 _TUNING = "SIMD_GROUPS, KEY_COLUMNS, LUT_KIB, PREFETCH, HALF2"
@@ -70,43 +70,6 @@ class Launch(NamedTuple):
     v_constants: mx.array
 
 
-class Segments(NamedTuple):
-    """Where protected rows lie: what kernels/segments.py says of them.
-
-    Args:
-        tail_protected: whether the tail is of the protected rows' layout.
-    """
-
-    n_sunk: int
-    first_tiles: int
-    first_stride: int
-    tail_start: int
-    body_ends: tuple[int, ...]
-    tail_protected: bool
-
-    def shared_out(self, n_tokens: int, splits: int, one_more: bool) -> tuple[int, int]:
-        """A head's splits, and how many of them read the body; at least one reads protected rows.
-
-        Args:
-            splits: two at least, as many as the GPU runs at once.
-            one_more: whether there may be one more: it runs after the others, which is sooner than
-                the body in one split less where few of many rows are protected.
-        """
-        n_tiles, n_body = -(-n_tokens // TILE), -(-max(self.body_ends) // TILE)
-        n_tail = n_tiles - self.tail_start // TILE
-        n_body, n_tail = (n_body, n_tail) if self.tail_protected else (n_tiles, 0)
-        n_protected = PROTECTED_COST * (self.first_tiles + n_tail)
-        if n_body == 0:
-            return splits, 0
-        share = min(max(1, round(splits * n_body / (n_body + n_protected))), splits)
-        if share < splits:
-            return splits, share
-        after = n_body / splits + n_protected
-        if one_more and after < n_body / (splits - 1):
-            return splits + 1, splits
-        return splits, splits - 1
-
-
 class DecodeParams(NamedTuple):
     """The run-time parameters of metal/attention.h, in its order; ``scale`` as its bits."""
 
@@ -131,6 +94,8 @@ class DecodeParams(NamedTuple):
     first_stride: int = 0
     tail_start: int = 0
     body_splits: int = 0
+    protected_split: int = 0
+    spared_tiles: int = 0
 
 
 @lru_cache(maxsize=256)
@@ -167,12 +132,9 @@ def launch_for(
     n_tokens = n_tail + (n_body if segments is None else segments.tail_start)
     n_rows = n_heads // n_kv_heads * n_queries
     n_groups = batch * n_kv_heads
-    one_more, body_splits = splits is None, 0
     rows, splits = tuning.rows_and_splits(
         cut, backend, n_rows, max(k.dim, v.dim), n_groups, n_tokens, splits
     )
-    if segments is not None and splits > 1:
-        splits, body_splits = segments.shared_out(n_tokens, splits, one_more)
     whole = splits == 1
     n_partial = 0 if whole else n_groups * n_rows * splits * v.dim
     output = (batch, n_heads, n_queries, v.dim)
@@ -225,12 +187,13 @@ def launch_for(
     )
     if segments is not None:
         check_segments("decode", batch, n_body, n_tokens, *segments[:5])
+        if not whole:
+            params = params._replace(**segments.shared_out(n_tokens, splits)._asdict())
         params = params._replace(
             n_sunk=segments.n_sunk,
             first_tiles=segments.first_tiles,
             first_stride=segments.first_stride,
             tail_start=segments.tail_start if segments.tail_protected else n_tokens,
-            body_splits=body_splits,
         )
         wanted += (tiles_input("first tokens", fine, heads, segments.first_stride), None)
     heads = n_heads // n_kv_heads, n_queries
@@ -262,7 +225,7 @@ def _template(
     if segments is None:
         return template
     k, v = tables.tensor_parameters(protected_layout(layout))
-    step = cut.tiles_at_once(rows, v.dim, centred and k.bits == 8, after_body=whole)
+    step = cut.tiles_at_once(rows, v.dim, centred and k.bits == 8, protected=True)
     reads = READS_BODY if segments.tail_protected else READS_REST
     own = ("PKB", k.bits), ("PKG", k.group), ("PVB", v.bits), ("PVG", v.group), ("P_STEP", step)
     return (*template, ("READS", reads), *own)

@@ -20,9 +20,9 @@ class Tuning:
     Args:
         step: tiles of 32 tokens that a SIMD group handles at a time, for at most 4 query rows of
             at most 256 dims; 1 beyond.
-        protected_step: the same of protected rows that are read after the body, whose sums then
-            take registers; no more than ``step``. Heads of at most 64 dims take ``step``, because
-            half of a SIMD group has nothing to do where there is one tile.
+        protected_step: the same of protected rows, which may be read after the body, whose sums
+            then take registers; no more than ``step``. Heads of at most 64 dims take ``step``,
+            because half of a SIMD group has nothing to do where there is one tile.
         simd_groups: SIMD groups of a threadgroup.
         most_rows: query rows of a threadgroup.
         wide_head: widest head_dim with so many; twice as wide a head gets half of them.
@@ -57,17 +57,17 @@ class Tuning:
         return -(-n_rows // -(-n_rows // most))
 
     def tiles_at_once(
-        self, rows: int, v_head_dim: int, centred_int8: bool, after_body: bool = False
+        self, rows: int, v_head_dim: int, centred_int8: bool, protected: bool = False
     ) -> int:
         """Tiles that a SIMD group handles at a time: where two do not fit registers, one.
 
         Args:
             centred_int8: whether keys are int8 and centred.
-            after_body: whether these are protected rows that are read after the body.
+            protected: whether these are protected rows.
         """
         if rows > 4 or v_head_dim > 256 or centred_int8:
             return 1
-        if after_body and v_head_dim > NARROW:
+        if protected and v_head_dim > NARROW:
             return min(self.step, self.protected_step)
         return self.step
 

@@ -59,6 +59,8 @@ SHAPES = {
     "tokens that are all first ones": Shape(330, 96, (96,), starts=(3, 300, 318)),
     "a long tail": Shape(1200, 64, (64,)),
     "a long body": Shape(1500, 1376, (1376,)),
+    "bodies of two lengths": Shape(1460, 1280, (1376, 1280), starts=(0, 500)),
+    "first tokens alone, long": Shape(1300, 1280, (1280,), newest=False),
     "first tokens alone": Shape(300, 288, (288,), newest=False),
     "first tokens alone, padded": Shape(300, 288, (288,), starts=(0, 45), newest=False),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 from dataclasses import replace
 
 import pytest
@@ -13,7 +12,7 @@ from metal_host.opencl import constants
 from segment_cases import SegmentCase, run_segment_case
 
 from mlx_turbokv.kernels import assemble, tuning
-from mlx_turbokv.kernels.decode_launch import PROTECTED_COST, Segments
+from mlx_turbokv.kernels.splits import MIXED_GAIN, PROTECTED_COST, Segments, Shares
 from mlx_turbokv.quant.layout import TILE
 
 
@@ -23,31 +22,33 @@ def of_tokens(n: int, n_tail: int = 192, sink: int = 32, newest: bool = True) ->
     return Segments(n, sink // TILE, sink // TILE, start, (start,), newest)
 
 
-def makespan(n_tokens: int, found: Segments, total: int, body: int, slots: int) -> float:
-    """When a head's splits are done if they start in order, ``slots`` at once."""
+def works(n_tokens: int, found: Segments, splits: int, shares: Shares) -> list[float]:
+    """What each split reads, in tiles of the body."""
     tail_tiles = -(-n_tokens // TILE) - found.tail_start // TILE
     protected = PROTECTED_COST * (found.first_tiles + tail_tiles)
-    works = [found.tail_start / TILE / body] * body if body else []
-    works += [protected / (total - body)] * (total - body)
-    ends = [0.0] * slots
-    for work in works:
-        heapq.heapreplace(ends, ends[0] + work)
-    return max(ends)
+    body, first, spared = shares
+    work = [0.0] * splits
+    for i in range(body):
+        work[i] += (found.tail_start / TILE + spared) / body - spared * (i == body - 1)
+    for i in range(first, splits):
+        work[i] += protected / (splits - first)
+    return work
 
 
 @pytest.mark.parametrize(
     ("n_tokens", "splits", "expected"),
     [
-        (131072, 4, (5, 4)),  # eight KV heads on a GPU of eight cores
-        (131072, 33, (33, 32)),  # and of 132
-        (32768, 2, (3, 2)),
-        (8192, 4, (5, 4)),
-        (1024, 4, (4, 3)),
-        (192, 2, (2, 0)),
+        (131072, 4, (4, 3, 14)),  # eight KV heads on a GPU of eight cores
+        (131072, 33, (33, 32, 14)),  # and of 132
+        (32768, 33, (32, 32, 0)),  # the second loop's start would cost more than it saves
+        (32768, 2, (2, 1, 14)),
+        (8192, 4, (4, 3, 14)),
+        (1024, 4, (2, 2, 0)),
+        (192, 2, (0, 0, 0)),
     ],
 )
-def test_the_body_gives_up_a_split_only_where_that_is_sooner(n_tokens, splits, expected) -> None:
-    assert of_tokens(n_tokens).shared_out(n_tokens, splits, one_more=True) == expected
+def test_a_split_reads_both_only_where_that_is_sooner(n_tokens, splits, expected) -> None:
+    assert of_tokens(n_tokens).shared_out(n_tokens, splits) == expected
 
 
 @given(
@@ -56,32 +57,36 @@ def test_the_body_gives_up_a_split_only_where_that_is_sooner(n_tokens, splits, e
     sink=st.sampled_from((0, 32, 256)),
     n_tail=st.integers(128, 256),
 )
-def test_one_split_less_for_the_body_is_never_sooner(n_tokens, splits, sink, n_tail) -> None:
+def test_splits_share_all_rows_and_none_is_late(n_tokens, splits, sink, n_tail) -> None:
     found = of_tokens(n_tokens, n_tail, sink)
-    total, body = found.shared_out(n_tokens, splits, one_more=True)
-    assert total in (splits, splits + 1) and 0 < body < total
-    took = makespan(n_tokens, found, total, body, splits)
-    if body >= splits - 1 and splits > 2:
-        assert took <= makespan(n_tokens, found, splits, splits - 1, splits) * (1 + 1e-9)
-    if total > splits:
-        assert body == splits
-    assert found.shared_out(n_tokens, splits, one_more=False)[0] == splits
+    shares = found.shared_out(n_tokens, splits)
+    body, first, spared = shares
+    assert 0 < body <= splits and first < splits and first in (body, body - 1)
+    work = works(n_tokens, found, splits, shares)
+    assert min(work) > 0
+    even = sum(work) / splits
+    assert (spared > 0) == (first < body)
+    if spared:
+        assert max(work) == pytest.approx(even)
+    for other in range(1, splits):  # splits of the body, if none reads both
+        apart = max(works(n_tokens, found, splits, Shares(other, other, 0)))
+        assert max(work) <= apart * MIXED_GAIN + 1e-9 or even <= spared
 
 
 def test_first_tokens_alone_leave_the_body_its_splits() -> None:
     found = of_tokens(32768, newest=False)
-    assert found.shared_out(32768, 4, one_more=True) == (5, 4)
+    assert found.shared_out(32768, 4) == (4, 3, 2)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4])
-def test_apples_gpus_take_a_tile_at_a_time_of_protected_rows_after_the_body(rows: int) -> None:
+def test_apples_gpus_take_a_tile_at_a_time_of_protected_rows(rows: int) -> None:
     for dim in (64, 80, 96, 128, 256):
         wide = dim > tuning.NARROW
         assert tuning.APPLE.tiles_at_once(rows, dim, False) == 2
-        assert tuning.APPLE.tiles_at_once(rows, dim, False, after_body=True) == (1 if wide else 2)
-        assert tuning.CUDA.tiles_at_once(rows, dim, False, after_body=True) == 2
+        assert tuning.APPLE.tiles_at_once(rows, dim, False, protected=True) == (1 if wide else 2)
+        assert tuning.CUDA.tiles_at_once(rows, dim, False, protected=True) == 2
         one = replace(tuning.CUDA, step=1)  # as doctor --tune may cut it
-        assert one.tiles_at_once(rows, dim, False, after_body=True) == 1
+        assert one.tiles_at_once(rows, dim, False, protected=True) == 1
 
 
 @pytest.mark.parametrize(
@@ -89,7 +94,7 @@ def test_apples_gpus_take_a_tile_at_a_time_of_protected_rows_after_the_body(rows
     [
         ("protected-whole", 128, 1, [2, 1]),
         ("protected-whole", 64, 2, [2, 2]),  # halves of a SIMD group take a tile each
-        ("protected", 128, 1, [2, 2]),
+        ("protected", 128, 1, [2, 1]),
     ],
 )
 def test_tiles_at_once_are_those_of_the_text(how, dim, parts, steps) -> None:
@@ -101,12 +106,23 @@ def test_tiles_at_once_are_those_of_the_text(how, dim, parts, steps) -> None:
 
 
 @pytest.mark.slow
-def test_one_split_more_agrees_with_float64(metal_host, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    "shape", ["a long body", "first tokens alone, long", "bodies of two lengths"]
+)
+@pytest.mark.parametrize("n_queries", [1, 8])
+def test_a_split_that_reads_both_agrees_with_float64(
+    metal_host, monkeypatch, shape: str, n_queries: int
+) -> None:
     monkeypatch.setattr(assemble, "factory", metal_host.metal_kernel)
-    monkeypatch.setattr(tuning.Tuning, "n_splits", lambda *_: 2)
     case = SegmentCase(
-        ("turbo4", "turbo3"), 64, "float16", (1, 2, 4), 2, "a long body", splits=None
+        ("turbo4", "turbo3"), 64, "float16", (2, 1, 3), n_queries, shape, centred=True, splits=3
     )
-    n_before = len(metal_host.launches)
+    found, shared_out = [], Segments.shared_out
+
+    def noted(*arguments) -> Shares:
+        found.append(shared_out(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(Segments, "shared_out", noted)
     assert run_segment_case(case, "metal")["failures"] == []
-    assert [launch.grid[1] for launch in metal_host.launches[n_before:]][0] == 3
+    assert found and all(shares.protected_split == shares.body_splits - 1 for shares in found)
