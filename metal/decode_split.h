@@ -45,8 +45,7 @@ TKV_FN Split query_rows_of(DecodeInputs<typename C::T> inputs, uint3 group) {
 // Takes part `index` of `n` of `n_tiles` tiles from `first` on; parts have nearly the same length,
 // in units of `unit` tiles, but for the last one, which is `n_spared` tiles shorter.
 template <typename C>
-TKV_FN void take_part(thread Split& split, int first, int n_tiles, int index, int n,
-                      int n_spared) {
+TKV_FN void take_part(thread Split& split, int first, int n_tiles, int index, int n, int n_spared) {
   constexpr int UNIT = C::READS == READS_PROTECTED ? C::STEP : 1;
   const int n_units = ceil_div(n_tiles + n_spared, UNIT);
   const int length = C::WHOLE ? n_units : int(uint(n_units) / uint(n));
@@ -97,8 +96,8 @@ TKV_FN void take_body(thread Split& split, DecodeInputs<typename C::T> inputs, i
   split.body_first = split.head * params.body_stride;
   split.body = inputs.body + size_t(uint(split.body_first)) * C::TILE_WORDS;
   const int first = split.from / TILE;
-  take_part<C>(split, first, larger(ceil_div(split.to, TILE) - first, 0), index,
-               params.body_splits, params.spared_tiles);
+  take_part<C>(split, first, larger(ceil_div(split.to, TILE) - first, 0), index, params.body_splits,
+               params.spared_tiles);
 }
 
 // The first tokens, in whole steps, then the tail from its first row on that is read. A tail of the

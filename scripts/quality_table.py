@@ -2,11 +2,11 @@
 
     python scripts/quality_table.py --model FILE --text FILE --json quality_qwen.json
 
-Windows go side by side, as many as memory allows, and all configurations take the same ones. The
-record is written after each configuration; the same command measures what it lacks, so a run that
-was stopped goes on, and configurations and lengths (-c) can be added. Turbo keys are centred and
-scaled as a model's first use measures them; --keys asks for means alone, with scales, both of more
-windows, or for the key bias.
+On a GPU all windows go side by side; all configurations take the same ones. The record is written
+after each configuration; the same command measures what it lacks, so a run that was stopped goes
+on, and configurations and lengths (-c) can be added. Turbo keys are centred and scaled as a model's
+first use measures them; --keys asks for means alone, with scales, both of more windows, or for the
+key bias.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def measure_length(run: Measurement, record: dict, n_ctx: int, chunks: int, rows
     table = table_of(record, n_ctx, windows.n)
     where = measured_elsewhere(record)
     took = time.perf_counter() - started
-    print_status(f"{name} {n_ctx}: {windows.n} windows in {len(windows.batches)} batches, "
+    print_status(f"{name} {n_ctx}: {windows.n} windows, "
                  f"reference in {took:.1f} s")  # fmt: skip
     for config_name, keys in missing:
         started = time.perf_counter()

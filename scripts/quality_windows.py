@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_turbokv.centring import first_use
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+    from mlx_turbokv.evaluate.divergence import PositionStats, Reference
 
 REFERENCE = "f16/f16"
 BIAS, MEAN, SCALES = "key bias", "mean", "mean and scales"
 BYTES_AT = 32768  # tokens
 ASKED_WINDOWS = 6  # of the package's sample, where what keys are centred by is asked for
-MOST_BYTES = 4 << 30  # of a batch's logits
+MANY = 1024  # windows
+PIECE = 256  # tokens at a time where none are protected
 
 
 class Measurement:
@@ -68,76 +74,95 @@ class Measurement:
         shapes = kv_shapes(self.loaded.model) or []
         return sum(s.n_kv_heads * (s.k_head_dim + s.v_head_dim) for s in shapes)
 
-    def batch_size(self, n_ctx: int) -> int:
-        """Windows side by side: one on a CPU, else as many as the logits have room for."""
+    def batch_size(self) -> int:
+        """Windows side by side: one on a CPU, else all."""
         import mlx.core as mx
 
-        if mx.default_device().type != mx.DeviceType.gpu:
-            return 1
-        vocabulary = self.loaded.model(mx.array([[0]])).shape[-1]
-        return max(1, MOST_BYTES // (4 * vocabulary * (n_ctx // 2)))
+        return MANY if mx.default_device().type == mx.DeviceType.gpu else 1
 
 
 class Windows:
-    """Windows of one length, with the reference's predictions in them."""
+    """Windows of one length, with the reference's predictions in them.
+
+    Scored positions are compared PROTECTED_STEP at a time, so that the logits of all windows are
+    never held at once.
+    """
 
     def __init__(self, run: Measurement, n_ctx: int, chunks: int) -> None:
-        from mlx_turbokv.evaluate.divergence import Reference
         from mlx_turbokv.evaluate.first_piece import FirstPiece
-        from mlx_turbokv.evaluate.windows import targets_of
         from mlx_turbokv.model.text_windows import cut_windows
 
         self.run, self.n_ctx = run, n_ctx
         windows = cut_windows(run.loaded.tokenizer, run.text.text, n_ctx, chunks)
-        size = run.batch_size(n_ctx)
+        size = run.batch_size()
         self.batches = [windows[i : i + size] for i in range(0, len(windows), size)]
         self.n = len(windows)
-        self.pieces = [FirstPiece(run.loaded.model) for _ in self.batches]
-        self.config = run.prepared(REFERENCE, None)[0]
+        self._first_pieces = [FirstPiece(run.loaded.model) for _ in self.batches]
         self._folder = TemporaryDirectory()
-        self._held: list[Reference] = []
-        self.stats = []
-        for windows, logits in self._logits(self.config):
-            reference = Reference(logits, targets_of(windows).reshape(-1))
-            self._keep(reference, logits)
-            self.stats += self._by_window(reference.own_stats())
+        self._held: list[Reference | Path] = []
+        config = run.prepared(REFERENCE, None)[0]
+        self.stats = self._by_window(self._keep(*step) for step in self._steps(config))
 
-    def _keep(self, reference: Any, logits: Any) -> None:
-        """Keep a batch's reference: on a CPU in a file, since memory is small there."""
-        import mlx.core as mx
-
-        if mx.default_device().type == mx.DeviceType.gpu:
-            self._held.append(reference)
-        else:
-            n = len(list(Path(self._folder.name).iterdir()))
-            mx.save(f"{self._folder.name}/{n:04}.npy", logits)
-
-    def _references(self) -> Iterator[Any]:
-        """The references of the batches, in their order."""
+    def _keep(self, logits: mx.array, targets: mx.array) -> PositionStats:
+        """Keep a step's reference: on a CPU in a file, since memory is small there."""
         import mlx.core as mx
 
         from mlx_turbokv.evaluate.divergence import Reference
-        from mlx_turbokv.evaluate.windows import targets_of
 
-        yield from self._held
-        files = sorted(Path(self._folder.name).iterdir())
-        for path, windows in zip(files, self.batches):
-            yield Reference(mx.load(str(path)), targets_of(windows).reshape(-1))
+        reference = Reference(logits, targets)
+        if mx.default_device().type == mx.DeviceType.gpu:
+            self._held.append(reference)
+        else:
+            self._held.append(Path(self._folder.name) / f"{len(self._held):05}.npy")
+            mx.save(str(self._held[-1]), logits)
+        return reference.own_stats()
 
-    def _logits(self, config: Any):
-        """The windows and the scored logits of each batch, [B * scored, vocabulary]."""
-        from mlx_turbokv.evaluate.windows import batch_logits
+    def _compared(self, config: Any) -> Iterator[PositionStats]:
+        """Statistics of a configuration, step by step."""
+        import mlx.core as mx
 
-        for windows, piece in zip(self.batches, self.pieces):
-            logits = batch_logits(self.run.loaded.model, windows, config.make_caches(), piece)
-            yield windows, logits.reshape(-1, logits.shape[-1])
+        from mlx_turbokv.evaluate.divergence import Reference
 
-    def _by_window(self, stats: Any) -> list[Any]:
-        """Statistics of one batch, window by window."""
-        n = self.n_ctx - self.n_ctx // 2 - 1
-        parts = {name: values.reshape(-1, n) for name, values in vars(stats).items()}
-        count = len(parts["nll"])
-        return [type(stats)(**{k: x[i] for k, x in parts.items()}) for i in range(count)]
+        for held, (logits, targets) in zip(self._held, self._steps(config), strict=True):
+            if isinstance(held, Path):
+                held = Reference(mx.load(str(held)), targets)
+            yield held.compare(logits)
+
+    def _steps(self, config: Any) -> Iterator[tuple[mx.array, mx.array]]:
+        """Logits and targets of each batch's scored positions, PROTECTED_STEP of each window.
+
+        Shapes: yields [B * n, vocabulary] and [B * n].
+        """
+        from mlx_turbokv.evaluate.windows import PROTECTED_STEP, logits_in_pieces, targets_of
+
+        for windows, first in zip(self.batches, self._first_pieces):
+            targets, done, model = targets_of(windows), 0, self.run.loaded.model
+            for piece in logits_in_pieces(model, windows, config.make_caches(), first, PIECE):
+                for i in range(0, piece.shape[1], PROTECTED_STEP):
+                    logits = piece[:, i : i + PROTECTED_STEP]
+                    here = slice(done, done + logits.shape[1])
+                    yield logits.reshape(-1, logits.shape[-1]), targets[:, here].reshape(-1)
+                    done = here.stop
+
+    def _by_window(self, steps: Iterable[PositionStats]) -> list[PositionStats]:
+        """Statistics of each window, from those of steps."""
+        import numpy as np
+
+        left, found = iter(steps), []
+        n_scored = self.n_ctx - self.n_ctx // 2 - 1
+        for windows in self.batches:
+            parts: list[PositionStats] = []
+            while sum(x.nll.size for x in parts) < n_scored * len(windows):
+                parts.append(next(left))
+            joined = {
+                name: np.concatenate(
+                    [getattr(x, name).reshape(len(windows), -1) for x in parts], axis=1
+                )
+                for name in vars(parts[0])
+            }
+            found += [type(parts[0])(**{k: x[i] for k, x in joined.items()})
+                      for i in range(len(windows))]  # fmt: skip
+        return found
 
     def row(self, config: Any, keys: str) -> dict:
         """Measure a configuration; the reference is known already.
@@ -151,9 +176,7 @@ class Windows:
 
         found = self.stats
         if config.name != REFERENCE:
-            found = []
-            for reference, (_, logits) in zip(self._references(), self._logits(config)):
-                found += self._by_window(reference.compare(logits))
+            found = self._by_window(self._compared(config))
         nll, kld = [x.nll for x in found], [x.kld for x in found]
         delta = [a - x.nll for a, x in zip(nll, self.stats)]
         for values in nll:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import mlx.core as mx
 import numpy as np
@@ -45,25 +45,38 @@ def batch_logits(
 ) -> mx.array:
     """Logits of the scored positions of several windows at once.
 
-    The context half goes in first: only its keys and values are evaluated, so its logits are
-    never computed. The scored half goes in as one piece, or where newest tokens are protected in
-    steps of PROTECTED_STEP: more tokens at a time would see too many rows as the model made them.
-
     Args:
         first_piece: of these windows, shared by configurations.
 
     Shapes: windows [B, n_ctx]; returns [B, n_ctx - n_ctx // 2 - 1, vocabulary].
     """
-    first = first_scored(windows.shape[1])
+    return mx.concatenate(list(logits_in_pieces(model, windows, caches, first_piece)), axis=1)
+
+
+def logits_in_pieces(
+    model, windows: np.ndarray, caches: list, first_piece: FirstPiece | None = None,
+    most: int | None = None,
+) -> Iterator[mx.array]:  # fmt: skip
+    """The same, piece by piece: a vocabulary is long, and all logits of many windows are large.
+
+    The context half goes in first: only its keys and values are evaluated, so its logits are
+    never computed. The scored half goes in as one piece, or where newest tokens are protected in
+    steps of PROTECTED_STEP: more tokens at a time would see too many rows as the model made them.
+
+    Args:
+        most: tokens of a piece where none are protected, a multiple of PROTECTED_STEP: figures do
+            not depend on it. None: all.
+
+    Shapes: windows [B, n_ctx]; yields [B, n, vocabulary].
+    """
+    first, end = first_scored(windows.shape[1]), windows.shape[1] - 1
     read_prompt(model, mx.array(windows[:, :first]), caches, PREFILL_STEP, first_piece)
-    if not any(getattr(c, "protection", UNPROTECTED).recent for c in leaves(caches)):
-        return model(mx.array(windows[:, first:-1]), cache=caches)
-    parts = []
-    for start in range(first, windows.shape[1] - 1, PROTECTED_STEP):
-        stop = min(start + PROTECTED_STEP, windows.shape[1] - 1)
-        parts.append(model(mx.array(windows[:, start:stop]), cache=caches))
-        mx.eval(parts[-1], [c.state for c in caches])
-    return mx.concatenate(parts, axis=1)
+    in_steps = any(getattr(c, "protection", UNPROTECTED).recent for c in leaves(caches))
+    step = PROTECTED_STEP if in_steps else most or end - first
+    for start in range(first, end, step):
+        logits = model(mx.array(windows[:, start : min(start + step, end)]), cache=caches)
+        mx.eval(logits, [c.state for c in caches])
+        yield logits
 
 
 def read_prompt(

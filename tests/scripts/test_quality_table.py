@@ -46,9 +46,10 @@ def measured(run, record: dict, n_ctx: int, chunks: int, names: list, **options)
     return record["tables"].get(str(n_ctx), {}).get("rows", [])
 
 
-@pytest.mark.parametrize("size", [1, 2, 8])
-def test_windows_side_by_side_have_the_figures_of_perplexity(size, run, monkeypatch):
-    monkeypatch.setattr(run, "batch_size", lambda n_ctx: size)
+@pytest.mark.parametrize(("size", "piece"), [(1, 512), (2, 64), (8, 96)])
+def test_windows_side_by_side_have_the_figures_of_perplexity(size, piece, run, monkeypatch):
+    monkeypatch.setattr(run, "batch_size", lambda: size)
+    monkeypatch.setattr(quality_windows, "PIECE", piece)
     rows = measured(run, {"tables": {}}, 512, 3, NAMES[1:])
     alone = perplexity.measure(
         run.loaded, run.text, NAMES, 512, 3, "reference", None, False
