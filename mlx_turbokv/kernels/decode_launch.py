@@ -188,7 +188,9 @@ def launch_for(
     if segments is not None:
         check_segments("decode", batch, n_body, n_tokens, *segments[:5])
         if not whole:
-            params = params._replace(**segments.shared_out(n_tokens, splits)._asdict())
+            params = params._replace(
+                **segments.shared_out(n_tokens, splits, cut.mixed_gain)._asdict()
+            )
         params = params._replace(
             n_sunk=segments.n_sunk,
             first_tiles=segments.first_tiles,

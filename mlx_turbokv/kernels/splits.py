@@ -7,7 +7,6 @@ from typing import NamedTuple
 from ..quant.layout import TILE
 
 PROTECTED_COST = 2  # tiles of the body that take as long as a tile of protected rows
-MIXED_GAIN = 1.02  # what a split that reads both must save: its second loop starts anew
 
 
 class Shares(NamedTuple):
@@ -39,11 +38,12 @@ class Segments(NamedTuple):
     body_ends: tuple[int, ...]
     tail_protected: bool
 
-    def shared_out(self, n_tokens: int, splits: int) -> Shares:
+    def shared_out(self, n_tokens: int, splits: int, mixed_gain: float) -> Shares:
         """How a head's splits share the rows: so that the slowest of them is soonest done.
 
         Args:
             splits: two at least, as many as the GPU runs at once.
+            mixed_gain: as in ``Tuning``.
         """
         n_tiles, n_body = -(-n_tokens // TILE), -(-max(self.body_ends) // TILE)
         n_tail = n_tiles - self.tail_start // TILE
@@ -57,6 +57,6 @@ class Segments(NamedTuple):
             (max(n_body / body, n_protected / (splits - body)), body)
             for body in (fewest, min(fewest + 1, splits - 1))
         )
-        if share > n_protected and slowest > MIXED_GAIN * share:
+        if share > n_protected and slowest > mixed_gain * share:
             return Shares(splits, splits - 1, n_protected)
         return Shares(body, body, 0)

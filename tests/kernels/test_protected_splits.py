@@ -12,7 +12,8 @@ from metal_host.opencl import constants
 from segment_cases import SegmentCase, run_segment_case
 
 from mlx_turbokv.kernels import assemble, tuning
-from mlx_turbokv.kernels.splits import MIXED_GAIN, PROTECTED_COST, Segments, Shares
+from mlx_turbokv.kernels.splits import PROTECTED_COST, Segments, Shares
+from mlx_turbokv.kernels.tuning import APPLE
 from mlx_turbokv.quant.layout import TILE
 
 
@@ -48,7 +49,7 @@ def works(n_tokens: int, found: Segments, splits: int, shares: Shares) -> list[f
     ],
 )
 def test_a_split_reads_both_only_where_that_is_sooner(n_tokens, splits, expected) -> None:
-    assert of_tokens(n_tokens).shared_out(n_tokens, splits) == expected
+    assert of_tokens(n_tokens).shared_out(n_tokens, splits, APPLE.mixed_gain) == expected
 
 
 @given(
@@ -56,10 +57,11 @@ def test_a_split_reads_both_only_where_that_is_sooner(n_tokens, splits, expected
     splits=st.integers(2, 66),
     sink=st.sampled_from((0, 32, 256)),
     n_tail=st.integers(128, 256),
+    gain=st.sampled_from((1.02, 1.15)),
 )
-def test_splits_share_all_rows_and_none_is_late(n_tokens, splits, sink, n_tail) -> None:
+def test_splits_share_all_rows_and_none_is_late(n_tokens, splits, sink, n_tail, gain) -> None:
     found = of_tokens(n_tokens, n_tail, sink)
-    shares = found.shared_out(n_tokens, splits)
+    shares = found.shared_out(n_tokens, splits, gain)
     body, first, spared = shares
     assert 0 < body <= splits and first < splits and first in (body, body - 1)
     work = works(n_tokens, found, splits, shares)
@@ -70,12 +72,18 @@ def test_splits_share_all_rows_and_none_is_late(n_tokens, splits, sink, n_tail) 
         assert max(work) == pytest.approx(even)
     for other in range(1, splits):  # splits of the body, if none reads both
         apart = max(works(n_tokens, found, splits, Shares(other, other, 0)))
-        assert max(work) <= apart * MIXED_GAIN + 1e-9 or even <= spared
+        assert max(work) <= apart * gain + 1e-9 or even <= spared
+
+
+def test_an_h200_gives_protected_rows_splits_of_their_own_where_it_has_many() -> None:
+    found, gain = of_tokens(131072), tuning.CUDA.mixed_gain
+    assert found.shared_out(131072, 33, gain) == (32, 32, 0)
+    assert found.shared_out(131072, 2, gain) == (2, 1, 14)  # many sequences
 
 
 def test_first_tokens_alone_leave_the_body_its_splits() -> None:
     found = of_tokens(32768, newest=False)
-    assert found.shared_out(32768, 4) == (4, 3, 2)
+    assert found.shared_out(32768, 4, APPLE.mixed_gain) == (4, 3, 2)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4])
