@@ -227,7 +227,7 @@ def _decode_errors(rows: list[dict]) -> str:
     if parts:
         return (
             f"Decode's error in a row is at most {max(parts):.2f} of its bound, which follows from "
-            "the number formats (tests/helpers/error_bound.py)."
+            "the number formats (mlx_turbokv/doctor/error_bound.py)."
         )
     ratio = max(row["decode_ratio"] for row in rows if row.get("decode_ratio"))
     return (

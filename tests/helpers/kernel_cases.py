@@ -12,11 +12,11 @@ from itertools import combinations, product
 
 import mlx.core as mx
 import numpy as np
-from error_bound import attention
 
 from mlx_turbokv.centring.centre import Centre
 from mlx_turbokv.centring.rope import RopeFrequencies
 from mlx_turbokv.centring.scales import PairScales
+from mlx_turbokv.doctor.error_bound import attention
 from mlx_turbokv.kernels import decode, dequantize, pack, reference
 from mlx_turbokv.kernels.packed import PackedKV, empty_tiles
 from mlx_turbokv.quant.codebook import boundaries

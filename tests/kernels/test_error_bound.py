@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import error_bound
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_turbokv.doctor import error_bound
 from mlx_turbokv.kernels import reference
 from mlx_turbokv.kernels.packed import PackedKV, empty_tiles
 from mlx_turbokv.quant.formats import KVFormat

@@ -19,11 +19,12 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlx_turbokv.kernels import reference
-from mlx_turbokv.kernels.packed import PackedKV
-from mlx_turbokv.quant.formats import KVFormat
-from mlx_turbokv.quant.rotation import rotation_matrix, rotation_width
-from mlx_turbokv.quant.tiles import tiles_to_rows
+from ..kernels import reference
+from ..kernels.packed import PackedKV
+from ..quant.formats import KVFormat
+from ..quant.rotation import rotation_matrix, rotation_width
+from ..quant.tiles import tiles_to_rows
+from .oracle import float64
 
 TIMES = 3.0
 HALF = 2.0**-11
@@ -67,9 +68,9 @@ def attention(
     """
     layout = packed.layout
     rows = _Rows(packed)
-    q = _float64(queries)
+    q = float64(queries)
     if packed.centre is not None and packed.centre.scales is not None:
-        of_dims = _float64(packed.centre.scales.of_dims)
+        of_dims = float64(packed.centre.scales.of_dims)
         q = q / np.repeat(of_dims, q.shape[1] // len(of_dims), axis=0)[:, None]
     batch, n_heads, n_queries, _ = q.shape
     gqa = n_heads // rows.keys.shape[1]
@@ -78,7 +79,7 @@ def attention(
     dtype = str(queries.dtype).removeprefix("mlx.core.")
     for b in range(batch):
         for h in range(n_heads):
-            sink = None if sinks is None else float(sinks[h].item())
+            sink = None if sinks is None else float(float64(sinks)[h])
             for i in range(n_queries):
                 head = rows.head(b, h // gqa)
                 at = output[b, h, i]
@@ -95,13 +96,13 @@ class _Rows:
         layout, n = packed.layout, packed.n_tokens
         with mx.stream(mx.cpu):
             bare = reference._rotated(packed.tiles, packed._replace(centre=None))
-            self.keys, self.values = (_float64(x) for x in bare)
+            self.keys, self.values = (float64(x) for x in bare)
             scales = tiles_to_rows(packed.tiles, layout).v_scales[:, :, :n]
-            self.v_scales = _float64(scales)
+            self.v_scales = float64(scales)
             self.anchors = None
             if packed.centre is not None:
                 rows = packed.centre.rows(0, n, packed.left_padding)
-                self.anchors = np.broadcast_to(_float64(rows), self.keys.shape)
+                self.anchors = np.broadcast_to(float64(rows), self.keys.shape)
         self.k_format, self.v_format = layout.k_format, layout.v_format
         half = layout.dtype != "float32"
         self.k_half = half and not self.k_format.is_f16 and layout.k_head_dim >= 4 * CHAIN
@@ -204,7 +205,3 @@ def _rotated(x: np.ndarray, fmt: KVFormat, inverse: bool = False) -> np.ndarray:
         return x
     matrix = rotation_matrix(rotation_width(x.shape[-1])).astype(np.float64)
     return (x.reshape(-1, len(matrix)) @ (matrix if inverse else matrix.T)).reshape(-1)
-
-
-def _float64(x: mx.array) -> np.ndarray:
-    return np.array(x.astype(mx.float32)).astype(np.float64)
