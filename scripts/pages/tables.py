@@ -191,7 +191,10 @@ def quality() -> str:
         "larger part of a window than of a long context: KLD there was not measured. "
         "`mlx-kvN:64` is mlx-lm's `kv_bits=N`, its rows dequantised before attention; `llama-…` "
         "is llama.cpp's rotated cache, simulated by its published rule. "
-        "Policies calibrated for the default model are for it alone. "
+        "Policies calibrated for the default model are for it alone. Where tokens are protected, "
+        "those of the step at hand, 32 at most, are read as the model made them; `q8_0/q8_0` has "
+        "nothing to protect, and all its rows are read as stored, which on Qwen2.5, whose keys it "
+        "does not centre, is most of its KLD. "
         "Needles: [needle-protected.md](needle-protected.md).",
         f"{NONE}: not measured. Not every table is whole: a sentence above each says what it "
         "lacks.",
