@@ -11,7 +11,7 @@ from .presets import load_policy
 from .settings import SETTINGS, Setting
 
 # What lies between the settings.
-_PAIRS = (("turbo5", "turbo4"), ("turbo3", "turbo3"))
+_PAIRS = (("turbo6", "turbo5"), ("turbo3", "turbo3"))
 
 
 def recommended() -> list[Policy]:

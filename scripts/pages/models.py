@@ -19,8 +19,8 @@ WHOLE = ("bench_llama", "bench_qwen", *bench_whole.RECORDS.values())
 # hybrids whose recurrent layers mlx-lm runs by a Metal kernel, and elsewhere token by token
 RECURRENT = ("Qwen3.5-27B",)
 KNOWN = ("Llama-3.1-8B", "Qwen2.5-7B", "Qwen3.5-27B")
-CACHES = ("f16/f16", "q8_0/q8_0", "la-v7", "turbo6/turbo5", "turbo4/turbo3")
-README_CACHES = ("f16/f16", "turbo6/turbo5", "turbo4/turbo3")
+CACHES = ("f16/f16", "q8_0/q8_0", "la-v7", "turbo6/turbo5", "turbo5/turbo4", "turbo4/turbo3")
+README_CACHES = ("f16/f16", "turbo5/turbo4", "turbo4/turbo3")
 LATENT = "MLA latent"  # as the reason begins
 CONTEXTS = (8192, 32768, 131072)
 MEMORY_HEADER = ("K/V", "bits/value", *(f"{n:,} tokens" for n in CONTEXTS))

@@ -8,7 +8,8 @@ from mlx_turbokv.policy.settings import DEFAULT, SETTINGS
 from . import ROOT, read, table, tables
 from .tables import BIAS, MEAN, NAMES, NONE, Row, main_rows
 
-# what the settings promise: each is the cheapest pair measured on all models with such a KLD
+# what the settings promise: each is the cheapest pair measured on all models whose KLD, with its
+# 95 % interval, is at most this
 LIMITS = {"near-lossless": 0.001, "balanced": 0.01, "compact": 0.05}
 BEFORE_SCALES = (
     "Some of these were measured with keys centred by means or the bias alone, before [scales]"

@@ -19,7 +19,7 @@ from mlx_turbokv.quant.formats import as_format
 
 def test_what_the_settings_are() -> None:
     assert PAIRS == {
-        "near-lossless": ("turbo6", "turbo5"),
+        "near-lossless": ("turbo5", "turbo4"),
         "balanced": ("turbo4", "turbo3"),
         "compact": ("turbo3", "turbo2"),
     }

@@ -49,7 +49,7 @@ GPT_OSS = EXPERTS * 17 // 32 + (20_914_757_184 - EXPERTS - SMALL) * 17 // 16 + 2
 FITS = [
     # 36 layers of 8 heads of 128: turbo5/turbo4 82 + 66 bytes a head
     (
-        "Qwen3-8B", "16GB", "128K", "-ctk turbo5 -ctv turbo4",
+        "Qwen3-8B", "16GB", "128K", "--policy near-lossless",
         QWEN3_8B + (128 * K - 128) * 36 * 8 * 148 + 160 * 36 * 8 * 272,
         scratch(128 * K, (4 * 4096 + 3 * 12288) * 4), 16 * GIB * 2 // 3,
     ),
@@ -73,7 +73,7 @@ FITS = [
     ),
     # 80 layers of 8 heads of 128: turbo6/turbo5 98 + 82; of more than 32 GB, three quarters
     (
-        "Llama-3.3-70B", "64GB", "64K", "--policy near-lossless",
+        "Llama-3.3-70B", "64GB", "64K", "-ctk turbo6 -ctv turbo5",
         LLAMA_70B + (64 * K - 128) * 80 * 8 * 180 + 160 * 80 * 8 * 272,
         scratch(64 * K, (4 * 8192 + 3 * 28672) * 4), 48 * GIB,
     ),
@@ -118,9 +118,9 @@ def test_the_question_of_the_help_ends_in_the_sentence_to_type() -> None:
     args = ["--model", "qwen3-8b", "--memory", "16GB", "-c", "128K"]
     last = CliRunner().invoke(command, args).stdout.splitlines()[-1]
     assert last == (
-        "Type -ctk turbo5 -ctv turbo4: with 131,072 tokens Qwen3-8B takes "
+        "Type --policy near-lossless: with 131,072 tokens Qwen3-8B takes "
         "10.28 GiB of the 10.67 GiB that the GPU may use of 16.00 GiB (weights 4.29 GiB, cache "
-        "5.21 GiB, reading the prompt 801.00 MiB); f16/f16, q8_0/q8_0, near-lossless and 2 "
+        "5.21 GiB, reading the prompt 801.00 MiB); f16/f16, q8_0/q8_0, turbo6/turbo5 and 1 "
         "more do not fit; the model was made for 40,960 tokens."
     )
 
