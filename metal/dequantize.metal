@@ -13,6 +13,7 @@ constant constexpr int param_n_tokens = 6;
 constant constexpr int param_has_left_padding = 7;  // whether `left_padding` is given
 constant constexpr int param_split_pairs = 8;       // as in anchor.h
 constant constexpr int param_n_uncentred = 9;       // first keys of a sequence without an anchor
+constant constexpr int param_output_rows = 10;      // rows of one head in `keys` and `values`
 
 constant constexpr int DEQUANTIZE_THREADS = 256;
 
@@ -63,12 +64,13 @@ TKV_FN float read_back(float x) {
   return x;
 }
 
-// `first_centred`: the first token with an anchor. `next_block`: the first token of the second
-// block.
+// `n_tokens`: of the tile; rows after them are zero up to `n_rows`. `first_centred`: the first
+// token with an anchor. `next_block`: the first token of the second block.
 template <typename T, typename S, int RAW, bool IS_K, bool CENTRED>
 TKV_FN void dequantize_tensor(const device uint* codes, device T* out,
                               threadgroup const float* levels, threadgroup const float* anchors,
-                              int first_centred, int next_block, int n_tokens, int thread_index) {
+                              int first_centred, int next_block, int n_tokens, int n_rows,
+                              int thread_index) {
   constexpr int BITS = S::BITS;
   constexpr int DIM = S::DIM;
   constexpr int VEC4S = DIM / 4;
@@ -106,6 +108,9 @@ TKV_FN void dequantize_tensor(const device uint* codes, device T* out,
     o[2] = T(read_back<T, BITS>(v.z * scale + a.z));
     o[3] = T(read_back<T, BITS>(v.w * scale + a.w));
   }
+  for (int i = n_tokens * DIM + thread_index; i < n_rows * DIM; i += DEQUANTIZE_THREADS) {
+    out[i] = T(0.0f);
+  }
 }
 
 TKV_CONST_FN int dequantize_floats(int k_dim, bool centred) {
@@ -131,10 +136,10 @@ TKV_FN void dequantize(const device uint* body, const device uint* tail, const d
       tile < body_tiles
           ? body + size_t(uint(head * params[param_body_stride] + tile)) * TILE_WORDS
           : tail + size_t(uint(head * params[param_tail_stride] + tile - body_tiles)) * TILE_WORDS;
-  const int left = params[param_n_tokens] - tile * TILE;
-  const int n_tokens = left < TILE ? left : TILE;
+  const int n_tokens = larger(smaller(params[param_n_tokens] - tile * TILE, TILE), 0);
+  const int n_rows = smaller(params[param_output_rows] - tile * TILE, TILE);
   // rows and tiles of all heads are counted in 32 bits, elements and words in 64
-  const size_t first = uint(row * params[param_n_tokens] + tile * TILE);
+  const size_t first = uint(row * params[param_output_rows] + tile * TILE);
   if (group.z == 0) {
     load_levels<K::BITS>(levels, k_constants, thread_index);
     threadgroup float* anchors = levels + MAX_LEVELS;
@@ -153,11 +158,12 @@ TKV_FN void dequantize(const device uint* body, const device uint* tail, const d
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     dequantize_tensor<T, K, RAW, true, CENTRED>(codes, keys + first * K::DIM, levels, anchors,
-                                                first_centred, next_block, n_tokens, thread_index);
+                                                first_centred, next_block, n_tokens, n_rows,
+                                                thread_index);
   } else {
     load_levels<V::BITS>(levels, v_constants, thread_index);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     dequantize_tensor<T, V, RAW, false, false>(codes + K::WORDS, values + first * V::DIM, levels,
-                                               levels, 0, TILE, n_tokens, thread_index);
+                                               levels, 0, TILE, n_tokens, n_rows, thread_index);
   }
 }

@@ -58,6 +58,7 @@ def _launch(
     shape: tuple[int, int],
     counts: tuple[int, int, int, int],
     anchors: tuple[int, bool, bool] | None,
+    room: int = 0,
 ) -> Launch:
     """
     Args:
@@ -67,6 +68,7 @@ def _launch(
         counts: body rows, tiles of the body's buffer, tail rows, tiles of the tail's buffer.
         anchors: of centred keys: pairs of dims that lie apart, whether first keys are bare,
             whether rows of padding come first.
+        room: rows of zeros after the last.
     """
     k, v = tables.tensor_parameters(layout)
     template = [("T", dtype), *tables.template(layout), ("RAW", tables.RAW[layout.dtype])]
@@ -90,6 +92,7 @@ def _launch(
         int(has_padding),
         split_pairs,
         int(first_key_uncentred),
+        n + room,
     )
     require(Kernel("dequantize", backend, layout, dtype, anchors is not None))
     kernel = assemble.build(
@@ -108,10 +111,11 @@ def _launch(
         keys, values = kernel(
             inputs=list(inputs),
             template=template,
-            grid=(-(-n // TILE) * THREADS, batch * count, 2),
+            grid=(-(-(n + room) // TILE) * THREADS, batch * count, 2),
             threadgroup=(THREADS, 1, 1),
             output_shapes=[
-                (batch, count, n, layout.k_head_dim), (batch, count, n, layout.v_head_dim)
+                (batch, count, n + room, layout.k_head_dim),
+                (batch, count, n + room, layout.v_head_dim),
             ],
             output_dtypes=[dtype, dtype],
         )  # fmt: skip
@@ -135,14 +139,17 @@ def _shapes(packed: PackedKV) -> tuple:
 
 
 def rotated_rows(
-    packed: PackedKV, dtype: mx.Dtype, first: int, count: int, backend: str
+    packed: PackedKV, dtype: mx.Dtype, first: int, count: int, backend: str, room: int = 0
 ) -> tuple[mx.array, mx.array]:
     """Rows of KV heads ``first`` to ``first + count``, turbo rows in the rotated basis.
 
+    Args:
+        room: rows of zeros after the last, for others to be written there.
+
     Shapes:
-        returns: [B, count, n, k_head_dim] and [B, count, n, v_head_dim] in ``dtype``.
+        returns: [B, count, n + room, k_head_dim] and [B, count, n + room, v_head_dim] in ``dtype``.
     """
-    key = assemble.factory, backend, packed.layout, dtype, (first, count), *_shapes(packed)
+    key = assemble.factory, backend, packed.layout, dtype, (first, count), *_shapes(packed), room
     launch = _launch(*key)
     return launch.call(*launch.inputs(packed))
 

@@ -190,17 +190,21 @@ def dequantize(packed: AnyKV, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
 
 
 def rotated_rows(
-    packed: PackedKV, dtype: mx.Dtype, first: int, count: int
+    packed: PackedKV, dtype: mx.Dtype, first: int, count: int, room: int = 0
 ) -> tuple[mx.array, mx.array]:
     """Rows of KV heads ``first`` to ``first + count``, turbo rows in the rotated basis.
 
     Keys that have scales are times these.
 
+    Args:
+        room: rows of zeros after the last.
+
     Shapes:
-        returns: [B, count, n, k_head_dim] and [B, count, n, v_head_dim] in ``dtype``.
+        returns: [B, count, n + room, k_head_dim] and [B, count, n + room, v_head_dim] in ``dtype``.
     """
     keys, values = _rotated(packed.tiles[:, first : first + count], packed, first)
-    return keys.astype(dtype), values.astype(dtype)
+    widths = [(0, 0), (0, 0), (0, room), (0, 0)]
+    return mx.pad(keys.astype(dtype), widths), mx.pad(values.astype(dtype), widths)
 
 
 def _rotated(tiles: mx.array, packed: PackedKV, first_head: int = 0) -> tuple[mx.array, mx.array]:

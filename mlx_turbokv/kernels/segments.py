@@ -15,8 +15,7 @@ from .packed import PackedKV, empty_tiles
 
 Heads = tuple[int, int]  # the first KV head, and how many
 Rows = tuple[mx.array, mx.array]  # K and V
-# rows of KV heads, as reference.rotated_rows gives them
-Reader = Callable[[PackedKV, mx.Dtype, int, int], Rows]
+Reader = Callable[..., Rows]  # reference.rotated_rows, or a back-end's
 
 
 class SegmentedKV(NamedTuple):
@@ -108,20 +107,6 @@ def with_scaled_rows(packed: AnyKV, scales: PairScales) -> AnyKV:
     return packed._replace(fresh=(scales.scaled(keys), values))
 
 
-def packed_rows(kv: SegmentedKV, heads: Heads, read: Reader, dtype: mx.Dtype) -> Rows:
-    """The packed rows of some KV heads, turbo rows in the rotated basis.
-
-    Keys that have scales are times these.
-
-    Args:
-        read: a back-end's ``rotated_rows``.
-
-    Shapes:
-        returns: [B, heads, kv.n_packed, k_head_dim] and [.., v_head_dim], in ``dtype``.
-    """
-    return _joined(_parts(kv, heads, read, dtype))
-
-
 def all_rows(kv: SegmentedKV, heads: Heads, read: Reader, dtype: mx.Dtype) -> Rows:
     """All rows of some KV heads, turbo rows in the rotated basis.
 
@@ -133,15 +118,16 @@ def all_rows(kv: SegmentedKV, heads: Heads, read: Reader, dtype: mx.Dtype) -> Ro
     Shapes:
         returns: [B, heads, kv.n_tokens, k_head_dim] and [.., v_head_dim], in ``dtype``.
     """
-    parts = _parts(kv, heads, read, dtype) if kv.n_packed else []
+    fresh: Rows | None = None
     if kv.fresh is not None:
         head = slice(heads[0], heads[0] + heads[1])
-        fresh = []
-        for x, fmt in zip(kv.fresh, (kv.layout.k_format, kv.layout.v_format)):
-            x = x[:, head].astype(dtype)
-            fresh.append(rotate(x, x.shape[-1], dtype=dtype) if fmt.is_turbo else x)
-        parts.append((fresh[0], fresh[1]))
-    return _joined(parts)
+        keys, values = (x[:, head].astype(dtype) for x in kv.fresh)
+        if kv.layout.k_format.is_turbo:
+            keys = rotate(keys, keys.shape[-1], dtype=dtype)
+        if kv.layout.v_format.is_turbo:
+            values = rotate(values, values.shape[-1], dtype=dtype)
+        fresh = keys, values
+    return _rows_of(kv, heads, read, dtype, fresh)
 
 
 def dequantized(kv: SegmentedKV, dtype: mx.Dtype, read: Reader) -> Rows:
@@ -157,7 +143,8 @@ def dequantized(kv: SegmentedKV, dtype: mx.Dtype, read: Reader) -> Rows:
     if not kv.n_packed:
         return _joined(fresh)
     layout = kv.layout
-    keys, values = packed_rows(kv, (0, kv.newest.shape[1]), read, mx.float32)
+    packed = kv._replace(fresh=None)
+    keys, values = _rows_of(packed, (0, kv.newest.shape[1]), read, mx.float32)
     if layout.k_format.is_turbo:
         keys = rotate(keys, layout.k_head_dim, inverse=True)
     if (scales := scales_of(kv)) is not None:
@@ -175,32 +162,41 @@ def _joined(parts: list[Rows]) -> Rows:
     return keys, values
 
 
-def _parts(kv: SegmentedKV, heads: Heads, read: Reader, dtype: mx.Dtype) -> list[Rows]:
-    """Consecutive packed rows."""
-    parts: list[Rows] = []
-    first = None
-    if kv.n_sink and kv.n_sunk:
-        first = read(_tail_alone(kv.sink_layout, kv.sink, kv.n_sink, kv.centre), dtype, *heads)
-    padded = any(kv.starts)
-    n_first = 0 if first is None or padded else min(kv.n_sink, kv.n_sunk)
-    if first is not None and n_first:
-        parts.append(_from(0, (first[0][:, :, :n_first], first[1][:, :, :n_first])))
-    if kv.tail_start > n_first:
-        body = PackedKV(
-            kv.layout, kv.body, kv.tail_start, empty_tiles(), 0, kv.centre, kv.left_padding
-        )
-        parts.append(_from(n_first, read(body, dtype, *heads)))
-    if kv.n_packed > max(n_first, kv.tail_start):
-        parts.append(_from(max(0, n_first - kv.tail_start), _tail_rows(kv, heads, read, dtype)))
-    if first is None or not padded:
-        return parts
-    keys, values = (_with_first_rows(kv, x, y) for x, y in zip(_joined(parts), first))
-    return [(keys, values)]
+def _rows_of(
+    kv: SegmentedKV, heads: Heads, read: Reader, dtype: mx.Dtype, fresh: Rows | None = None
+) -> Rows:
+    """All rows, those that are not packed as they are given.
+
+    The body's are read into arrays that have room for the others, which are written there: joined,
+    they would be in memory twice.
+    """
+    parts = [_tail_rows(kv, heads, read, dtype)] if kv.n_tail else []
+    parts += [] if fresh is None else [fresh]
+    if kv.tail_start:
+        none = empty_tiles()
+        body = PackedKV(kv.layout, kv.body, kv.tail_start, none, 0, kv.centre, kv.left_padding)
+        rows = read(body, dtype, *heads, kv.n_tokens - kv.tail_start)
+        start = kv.tail_start
+        for part in parts:
+            _write(rows, part, start)
+            start += part[0].shape[2]
+    else:
+        rows = _joined(parts)
+    if not kv.n_sink or not kv.n_sunk:
+        return rows
+    first = read(_tail_alone(kv.sink_layout, kv.sink, kv.n_sink, kv.centre), dtype, *heads)
+    if any(kv.starts):
+        keys, values = (_with_first_rows(kv, x, y) for x, y in zip(rows, first))
+        return keys, values
+    n = min(kv.n_sink, kv.n_sunk)
+    _write(rows, (first[0][:, :, :n], first[1][:, :, :n]), 0)
+    return rows
 
 
-def _from(first: int, rows: Rows) -> Rows:
-    """Rows from number ``first`` on."""
-    return (rows[0][:, :, first:], rows[1][:, :, first:]) if first else rows
+def _write(rows: Rows, part: Rows, start: int) -> None:
+    """Put these rows in the place of others, from number ``start`` on."""
+    for x, y in zip(rows, part):
+        x[:, :, start : start + y.shape[2]] = y
 
 
 def _tail_alone(

@@ -1,0 +1,63 @@
+"""Rows of three segments, as a prefill's attention reads them."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+
+from mlx_turbokv.kernels.packed import PackedKV
+from mlx_turbokv.kernels.segments import SegmentedKV, all_rows
+from mlx_turbokv.quant.formats import KVFormat
+from mlx_turbokv.quant.layout import TILE, KVLayout, protected_layout
+
+LAYOUT = KVLayout(KVFormat.parse("turbo4"), KVFormat.parse("turbo3"), 64, 64, "float16")
+FINE = protected_layout(LAYOUT)
+N_FIRST, N_BODY, N_TAIL, N_FRESH = 32, 16384, 160, 512
+BODY, TAIL, FIRST, FRESH = 1.0, 2.0, 3.0, 4.0
+
+
+def segmented(n_body: int) -> SegmentedKV:
+    """Rows of each segment, and some that are not packed; what the tiles hold is never read."""
+    first, body, tail = (
+        mx.zeros((1, 2, n // TILE, layout.tile_words), mx.uint32)
+        for n, layout in ((N_FIRST, FINE), (n_body, LAYOUT), (N_TAIL, FINE))
+    )
+    fresh = mx.full((1, 2, N_FRESH, 64), FRESH, mx.float16)
+    n = n_body + N_TAIL
+    kv = SegmentedKV(
+        LAYOUT, FINE, FINE, first, N_FIRST, n, body, n_body, tail, n_body, N_TAIL, (n_body,), (0,),
+        None, (fresh, fresh),
+    )  # fmt: skip
+    mx.eval(first, body, tail, fresh)
+    return kv
+
+
+def read(packed: PackedKV, dtype: mx.Dtype, first: int, count: int, room: int = 0):
+    """A back-end that says which segment it was asked for."""
+    n = packed.n_tokens
+    value = BODY if packed.layout == LAYOUT else (FIRST if n == N_FIRST else TAIL)
+    keys, values = (mx.zeros((1, count, n + room, 64), dtype) for _ in range(2))
+    return keys + value, values + value
+
+
+def test_rows_are_in_memory_once() -> None:
+    """Joined, they would be there twice."""
+    kv = segmented(N_BODY)
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    rows = all_rows(kv, (0, 2), read, mx.float16)
+    mx.eval(rows)
+    n_bytes = sum(x.nbytes for x in rows)
+    assert 1 <= (mx.get_peak_memory() - before) / n_bytes < 1.2
+
+
+@pytest.mark.parametrize("n_body", [0, 64, 1024])
+def test_each_row_is_its_segments(n_body: int) -> None:
+    kv = segmented(n_body)
+    _, values = all_rows(kv, (1, 1), read, mx.float16)
+    at = mx.full((1, 1, kv.n_packed, 64), BODY, mx.float16)
+    at[:, :, n_body:] = TAIL
+    at[:, :, :N_FIRST] = FIRST
+    assert values.shape == (1, 1, n_body + N_TAIL + N_FRESH, 64)
+    assert mx.array_equal(values[:, :, : kv.n_packed], at).item()
+    assert kv.fresh is not None and (kv.fresh[1] == FRESH).all().item()  # not written into
