@@ -30,6 +30,7 @@ struct DecodeParams {
   int protected_split;  // the first split that reads protected rows; it may read the body as well
   int spared_tiles;     // tiles of the body that the last of its splits reads less than the others
 };
+constant constexpr int DECODE_PARAMS = sizeof(DecodeParams) / sizeof(int);
 
 // The softmax weight of an output row's sink relative to `max_score`, at most 2^120.
 template <typename T>

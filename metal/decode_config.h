@@ -15,7 +15,8 @@ struct DecodeInputs {
   const device T* sinks;  // [query head of a sequence]
   // of protected rows (kernels/segments.py)
   const device uint* first_tokens;  // [KV head][tile][word]
-  const device int* body_ends;      // [sequence]: rows before the first that the tail holds
+  const device int* body_ends;      // [sequence], after the parameters: rows before the first
+                                    // that the tail holds
 };
 
 // What a pass of the loop reads: body and tail of one layout; the same but for the first tokens;

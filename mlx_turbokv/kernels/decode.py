@@ -75,7 +75,6 @@ def decode(
     ]
     if isinstance(packed, SegmentedKV):
         given.append(packed.sink if packed.n_sink else tables.no_tiles())
-        given.append(tables.int_array(*packed.coarse_end, *[0] * (8 - batch)))
     return launch.call(*given)
 
 

@@ -47,12 +47,12 @@ TKV_SHARED_ALIGNED(float4, shared,
                    larger(DecodeMemory<Body>::END, DecodeMemory<Protected>::END) / 4);
 const DecodeInputs<T> inputs = {{
     {_INPUTS},
-    first_tokens, body_ends}};
+    first_tokens, params + DECODE_PARAMS}};
 decode_protected<Body, Protected>(inputs, result, shared, {assemble.THREAD});
 """
 PARTIAL_INPUTS = ("queries", "body", "tail", "left_padding", "params", "k_constants")
 PARTIAL_INPUTS += ("v_constants", *tables.ANCHOR_INPUTS[:2], "sinks")
-PROTECTED_INPUTS = (*PARTIAL_INPUTS, "first_tokens", "body_ends")
+PROTECTED_INPUTS = (*PARTIAL_INPUTS, "first_tokens")
 MERGE_SOURCE = f"""
 TKV_SHARED(float4, shared, 2 * VD);
 decode_merge<T, VD, VW>(
@@ -197,7 +197,7 @@ def launch_for(
             first_stride=segments.first_stride,
             tail_start=segments.tail_start if segments.tail_protected else n_tokens,
         )
-        wanted += (tiles_input("first tokens", fine, heads, segments.first_stride), None)
+        wanted += (tiles_input("first tokens", fine, heads, segments.first_stride),)
     heads = n_heads // n_kv_heads, n_queries
     require(
         Kernel(
@@ -206,9 +206,9 @@ def launch_for(
         )
     )  # fmt: skip
     call = _call(factory, backend, partial_options, None if whole else merge_options, wanted)
-    return Launch(
-        call, tables.int_array(*map(int, params)), tables.constants(k), tables.constants(v)
-    )
+    ends = () if segments is None else segments.body_ends
+    numbers = tables.int_array(*map(int, params), *ends)
+    return Launch(call, numbers, tables.constants(k), tables.constants(v))
 
 
 def _template(
