@@ -7,12 +7,13 @@
 # Kernel cases against float64 and under both sanitizers, in SHARDS processes; then the default model
 # on both back-ends, doctor on this tree and on two whose kernels are wrong, and the launches of a
 # decode step. TEXT: a file for the model's windows; else the package's sample. Kernels of a process
-# are compiled into a folder of its own, since MLX's processes cannot share one.
+# are compiled into a folder of its own, since MLX's processes cannot share one. The machine's GPUs
+# take turns.
 set -u
 CASE_SECONDS=60 # the longest case, which is not begun later
 cd "$(dirname "$0")/.."
 folder=$(realpath "${1:?a folder for the records}") limit=${2:-1800} shards=${3:-$(nproc)}
-compiled=$folder/compiled
+compiled=$folder/compiled gpus=$(nvidia-smi -L 2>/dev/null | grep -c .)
 export TURBOKV_SELFCHECK=0
 mkdir -p "$compiled"
 
@@ -43,6 +44,7 @@ cases() {
 shard() {
   local check="python3 scripts/gpu_check.py --shard $1/$shards" tool
   export MLX_PTX_CACHE_DIR=$compiled/$1
+  [ "$gpus" -gt 1 ] && export CUDA_VISIBLE_DEVICES=$(($1 % gpus))
   cases "cases$1" $check || return
   for tool in memcheck racecheck; do
     cases "$tool$1" compute-sanitizer --tool $tool $check || return
