@@ -162,8 +162,8 @@ def _attention_error(
 ) -> tuple[float, float]:
     """Relative error of attention over packed rows; ``edge`` as in ``Variant``.
 
-    Returns: also the error as a part of what is allowed: for kernels, of error_bound.py's bound in
-        the worst row.
+    Returns: also the error as a part of what is allowed. A kernel's may be larger than that of
+        ATTENTION where each row is within error_bound.py's bound: where its values cancel.
     """
     n, dim = packed.n_tokens, case.variant.k_head_dim
     scale, is_reference = dim**-0.5, backend.name == "reference"
@@ -195,7 +195,8 @@ def _attention_error(
         return error, error / ATTENTION[case.variant.dtype]
     visible = np.broadcast_to(True if seen is None else np.array(seen), (n_queries, n))
     truth = error_bound.attention(queries, packed, scale, visible[None, None], sinks)
-    return _relative(output, truth.output), truth.ratio(output)
+    error = _relative(output, truth.output)
+    return error, min(error / ATTENTION[case.variant.dtype], truth.ratio(output))
 
 
 def _relative(output: mx.array, want: np.ndarray) -> float:
