@@ -97,9 +97,11 @@ def test_what_cannot_be_split_is_one_sentence(folder: Path, script) -> None:
 def test_serve_answers_from_the_first_process(folder: Path, script, alone) -> None:
     port = free_port()
     command = [*LAUNCH, script("serve"), "--model", str(folder), "--port", str(port), *CACHE]
+    # An open standard input, as a terminal's: at the end of one mlx.launch hands on nothing without
+    # a pause, and a Ctrl-C that meets it inside its queue leaves that locked for good.
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT,
-        start_new_session=True,
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, env=ENVIRONMENT, start_new_session=True,
     )  # fmt: skip
     try:
         wait_until_ready(process, port)
