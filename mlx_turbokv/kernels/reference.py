@@ -203,8 +203,11 @@ def rotated_rows(
         returns: [B, count, n + room, k_head_dim] and [B, count, n + room, v_head_dim] in ``dtype``.
     """
     keys, values = _rotated(packed.tiles[:, first : first + count], packed, first)
+    keys, values = keys.astype(dtype), values.astype(dtype)
+    if not room:  # a pad of nothing copies
+        return keys, values
     widths = [(0, 0), (0, 0), (0, room), (0, 0)]
-    return mx.pad(keys.astype(dtype), widths), mx.pad(values.astype(dtype), widths)
+    return mx.pad(keys, widths), mx.pad(values, widths)
 
 
 def _rotated(tiles: mx.array, packed: PackedKV, first_head: int = 0) -> tuple[mx.array, mx.array]:
