@@ -22,9 +22,8 @@ import numpy as np
 from ..kernels import reference
 from ..kernels.packed import PackedKV
 from ..quant.formats import KVFormat
-from ..quant.rotation import rotation_matrix, rotation_width
 from ..quant.tiles import tiles_to_rows
-from .oracle import float64
+from .oracle import float64, rotated
 
 TIMES = 3.0
 HALF = 2.0**-11
@@ -124,9 +123,9 @@ class _Head(NamedTuple):
 
     def attend(self, q: np.ndarray, seen: np.ndarray, sink: float | None):
         """Attention of one query, and the sum of the squares of all that may move it."""
-        rotated = _rotated(q, self.rows.k_format)
-        scores = self.keys @ rotated
-        sizes = np.abs(self.keys) @ np.abs(rotated)
+        own = _rotated(q, self.rows.k_format)
+        scores = self.keys @ own
+        sizes = np.abs(self.keys) @ np.abs(own)
         if self.anchors is not None:
             scores = scores + self.anchors @ q
             sizes = sizes + np.abs(self.anchors) @ np.abs(q)
@@ -142,11 +141,11 @@ class _Head(NamedTuple):
         spread = np.square(p) @ (squares * distance)
         spread += np.square(FLOAT) * (np.square(output).sum() + np.square(p) @ self._sizes())
         if self.rows.k_half:
-            roundings = self._key_roundings(rotated)
+            roundings = self._key_roundings(own)
             spread += np.square(p) @ (roundings * distance)
             moved = (self.keys * p[:, None]).T @ away
             largest = np.abs(q).max()  # queries are half after division by it
-            each = np.maximum(HALF * np.abs(rotated), 2.0**-25 * largest)
+            each = np.maximum(HALF * np.abs(own), 2.0**-25 * largest)
             spread += np.square(each) @ np.square(moved).sum(-1)
             squares += roundings + np.square(self.keys) @ np.square(each)
         # where an error of a score is large, so is what is beyond its first order
@@ -201,7 +200,4 @@ def _padded(x: np.ndarray, multiple: int, axis: int) -> np.ndarray:
 
 
 def _rotated(x: np.ndarray, fmt: KVFormat, inverse: bool = False) -> np.ndarray:
-    if not fmt.is_turbo:
-        return x
-    matrix = rotation_matrix(rotation_width(x.shape[-1])).astype(np.float64)
-    return (x.reshape(-1, len(matrix)) @ (matrix if inverse else matrix.T)).reshape(-1)
+    return rotated(x, inverse) if fmt.is_turbo else x

@@ -21,7 +21,7 @@ def quantized(x: np.ndarray, fmt: KVFormat) -> tuple[np.ndarray, np.ndarray]:
     """
     dim = x.shape[-1]
     width = fmt.group_width(dim)
-    rows = _rotated(x) if fmt.is_turbo else x
+    rows = rotated(x) if fmt.is_turbo else x
     codes, scales = [], []
     for first in range(0, dim, width):
         group = rows[..., first : first + width]
@@ -46,7 +46,7 @@ def dequantized(codes: np.ndarray, scales: np.ndarray, fmt: KVFormat) -> np.ndar
     width = fmt.group_width(dim)
     levels = codebook(fmt.bits, width).astype(np.float64)[codes] if fmt.has_codebook else codes
     rows = levels * np.repeat(scales.astype(np.float64), width, axis=-1)[..., :dim]
-    return _rotated(rows, inverse=True) if fmt.is_turbo else rows
+    return rotated(rows, inverse=True) if fmt.is_turbo else rows
 
 
 def rows_of(packed: PackedKV) -> list[np.ndarray]:
@@ -125,7 +125,12 @@ def _turbo(y: np.ndarray, bits: int, width: int) -> tuple[np.ndarray, np.ndarray
     return codes, np.where(energy > 0, scale, 0).astype(np.float16)
 
 
-def _rotated(x: np.ndarray, inverse: bool = False) -> np.ndarray:
+def rotated(x: np.ndarray, inverse: bool = False) -> np.ndarray:
+    """Rows in the basis that turbo formats store, or back from it.
+
+    Shapes:
+        x: [..., head_dim]; returns the same.
+    """
     matrix = rotation_matrix(rotation_width(x.shape[-1])).astype(np.float64)
     groups = x.reshape(*x.shape[:-1], -1, len(matrix))
     return (groups @ (matrix if inverse else matrix.T)).reshape(x.shape)
