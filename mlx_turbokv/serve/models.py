@@ -181,8 +181,6 @@ class TurboModelProvider(server.ModelProvider):
         attach(model, **self.cache_options | {"centre": centre})
         if distributed.rank() != 0:
             return
-        policy, about = (
-            label(self.cache_options["policy"]),
-            model.make_cache.about_keys_and_backend(),
-        )
+        policy = label(self.cache_options["policy"])
+        about = model.make_cache.about_keys_and_backend()
         print(f"Serving {loaded.name}: KV cache {policy}, {about}", file=sys.stderr)

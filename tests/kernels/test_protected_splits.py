@@ -40,7 +40,7 @@ def works(n_tokens: int, found: Segments, splits: int, shares: Shares) -> list[f
     ("n_tokens", "splits", "expected"),
     [
         (131072, 4, (4, 3, 14)),  # eight KV heads on a GPU of eight cores
-        (131072, 33, (33, 32, 14)),  # and of 132
+        (131072, 33, (33, 32, 14)),  # and of 66
         (32768, 33, (32, 32, 0)),  # the second loop's start would cost more than it saves
         (32768, 2, (2, 1, 14)),
         (8192, 4, (4, 3, 14)),
