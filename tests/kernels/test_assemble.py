@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import mlx.core as mx
 import pytest
 
@@ -36,3 +39,39 @@ def test_cuda_kernels_of_other_text_have_other_names(names, monkeypatch) -> None
 def test_metal_kernels_have_plain_names(names, monkeypatch) -> None:
     built("text", "s", "metal", monkeypatch)
     assert names == ["turbokv_pack"]
+
+
+def headers(monkeypatch, text: str, backend: str) -> str:
+    """What MLX gets to hash at every launch."""
+    found: list[str] = []
+    for maker in ("metal_kernel", "cuda_kernel"):
+        monkeypatch.setattr(mx.fast, maker, lambda **build: found.append(build["header"]))
+    built(text, "s", backend, monkeypatch)
+    return found[0]
+
+
+def test_cuda_reads_the_text_from_a_file(monkeypatch) -> None:
+    text = assemble.header_text("pack.metal", "cuda")
+    for damage in (None, "damaged", text[:-1]):
+        header = headers(monkeypatch, text, "cuda")
+        (name,) = re.fullmatch(r'#include "(/[^"]+)"\n', header).groups()
+        assert Path(name).read_text() == text
+        if damage is not None:  # a process that ended while it wrote, or whoever
+            Path(name).write_text(damage)
+
+
+def test_each_text_has_a_file_of_its_own(monkeypatch) -> None:
+    first, second, again = (headers(monkeypatch, t, "cuda") for t in ("old", "new", "old"))
+    assert first == again != second
+
+
+@pytest.mark.parametrize("folder", ["file/below", 'a"quote'])
+def test_cuda_gets_the_text_where_no_file_can_be_included(folder, tmp_path, monkeypatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TURBOKV_CACHE_DIR", str(tmp_path / folder))
+    assert headers(monkeypatch, "text", "cuda") == "text"
+
+
+def test_metal_gets_the_text(monkeypatch) -> None:
+    # nobody has tried whether its compiler reads files
+    assert headers(monkeypatch, "text", "metal") == "text"
