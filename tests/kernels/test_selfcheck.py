@@ -73,6 +73,10 @@ def test_sound_kernels_pass(own, centred, host) -> None:
          {**SPLIT, "protected": True, "centred": True}),
         ("decode", layout("f16", "turbo5", 72, "float32"), {**SPLIT, "protected": False}),
         ("pack", layout("turbo4", "turbo3", 64, "float32"), {"rotated": True}),
+        # what the first and newest tokens of most models are packed in
+        *[("pack", layout("turbo8", "turbo8", dim, dtype), {"centred": dim != 96})
+          for dim, dtype in ((80, "bfloat16"), (96, "float32"), (128, "bfloat16"),
+                             (128, "float16"), (256, "float32"))],
     ],
 )  # fmt: skip
 def test_sound_kernels_of_protected_tokens_pass(op, own, options, host) -> None:

@@ -88,6 +88,20 @@ def test_half_rows_are_rotated_to_half_precision(head_dim: int, inverse: bool) -
     assert np.abs(np.array(got) - expected).max() <= 2**-10 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("inverse", [False, True])
+def test_values_of_one_magnitude_cancel_exactly(head_dim: int, inverse: bool) -> None:
+    """Kernels bound huge values, which then have one magnitude: sums that are 0 must be 0."""
+    width = rotation_width(head_dim)
+    x = np.sign(np.random.default_rng(head_dim).standard_normal((40, head_dim)))
+    signed = np.sign(rotation_matrix(width)).astype(np.float64)
+    sums = x.reshape(40, -1, width) @ (signed if inverse else signed.T)
+    expected = (sums.astype(np.float32) * np.float32(2**50 / np.sqrt(width))).reshape(x.shape)
+    got = np.array(rotate(mx.array((2.0**50 * x).astype(np.float32)), head_dim, inverse))
+    assert ((got == 0) == (expected == 0)).all() and (expected == 0).any()
+    assert np.abs(got - expected).max() <= 2**-22 * np.abs(expected).max()
+
+
 @pytest.mark.parametrize("head_dim", [(1 << 16) + 8, (1 << 40) + 8, 1 << 62])
 def test_a_huge_head_dim_is_refused_at_once(head_dim):
     """Sizes may come from a file: every split of the head would be tried."""
