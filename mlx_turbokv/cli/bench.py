@@ -281,10 +281,12 @@ def _add_finished_rows(record: dict, path: str | None, points: list) -> None:
             f"{path} holds a run with other settings ({', '.join(differ)}); --no-resume starts "
             "anew."
         )
+    asked = {(p.kind, p.tokens) for p in points}
     failed = {(r["kind"], r["tokens"]) for r in found["rows"] if "error" in r}
-    kept = [r for r in found["rows"] if (r["kind"], r["tokens"]) not in failed]
+    # what failed and is asked for again is measured again
+    kept = [r for r in found["rows"] if (r["kind"], r["tokens"]) not in asked & failed]
     record["rows"] = kept
-    if {(p.kind, p.tokens) for p in points} <= {(r["kind"], r["tokens"]) for r in kept}:
+    if asked <= {(r["kind"], r["tokens"]) for r in kept}:
         # Nothing is measured now: the command and commit are those of the run that did.
         record |= {key: found[key] for key in ("command", "commit")}
 

@@ -141,7 +141,7 @@ def turns() -> str:
 def protected() -> str:
     """Decode with protected tokens and without, in one run."""
     record = read("bench_protected")
-    times = {(r["tokens"], r["variant"]): r for r in record["rows"]}
+    times = {(r["tokens"], r["variant"]): r for r in record["rows"] if r["job"] == "decode"}
     rows = []
     for (tokens, name), plain in times.items():
         other = times.get((tokens, f"{name} protected"))
@@ -153,10 +153,21 @@ def protected() -> str:
     return "\n\n".join([
         "# Decode attention with protected tokens",
         "The first 32 and the newest 128 tokens in 8.5 bits a value, beside none. Chains of calls "
-        "and, apart, calls that do not wait for each other. Up to 32,768 tokens the CPU's "
+        "and, apart, calls that do not wait for each other. Up to 8,192 tokens the CPU's "
         "submission binds.",
-        table(header, rows), source("bench_protected", record),
+        table(header, rows), "## Prefill",
+        "A step of 2,048 queries after so many tokens, itself counted: packing, and attention.",
+        table(header[:5], _prefill(record)), source("bench_protected", record),
     ])  # fmt: skip
+
+
+def _prefill(record: dict) -> list[list[str]]:
+    times = {(r["tokens"], r["variant"]): r["us"] for r in record["rows"] if r["job"] == "prefill"}
+    return [
+        [f"{tokens:,}", name, f"{plain:,.0f}", f"{other:,.0f}", f"{plain / other:.2f}"]
+        for (tokens, name), plain in times.items()
+        if (other := times.get((tokens, f"{name} protected"))) is not None
+    ]
 
 
 def kv_bits() -> str:

@@ -46,9 +46,10 @@ def _whole_model(record: dict) -> str:
     points = list(dict.fromkeys(key[:2] for key in by))
     contexts, prompts = ([p for p in points if p[0] == kind] for kind in ("context", "prompt"))
     first = record["configs"][0]
+    measured = [name for name in record["configs"] if any(key[2] == name for key in by)]
 
     def line(name: str, point: tuple[str, int], cell) -> list[str]:
-        rows = [by[(*point, config)] for config in record["configs"]]
+        rows = [by.get((*point, config), {"error": None}) for config in measured]
         cells = ["–" if "error" in row else cell(row) for row in rows]
         return [f"{name} {point[1]:,} tokens", *cells]
 
@@ -81,12 +82,16 @@ def _whole_model(record: dict) -> str:
         f"{record['weights']}; {record['num_trials']} trials of {record['generation_tokens']} "
         f"tokens, up to {apart:.0%} from their median."
     )
+    if "note" in record:
+        about += f" {record['note']}"
     if record["backend"] != "metal" and record["model"]["source"] in RECURRENT:
         about += (" Without Metal mlx-lm computes the recurrent layers token by token, which is "
                   "what prefill takes here.")  # fmt: skip
     if record["not_measured"]:
         about += f" Not measured within the time limit: {', '.join(record['not_measured'])} tokens."
-    return f"{about}\n\n{table(['', *record['configs']], lines)}"
+    if left_out := [name for name in record["configs"] if name not in measured]:
+        about += f" Not measured: {', '.join(left_out)}."
+    return f"{about}\n\n{table(['', *measured], lines)}"
 
 
 def memory() -> str:

@@ -9,6 +9,7 @@ import pytest
 from command_calls import call, refused
 from pages import models
 
+from mlx_turbokv.evaluate import benchmark
 from mlx_turbokv.loading.config import build_model
 from mlx_turbokv.loading.known_shapes import known_config
 from mlx_turbokv.model.kv_layers import kv_layers
@@ -77,6 +78,25 @@ def test_a_record_has_every_point_is_continued_and_drawn(name, quick, tmp_path, 
             row["error"] = "out of memory"
         row |= {key: None for key in row if key.endswith("of_first")}
     assert "×)" not in models.whole_models()
+
+
+def test_a_configuration_that_fails_takes_no_rows_of_others_with_it(quick, tmp_path, monkeypatch):
+    path = tmp_path / "record.json"
+    arguments = ["Qwen3-30B-A3B", "--tiny", "--backend", "reference", "--json", path]
+    for kind in (benchmark._Contexts, benchmark._Prompts):
+
+        def failing(self, trial, say, sound=kind.warm_up):
+            if broken and trial.config.name == "balanced":
+                raise RuntimeError("refused")
+            sound(self, trial, say)
+
+        monkeypatch.setattr(kind, "warm_up", failing)
+    for broken in (True, False):
+        assert call(bench_whole.command, *arguments).status == 0
+        rows = json.loads(path.read_text())["rows"]
+        assert len(rows) == 4 * len(bench_whole.CONFIGS)
+        failed = [row["config"] for row in rows if "error" in row]
+        assert failed == (["balanced"] * 4 if broken else [])
 
 
 def test_no_prompt_is_begun_that_would_not_end_in_time(quick, tmp_path, monkeypatch):
