@@ -88,9 +88,11 @@ struct DecodeConfig {
   // q.k of half operands, but not in heads narrower than four chains, where too few rounding errors
   // average out, nor in float32 models.
   static constant constexpr bool K_IN_HALF = K::BITS <= 8 && K::DIM >= 4 * CHAIN && RAW != 2;
-  // int8 keys are multiplied as half numbers that are BIAS too large, and the sums are corrected
-  static constant constexpr bool K_BIASED =
-      K_IN_HALF && !HALF2 && K::BITS == 8 && K::GROUP == LANES;
+  // int8 keys are multiplied as half numbers that are BIAS too large, and the sums are corrected:
+  // by a sum of the query for each scale group, none of which may lie in two rotation groups
+  static constant constexpr bool K_BIASED = K_IN_HALF && !HALF2 && K::BITS == 8 &&
+                                            K::GROUP == LANES &&
+                                            (K::WIDTH % LANES == 0 || K::WIDTH == K::DIM);
   static constant constexpr int SPAN = key_span(K::BITS, K::GROUP, K::DIM, COLUMNS);
   static constant constexpr int SPANS = K::DIM / SPAN;
   static constant constexpr int SPAN_WORDS = ceil_div(SPAN * K::BITS, 32);  // of a token

@@ -100,6 +100,7 @@ TKV_FN void rotate_query(threadgroup uint* words, thread float* x, const device 
   typedef DecodeMemory<C> Memory;
   constexpr int W = query_width(K::WIDTH);
   constexpr int N = ceil_div(W, LANES);
+  static_assert(!C::K_BIASED || ceil_div(K::DIM, W) * N == K::GROUPS, "a bias for each group");
   threadgroup float* scratch =
       (threadgroup float*)words + Memory::WEIGHTS + simd_group * Memory::WEIGHT_WORDS;
   TKV_UNROLL

@@ -6,15 +6,11 @@ from mlx_turbokv.policy import Policy, load_policy
 from mlx_turbokv.policy.settings import DEFAULT, SETTINGS
 
 from . import ROOT, read, table, tables
-from .tables import BIAS, MEAN, NAMES, NONE, Row, main_rows
+from .tables import NAMES, NONE, Row, main_rows
 
 # what the settings promise: each is the cheapest pair measured on all models whose KLD, with its
 # 95 % interval, is at most this
 LIMITS = {"near-lossless": 0.001, "balanced": 0.01, "compact": 0.05}
-BEFORE_SCALES = (
-    "Some of these were measured with keys centred by means or the bias alone, before [scales]"
-    "(docs/centred-keys.md#scales-of-pairs-of-dims), which lower KLD."
-)
 
 
 def settings() -> str:
@@ -23,20 +19,18 @@ def settings() -> str:
     if not found:
         return ""
     needles = [needles_of(name) for name in found]
-    rows, older = [], False
+    rows = []
     for policy, name, config in named():
         measured = [row_of(record, f"{config}+{policy.protection}") for record in found.values()]
-        older = older or bool({row["asked_keys"] for row in measured if row} & {MEAN, BIAS})
         bits = [_from_to([row[key] for row in measured if row]) for key in ("bits", "bits_32k")]
         kld = [f"{row['kld']['mean']:.4f}" if row else NONE for row in measured]
         hits = [by_config.get(f"{config}+{policy.protection}", NONE) for by_config in needles]
         named_so = f"`{policy.name}`{' (default)' if policy.name == DEFAULT else ''}"
         rows.append([named_so, name, *bits, *kld, ", ".join(hits)])
     names = [f"KLD: {NAMES[name]}" if i == 0 else NAMES[name] for i, name in enumerate(found)]
-    made = table(
+    return table(
         ["`--policy`", "K/V", "bits at 2,048", "at 32K", *names, "needles, of f16's"], rows
     )
-    return f"{made}\n\n{BEFORE_SCALES}" if older else made
 
 
 def _from_to(values: list[float]) -> str:

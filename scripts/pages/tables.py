@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from quality_table import PAIRS, PEERS, PRESETS, SCALED, WINDOWS, protected
+from collections import Counter
+
+from quality_table import LONG, PAIRS, PEERS, PRESETS, SCALED, WINDOWS, protected
 
 from mlx_turbokv.evaluate.statistics import ratio
 from mlx_turbokv.evaluate.tables import bytes_text
@@ -113,6 +115,9 @@ def of_length(part: dict) -> str:
 
 def groups(n_ctx: int) -> dict[str, list[str]]:
     """The plan of windows of this length, for any model, by what configurations are."""
+    if n_ctx > 2048:
+        with_them = [protected(name, n_ctx) for name in LONG]
+        return {"with protected tokens": with_them, "without": [f"{name}+0,0" for name in LONG]}
     return {
         "pairs with protected tokens": [protected(name, n_ctx) for name in PAIRS],
         "pairs without them": [f"{name}+0,0" for name in PAIRS],
@@ -196,8 +201,7 @@ def quality() -> str:
         "nothing to protect, and all its rows are read as stored, which on Qwen2.5, whose keys it "
         "does not centre, is most of its KLD. "
         "Needles: [needle-protected.md](needle-protected.md).",
-        f"{NONE}: not measured. Not every table is whole: a sentence above each says what it "
-        "lacks.",
+        f"{NONE}: not measured. At 8,192 tokens only {', '.join(LONG)} were.",
         "![KLD against bits per value](kld-by-bits.svg)",
     ]
     for name, record in records().items():
@@ -212,14 +216,18 @@ def quality() -> str:
 
 
 def elsewhere(record: dict) -> list[str]:
-    """Sentences on the rows that were measured on another machine than the record."""
-    found: dict[str, list[str]] = {}
+    """A sentence on the rows of other runs than the record's."""
+    found: dict[str, Counter] = {}
     for n_ctx, part in record["tables"].items():
         for row in part["rows"]:
             if "device" in row:
                 where = f"{row['device']}, commit {row['commit']}, {row['date']}"
-                found.setdefault(where, []).append(f"{row['config']} at {int(n_ctx):,}")
-    return [f"On another machine ({where}): {', '.join(rows)}." for where, rows in found.items()]
+                found.setdefault(where, Counter())[int(n_ctx)] += 1
+    runs = [
+        f"{where}: {', '.join(f'{n} at {n_ctx:,} tokens' for n_ctx, n in counts.items())}"
+        for where, counts in found.items()
+    ]
+    return [f"Rows of other runs, which the record marks: {'; '.join(runs)}."] if runs else []
 
 
 def _length(name: str, n_ctx: str, part: dict) -> list[str]:

@@ -229,8 +229,14 @@ TURBO8 = [
         }
     )
 ]
+# scale groups of 32 dims that lie in two rotation groups
+STRADDLING = [
+    Case("turbo8", "turbo3", (160, 160)),
+    Case("turbo8", "turbo8", (144, 72), "bfloat16", (1, 2, 4), 2, (32, 33), "causal", "apart", 3),
+    Case("turbo8", "f16", (224, 64), "float16", (2, 1, 3), 8, (64, 70), "starts"),
+]
 ALL_CASES = SANITIZE_CASES + PAIRS + CENTRED + NARROW + MANY + LONG
-ALL_CASES += CENTRED_BATCH + EXTREME + LONGEST + TURBO8
+ALL_CASES += CENTRED_BATCH + EXTREME + LONGEST + TURBO8 + STRADDLING
 
 
 def run_case(case: Case, backend: str) -> dict:

@@ -107,6 +107,12 @@ CASES += [
         ("turbo4", "turbo3"), 64, "float16", (3, 1, 3), 8, "tokens that are all first ones"
     ),
     SegmentCase(("turbo5", "turbo6"), 512, "float16", (1, 1, 2), 1, "no first tokens"),
+    # scale groups of 32 dims that lie in two rotation groups
+    SegmentCase(("turbo4", "turbo3"), 160, "float16", (1, 2, 4), 1, "three segments"),
+    SegmentCase(
+        ("turbo4", "turbo3"), 144, "bfloat16", (2, 1, 3), 2, "a body into the tail", centred=True,
+        splits=3,
+    ),
 ]
 
 
