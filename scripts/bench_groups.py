@@ -53,12 +53,12 @@ def groups(parts, pairs, lengths, backend: Backend) -> Iterator[Group]:
         for name in names:
             if name.startswith("kv_bits"):
                 make[name] = partial(variants.kv_bits_attention, bits=int(name[-1]))
-            elif name.endswith(" protected"):
+            elif part == "protected":
                 # earlier trees, which --against times, have no protected tokens
-                from protected_variants import protected_attention
+                from protected_variants import cached_attention
 
-                pair = name.partition(" ")[0]
-                make[name] = partial(protected_attention, pair, backend=backend)
+                pair, _, how = name.partition(" ")
+                make[name] = partial(cached_attention, pair, backend=backend, protected=bool(how))
             else:
                 pair, _, how = name.partition(" ")
                 make[name] = partial(variants.packed_attention, pair, backend=backend, how=how)

@@ -38,7 +38,13 @@ cases() {
   [ -e "${have[0]}" ] || have=()
   [ ${#have[@]} -gt 0 ] && grep -q '"not_run": \[\]' "${have[-1]}" && return
   [ "$(left)" -lt $((CASE_SECONDS + 20)) ] && return 1
-  run "$name.${#have[@]}" "$@" --seconds $(($(left) - CASE_SECONDS)) ${have[@]+--without "${have[@]}"}
+  name=$name.${#have[@]}
+  run "$name" "$@" --seconds $(($(left) - CASE_SECONDS)) ${have[@]+--without "${have[@]}"}
+  # a sanitizer that lost track of a launch says nothing of the cases: once more
+  if grep -qs "Internal Sanitizer Error" "$folder/$name.log"; then
+    rm -f "$folder/$name.json"
+    run "$name" "$@" --seconds $(($(left) - CASE_SECONDS)) ${have[@]+--without "${have[@]}"}
+  fi
 }
 
 shard() {

@@ -18,27 +18,31 @@ from mlx_turbokv.kernels.backend import Backend
 from mlx_turbokv.kernels.segments import SegmentedKV
 
 PROTECTED = (32, 128)  # tokens at the start and at the end
+N_NEWEST = 16  # of the rows, generated one by one: a tail is partly filled at most steps
 
 
-def protected_attention(pair: str, x: Inputs, backend: Backend) -> Variant:
-    """The same with protected tokens, PROTECTED of them."""
-    cache = TurboKVCache(*pair.split("/"), backend.name, None, *PROTECTED)
-    cache.update_and_fetch(x.keys, x.values)
+def cached_attention(pair: str, x: Inputs, backend: Backend, protected: bool) -> Variant:
+    """Attention over a cache as generation leaves it, with PROTECTED tokens or none."""
+    protection = PROTECTED if protected else (0, 0)
+    cache = TurboKVCache(*pair.split("/"), backend.name, None, *protection)
+    cache.update_and_fetch(*(side[:, :, :-N_NEWEST] for side in x[:2]))
+    for i in range(-N_NEWEST, 0):
+        cache.update_and_fetch(*(side[:, :, i:][:, :, :1] for side in x[:2]))
     found = cache.packed
-    assert isinstance(found, SegmentedKV)
-    parts = copies(found.body, found.tail, found.sink)
-    views = [found._replace(body=body, tail=tail, sink=sink) for body, tail, sink in parts]
+    names = ("body", "tail", *(("sink",) if isinstance(found, SegmentedKV) else ()))
+    parts = copies(*(getattr(found, name) for name in names))
+    views = [found._replace(**dict(zip(names, part))) for part in parts]
     scale, mask = x.keys.shape[-1] ** -0.5, mask_of(x)
 
     def call(i: int, queries: mx.array) -> mx.array:
         return dispatch.attention(queries, views[i % len(views)], scale, mask, backend=backend)
 
     def check() -> tuple[float, float]:
-        own = {name: getattr(views[0], name)[:, :1] for name in ("body", "tail", "sink")}
+        own = {name: getattr(views[0], name)[:, :1] for name in names}
         rows = reference.dequantize(views[0]._replace(**own), mx.float32)
         return attention_error(call(0, x.queries), x.queries, *rows, gqa_factor(x))
 
-    n_bytes = sum(part.nbytes for part in (found.body, found.tail, found.sink))
+    n_bytes = sum(getattr(found, name).nbytes for name in names)
     return Variant(call, lambda: x.queries, n_bytes, check)
 
 

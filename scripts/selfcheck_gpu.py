@@ -7,7 +7,8 @@
 Each kernel is checked twice: the first time compiles it. Then faults are planted in the text, one
 at a time: `auto` must go on with the reference and say so in one sentence, and the back-end asked
 for by name must refuse. ``--starts N`` also starts ``generate`` N times each without the check,
-with nothing remembered and with all remembered.
+with nothing remembered and with all remembered; and, since starts vary by more than that, N processes
+that time nothing but the check of those kernels, all of which are remembered.
 """
 
 from __future__ import annotations
@@ -179,6 +180,29 @@ def timed(kernel: Kernel) -> dict:
     return {"kernel": str(kernel), "compiling": seconds[0], "again": seconds[1], "problem": problem}
 
 
+def require_all(name: str) -> float:
+    """Seconds that the check of the kernels takes in this process."""
+    own = kernels(name)
+    begun = time.perf_counter()
+    for kernel in own:
+        trust.require(kernel)
+    return time.perf_counter() - begun
+
+
+def requiring(n: int, name: str) -> list[float]:
+    """The same of ``n`` new processes, after one that checked and remembered."""
+    command = [sys.executable, __file__, "--require", "--backend", name]
+    with tempfile.TemporaryDirectory() as folder:
+        own = {"TURBOKV_CACHE_DIR": folder, trust.VARIABLE: "1"}
+        said = [
+            subprocess.run(
+                command, env={**os.environ, **own}, check=True, capture_output=True, text=True
+            ).stdout
+            for _ in range(n + 1)
+        ]
+    return [float(seconds) for seconds in said[1:]]
+
+
 def starts(n: int, model: str | None, name: str) -> dict[str, list[float]]:
     """Seconds that ``generate`` takes: without checks, checking, and with all remembered."""
     command = [sys.executable, "-m", "mlx_turbokv", "generate", "--backend", name]
@@ -207,12 +231,16 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--backend", help="metal or cuda; default: the best there is")
     parser.add_argument("--starts", type=int, default=0, help="of generate, of each kind")
     parser.add_argument("--model", help="of --starts; default: the default model")
+    parser.add_argument("--require", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args(words)
     name = backend.select_backend(args.backend).name
     if name == "reference":
         print("no GPU back-end here", file=sys.stderr)
         return 1
+    if args.require:
+        print(require_all(name))
+        return 0
     os.environ[trust.VARIABLE] = "1"
     checks = []
     for kernel in kernels(name):
@@ -230,6 +258,8 @@ def main(words: list[str] | None = None) -> int:
             os.environ["TURBOKV_CACHE_DIR"] = before
     report = record(backend=name, checks=checks, faults=faults)
     if args.starts:
+        report["requiring"] = requiring(args.starts, name)
+        print(f"remembered: {statistics.median(report['requiring']):.4f} s", flush=True)
         report["starts"] = starts(args.starts, args.model, name)
         print({kind: statistics.median(s) for kind, s in report["starts"].items()}, flush=True)
     write(args.out, report)

@@ -33,6 +33,7 @@ out.write_text(json.dumps({{"kernels": [{{"case": left[0]}}], "not_run": left[1:
 sys.exit(len(left) > 1)
 """
 SANITIZER = """#!/bin/sh
+if rm "$LOST" 2>/dev/null; then echo "Internal Sanitizer Error: a launch is lost"; fi
 shift 2
 exec "$@"
 """
@@ -47,6 +48,7 @@ def checked(tmp_path, monkeypatch):
         (tmp_path / name).chmod(0o755)
     calls = tmp_path / "calls"
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(calls)}
+    environment["LOST"] = str(tmp_path / "lost")
 
     def run(seconds: int = 400) -> list[str]:
         calls.write_text("")
@@ -81,3 +83,11 @@ def test_the_same_command_runs_what_is_missing(checked, tmp_path):
 def test_nothing_is_begun_that_would_not_end_in_time(checked):
     assert checked(30) == ["doctor0.json", "doctor1.json", "doctor2.json", "launches.json",
                            "model.json"]  # fmt: skip
+
+
+def test_cases_of_a_sanitizer_that_fails_itself_are_run_again(checked, tmp_path):
+    (tmp_path / "lost").write_text("")
+    calls = [name for name in checked() if "check" in name]
+    assert len(calls) == 5 and len(set(calls)) == 4
+    logs = [path.read_text() for path in (tmp_path / "out").glob("*check*.log")]
+    assert len(logs) == 4 and not any("Internal Sanitizer Error" in log for log in logs)
