@@ -7,8 +7,8 @@
 Each kernel is checked twice: the first time compiles it. Then faults are planted in the text, one
 at a time: `auto` must go on with the reference and say so in one sentence, and the back-end asked
 for by name must refuse. ``--starts N`` also starts ``generate`` N times each without the check,
-with nothing remembered and with all remembered; and, since starts vary by more than that, N processes
-that time nothing but the check of those kernels, all of which are remembered.
+with nothing remembered and with all remembered; and, since starts vary by more than that, N
+processes that time nothing but the check of those kernels, all of which are remembered.
 """
 
 from __future__ import annotations
