@@ -110,7 +110,13 @@ CASES += [
     # scale groups of 32 dims that lie in two rotation groups
     SegmentCase(("turbo4", "turbo3"), 160, "float16", (1, 2, 4), 1, "three segments"),
     SegmentCase(
-        ("turbo4", "turbo3"), 144, "bfloat16", (2, 1, 3), 2, "a body into the tail", centred=True,
+        ("turbo4", "turbo3"),
+        144,
+        "bfloat16",
+        (2, 1, 3),
+        2,
+        "a body into the tail",
+        centred=True,
         splits=3,
     ),
 ]
