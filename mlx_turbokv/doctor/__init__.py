@@ -23,8 +23,10 @@ NEURAL_GENERATION = 17
 FILES = {
     "pack": ("pack.metal",),
     "decode": ("decode.metal", "merge.metal"),
+    "protected": ("decode.metal", "merge.metal"),
     "dequantize": ("dequantize.metal",),
 }
+PROTECTED_ENTRIES = {"decode.metal": "decode_protected"}
 _NAMED_FILE = re.compile(r"metal/((?:compat/)?\w+\.(?:metal|h))")
 
 
@@ -98,9 +100,10 @@ def kernels_named(job: str, message: str, backend: str) -> list[str]:
         return [f"reference {job}"]
     if job not in JOBS:
         return [job]
-    own = [sources.ENTRIES[file] for file in FILES[job]]
+    entries = {**sources.ENTRIES, **(PROTECTED_ENTRIES if job == "protected" else {})}
+    own = [entries[file] for file in FILES[job]]
     files = set(_NAMED_FILE.findall(message))
-    named = [sources.ENTRIES[file] for file in FILES[job] if file in files]
+    named = [entries[file] for file in FILES[job] if file in files]
     if not named:
         named = [k for k in own if f"turbokv_{k}_" in message or f"'turbokv_{k}'" in message]
     return named or own

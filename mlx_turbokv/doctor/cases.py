@@ -12,11 +12,14 @@ from ..centring.rope import RopeFrequencies
 from ..centring.scales import PairScales
 from ..kernels import reference
 from ..kernels.packed import PackedKV
+from ..kernels.segments import SegmentedKV
+from ..quant.layout import TILE, KVLayout, protected_layout
 from .variants import Variant
 
 N_KV_HEADS = 2
 N_BODY, N_TAIL = 64, 37
 N_ROWS = N_BODY + N_TAIL
+N_FIRST = TILE  # protected tokens, besides the tail's
 
 
 class Case:
@@ -68,11 +71,13 @@ class Case:
         """Arguments of pack for the centre of rows from ``first`` on."""
         return {} if self.centre is None else {"centre": self.centre, "first": first}
 
-    def reference_tiles(self, first: int = 0, last: int = N_ROWS) -> mx.array:
+    def reference_tiles(
+        self, first: int = 0, last: int = N_ROWS, layout: KVLayout | None = None
+    ) -> mx.array:
         """Rows that the reference packed, on the CPU."""
         with mx.stream(mx.cpu):
             rows = self.rows(first, last)
-            tiles = reference.pack(*rows, self.layout, **self.centre_at(first))
+            tiles = reference.pack(*rows, layout or self.layout, **self.centre_at(first))
             mx.eval(tiles)
         return tiles
 
@@ -80,3 +85,13 @@ class Case:
         """A body and a tail that the reference packed."""
         body, tail = self.reference_tiles(0, N_BODY), self.reference_tiles(N_BODY)
         return PackedKV(self.layout, body, N_BODY, tail, N_TAIL, self.centre)
+
+    def segmented(self) -> SegmentedKV:
+        """The same with the first tokens and the tail as protected rows."""
+        fine = protected_layout(self.layout)
+        first = self.reference_tiles(0, N_FIRST, fine)
+        body, tail = self.reference_tiles(0, N_BODY), self.reference_tiles(N_BODY, N_ROWS, fine)
+        return SegmentedKV(
+            self.layout, fine, fine, first, N_FIRST, N_ROWS, body, N_BODY, tail, N_BODY, N_TAIL,
+            (N_BODY,), (0,), self.centre,
+        )  # fmt: skip

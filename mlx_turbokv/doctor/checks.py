@@ -19,8 +19,7 @@ from ..attention import dispatch
 from ..kernels import decode, dequantize, reference
 from ..kernels.agreement import CheckError, codes_and_scales, compare_rows
 from ..kernels.backend import Backend
-from ..kernels.packed import PackedKV
-from ..kernels.segments import scales_of
+from ..kernels.segments import AnyKV, SegmentedKV, scales_of
 from ..quant.layout import TILE
 from ..quant.rotate import rotate
 from ..quant.tiles import code_bits, first_rows_mask, tiles_to_rows
@@ -49,7 +48,7 @@ def run_variant(
     """Check the jobs of one variant; yields (job, None) before each and (job, outcome) after."""
     case = Case(variant)
     for job, check in CHECKS.items():
-        if job in skip:
+        if job in skip or (job == "protected" and not variant.protected):
             continue
         yield job, None
         start = time.perf_counter()
@@ -98,9 +97,19 @@ def check_pack(case: Case, backend: Backend) -> float:
 
 def check_decode(case: Case, backend: Backend) -> float:
     """One query with a GQA factor of 4, unsplit and split; then the variant's own shape."""
-    packed, v, worst = case.packed(), case.variant, 0.0
+    return _check_attention(case, backend, case.packed(), case.variant.edge)
+
+
+def check_protected(case: Case, backend: Backend) -> float:
+    """The same of rows of which the first and the newest are protected, without left padding."""
+    edge = case.variant.edge
+    return _check_attention(case, backend, case.segmented(), "plain" if edge == "starts" else edge)
+
+
+def _check_attention(case: Case, backend: Backend, packed: AnyKV, edge: str) -> float:
+    v, worst = case.variant, 0.0
     split = [] if backend.name == "reference" else [(4, 1, "plain", N_SPLITS)]
-    own = (v.gqa_factor, v.n_queries, v.edge, None)
+    own = (v.gqa_factor, v.n_queries, edge, None)
     for gqa, n_queries, edge, splits in [(4, 1, "plain", None), *split, own]:
         error, of_allowed = _attention_error(case, backend, packed, gqa, n_queries, edge, splits)
         if not of_allowed <= 1:
@@ -147,14 +156,17 @@ def check_dequantize(case: Case, backend: Backend) -> float:
     return worst
 
 
-CHECKS = {"pack": check_pack, "decode": check_decode, "dequantize": check_dequantize}
+CHECKS = {
+    "pack": check_pack, "decode": check_decode, "protected": check_protected,
+    "dequantize": check_dequantize,
+}  # fmt: skip
 JOBS = tuple(CHECKS)
 
 
 def _attention_error(
     case: Case,
     backend: Backend,
-    packed: PackedKV,
+    packed: AnyKV,
     gqa: int,
     n_queries: int,
     edge: str,
@@ -177,7 +189,7 @@ def _attention_error(
         elif edge == "starts":
             padding = mx.array([n // 3], mx.int32)
             seen = mx.broadcast_to(positions >= n // 3, (n_queries, n))
-            if packed.centre is not None:
+            if packed.centre is not None and not isinstance(packed, SegmentedKV):
                 packed = packed._replace(left_padding=padding)
         if seen is not None:
             mx.eval(seen)

@@ -21,9 +21,10 @@ import numpy as np
 
 from ..kernels import reference
 from ..kernels.packed import PackedKV
+from ..kernels.segments import AnyKV
 from ..quant.formats import KVFormat
 from ..quant.tiles import tiles_to_rows
-from .oracle import float64, rotated
+from .oracle import float64, parts_of, rotated
 
 TIMES = 3.0
 HALF = 2.0**-11
@@ -55,7 +56,7 @@ class Result(NamedTuple):
 
 def attention(
     queries: mx.array,
-    packed: PackedKV,
+    packed: AnyKV,
     scale: float,
     seen: np.ndarray,
     sinks: mx.array | None,
@@ -89,25 +90,34 @@ def attention(
 
 
 class _Rows:
-    """Packed rows in float64, turbo rows in the rotated basis, anchors apart."""
+    """Packed rows in float64, turbo rows in the rotated basis, anchors apart.
 
-    def __init__(self, packed: PackedKV) -> None:
-        layout, n = packed.layout, packed.n_tokens
-        with mx.stream(mx.cpu):
-            bare = reference._rotated(packed.tiles, packed._replace(centre=None))
-            self.keys, self.values = (float64(x) for x in bare)
-            scales = tiles_to_rows(packed.tiles, layout).v_scales[:, :, :n]
-            self.v_scales = float64(scales)
-            self.anchors = None
-            if packed.centre is not None:
-                rows = packed.centre.rows(0, n, packed.left_padding)
+    Shapes:
+        keys, values, v_scales: [B, H, n, head_dim]; a scale stands at each value that has it.
+    """
+
+    def __init__(self, packed: AnyKV) -> None:
+        layout, parts = packed.layout, parts_of(packed)
+        read = [[x[:, :, own] for x in self._read(part)] for part, own in parts]
+        self.keys, self.values, self.v_scales = (np.concatenate(x, axis=2) for x in zip(*read))
+        self.anchors = None
+        if packed.centre is not None:
+            with mx.stream(mx.cpu):
+                rows = packed.centre.rows(0, packed.n_tokens, packed.left_padding)
                 self.anchors = np.broadcast_to(float64(rows), self.keys.shape)
         self.k_format, self.v_format = layout.k_format, layout.v_format
         half = layout.dtype != "float32"
         self.k_half = half and not self.k_format.is_f16 and layout.k_head_dim >= 4 * CHAIN
-        width = self.v_format.group_width(layout.v_head_dim)
-        groups = self.v_format.n_groups(layout.v_head_dim)
-        self.v_half = half and self.v_format.is_turbo and (groups == 1 or width == 128)
+        self.v_half = half and any(_folds_scales(part) for part, _ in parts)
+
+    @staticmethod
+    def _read(part: PackedKV) -> list[np.ndarray]:
+        with mx.stream(mx.cpu):
+            keys, values = (float64(x) for x in reference._rotated(part.tiles, part))
+            scales = float64(tiles_to_rows(part.tiles, part.layout).v_scales)
+        n, dim = part.n_tokens, values.shape[-1]
+        each = np.repeat(scales, -(-dim // max(1, scales.shape[-1])), axis=-1)
+        return [keys, values, each[:, :, :n, :dim]]
 
     def head(self, b: int, h: int) -> _Head:
         anchors = None if self.anchors is None else self.anchors[b, h]
@@ -177,14 +187,18 @@ class _Head(NamedTuple):
         squares = np.square(sums).sum() + np.square(sums[:, :, -1].sum(axis=1)).sum()
         squares += 2 * np.square(products).sum()
         # weights, times the scale, that are subnormal in half
-        scaled = p[:, None] * self.v_scales
-        width = self.values.shape[1] // self.v_scales.shape[1]
-        scales = np.repeat(self.v_scales, width, axis=1)
+        scaled, scales = p[:, None] * self.v_scales, self.v_scales
         levels = np.divide(self.values, scales, out=np.zeros_like(self.values), where=scales > 0)
         lost = (
             2.0 ** -(25 + HEADROOM) * scaled.max(initial=0) * (p[:, None] > 0) * (1 + abs(levels))
         )
         return HALF**2 * squares + np.square(lost).sum()
+
+
+def _folds_scales(part: PackedKV) -> bool:
+    """Whether V's scales are a part of the weights, whose products are half then."""
+    fmt, dim = part.layout.v_format, part.layout.v_head_dim
+    return fmt.is_turbo and (fmt.n_groups(dim) == 1 or fmt.group_width(dim) == 128)
 
 
 def _half_unit(x: np.ndarray, dtype: str) -> np.ndarray:

@@ -6,7 +6,8 @@ import mlx.core as mx
 import numpy as np
 
 from ..kernels.agreement import codes_and_scales
-from ..kernels.packed import PackedKV
+from ..kernels.packed import PackedKV, empty_tiles
+from ..kernels.segments import AnyKV
 from ..quant.codebook import boundaries, codebook
 from ..quant.formats import KVFormat
 from ..quant.rotation import rotation_matrix, rotation_width
@@ -49,15 +50,42 @@ def dequantized(codes: np.ndarray, scales: np.ndarray, fmt: KVFormat) -> np.ndar
     return rotated(rows, inverse=True) if fmt.is_turbo else rows
 
 
-def rows_of(packed: PackedKV) -> list[np.ndarray]:
-    """K and V of packed rows, float64, from their codes and scales.
+def parts_of(packed: AnyKV) -> list[tuple[PackedKV, slice]]:
+    """Runs of rows that are stored alike, in order, without a centre; and which of a part's count.
+
+    Protected rows: of one sequence without left padding, whose body ends where the tail begins.
+    """
+    if isinstance(packed, PackedKV):
+        return [(packed._replace(centre=None), slice(0, packed.n_tokens))]
+    none, first, start, n = empty_tiles(), packed.n_sink, packed.tail_start, packed.n_tail
+    return [
+        (PackedKV(packed.sink_layout, none, 0, packed.sink, first), slice(0, first)),
+        (PackedKV(packed.layout, none, 0, packed.body, start), slice(first, start)),
+        (PackedKV(packed.tail_layout, none, 0, packed.tail, n), slice(0, n)),
+    ]
+
+
+def rows_of(packed: AnyKV) -> list[np.ndarray]:
+    """K and V of packed rows, float64, from their codes and scales; protected ones: ``parts_of``.
 
     Shapes:
         returns: [B, H, n, k_head_dim] and [B, H, n, v_head_dim].
     """
-    layout, n = packed.layout, packed.n_tokens
+    parts = [[rows[:, :, own] for rows in _part_rows(part)] for part, own in parts_of(packed)]
+    found = [np.concatenate(sides, axis=2) for sides in zip(*parts)]
+    if packed.centre is not None:
+        with mx.stream(mx.cpu):
+            anchors = packed.centre.rows(0, packed.n_tokens, packed.left_padding)
+            found[0] = found[0] + float64(anchors)
+            if packed.centre.scales is not None:
+                found[0] = found[0] / float64(packed.centre.scales.of_dims)[:, None]
+    return found
+
+
+def _part_rows(part: PackedKV) -> list[np.ndarray]:
+    layout, n = part.layout, part.n_tokens
     with mx.stream(mx.cpu):
-        rows = tiles_to_rows(packed.tiles, layout)
+        rows = tiles_to_rows(part.tiles, layout)
         mx.eval(rows)
     found = []
     for side, fmt in (("k", layout.k_format), ("v", layout.v_format)):
@@ -67,17 +95,12 @@ def rows_of(packed: PackedKV) -> list[np.ndarray]:
             found.append(float64(values))
         else:
             found.append(dequantized(*codes_and_scales(rows, side, fmt.bits, n), fmt))
-    if packed.centre is not None:
-        with mx.stream(mx.cpu):
-            found[0] = found[0] + float64(packed.centre.rows(0, n, packed.left_padding))
-            if packed.centre.scales is not None:
-                found[0] = found[0] / float64(packed.centre.scales.of_dims)[:, None]
     return found
 
 
 def attention(
     queries: mx.array,
-    packed: PackedKV,
+    packed: AnyKV,
     scale: float,
     seen: mx.array | None = None,
     sinks: mx.array | None = None,

@@ -101,7 +101,7 @@ def _worst(variants: list[dict], job: str) -> str:
     for variant in variants:
         error = variant["jobs"].get(job, {}).get("error")
         if error is not None:
-            kind = variant["dtype"] if job == "decode" else ""
+            kind = variant["dtype"] if job in ("decode", "protected") else ""
             worst[kind] = max(worst.get(kind, 0.0), error)
     return ", ".join(f"{error:.1e} {kind}".rstrip() for kind, error in worst.items())
 

@@ -12,12 +12,16 @@ MANY_QUERIES = 16
 THROUGH_ROWS = {"float16": 3e-3, "bfloat16": 1e-2, "float32": 3e-3}
 # largest error of a row value over the largest value
 ROWS = 1e-5
+DECODE = (
+    "relative error "
+    + ", ".join(f"{t:.0e} {d}" for d, t in ATTENTION.items())
+    + ", or each row within the bound that a kernel's roundings give"
+)
 TOLERANCES = {
     "pack": f"at most {CODES_SHARE:.0e} of the codes off by one level (values at a decision "
     f"boundary), f16 rows equal, scales within {SCALE_ULPS} ulp, free rows zero",
-    "decode": "relative error "
-    + ", ".join(f"{t:.0e} {d}" for d, t in ATTENTION.items())
-    + ", or each row within the bound that a kernel's roundings give",
+    "decode": DECODE,
+    "protected": DECODE,
     "dequantize": f"{ROWS:.0e} of the largest value; attention of {MANY_QUERIES} queries over the "
     "rows: relative error " + ", ".join(f"{t:.0e} {d}" for d, t in THROUGH_ROWS.items()),
 }

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from ..policy import settings
 from ..quant.formats import FORMAT_NAMES, KVFormat
 from ..quant.layout import KVLayout
 
 FORMATS = (*FORMAT_NAMES, *(f"turbo{bits}:32" for bits in (2, 3, 4, 5, 6)))
 HEAD_DIMS = (64, 72, 80, 96, 112, 128, 160, 192, 256, 512)
 COMMON_DIMS = (128, 64)
+# of the settings by name, which protect tokens, also a wide head, and one whose scale groups lie in
+# two rotation groups
+SETTING_DIMS = (*COMMON_DIMS, 256, 160)
+QUICK = (("q8_0", "turbo2"), settings.PAIRS[settings.DEFAULT])
+PROTECTED = {*QUICK, *settings.PAIRS.values()}
 # head_dims that differ, as models with multi-head latent attention have them
 UNEQUAL_DIMS = (192, 128)
 # (GQA factor, queries, edge): a variant gets the next one, besides one query with a GQA factor of 4
@@ -50,6 +56,11 @@ class Variant:
         return f"{self.k_format}/{self.v_format}{centred} head_dim {dims} {self.dtype}"
 
     @property
+    def protected(self) -> bool:
+        """Whether decode is checked with protected tokens as well: a setting's or preset's pair."""
+        return (self.k_format, self.v_format) in PROTECTED
+
+    @property
     def layout(self) -> KVLayout:
         """The stored layout of the pair."""
         formats = KVFormat.parse(self.k_format), KVFormat.parse(self.v_format)
@@ -65,7 +76,8 @@ def variant_set(which: str = "default") -> list[Variant]:
 
     ``quick``: the two recommended pairs at the two most common head_dims. ``default``: every
     format on K and on V at those head_dims, and at every other one three pairs that take the
-    formats in turn. ``full``: every pair of formats, and every format on K and V at every head_dim.
+    formats in turn; and the pairs of the settings. ``full``: every pair of formats, and every
+    format on K and V at every head_dim.
     """
     pairs: dict[tuple[str, str, int, int], None] = {}
 
@@ -73,8 +85,8 @@ def variant_set(which: str = "default") -> list[Variant]:
         pairs.setdefault((k, v, k_dim, v_dim or k_dim))
 
     for dim in COMMON_DIMS:
-        add("q8_0", "turbo2", dim)
-        add("turbo4", "turbo3", dim)
+        for k, v in QUICK:
+            add(k, v, dim)
     if which != "quick":
         n = len(FORMATS)
         per_dim = n if which == "full" else 3
@@ -86,6 +98,9 @@ def variant_set(which: str = "default") -> list[Variant]:
             for i in range(per_dim):
                 at = j * per_dim + i
                 add(FORMATS[at % n], FORMATS[(at + 3 + j) % n], *dims)
+        for k, v in settings.PAIRS.values():
+            for dim in SETTING_DIMS:
+                add(k, v, dim)
     if which == "full":
         for k in FORMATS:
             for v in FORMATS:

@@ -124,13 +124,13 @@ def attention_off(few: bool):
     return attention
 
 
-# (job that must fail, what a back-end gives instead)
+# (jobs that must fail, what a back-end gives instead)
 BROKEN = {
-    "pack": ("pack", {"pack": lambda k, v, *rest: reference.pack(off_by_a_percent(k), v, *rest)}),
-    "decode": ("decode", {"attention": attention_off(few=True)}),
-    "prefill": ("dequantize", {"attention": attention_off(few=False)}),
+    "pack": (["pack"], {"pack": lambda k, v, *rest: reference.pack(off_by_a_percent(k), v, *rest)}),
+    "decode": (["decode", "protected"], {"attention": attention_off(few=True)}),
+    "prefill": (["dequantize"], {"attention": attention_off(few=False)}),
     "dequantize": (
-        "dequantize",
+        ["dequantize"],
         {"dequantize": lambda *args: [off_by_a_percent(x) for x in reference.dequantize(*args)]},
     ),
 }
@@ -138,10 +138,10 @@ BROKEN = {
 
 @pytest.mark.parametrize("which", BROKEN)
 def test_numbers_that_are_off_by_a_percent_fail(which) -> None:
-    job, operations = BROKEN[which]
+    jobs, operations = BROKEN[which]
     broken = backend.REFERENCE._replace(**operations)
     outcomes = [outcome for _, outcome in run_variant(SMALL, broken) if outcome]
-    assert [o.job for o in outcomes if o.message] == [job]
+    assert [o.job for o in outcomes if o.message] == jobs
 
 
 def kernel_failures(chosen: list[Variant]) -> list[dict]:
@@ -192,16 +192,36 @@ def planted(metal_copy, monkeypatch):
 )
 def test_a_kernel_that_does_not_compile_is_named_alone(planted, file, kernel) -> None:
     planted(file, "TKV_FN void", "TKV_FN garbage_type")
-    (failure,) = kernel_failures([SMALL])
-    assert failure["kernels"] == [kernel] and "garbage_type" in failure["message"]
+    failures = kernel_failures([SMALL])
+    both = file in doctor.FILES["protected"]
+    own = [kernel] + [doctor.PROTECTED_ENTRIES.get(file, kernel)] * both
+    assert [failure["kernels"] for failure in failures] == [[name] for name in own]
+    assert all("garbage_type" in failure["message"] for failure in failures)
 
 
 def test_a_kernel_with_wrong_numbers_is_named(planted) -> None:
     planted("merge.metal", "x[j] += factor", "x[j] += 1.01f * factor")
+    for failure in kernel_failures([SMALL]):
+        assert "decode_merge" in failure["kernels"]
+        # the factor's, give or take decode's own
+        assert re.search(r"relative error (9\.\de-03|1\.[01]e-02)", failure["message"])
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("place.to = n_first_tokens(params, split.padding);", "place.to = 1;"),
+        (
+            "split.from = split.padding + n_first_tokens(params, split.padding);",
+            "split.from = split.padding;",
+        ),
+        ("split.tail_tile = start / TILE", "split.tail_tile = 1 + start / TILE"),
+    ],
+)
+def test_wrong_protected_tokens_are_found(planted, old, new) -> None:
+    planted("decode_split.h", old, new)
     (failure,) = kernel_failures([SMALL])
-    assert "decode_merge" in failure["kernels"]
-    # the factor's, give or take decode's own
-    assert re.search(r"relative error (9\.\de-03|1\.[01]e-02)", failure["message"])
+    assert failure["kernels"] == ["decode_protected", "decode_merge"]
 
 
 def test_a_process_of_its_own_gives_the_same_record() -> None:
