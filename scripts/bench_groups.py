@@ -51,16 +51,15 @@ def groups(parts, pairs, lengths, backend: Backend) -> Iterator[Group]:
     def attention(part: str, heads, dim: int, tokens: int, names, batch=1, queries=1) -> Group:
         make = {"fp16": variants.fp16_attention}
         for name in names:
+            pair, _, how = name.partition(" ")
             if name.startswith("kv_bits"):
                 make[name] = partial(variants.kv_bits_attention, bits=int(name[-1]))
             elif part == "protected":
                 # earlier trees, which --against times, have no protected tokens
                 from protected_variants import cached_attention
 
-                pair, _, how = name.partition(" ")
                 make[name] = partial(cached_attention, pair, backend=backend, protected=bool(how))
             else:
-                pair, _, how = name.partition(" ")
                 make[name] = partial(variants.packed_attention, pair, backend=backend, how=how)
         return Group(part, "decode", heads, dim, tokens, make, batch, queries)
 

@@ -39,12 +39,14 @@ cases() {
   [ ${#have[@]} -gt 0 ] && grep -q '"not_run": \[\]' "${have[-1]}" && return
   [ "$(left)" -lt $((CASE_SECONDS + 20)) ] && return 1
   name=$name.${#have[@]}
-  run "$name" "$@" --seconds $(($(left) - CASE_SECONDS)) ${have[@]+--without "${have[@]}"}
-  # a sanitizer that lost track of a launch says nothing of the cases: once more
-  if grep -qs "Internal Sanitizer Error" "$folder/$name.log"; then
-    rm -f "$folder/$name.json"
+  for _ in 1 2; do
+    [ "$(left)" -lt $((CASE_SECONDS + 20)) ] && return 1
     run "$name" "$@" --seconds $(($(left) - CASE_SECONDS)) ${have[@]+--without "${have[@]}"}
-  fi
+    # a sanitizer that lost track of a launch says nothing of the cases: once more
+    grep -qs "Internal Sanitizer Error" "$folder/$name.log" || return 0
+    mv "$folder/$name.log" "$folder/$name.lost"
+    mv "$folder/$name.json" "$folder/$name.lost.record"
+  done
 }
 
 shard() {

@@ -42,6 +42,8 @@ CLEAN = {
     "memcheck": re.compile(r"ERROR SUMMARY: 0 errors"),
     "racecheck": re.compile(r"RACECHECK SUMMARY: 0 hazards displayed \(0 errors, 0 warnings\)"),
 }
+# its own failure, which says nothing of the cases
+LOST = re.compile(r"Internal Sanitizer Error: ([^.\n]*)")
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: .*")
 
 
@@ -105,8 +107,12 @@ def sanitized(tool: str, found: list[Part]) -> dict:
     del result["rows"]
     if result["command"]:
         result["command"] = f"compute-sanitizer --tool {tool} python {result['command']}"
-    said = [(part.name, (SUMMARY.findall(part.log) or ["no summary"])[-1]) for part in found]
-    result["failures"] += [f"{name}: {line}" for name, line in said if not CLEAN[tool].search(line)]
+    for part in found:
+        line = (SUMMARY.findall(part.log) or ["no summary"])[-1]
+        if not CLEAN[tool].search(line):
+            lost = LOST.search(part.log)
+            why = f" (the sanitizer's own: {lost[1].lower()})" if lost else ""
+            result["failures"].append(f"{part.name}: {line}{why}")
     return {"tool": tool, **result}
 
 

@@ -10,13 +10,13 @@ import click
 
 from ..errors import InputError
 from . import options
+from .bench_rows import add_rows, finished, point_of
 from .command import Command
 from .entry import console_script
 from .output import (
     Progress,
     format_record,
     print_status,
-    read_json,
     try_write_json,
     write_json,
     write_result,
@@ -29,18 +29,13 @@ from .runs import (
     fitting_names,
     get_record,
     load_model,
-)
+)  # fmt: skip
 from .values import COUNT, SEED, refuse
 
 WHAT = "speed and memory by cache configuration"
 DEFAULT_CONFIGS = ("f16/f16", "mlx-kv8:64", "q8_0/turbo2", "turbo4/turbo3")
 FAILED_STATUS = 1
 WEIGHT_BITS = ("2", "3", "4", "5", "6", "8", "16")
-# Two runs that agree in these keys may share their rows.
-_SETTINGS = (
-    "model", "weights", "configs", "centred", "protected", "generation_tokens", "num_trials",
-    "prefill_step_size", "batch_size", "seed", "environment",
-)  # fmt: skip
 
 
 @click.command("bench", cls=Command)
@@ -181,8 +176,8 @@ def measure(
     configs = [prepare(model, name, backend, centre=centre, timed=True) for name in names]
     record = _record(about, names, configs, settings, seed, backend)
     if resume:
-        _add_finished_rows(record, json_path, points)
-    done = {(row["kind"], row["tokens"]) for row in record["rows"]}
+        add_rows(record, json_path, points)
+    done = finished(record["rows"])
     steps = (settings.num_trials + 1) * len(configs)
     kept = "the same command goes on after the last whole point"
     kept = kept if json_path is not None else "nothing is kept without --json"
@@ -199,7 +194,8 @@ def measure(
             def tick(step: int, _all: int, name: str, i: int = i, label: str = label) -> None:
                 progress(i * steps + step, len(points) * steps, f"{label} {name}")
 
-            record["rows"] += measure_point(model, point, configs, settings, deadline, tick)
+            others = [r for r in record["rows"] if point_of(r) != (point.kind, point.tokens)]
+            record["rows"] = others + measure_point(model, point, configs, settings, deadline, tick)
             if json_path is not None:
                 try_write_json(json_path, record)
     if json_path is not None:
@@ -262,33 +258,6 @@ def _record(
         "not_measured": [],
         "rows": [],
     }
-
-
-def _add_finished_rows(record: dict, path: str | None, points: list) -> None:
-    """Put the finished rows of an earlier run with the same settings into the record.
-
-    Raises: InputError if the file holds another run.
-    """
-    if path is None or not os.path.exists(path):
-        return
-    found = read_json(path, WHAT)
-    # records of before there were batches, and protected tokens
-    found.setdefault("batch_size", 1)
-    found.setdefault("protected", dict.fromkeys(found.get("configs", ())))
-    differ = [key for key in _SETTINGS if found.get(key) != record[key]]
-    if differ:
-        raise InputError(
-            f"{path} holds a run with other settings ({', '.join(differ)}); --no-resume starts "
-            "anew."
-        )
-    asked = {(p.kind, p.tokens) for p in points}
-    failed = {(r["kind"], r["tokens"]) for r in found["rows"] if "error" in r}
-    # what failed and is asked for again is measured again
-    kept = [r for r in found["rows"] if (r["kind"], r["tokens"]) not in asked & failed]
-    record["rows"] = kept
-    if asked <= {(r["kind"], r["tokens"]) for r in kept}:
-        # Nothing is measured now: the command and commit are those of the run that did.
-        record |= {key: found[key] for key in ("command", "commit")}
 
 
 def render(record: dict, output: str) -> str:

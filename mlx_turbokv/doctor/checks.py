@@ -19,7 +19,8 @@ from ..attention import dispatch
 from ..kernels import decode, dequantize, reference
 from ..kernels.agreement import CheckError, codes_and_scales, compare_rows
 from ..kernels.backend import Backend
-from ..kernels.segments import AnyKV, SegmentedKV, scales_of
+from ..kernels.packed import PackedKV
+from ..kernels.segments import AnyKV, scales_of
 from ..quant.layout import TILE
 from ..quant.rotate import rotate
 from ..quant.tiles import code_bits, first_rows_mask, tiles_to_rows
@@ -106,10 +107,10 @@ def check_protected(case: Case, backend: Backend) -> float:
     return _check_attention(case, backend, case.segmented(), "plain" if edge == "starts" else edge)
 
 
-def _check_attention(case: Case, backend: Backend, packed: AnyKV, edge: str) -> float:
+def _check_attention(case: Case, backend: Backend, packed: AnyKV, own_edge: str) -> float:
     v, worst = case.variant, 0.0
     split = [] if backend.name == "reference" else [(4, 1, "plain", N_SPLITS)]
-    own = (v.gqa_factor, v.n_queries, edge, None)
+    own = (v.gqa_factor, v.n_queries, own_edge, None)
     for gqa, n_queries, edge, splits in [(4, 1, "plain", None), *split, own]:
         error, of_allowed = _attention_error(case, backend, packed, gqa, n_queries, edge, splits)
         if not of_allowed <= 1:
@@ -189,7 +190,7 @@ def _attention_error(
         elif edge == "starts":
             padding = mx.array([n // 3], mx.int32)
             seen = mx.broadcast_to(positions >= n // 3, (n_queries, n))
-            if packed.centre is not None and not isinstance(packed, SegmentedKV):
+            if isinstance(packed, PackedKV) and packed.centre is not None:
                 packed = packed._replace(left_padding=padding)
         if seen is not None:
             mx.eval(seen)

@@ -93,7 +93,7 @@ class _Rows:
     """Packed rows in float64, turbo rows in the rotated basis, anchors apart.
 
     Shapes:
-        keys, values, v_scales: [B, H, n, head_dim]; a scale stands at each value that has it.
+        keys, values, v_scales: [B, H, n, head_dim]; a group's scale is repeated for its values.
     """
 
     def __init__(self, packed: AnyKV) -> None:
@@ -116,7 +116,7 @@ class _Rows:
             keys, values = (float64(x) for x in reference._rotated(part.tiles, part))
             scales = float64(tiles_to_rows(part.tiles, part.layout).v_scales)
         n, dim = part.n_tokens, values.shape[-1]
-        each = np.repeat(scales, -(-dim // max(1, scales.shape[-1])), axis=-1)
+        each = np.repeat(scales, part.layout.v_format.group_width(dim) or dim, axis=-1)
         return [keys, values, each[:, :, :n, :dim]]
 
     def head(self, b: int, h: int) -> _Head:

@@ -51,9 +51,9 @@ def dequantized(codes: np.ndarray, scales: np.ndarray, fmt: KVFormat) -> np.ndar
 
 
 def parts_of(packed: AnyKV) -> list[tuple[PackedKV, slice]]:
-    """Runs of rows that are stored alike, in order, without a centre; and which of a part's count.
+    """Rows by layout, in order and without the centre, and which of them attention reads.
 
-    Protected rows: of one sequence without left padding, whose body ends where the tail begins.
+    Protected rows must be of one sequence without left padding, its body end where the tail begins.
     """
     if isinstance(packed, PackedKV):
         return [(packed._replace(centre=None), slice(0, packed.n_tokens))]
@@ -66,7 +66,9 @@ def parts_of(packed: AnyKV) -> list[tuple[PackedKV, slice]]:
 
 
 def rows_of(packed: AnyKV) -> list[np.ndarray]:
-    """K and V of packed rows, float64, from their codes and scales; protected ones: ``parts_of``.
+    """K and V of packed rows, float64, from their codes and scales.
+
+    Protected rows must be as ``parts_of`` says.
 
     Shapes:
         returns: [B, H, n, k_head_dim] and [B, H, n, v_head_dim].

@@ -1,7 +1,7 @@
 """Kernel source: finds metal/, joins the files, and builds the callable kernels.
 
-The files under metal/ are the only copy of the kernels. MLX is handed their text as `header` and
-one call into it as `source`; nothing is spliced into the text.
+The files under metal/ are the only copy of the kernels. MLX is handed their text as `header`, on
+CUDA a line that includes it, and one call into it as `source`; nothing is spliced into the text.
 """
 
 from __future__ import annotations
@@ -80,8 +80,9 @@ def header_text(file: str, backend: str) -> str:
 def included(file: str, text: str) -> str:
     """A line that includes ``text``, which is written to a file; ``text`` where that cannot be.
 
-    MLX 0.32.4 hashes what it is handed at every launch, traced or not: 0.2 µs a KB on the host of
-    an H200, 15 µs for decode, which launches in 5. Only CUDA's compiler is known to read files.
+    MLX 0.32.4 hashes what it is handed at every launch, traced or not, which took longer than all
+    else (docs/kernels.md). Only CUDA's compiler is known to read files; it does so at a kernel's
+    first launch.
     """
     path = (cache_dir() / "kernels" / f"{Path(file).stem}_{_digest(text)}.h").resolve()
     try:

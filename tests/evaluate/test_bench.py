@@ -268,6 +268,32 @@ def test_the_command_keeps_points_that_were_measured(shape_file, tmp_path, monke
     assert anew.exception is None and len(json.loads(out.read_text())["rows"]) == 2
 
 
+def test_rows_are_replaced_only_by_others(shape_file, tmp_path, monkeypatch):
+    """One configuration failed at two points: nothing is lost until these are measured again."""
+    out, points = tmp_path / "b.json", ("--context", "40", "-p", "20")
+    assert _run(shape_file, out, *points).exception is None
+    record = json.loads(out.read_text())
+    for row in record["rows"][1::2]:
+        row["error"] = "out of memory"
+    out.write_text(json.dumps(record))
+    _run(shape_file, out, *points, "--time-limit", "0")
+    assert json.loads(out.read_text())["rows"] == record["rows"]
+    real, measured = benchmark.measure_point, []
+
+    def interrupted(model, point, *rest):
+        measured.append(point)
+        if len(measured) > 1:
+            raise KeyboardInterrupt
+        return real(model, point, *rest)
+
+    monkeypatch.setattr(benchmark, "measure_point", interrupted)
+    _run(shape_file, out, *points)
+    rows = json.loads(out.read_text())["rows"]
+    assert measured == [Point("context", 40), Point("prompt", 20)] and len(rows) == 4
+    failed = [row["kind"] for row in rows if "error" in row]
+    assert failed == ["prompt"] and record["rows"][2] in rows
+
+
 def test_a_default_that_does_not_fit_the_model_is_left_out_and_said(tmp_path):
     path, out = tmp_path / "config.json", tmp_path / "b.json"
     path.write_text(json.dumps(tiny_config("llama", num_hidden_layers=1, head_dim=32)))
