@@ -172,14 +172,13 @@ def build(case: SegmentCase) -> tuple[SegmentedKV, np.ndarray, np.ndarray]:
             keys = with_anchors(keys, centre, padding)
             options = {"centre": centre, "left_padding": padding}
 
-        def packed(own: KVLayout, first: int, last: int) -> mx.array:
-            at = {**options, "first": first} if options else {}
-            if first == last:
-                return empty_tiles()
-            return reference.pack(keys[:, :, first:last], values[:, :, first:last], own, **at)
-
-        body, tail = packed(layout, 0, n_body), packed(tail_layout, start, n)
+        # packed once: rows packed apart may differ in codes at a decision boundary
+        whole = {own: reference.pack(keys, values, own, **options) for own in (layout, fine)}
+        body, tail = empty_tiles(), empty_tiles()
+        if start < n:
+            tail = whole[tail_layout][:, :, start // TILE :]
         if n_body:
+            body = whole[layout][:, :, : n_body // TILE]
             stale = mx.full((batch, n_heads, STALE_TILES, layout.tile_words), 2**32 - 1, mx.uint32)
             body = mx.concatenate([body, stale], axis=2)
         sink = empty_tiles()
@@ -191,8 +190,14 @@ def build(case: SegmentCase) -> tuple[SegmentedKV, np.ndarray, np.ndarray]:
             sink = reference.pack(*first, fine, **at)
         rows = []
         for own in (layout, fine):
-            held = PackedKV(own, empty_tiles(), 0, packed(own, 0, n), n, centre, padding)
+            held = PackedKV(own, empty_tiles(), 0, whole[own], n, centre, padding)
             rows.append([_float64(x) for x in reference._rotated(held.tiles, held)])
+        if shape.sink:
+            held = PackedKV(fine, empty_tiles(), 0, sink, shape.sink, centre)
+            for side, own_rows in zip(rows[1], reference._rotated(sink, held)):
+                for b, at_row in enumerate(starts):
+                    k = max(0, min(shape.sink, n_sunk - at_row))
+                    side[b, :, at_row : at_row + k] = _float64(own_rows)[b, :, :k]
         mx.eval(body, tail, sink)
     found = SegmentedKV(
         layout, tail_layout, fine, sink, shape.sink, n_sunk, body, n_body, tail, start, n - start,
