@@ -29,7 +29,7 @@ from .runs import (
     fitting_names,
     get_record,
     load_model,
-)  # fmt: skip
+)
 from .values import COUNT, SEED, refuse
 
 WHAT = "speed and memory by cache configuration"
