@@ -138,7 +138,8 @@ def launch_for(
     whole = splits == 1
     n_partial = 0 if whole else n_groups * n_rows * splits * v.dim
     output = (batch, n_heads, n_queries, v.dim)
-    template = _template(layout, dtype, rows, anchors is not None, whole, cut, segments)
+    steps = _steps(cut, rows, layout, anchors is not None)
+    template = _template(layout, dtype, rows, anchors is not None, whole, cut, segments, steps)
     threads = 32 * cut.simd_groups
     partial_options = (
         ("template", template),
@@ -189,7 +190,7 @@ def launch_for(
         check_segments("decode", batch, n_body, n_tokens, *segments[:5])
         if not whole:
             params = params._replace(
-                **segments.shared_out(n_tokens, splits, cut.mixed_gain)._asdict()
+                **segments.shared_out(n_tokens, splits, cut.mixed_gain, steps)._asdict()
             )
         params = params._replace(
             n_sunk=segments.n_sunk,
@@ -211,25 +212,31 @@ def launch_for(
     return Launch(call, numbers, tables.constants(k), tables.constants(v))
 
 
+def _steps(cut: Tuning, rows: int, layout: KVLayout, centred: bool) -> tuple[int, int]:
+    """Tiles that a SIMD group handles at a time: of ``layout``, and of protected rows."""
+    found = []
+    for own, protected in ((layout, False), (protected_layout(layout), True)):
+        k, v = tables.tensor_parameters(own)
+        found.append(cut.tiles_at_once(rows, v.dim, centred and k.bits == 8, protected=protected))
+    return found[0], found[1]
+
+
 def _template(
     layout: KVLayout, dtype: mx.Dtype, rows: int, centred: bool, whole: bool, cut: Tuning,
-    segments: Segments | None,
+    segments: Segments | None, steps: tuple[int, int],
 ) -> tuple[tuple[str, object], ...]:  # fmt: skip
     """Template values of decode_partial, or of decode_protected."""
-    k, v = tables.tensor_parameters(layout)
-    step = cut.tiles_at_once(rows, v.dim, centred and k.bits == 8)
     template: tuple[tuple[str, object], ...] = (
         ("T", dtype), *tables.template(layout), ("RAW", tables.RAW[layout.dtype]), ("ROWS", rows),
-        ("CENTRED", centred), ("WHOLE", whole), ("STEP", step), ("SIMD_GROUPS", cut.simd_groups),
-        ("KEY_COLUMNS", cut.key_columns), ("LUT_KIB", cut.lut_words // 256),
-        ("PREFETCH", cut.prefetch), ("HALF2", cut.half2),
+        ("CENTRED", centred), ("WHOLE", whole), ("STEP", steps[0]),
+        ("SIMD_GROUPS", cut.simd_groups), ("KEY_COLUMNS", cut.key_columns),
+        ("LUT_KIB", cut.lut_words // 256), ("PREFETCH", cut.prefetch), ("HALF2", cut.half2),
     )  # fmt: skip
     if segments is None:
         return template
     k, v = tables.tensor_parameters(protected_layout(layout))
-    step = cut.tiles_at_once(rows, v.dim, centred and k.bits == 8, protected=True)
     reads = READS_BODY if segments.tail_protected else READS_REST
-    own = ("PKB", k.bits), ("PKG", k.group), ("PVB", v.bits), ("PVG", v.group), ("P_STEP", step)
+    own = ("PKB", k.bits), ("PKG", k.group), ("PVB", v.bits), ("PVG", v.group), ("P_STEP", steps[1])
     return (*template, ("READS", reads), *own)
 
 

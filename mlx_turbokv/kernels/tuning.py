@@ -20,9 +20,10 @@ class Tuning:
     Args:
         step: tiles of 32 tokens that a SIMD group handles at a time, for at most 4 query rows of
             at most 256 dims; 1 beyond.
-        protected_step: the same of protected rows, which may be read after the body, whose sums
-            then take registers; no more than ``step``. Heads of at most 64 dims take ``step``,
-            because half of a SIMD group has nothing to do where there is one tile.
+        protected_step: the same of protected rows, no more than ``step``. They are few, so single
+            tiles keep more SIMD groups at work, and take fewer registers beside the body's sums.
+            Heads of at most 64 dims take ``step``, because half of a SIMD group has nothing to do
+            where there is one tile.
         simd_groups: SIMD groups of a threadgroup.
         most_rows: query rows of a threadgroup.
         wide_head: widest head_dim with so many; twice as wide a head gets half of them.
@@ -89,10 +90,10 @@ class Tuning:
         return max(1, min(wave // n_groups, -(-n_tiles // self.min_split_tiles)))
 
 
-# Measured on an H100 (docs/results/kernels.md).
+# Measured on an H100 and an H200 (docs/results/kernels.md, kernels-protected.md).
 CUDA = Tuning(
     step=2,
-    protected_step=2,
+    protected_step=1,
     simd_groups=8,
     most_rows=8,
     wide_head=256,
@@ -103,7 +104,7 @@ CUDA = Tuning(
     threadgroups_per_core=2,
     mixed_gain=1.15,
     min_split_tiles=4,
-    whole_tiles=64,
+    whole_tiles=32,
     whole_rows=64,
 )
 # Chosen by registers, spills and instructions for M1 and M2 (docs/apple.md); never timed.

@@ -12,9 +12,11 @@ from metal_host.opencl import constants
 from segment_cases import SegmentCase, run_segment_case
 
 from mlx_turbokv.kernels import assemble, tuning
-from mlx_turbokv.kernels.splits import PROTECTED_COST, Segments, Shares
+from mlx_turbokv.kernels.splits import PROTECTED_COST, SIMDS_AT_ONCE, Segments, Shares
 from mlx_turbokv.kernels.tuning import APPLE
 from mlx_turbokv.quant.layout import TILE
+
+STEPS = (2, 1)  # tiles at a time of both tunings
 
 
 def of_tokens(n: int, n_tail: int = 192, sink: int = 32, newest: bool = True) -> Segments:
@@ -44,12 +46,25 @@ def works(n_tokens: int, found: Segments, splits: int, shares: Shares) -> list[f
         (32768, 33, (32, 32, 0)),  # the second loop's start would cost more than it saves
         (32768, 2, (2, 1, 14)),
         (8192, 4, (4, 3, 14)),
+        (8192, 33, (32, 32, 0)),  # 31 splits would have 9 tiles: one SIMD group of a scheduler more
         (1024, 4, (2, 2, 0)),
         (192, 2, (0, 0, 0)),
     ],
 )
 def test_a_split_reads_both_only_where_that_is_sooner(n_tokens, splits, expected) -> None:
-    assert of_tokens(n_tokens).shared_out(n_tokens, splits, APPLE.mixed_gain) == expected
+    assert of_tokens(n_tokens).shared_out(n_tokens, splits, APPLE.mixed_gain, STEPS) == expected
+
+
+def rounds(n_tokens: int, found: Segments, body: int, own: int, steps: tuple[int, int]) -> int:
+    """What the slowest split takes if ``body`` read the body and ``own`` protected rows."""
+    n_body = found.tail_start // TILE
+    n_own = found.first_tiles + -(-n_tokens // TILE) - n_body
+    times = []
+    for tiles, splits, step, cost in ((n_body, body, steps[0], 1), (n_own, own, steps[1], 2)):
+        longest = -(-tiles // splits)
+        turns = -(-longest // (SIMDS_AT_ONCE * step))
+        times.append(turns * step * cost)
+    return max(times)
 
 
 @given(
@@ -58,42 +73,45 @@ def test_a_split_reads_both_only_where_that_is_sooner(n_tokens, splits, expected
     sink=st.sampled_from((0, 32, 256)),
     n_tail=st.integers(128, 256),
     gain=st.sampled_from((1.02, 1.15)),
+    steps=st.sampled_from(((2, 1), (2, 2), (1, 1))),
 )
-def test_splits_share_all_rows_and_none_is_late(n_tokens, splits, sink, n_tail, gain) -> None:
+def test_splits_share_all_rows_and_none_is_late(
+    n_tokens, splits, sink, n_tail, gain, steps
+) -> None:
     found = of_tokens(n_tokens, n_tail, sink)
-    shares = found.shared_out(n_tokens, splits, gain)
+    shares = found.shared_out(n_tokens, splits, gain, steps)
     body, first, spared = shares
     assert 0 < body <= splits and first < splits and first in (body, body - 1)
     work = works(n_tokens, found, splits, shares)
     assert min(work) > 0
-    even = sum(work) / splits
     assert (spared > 0) == (first < body)
     if spared:
-        assert max(work) == pytest.approx(even)
-    for other in range(1, splits):  # splits of the body, if none reads both
-        apart = max(works(n_tokens, found, splits, Shares(other, other, 0)))
-        assert max(work) <= apart * gain + 1e-9 or even <= spared
+        assert max(work) == pytest.approx(sum(work) / splits)
+        return
+    least = min(rounds(n_tokens, found, n, splits - n, steps) for n in range(1, splits))
+    assert rounds(n_tokens, found, body, splits - body, steps) == least
 
 
 def test_an_h200_gives_protected_rows_splits_of_their_own_where_it_has_many() -> None:
     found, gain = of_tokens(131072), tuning.CUDA.mixed_gain
-    assert found.shared_out(131072, 33, gain) == (32, 32, 0)
-    assert found.shared_out(131072, 2, gain) == (2, 1, 14)  # many sequences
+    assert found.shared_out(131072, 33, gain, STEPS) == (32, 32, 0)
+    assert found.shared_out(131072, 2, gain, STEPS) == (2, 1, 14)  # many sequences
 
 
 def test_first_tokens_alone_leave_the_body_its_splits() -> None:
     found = of_tokens(32768, newest=False)
-    assert found.shared_out(32768, 4, APPLE.mixed_gain) == (4, 3, 2)
+    assert found.shared_out(32768, 4, APPLE.mixed_gain, STEPS) == (4, 3, 2)
 
 
+@pytest.mark.parametrize("cut", [tuning.APPLE, tuning.CUDA])
 @pytest.mark.parametrize("rows", [1, 2, 3, 4])
-def test_apples_gpus_take_a_tile_at_a_time_of_protected_rows(rows: int) -> None:
+def test_a_tile_at_a_time_of_protected_rows(rows: int, cut: tuning.Tuning) -> None:
+    assert (cut.step, cut.protected_step) == STEPS
     for dim in (64, 80, 96, 128, 256):
         wide = dim > tuning.NARROW
-        assert tuning.APPLE.tiles_at_once(rows, dim, False) == 2
-        assert tuning.APPLE.tiles_at_once(rows, dim, False, protected=True) == (1 if wide else 2)
-        assert tuning.CUDA.tiles_at_once(rows, dim, False, protected=True) == 2
-        one = replace(tuning.CUDA, step=1)  # as doctor --tune may cut it
+        assert cut.tiles_at_once(rows, dim, False) == 2
+        assert cut.tiles_at_once(rows, dim, False, protected=True) == (1 if wide else 2)
+        one = replace(cut, step=1)  # as doctor --tune may cut it
         assert one.tiles_at_once(rows, dim, False, protected=True) == 1
 
 
