@@ -29,6 +29,7 @@ struct DecodeParams {
   int body_splits;      // splits that read the body, from the first on
   int protected_split;  // the first split that reads protected rows; it may read the body as well
   int spared_tiles;     // tiles of the body that the last of its splits reads less than the others
+  int body_end;  // rows before the first that the tail holds; -1: of each sequence, after this
 };
 constant constexpr int DECODE_PARAMS = sizeof(DecodeParams) / sizeof(int);
 

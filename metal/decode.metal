@@ -154,7 +154,7 @@ TKV_FN void attend(thread Softmax<C::ROWS>& softmax, thread float* output,
       load_value_scales<C>(v_scales, tiles, lane);
     }
     folded_scales<C>(scales, logs, v_scales);
-    if (C::PREFETCH) {
+    if (C::PREFETCH && !C::LATE_SCALES) {
       load_value_scales<C>(v_scales, next_tiles, lane);
     }
     const uint first = uint(place.tile * TILE + lane - place.from);
@@ -163,6 +163,9 @@ TKV_FN void attend(thread Softmax<C::ROWS>& softmax, thread float* output,
     simdgroup_barrier(mem_flags::mem_threadgroup);
     add_values<C>(output, v_words, weights, shared, v_copy, inputs, split, place, t, t + C::STRIDE,
                   n_units, lane);
+    if (C::LATE_SCALES) {
+      load_value_scales<C>(v_scales, next_tiles, lane);
+    }
     if (C::PREFETCH) {
       tiles = next_tiles;
     }
@@ -212,12 +215,10 @@ TKV_FN void decode_protected(DecodeInputs<typename C::T> inputs, device Result* 
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
-  if (!C::PREFETCH) {
-    // parameters that the compiler cannot know to be the same: otherwise what the second loop needs
-    // of them stays in registers during the first
-    inputs.params += inputs.params->opaque_one - 1;
-    split = query_rows_of<C>(inputs, group);
-  }
+  // parameters that the compiler cannot know to be the same: otherwise what the second loop needs
+  // of them stays in registers during the first
+  inputs.params += inputs.params->opaque_one - 1;
+  split = query_rows_of<C>(inputs, group);
   const int first = inputs.params->protected_split;
   if (C::WHOLE || index >= first) {
     take_protected<P>(split, inputs, C::WHOLE ? 0 : index - first);

@@ -61,6 +61,13 @@ TKV_FN int n_first_tokens(const device DecodeParams& params, int padding) {
   return larger(smaller(params.n_sunk - padding, params.first_tiles * TILE), 0);
 }
 
+// Rows of a head's sequence before the first that the tail holds.
+template <typename T>
+TKV_FN int body_end(DecodeInputs<T> inputs, int head) {
+  const device DecodeParams& params = *inputs.params;
+  return params.body_end < 0 ? inputs.body_ends[head / params.n_kv_heads] : params.body_end;
+}
+
 // Part `index` of `n` of body and tail. Tiles of which no row is read are skipped.
 template <typename C>
 TKV_FN void take_all(thread Split& split, DecodeInputs<typename C::T> inputs, int index, int n,
@@ -91,7 +98,7 @@ TKV_FN void take_body(thread Split& split, DecodeInputs<typename C::T> inputs, i
     return;
   }
   split.from = split.padding + n_first_tokens(params, split.padding);
-  split.to = inputs.body_ends[split.head / params.n_kv_heads];
+  split.to = body_end(inputs, split.head);
   split.body_tiles = 0;
   split.body_first = split.head * params.body_stride;
   split.body = inputs.body + size_t(uint(split.body_first)) * C::TILE_WORDS;
@@ -107,7 +114,7 @@ TKV_FN void take_protected(thread Split& split, DecodeInputs<typename C::T> inpu
   const device DecodeParams& params = *inputs.params;
   const int n_first = n_first_tokens(params, split.padding);
   const int n_tokens = params.n_tokens;
-  split.from = larger(inputs.body_ends[split.head / params.n_kv_heads], split.padding + n_first);
+  split.from = larger(body_end(inputs, split.head), split.padding + n_first);
   split.to = n_tokens;
   const int start = params.tail_start;
   const int skipped = smaller(larger(split.from - start, 0), n_tokens - start) / TILE;

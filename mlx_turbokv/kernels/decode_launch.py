@@ -96,6 +96,7 @@ class DecodeParams(NamedTuple):
     body_splits: int = 0
     protected_split: int = 0
     spared_tiles: int = 0
+    body_end: int = -1
 
 
 @lru_cache(maxsize=256)
@@ -186,6 +187,7 @@ def launch_for(
         *anchor_inputs(layout, heads, anchors is not None, False)[:2],
         Input("sinks", (max(n_heads, 8),), dtype) if has_sinks else None,
     )
+    ends = () if segments is None else segments.body_ends
     if segments is not None:
         check_segments("decode", batch, n_body, n_tokens, *segments[:5])
         if not whole:
@@ -197,6 +199,7 @@ def launch_for(
             first_tiles=segments.first_tiles,
             first_stride=segments.first_stride,
             tail_start=segments.tail_start if segments.tail_protected else n_tokens,
+            body_end=-1 if len(set(ends)) > 1 else ends[0],
         )
         wanted += (tiles_input("first tokens", fine, heads, segments.first_stride),)
     heads = n_heads // n_kv_heads, n_queries
@@ -207,8 +210,7 @@ def launch_for(
         )
     )  # fmt: skip
     call = _call(factory, backend, partial_options, None if whole else merge_options, wanted)
-    ends = () if segments is None else segments.body_ends
-    numbers = tables.int_array(*map(int, params), *ends)
+    numbers = tables.int_array(*map(int, params), *(ends if params.body_end < 0 else ()))
     return Launch(call, numbers, tables.constants(k), tables.constants(v))
 
 
