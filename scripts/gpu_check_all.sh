@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
 # Every check of the kernels on a machine with NVIDIA GPUs, side by side, within a time limit.
 #
-#   scripts/gpu_check_all.sh FOLDER [SECONDS [SHARDS]]
+#   scripts/gpu_check_all.sh FOLDER [SECONDS [SHARDS [PARTS]]]
 #   python scripts/gpu_check_record.py FOLDER --out benchmarks/gpu_check.json
 #
 # Kernel cases against float64 and under both sanitizers, in SHARDS processes; then the default model
-# on both back-ends, doctor on this tree and on two whose kernels are wrong, and the launches of a
-# decode step. TEXT: a file for the model's windows; else the package's sample. Kernels of a process
+# on both back-ends, doctor on this tree, in PARTS processes, and with --quick on two whose kernels
+# are wrong, and the launches of a decode step. TEXT: a file for the model's windows; else the package's sample. Kernels of a process
 # are compiled into a folder of its own, since MLX's processes cannot share one. The machine's GPUs
 # take turns.
 set -u
 CASE_SECONDS=60 # the longest case, which is not begun later
 cd "$(dirname "$0")/.."
-folder=$(realpath "${1:?a folder for the records}") limit=${2:-1800} shards=${3:-$(nproc)}
+folder=$(realpath "${1:?a folder for the records}") limit=${2:-1800} shards=${3:-$(nproc)} parts=${4:-6}
 compiled=$folder/compiled gpus=$(nvidia-smi -L 2>/dev/null | grep -c .)
 export TURBOKV_SELFCHECK=0
 mkdir -p "$compiled"
@@ -59,16 +59,20 @@ shard() {
   done
 }
 
-# doctor NUMBER [FILE OLD NEW WHAT]: of a tree in whose FILE the text OLD is NEW
+part() {
+  local as=json
+  export MLX_PTX_CACHE_DIR=$compiled/part$1
+  run "doctor0.$1" python3 scripts/doctor_part.py "$1/$parts"
+}
+
+# doctor NUMBER FILE OLD NEW WHAT: of a tree in whose FILE the text OLD is NEW
 doctor() {
-  local as=json tree=$PWD
+  local as=json tree=$compiled/tree$1
   export MLX_PTX_CACHE_DIR=$compiled/doctor$1
-  if [ $# -gt 1 ]; then
-    tree=$compiled/tree$1
-    rm -rf "$tree"
-    mkdir "$tree"
-    cp -r metal mlx_turbokv "$tree"
-    python3 - "$tree/metal/$2" "$3" "$4" <<'END' || return
+  rm -rf "$tree"
+  mkdir "$tree"
+  cp -r metal mlx_turbokv "$tree"
+  python3 - "$tree/metal/$2" "$3" "$4" <<'END' || return
 import sys
 from pathlib import Path
 
@@ -77,9 +81,9 @@ text = path.read_text()
 assert text.count(old) == 1, f"{path} has {old} {text.count(old)} times"
 path.write_text(text.replace(old, new))
 END
-    echo "$5" >"$folder/doctor$1.txt"
-  fi
-  (cd "$tree" && PYTHONPATH="$tree${PYTHONPATH:+:$PYTHONPATH}" run "doctor$1" python3 -m mlx_turbokv doctor --no-times)
+  echo "$5" >"$folder/doctor$1.txt"
+  export PYTHONPATH="$tree${PYTHONPATH:+:$PYTHONPATH}"
+  (cd "$tree" && run "doctor$1" python3 -m mlx_turbokv doctor --quick --no-times)
 }
 
 model() {
@@ -96,7 +100,9 @@ launches() {
 
 model &
 launches &
-doctor 0 &
+for i in $(seq 0 $((parts - 1))); do
+  part "$i" &
+done
 doctor 1 pack_quantize.h "scale_bits(unbiased_scale(energy, levels_dot))" \
   "scale_bits(1.01f * unbiased_scale(energy, levels_dot))" \
   "pack.metal: scales 1 % too large, in pack_quantize.h" &

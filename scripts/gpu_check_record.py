@@ -8,7 +8,8 @@ The folder has records, and next to each its process's exit status (.rc) and out
     cases*.json       gpu_check.py --shard i/n: kernels against float64
     memcheck*.json    the same under compute-sanitizer, racecheck*.json too
     model.json        gpu_check.py --no-kernels --windows n
-    doctor*.json      doctor --json; of a tree with a changed kernel also `FILE.metal: what` (.txt)
+    doctor*.json      doctor --json, or doctor_part.py's; of a tree with a changed kernel also
+                      `FILE.metal: what` (.txt)
     launches.json     ncu.py launches
 """
 
@@ -31,6 +32,7 @@ from record import write
 from segment_cases import CASES as SEGMENT_CASES
 
 from mlx_turbokv.doctor.sources import ENTRIES
+from mlx_turbokv.doctor.variants import variant_set
 from mlx_turbokv.evaluate.record import command_line
 
 ABOUT = ("commit", "mlx_turbokv", "mlx", "mlx_lm", "python", "system", "device", "backend")
@@ -117,26 +119,37 @@ def sanitized(tool: str, found: list[Part]) -> dict:
 
 
 def doctors(found: list[Part]) -> list[dict]:
-    """Verdict, exit status and the kernels named, of a whole tree and of changed ones."""
-    return [
-        {
-            "command": re.sub(r" --json \S+", "", part.record["command"]),
-            "changed": part.changed,
-            "exit": part.status,
-            "passed": part.record["passed"],
-            "variants": len(part.record["variants"]),
-            "named": sorted({k for f in part.record["failures"] for k in f["kernels"]}),
-            "messages": sorted({f["message"].splitlines()[0] for f in part.record["failures"]})[:3],
+    """Verdict, exit status and the kernels named, of a whole tree and of changed ones.
+
+    Parts of one tree count as one: passed if all did.
+    """
+    trees: dict[str | None, list[Part]] = {}
+    for part in found:
+        trees.setdefault(part.changed, []).append(part)
+    rows = []
+    for changed, parts in trees.items():
+        failures = [failure for part in parts for failure in part.record["failures"]]
+        command = re.sub(r" --json \S+", "", parts[0].record["command"])
+        row = {
+            "command": re.sub(r" \d+/(\d+)", r" i/\1", command),
+            "changed": changed,
+            "processes": len(parts),
+            "exit": max((part.status for part in parts), key=lambda status: status or 0),
+            "passed": all(part.record["passed"] for part in parts),
+            "variants": sum(len(part.record["variants"]) for part in parts),
+            "named": sorted({kernel for f in failures for kernel in f["kernels"]}),
+            "messages": sorted({f["message"].splitlines()[0] for f in failures})[:3],
         }
-        for part in found
-    ]
+        rows.append(row)
+    return rows
 
 
 def wrong_doctors(rows: list[dict]) -> list[str]:
-    """The tree must pass, a changed one fail with status 1 and name the changed file's kernel."""
-    failures = []
+    """The tree must pass, with all of a set's variants; a changed one must fail with status 1 and
+    name the changed file's kernel."""
+    failures, whole = [], {len(variant_set(which)) for which in ("quick", "default", "full")}
     for row in rows:
-        good = row["passed"] and row["exit"] == 0
+        good = row["passed"] and row["exit"] == 0 and row["variants"] in whole
         if row["changed"] is not None:
             kernel = ENTRIES[row["changed"].split(":")[0]]
             good = not row["passed"] and row["exit"] == 1 and kernel in row["named"]

@@ -52,11 +52,15 @@ def checked(tmp_path, monkeypatch):
 
     def run(seconds: int = 400) -> list[str]:
         calls.write_text("")
-        command = [ROOT / "scripts/gpu_check_all.sh", tmp_path / "out", str(seconds), "2"]
+        command = [ROOT / "scripts/gpu_check_all.sh", tmp_path / "out", str(seconds), "2", "2"]
         subprocess.run(command, check=True, env=environment, capture_output=True, timeout=60)
         return sorted(calls.read_text().split())
 
     return run
+
+
+OTHERS = [f"doctor{name}.json" for name in ("0.0", "0.1", "1", "2")]
+OTHERS += ["launches.json", "model.json"]
 
 
 def cases(number: int) -> list[str]:
@@ -65,8 +69,7 @@ def cases(number: int) -> list[str]:
 
 
 def test_the_same_command_runs_what_is_missing(checked, tmp_path):
-    others = ["doctor0.json", "doctor1.json", "doctor2.json", "launches.json", "model.json"]
-    assert checked() == sorted(cases(0) + others)
+    assert checked() == sorted(cases(0) + OTHERS)
     assert checked() == cases(1)
     assert checked() == cases(2)
     assert checked() == []
@@ -81,8 +84,7 @@ def test_the_same_command_runs_what_is_missing(checked, tmp_path):
 
 
 def test_nothing_is_begun_that_would_not_end_in_time(checked):
-    assert checked(30) == ["doctor0.json", "doctor1.json", "doctor2.json", "launches.json",
-                           "model.json"]  # fmt: skip
+    assert checked(30) == OTHERS
 
 
 def test_cases_of_a_sanitizer_that_fails_itself_are_run_again(checked, tmp_path):

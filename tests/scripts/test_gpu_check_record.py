@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 import gpu_check  # noqa: E402
 import gpu_check_record as script  # noqa: E402
 
+from mlx_turbokv.doctor.variants import variant_set  # noqa: E402
+
 ABOUT = {
     "commit": "abc1234",
     "date": "2026-01-02",
@@ -34,7 +36,8 @@ def write(folder: Path, name: str, record: dict, status: int = 0, log: str = "")
 def doctor(passed: bool, *kernels: str) -> dict:
     failures = [{"kernels": list(kernels), "message": "it differs\nby much"}] if kernels else []
     command = "mlx_turbokv.doctor --quick --json doctor.json"
-    return {"command": command, "passed": passed, "variants": [{}, {}], "failures": failures}
+    variants = [{}] * len(variant_set("quick"))
+    return {"command": command, "passed": passed, "variants": variants, "failures": failures}
 
 
 @pytest.fixture
@@ -130,6 +133,25 @@ def test_a_doctor_that_is_wrong_is_a_failure(folder, name, record, status) -> No
     write(folder, name, record, status)
     (failure,) = script.gather(folder)[1]
     assert failure.startswith("doctor, ")
+
+
+def test_parts_of_doctor_count_as_one_and_none_may_lack(folder) -> None:
+    (folder / "doctor.json").unlink()
+    n = len(variant_set())
+    command = "doctor_part.py {}/2 --json {}.json"
+    for i, variants in enumerate((n // 2, n - n // 2)):
+        record = {**doctor(True), "variants": [{}] * variants, "command": command.format(i, i)}
+        write(folder, f"doctor0.{i}", record)
+    report, failures = script.gather(folder)
+    assert failures == []
+    row = report["doctor"][0]
+    assert row["command"] == "doctor_part.py i/2"
+    assert (row["processes"], row["variants"], row["passed"]) == (2, n, True)
+    write(folder, "doctor0.1", {**doctor(False, "pack"), "variants": [{}] * (n - n // 2)}, 1)
+    assert script.gather(folder)[0]["doctor"][0]["named"] == ["pack"]
+    (folder / "doctor0.1.json").unlink()
+    (failure,) = script.gather(folder)[1]
+    assert failure.startswith("doctor, nothing changed")
 
 
 def test_parts_of_two_devices_are_no_record(folder) -> None:
