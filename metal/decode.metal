@@ -52,9 +52,35 @@ TKV_FN void add_values(thread float* output, thread uint* words, threadgroup con
   }
 }
 
+// What a pass needs before its first tiles, and what does not depend on them.
+template <typename C>
+struct SetUp {
+  const device typename C::T* queries;  // of the threadgroup's rows
+  const device float* inverse;          // of the scales of centred keys
+  Loaded<C> loaded;
+  float pair_values[4 * PairWork<C>::COUNT];
+};
+
+template <typename C>
+TKV_FN void fetch_set_up(thread SetUp<C>& set_up, DecodeInputs<typename C::T> inputs, Split split,
+                         int simd_group, int lane) {
+  constexpr int DIM = C::K::DIM;
+  const device DecodeParams& params = *inputs.params;
+  const int head = C::CENTRED ? split.head % params.n_kv_heads : 0;
+  set_up.queries = inputs.queries + size_t(split.first_row) * DIM;
+  set_up.inverse = centre_row<DIM>(inputs.centre, head, CENTRE_INVERSE);
+  fetch_tables_and_query<C>(set_up.loaded, inputs.k_constants, inputs.v_constants, set_up.queries,
+                            set_up.inverse, split.n_rows, simd_group, lane);
+  if (C::CENTRED) {
+    fetch_pairs<C>(set_up.pair_values, set_up.queries,
+                   centre_row<DIM>(inputs.centre, head, CENTRE_MU), set_up.inverse,
+                   params.split_pairs, split.n_rows, simd_group * LANES + lane);
+  }
+}
+
 // Attends to the tiles of a split: adds to `softmax` and `output`.
 template <typename C>
-TKV_FN void attend(thread Softmax<C::ROWS>& softmax, thread float* output,
+TKV_FN void attend(thread Softmax<C::ROWS>& softmax, thread float* output, thread SetUp<C>& set_up,
                    DecodeInputs<typename C::T> inputs, Split split, threadgroup float4* shared,
                    int simd_group, int lane) {
   typedef typename C::K K;
@@ -64,27 +90,16 @@ TKV_FN void attend(thread Softmax<C::ROWS>& softmax, thread float* output,
   threadgroup uint* words = (threadgroup uint*)shared;
   threadgroup float* floats = (threadgroup float*)shared;
   const device DecodeParams& params = *inputs.params;
-  const device typename C::T* q = inputs.queries + size_t(split.first_row) * K::DIM;
   const float scale = params.scale * LOG2_E;
 
-  // loads that the set-up needs, and those of the first tiles: K's first span is loaded during p.v
-  // of the step before, V's first unit during q.k
-  Loaded<C> loaded;
-  const int centre_head = C::CENTRED ? split.head % params.n_kv_heads : 0;
-  const device float* inverse = centre_row<K::DIM>(inputs.centre, centre_head, CENTRE_INVERSE);
-  fetch_tables_and_query<C>(loaded, inputs.k_constants, inputs.v_constants, q, inverse,
-                            split.n_rows, simd_group, lane);
-  float pair_values[4 * PairWork<C>::COUNT];
-  if (C::CENTRED) {
-    fetch_pairs<C>(pair_values, q, centre_row<K::DIM>(inputs.centre, centre_head, CENTRE_MU),
-                   inverse, params.split_pairs, split.n_rows, thread_index);
-  }
   const int first_t = split.begin + simd_group * C::STEP;
   Tiles<C> tiles;
   TKV_UNROLL
   for (int i = 0; i < C::STEP; i++) {
     tiles.at[i] = tile_at<C>(inputs, split, first_t + i);
   }
+  // the loads of the first tiles: later K's first span is loaded during p.v of the step before, V's
+  // first unit during q.k
   Keys<C> keys;
   uint v_words[C::VEC4S * C::UNIT_WORDS];
   uint v_scales[C::STEP * C::FOLDED];
@@ -95,11 +110,11 @@ TKV_FN void attend(thread Softmax<C::ROWS>& softmax, thread float* output,
     load_unit<C>(v_words, tile_at<C>(inputs, split, first_t + part), 0,
                  C::PARTS == 2 ? lane % HALF_LANES : lane);
   }
-  store_tables<C>(words, loaded, inputs.k_constants, inputs.v_constants, thread_index);
-  store_queries<C>(words, loaded, q, inverse, inputs.k_constants, split.n_rows, scale, simd_group,
-                   lane);
+  store_tables<C>(words, set_up.loaded, inputs.k_constants, inputs.v_constants, thread_index);
+  store_queries<C>(words, set_up.loaded, set_up.queries, set_up.inverse, inputs.k_constants,
+                   split.n_rows, scale, simd_group, lane);
   if (C::CENTRED) {
-    store_pairs<C>(floats + Memory::PAIRS, pair_values, scale, thread_index);
+    store_pairs<C>(floats + Memory::PAIRS, set_up.pair_values, scale, thread_index);
   }
   store_n_seen<C>(words + Memory::N_SEEN, split, params, thread_index);
   threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -188,10 +203,12 @@ TKV_FN void decode_partial(DecodeInputs<typename C::T> inputs, device Result* re
                            threadgroup float4* shared, uint3 group, uint simd_group, uint lane) {
   Split split = query_rows_of<C>(inputs, group);
   take_all<C>(split, inputs, int(group.y), inputs.params->n_splits, 0);
+  SetUp<C> set_up;
+  fetch_set_up<C>(set_up, inputs, split, int(simd_group), int(lane));
   Softmax<C::ROWS> softmax;
   float output[C::VEC4S * C::ROWS * 4];
   start<C>(softmax, output);
-  attend<C>(softmax, output, inputs, split, shared, int(simd_group), int(lane));
+  attend<C>(softmax, output, set_up, inputs, split, shared, int(simd_group), int(lane));
   join<C>(result, (threadgroup float*)shared, output, softmax, split, inputs, int(group.y),
           int(simd_group), int(lane));
 }
@@ -209,9 +226,16 @@ TKV_FN void decode_protected(DecodeInputs<typename C::T> inputs, device Result* 
   float output[C::VEC4S * C::ROWS * 4];
   start<C>(softmax, output);
   if (C::WHOLE || index < inputs.params->body_splits) {
+    SetUp<C> set_up;
+    if (C::PREFETCH) {  // before the loads that say where the tiles are
+      fetch_set_up<C>(set_up, inputs, split, int(simd_group), int(lane));
+    }
     take_body<C>(split, inputs, index);
     if (split.begin < split.end) {
-      attend<C>(softmax, output, inputs, split, shared, int(simd_group), int(lane));
+      if (!C::PREFETCH) {  // after them: fewer registers
+        fetch_set_up<C>(set_up, inputs, split, int(simd_group), int(lane));
+      }
+      attend<C>(softmax, output, set_up, inputs, split, shared, int(simd_group), int(lane));
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
@@ -222,7 +246,9 @@ TKV_FN void decode_protected(DecodeInputs<typename C::T> inputs, device Result* 
   const int first = inputs.params->protected_split;
   if (C::WHOLE || index >= first) {
     take_protected<P>(split, inputs, C::WHOLE ? 0 : index - first);
-    attend<P>(softmax, output, inputs, split, shared, int(simd_group), int(lane));
+    SetUp<P> set_up;
+    fetch_set_up<P>(set_up, inputs, split, int(simd_group), int(lane));
+    attend<P>(softmax, output, set_up, inputs, split, shared, int(simd_group), int(lane));
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   join<C>(result, (threadgroup float*)shared, output, softmax, split, inputs, index,
