@@ -20,8 +20,8 @@ def protected() -> str:
     return "\n\n".join([
         "# Decode attention with protected tokens",
         "The first 32 and the newest 128 tokens in 8.5 bits a value, beside none. Chains of calls "
-        "and, apart, calls that do not wait for each other. Up to 8,192 tokens launches take most of "
-        "the time.",
+        "and, apart, calls that do not wait for each other. Up to 8,192 tokens launches take "
+        "most of the time.",
         table(header, rows), "## Prefill",
         "A step of 2,048 queries after so many tokens, itself counted: packing, and attention.",
         table(header[:5], _prefill(record)), source("bench_protected", record),
