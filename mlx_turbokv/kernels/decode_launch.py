@@ -187,7 +187,7 @@ def launch_for(
         *anchor_inputs(layout, heads, anchors is not None, False)[:2],
         Input("sinks", (max(n_heads, 8),), dtype) if has_sinks else None,
     )
-    ends = () if segments is None else segments.body_ends
+    ends: tuple[int, ...] = () if segments is None else segments.body_ends
     if segments is not None:
         check_segments("decode", batch, n_body, n_tokens, *segments[:5])
         if not whole:
