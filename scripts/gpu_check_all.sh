@@ -4,11 +4,11 @@
 #   scripts/gpu_check_all.sh FOLDER [SECONDS [SHARDS [PARTS]]]
 #   python scripts/gpu_check_record.py FOLDER --out benchmarks/gpu_check.json
 #
-# Kernel cases against float64 and under both sanitizers, in SHARDS processes; then the default model
-# on both back-ends, doctor on this tree, in PARTS processes, and with --quick on two whose kernels
-# are wrong, and the launches of a decode step. TEXT: a file for the model's windows; else the package's sample. Kernels of a process
-# are compiled into a folder of its own, since MLX's processes cannot share one. The machine's GPUs
-# take turns.
+# Kernel cases against float64 and under both sanitizers, in SHARDS processes; beside them the default
+# model on both back-ends, doctor on this tree, in PARTS processes, and with --quick on two whose
+# kernels are wrong, and the launches of a decode step. TEXT: a file for the model's windows; else the
+# package's sample. Kernels of a process are compiled into a folder of its own, since MLX's processes
+# cannot share one. The machine's GPUs take turns.
 set -u
 CASE_SECONDS=60 # the longest case, which is not begun later
 cd "$(dirname "$0")/.."

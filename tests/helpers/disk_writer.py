@@ -9,6 +9,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import mlx_turbokv  # noqa: F401 - before mlx.core, so that this process has the tests' BLAS
+
+# isort: split
 import mlx.core as mx
 import numpy as np
 

@@ -138,13 +138,13 @@ def test_peak_memory_stays_below_the_limit_in_a_run_that_fills_it(model: str) ->
             return ask(address, PATH, body)[0]
 
         with ThreadPoolExecutor(2) as pool:
-            statuses = set(pool.map(complete, range(40)))
+            statuses = set(pool.map(complete, range(60)))  # some 22 MB of K and V
         found = metrics(address)
     assert statuses == {200}
     assert found["prompt_cache_evictions_total/memory"] > 3
     assert found["prompt_cache_bytes"] > 0.2 * limit
     assert 0.5 * limit < found["memory_peak_bytes"] <= limit == found["memory_limit_bytes"]
-    assert found["requests_total/200"] == 40 and found["generated_tokens_total"] > 40
+    assert found["requests_total/200"] == 60 and found["generated_tokens_total"] > 60
 
 
 def metrics(address: str) -> dict[str, float]:
