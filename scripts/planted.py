@@ -14,6 +14,7 @@ BATCH = cases("(2, 3, 2)")
 BELOW, CENTRED = cases(" below", most=12), cases("apart", "zero_queries")
 LOUD, STARTS = cases("loud_values", most=9), cases(" starts ")
 SINKS, CAUSAL = cases(" sinks "), cases(" causal ", "(64, 7")
+LOADED_AHEAD: Tests = ("tests/kernels/test_protected_kernels.py",), "as_cut_for_nvidia"
 STALE = cases(" stale ", most=12)
 SPLIT = cases(" in 3 ", "(64, 7", most=8)
 LONGEST = tuple(c for n in ("(8192", "(8224") for c in cases(n)[0]), ""
@@ -88,6 +89,11 @@ PLANTED = [
     Defect("rows that the tail holds read from the body too", SOFTMAX,
            "C::READS == READS_BODY ? smaller(n_visible, split.to) : n_visible",
            "n_visible", protected("into the tail")),
+    Defect("all bodies as long as the first", KERNELS + "decode_launch.py",
+           "body_end=-1 if len(set(ends)) > 1 else ends[0]", "body_end=ends[0]",
+           protected("bodies of two lengths")),
+    Defect("V's scales of the first step for all", DECODE, "if (C::LATE_SCALES) {", "if (false) {",
+           LOADED_AHEAD),
     Defect("first tokens at the positions of their rows", TILES, "place.padding = 0;", "",
            protected("within the first", "True")),
     Defect("a causal query sees first tokens after it", SOFTMAX,

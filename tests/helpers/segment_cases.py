@@ -120,6 +120,14 @@ CASES += [
         splits=3,
     ),
 ]
+# bodies of several steps in every cut: 8 SIMD groups take 512 tokens in one
+STEPS = [
+    SegmentCase(pair, 128, "float16", (1, 2, 4), 1, shape, centred=centred, splits=splits)
+    for pair, centred in ((("turbo4", "turbo3"), True), (("q8_0", "turbo2"), False))
+    for shape in ("a long body", "first tokens alone, long")
+    for splits in (1, 2)
+]
+CASES += STEPS
 
 
 def _centre(case: SegmentCase, rng) -> Centre | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from metal_host.typecheck import check_launches
-from segment_cases import CASES, SegmentCase, run_segment_case
+from segment_cases import CASES, STEPS, SegmentCase, run_segment_case
 
 from mlx_turbokv.kernels import assemble, tuning
 
@@ -26,7 +26,7 @@ def test_protected_case_agrees_with_float64(host, case: SegmentCase) -> None:
     assert [str(problem) for problem in check_launches(host.launches[n_before:])] == []
 
 
-@pytest.mark.parametrize("case", CASES[::6], ids=str)
+@pytest.mark.parametrize("case", [*CASES[: -len(STEPS) : 6], *STEPS], ids=str)
 def test_protected_case_agrees_as_cut_for_nvidia(host, monkeypatch, case: SegmentCase) -> None:
     monkeypatch.setattr(tuning, "built_in", lambda backend: tuning.CUDA)
     assert run_segment_case(case, "metal")["failures"] == []
