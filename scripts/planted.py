@@ -15,6 +15,7 @@ BELOW, CENTRED = cases(" below", most=12), cases("apart", "zero_queries")
 LOUD, STARTS = cases("loud_values", most=9), cases(" starts ")
 SINKS, CAUSAL = cases(" sinks "), cases(" causal ", "(64, 7")
 LOADED_AHEAD: Tests = ("tests/kernels/test_protected_kernels.py",), "as_cut_for_nvidia"
+IN_HALF: Tests = ("tests/kernels/test_kernels.py",), "as_cut_for_nvidia and (spiked or quiet)"
 STALE = cases(" stale ", most=12)
 SPLIT = cases(" in 3 ", "(64, 7", most=8)
 LONGEST = tuple(c for n in ("(8192", "(8224") for c in cases(n)[0]), ""
@@ -69,13 +70,13 @@ PLANTED = [
     Defect("a row without a key divided by zero", ATTENTION_H,
            "(total == 0.0f ? 0.0f : 1.0f / total)", "(1.0f / total)", STARTS),
     Defect("weights too large for half", SOFTMAX, "HEADROOM = 6.0f", "HEADROOM = 8.0f",
-           cases("spiked")),
+           IN_HALF),
     Defect("weights that outgrow half", SOFTMAX, "MARGIN = 4.0f", "MARGIN = 6.0f",
-           cases("spiked")),
+           IN_HALF),
     Defect("weights lost in half", SOFTMAX, "HEADROOM = 6.0f", "HEADROOM = -11.0f",
            cases("crowd")),
     Defect("a smallest scale of V that is not small", SOFTMAX, "LOWEST_SCALE = 5.96e-8f",
-           "LOWEST_SCALE = 1.0f", cases("quiet")),
+           "LOWEST_SCALE = 1.0f", IN_HALF),
     Defect("output cut, not rounded, to bfloat16", ATTENTION_H,
            "out[part * WIDTH + i] = T(y[j] * factor);",
            "out[part * WIDTH + i] = T(as_type<float>(as_type<uint>(y[j] * factor) & 0xffff0000u));",

@@ -48,6 +48,7 @@ NVIDIA_CASES = [
     *kernel_cases.CENTRED[::4],
     *kernel_cases.NARROW,
     *kernel_cases.LONG[::3],
+    *(case for case in kernel_cases.EXTREME if case.edge in ("spiked", "crowd", "quiet_values")),
 ]
 
 
