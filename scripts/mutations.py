@@ -22,7 +22,7 @@ from pathlib import Path
 from planted import PLANTED, Defect
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("mlx_turbokv", "metal", "tests", "scripts", "pyproject.toml", "README.md")
+COPIED = ("mlx_turbokv", "metal", "tests", "scripts", "docs", "pyproject.toml", "README.md")
 MOST_SECONDS = 300
 
 
