@@ -52,7 +52,7 @@ TKV_FN void add_values(thread float* output, thread uint* words, threadgroup con
   }
 }
 
-// What a pass needs before its first tiles, and what does not depend on them.
+// What a pass needs before its first tiles and does not depend on where they are.
 template <typename C>
 struct SetUp {
   const device typename C::T* queries;  // of the threadgroup's rows

@@ -15,7 +15,7 @@ struct DecodeInputs {
   const device T* sinks;  // [query head of a sequence]
   // of protected rows (kernels/segments.py)
   const device uint* first_tokens;  // [KV head][tile][word]
-  const device int* body_ends;      // [sequence], after the parameters, if they have none
+  const device int* body_ends;      // [sequence], after the parameters: read where these have -1
 };
 
 // What a pass of the loop reads: body and tail of one layout; the same but for the first tokens;
@@ -104,7 +104,7 @@ struct DecodeConfig {
   static constant constexpr bool PREFETCH_KEYS =
       PREFETCH && WHOLE_COLUMNS && SPAN * K::BITS * STEP <= 1024;
 
-  // V's scales are loaded during q.k, not p.v, where registers also hold what a second pass needs
+  // V's scales of the next step are loaded after p.v, not before: there registers are short
   static constant constexpr bool LATE_SCALES = PREFETCH && READS != READS_ALL;
 
   // blocks of keys whose q.anchor a SIMD group computes at a time

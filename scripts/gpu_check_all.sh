@@ -59,6 +59,7 @@ shard() {
   done
 }
 
+# part I: doctor's every PARTS-th variant of this tree
 part() {
   local as=json
   export MLX_PTX_CACHE_DIR=$compiled/part$1

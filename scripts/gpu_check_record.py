@@ -127,16 +127,17 @@ def doctors(found: list[Part]) -> list[dict]:
     for part in found:
         trees.setdefault(part.changed, []).append(part)
     rows = []
-    for changed, parts in trees.items():
-        failures = [failure for part in parts for failure in part.record["failures"]]
-        command = re.sub(r" --json \S+", "", parts[0].record["command"])
+    for changed, own in trees.items():
+        failures = [failure for part in own for failure in part.record["failures"]]
+        command = re.sub(r" --json \S+", "", own[0].record["command"])
+        statuses = [part.status for part in own if part.status is not None]
         row = {
             "command": re.sub(r" \d+/(\d+)", r" i/\1", command),
             "changed": changed,
-            "processes": len(parts),
-            "exit": max((part.status for part in parts), key=lambda status: status or 0),
-            "passed": all(part.record["passed"] for part in parts),
-            "variants": sum(len(part.record["variants"]) for part in parts),
+            "processes": len(own),
+            "exit": max(statuses) if len(statuses) == len(own) else None,
+            "passed": all(part.record["passed"] for part in own),
+            "variants": sum(len(part.record["variants"]) for part in own),
             "named": sorted({kernel for f in failures for kernel in f["kernels"]}),
             "messages": sorted({f["message"].splitlines()[0] for f in failures})[:3],
         }

@@ -91,7 +91,7 @@ PLANTED = [
            "C::READS == READS_BODY ? smaller(n_visible, split.to) : n_visible",
            "n_visible", protected("into the tail")),
     Defect("all bodies as long as the first", KERNELS + "decode_launch.py",
-           "body_end=-1 if len(set(ends)) > 1 else ends[0]", "body_end=ends[0]",
+           "body_end=-1 if len(own_ends) > 1 else own_ends.pop()", "body_end=own_ends.pop()",
            protected("bodies of two lengths")),
     Defect("V's scales of the first step for all", DECODE, "if (C::LATE_SCALES) {", "if (false) {",
            LOADED_AHEAD),

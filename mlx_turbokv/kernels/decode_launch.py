@@ -187,9 +187,8 @@ def launch_for(
         *anchor_inputs(layout, heads, anchors is not None, False)[:2],
         Input("sinks", (max(n_heads, 8),), dtype) if has_sinks else None,
     )
-    own_ends: tuple[int, ...] = ()  # of the bodies, where they differ
     if segments is not None:
-        ends = segments.body_ends
+        own_ends = set(segments.body_ends)
         check_segments("decode", batch, n_body, n_tokens, *segments[:5])
         if not whole:
             params = params._replace(
@@ -200,9 +199,8 @@ def launch_for(
             first_tiles=segments.first_tiles,
             first_stride=segments.first_stride,
             tail_start=segments.tail_start if segments.tail_protected else n_tokens,
-            body_end=-1 if len(set(ends)) > 1 else ends[0],
+            body_end=-1 if len(own_ends) > 1 else own_ends.pop(),
         )
-        own_ends = ends if params.body_end < 0 else ()
         wanted += (tiles_input("first tokens", fine, heads, segments.first_stride),)
     heads = n_heads // n_kv_heads, n_queries
     require(
@@ -212,7 +210,8 @@ def launch_for(
         )
     )  # fmt: skip
     call = _call(factory, backend, partial_options, None if whole else merge_options, wanted)
-    numbers = tables.int_array(*map(int, params), *own_ends)
+    ends = () if segments is None else segments.body_ends
+    numbers = tables.int_array(*map(int, params), *ends)
     return Launch(call, numbers, tables.constants(k), tables.constants(v))
 
 

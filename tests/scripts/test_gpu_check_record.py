@@ -147,6 +147,9 @@ def test_parts_of_doctor_count_as_one_and_none_may_lack(folder) -> None:
     row = report["doctor"][0]
     assert row["command"] == "doctor_part.py i/2"
     assert (row["processes"], row["variants"], row["passed"]) == (2, n, True)
+    (folder / "doctor0.1.rc").unlink()  # it did not end
+    (failure,) = script.gather(folder)[1]
+    assert failure.startswith("doctor, nothing changed")
     write(folder, "doctor0.1", {**doctor(False, "pack"), "variants": [{}] * (n - n // 2)}, 1)
     assert script.gather(folder)[0]["doctor"][0]["named"] == ["pack"]
     (folder / "doctor0.1.json").unlink()
