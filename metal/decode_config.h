@@ -104,8 +104,9 @@ struct DecodeConfig {
   static constant constexpr bool PREFETCH_KEYS =
       PREFETCH && WHOLE_COLUMNS && SPAN * K::BITS * STEP <= 1024;
 
-  // V's scales of the next step are loaded after p.v, not before: there registers are short
-  static constant constexpr bool LATE_SCALES = PREFETCH && READS != READS_ALL;
+  // V's scales of the next step are loaded after p.v, not before: there registers are short beside
+  // int8 keys
+  static constant constexpr bool LATE_SCALES = PREFETCH && READS != READS_ALL && K::BITS > 6;
 
   // blocks of keys whose q.anchor a SIMD group computes at a time
   static constant constexpr int ANCHORS = 32 / SIMD_GROUPS;

@@ -192,7 +192,7 @@ def launch_for(
         check_segments("decode", batch, n_body, n_tokens, *segments[:5])
         if not whole:
             params = params._replace(
-                **segments.shared_out(n_tokens, splits, cut.mixed_gain, steps)._asdict()
+                **segments.shared_out(n_tokens, splits, cut.simd_groups, steps)._asdict()
             )
         params = params._replace(
             n_sunk=segments.n_sunk,

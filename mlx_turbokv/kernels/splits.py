@@ -12,6 +12,11 @@ PROTECTED_COST = 2  # tiles of the body that take as long as a tile of protected
 SIMDS_AT_ONCE = 4
 
 
+def ceil_div(a: int, b: int) -> int:
+    """``a / b``, rounded up."""
+    return -(-a // b)
+
+
 def longest(n_tiles: int, n_splits: int, step: int) -> int:
     """Tiles of the longest of some splits, counted in whole rounds of its SIMD groups.
 
@@ -20,7 +25,7 @@ def longest(n_tiles: int, n_splits: int, step: int) -> int:
     than splits of 8, of 12 µs.
     """
     of_a_round = SIMDS_AT_ONCE * step
-    return -(-n_tiles // (n_splits * of_a_round)) * of_a_round
+    return ceil_div(n_tiles, n_splits * of_a_round) * of_a_round
 
 
 class Shares(NamedTuple):
@@ -53,16 +58,16 @@ class Segments(NamedTuple):
     tail_protected: bool
 
     def shared_out(
-        self, n_tokens: int, splits: int, mixed_gain: float, steps: tuple[int, int]
+        self, n_tokens: int, splits: int, simd_groups: int, steps: tuple[int, int]
     ) -> Shares:
         """How a head's splits share the rows: so that the slowest of them is soonest done.
 
         Args:
             splits: two at least, as many as the GPU runs at once.
-            mixed_gain: as in ``Tuning``.
+            simd_groups: of a threadgroup.
             steps: tiles that a SIMD group handles at a time, of the body and of protected rows.
         """
-        n_tiles, n_body = -(-n_tokens // TILE), -(-max(self.body_ends) // TILE)
+        n_tiles, n_body = ceil_div(n_tokens, TILE), ceil_div(max(self.body_ends), TILE)
         n_tail = n_tiles - self.tail_start // TILE
         n_body, n_tail = (n_body, n_tail) if self.tail_protected else (n_tiles, 0)
         n_own = self.first_tiles + n_tail
@@ -71,16 +76,18 @@ class Segments(NamedTuple):
             return Shares(0, 0, 0)
         share = (n_body + n_protected) / splits
 
-        def slowest(body: int) -> float:
-            return max(n_body / body, n_protected / (splits - body))
-
         def rounds(body: int) -> tuple[float, ...]:
             own = PROTECTED_COST * longest(n_own, splits - body, steps[1])
             others = longest(n_body, body, steps[0])
-            return max(others, own), others, slowest(body)
+            return max(others, own), others, max(n_body / body, n_protected / (splits - body))
 
         near = min(max(1, int(n_body / share)), splits - 1)
         body = min(range(max(1, near - 1), min(near + 2, splits - 1) + 1), key=rounds)
-        if share > n_protected and slowest(body) > mixed_gain * share:
-            return Shares(splits, splits - 1, n_protected)
+        apart = rounds(body)[0], ceil_div(n_body, body)
+        # one that reads both starts a second loop: its SIMD groups are spared whole steps
+        stride = simd_groups * steps[0]
+        spared = ceil_div(n_protected, stride) * stride
+        n = n_body + spared
+        if n // splits > spared and (longest(n, splits, steps[0]), ceil_div(n, splits)) < apart:
+            return Shares(splits, splits - 1, spared)
         return Shares(body, body, 0)

@@ -33,9 +33,6 @@ class Tuning:
         half2: sum products as half2 in short chains, which NVIDIA does at twice the rate of
             float32; Apple's ALUs take half operands in float32 sums at no cost.
         threadgroups_per_core: that run at once: the splits of the tokens fill all cores once.
-        mixed_gain: how much longer splits for either the body or protected rows must take, by
-            their tiles, before one reads both: its second loop starts anew. An H200 takes 8 %
-            longer where one does (131,072 tokens).
         min_split_tiles: fewest tiles worth a split.
         whole_tiles: longest context that is not cut, so that one launch is enough.
         whole_rows: uncut, up to so many threadgroups take one query row each.
@@ -51,7 +48,6 @@ class Tuning:
     prefetch: bool
     half2: bool
     threadgroups_per_core: int
-    mixed_gain: float
     min_split_tiles: int
     whole_tiles: int
     whole_rows: int
@@ -102,7 +98,6 @@ CUDA = Tuning(
     prefetch=True,
     half2=True,
     threadgroups_per_core=2,
-    mixed_gain=1.15,
     min_split_tiles=4,
     whole_tiles=32,
     whole_rows=64,
@@ -119,7 +114,6 @@ APPLE = Tuning(
     prefetch=False,
     half2=False,
     threadgroups_per_core=4,
-    mixed_gain=1.02,
     min_split_tiles=4,
     whole_tiles=32,
     whole_rows=32,

@@ -82,7 +82,7 @@ def test_the_fastest_tuning_is_found_wherever_it_is(best) -> None:
 
 def test_candidates_are_numbers_of_the_tuning_and_hold_what_is_built_in() -> None:
     names = {field.name for field in fields(Tuning)}
-    assert set(tune.CANDIDATES) == names - {"protected_step", "mixed_gain"}  # of rows not timed
+    assert set(tune.CANDIDATES) == names - {"protected_step"}  # of rows not timed
     for name, values in tune.CANDIDATES.items():
         for own in ("metal", "cuda"):
             assert getattr(tuning.built_in(own), name) in values, name

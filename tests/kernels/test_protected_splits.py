@@ -41,30 +41,23 @@ def works(n_tokens: int, found: Segments, splits: int, shares: Shares) -> list[f
 @pytest.mark.parametrize(
     ("n_tokens", "splits", "expected"),
     [
-        (131072, 4, (4, 3, 14)),  # eight KV heads on a GPU of eight cores
-        (131072, 33, (33, 32, 14)),  # and of 66
-        (32768, 33, (32, 32, 0)),  # the second loop's start would cost more than it saves
-        (32768, 2, (2, 1, 14)),
-        (8192, 4, (4, 3, 14)),
+        (131072, 4, (4, 3, 16)),  # eight KV heads on a GPU of eight cores
+        (131072, 33, (33, 32, 16)),  # and of 66
+        (32768, 33, (32, 32, 0)),  # the others would have 32 tiles in either case
+        (32768, 2, (2, 1, 16)),
+        (8192, 4, (4, 3, 16)),
         (8192, 33, (32, 32, 0)),  # 31 splits would have 9 tiles: one SIMD group of a scheduler more
         (1024, 4, (2, 2, 0)),
         (192, 2, (0, 0, 0)),
     ],
 )
 def test_a_split_reads_both_only_where_that_is_sooner(n_tokens, splits, expected) -> None:
-    assert of_tokens(n_tokens).shared_out(n_tokens, splits, APPLE.mixed_gain, STEPS) == expected
+    assert of_tokens(n_tokens).shared_out(n_tokens, splits, APPLE.simd_groups, STEPS) == expected
 
 
-def rounds(n_tokens: int, found: Segments, body: int, own: int, steps: tuple[int, int]) -> int:
-    """What the slowest split takes if ``body`` read the body and ``own`` protected rows."""
-    n_body = found.tail_start // TILE
-    n_own = found.first_tiles + -(-n_tokens // TILE) - n_body
-    times = []
-    for tiles, splits, step, cost in ((n_body, body, steps[0], 1), (n_own, own, steps[1], 2)):
-        longest = -(-tiles // splits)
-        turns = -(-longest // (SIMDS_AT_ONCE * step))
-        times.append(turns * step * cost)
-    return max(times)
+def rounds(tiles: int, splits: int, step: int) -> int:
+    """Tiles of the slowest SIMD group of each scheduler where so many splits share these."""
+    return -(-tiles // (splits * SIMDS_AT_ONCE * step)) * step
 
 
 @given(
@@ -72,37 +65,48 @@ def rounds(n_tokens: int, found: Segments, body: int, own: int, steps: tuple[int
     splits=st.integers(2, 66),
     sink=st.sampled_from((0, 32, 256)),
     n_tail=st.integers(128, 256),
-    gain=st.sampled_from((1.02, 1.15)),
+    simd_groups=st.sampled_from((4, 8)),
     steps=st.sampled_from(((2, 1), (2, 2), (1, 1))),
 )
 def test_splits_share_all_rows_and_none_is_late(
-    n_tokens, splits, sink, n_tail, gain, steps
+    n_tokens, splits, sink, n_tail, simd_groups, steps
 ) -> None:
     found = of_tokens(n_tokens, n_tail, sink)
-    shares = found.shared_out(n_tokens, splits, gain, steps)
+    shares = found.shared_out(n_tokens, splits, simd_groups, steps)
     body, first, spared = shares
     assert 0 < body <= splits and first < splits and first in (body, body - 1)
     work = works(n_tokens, found, splits, shares)
     assert min(work) > 0
+    n_body = found.tail_start // TILE
+    n_own = found.first_tiles + -(-n_tokens // TILE) - n_body
+    stride = simd_groups * steps[0]
+    needed = -(-PROTECTED_COST * n_own // stride) * stride  # of the body, in whole steps
+    together = rounds(n_body + needed, splits, steps[0])
+
+    def apart(n: int) -> int:
+        own = PROTECTED_COST * rounds(n_own, splits - n, steps[1])
+        return max(rounds(n_body, n, steps[0]), own)
+
+    soonest = min(apart(n) for n in range(1, splits))
     assert (spared > 0) == (first < body)
-    even = sum(work) / splits
     if spared:
-        assert max(work) == pytest.approx(even)
-        return
-    assert max(work) <= gain * even + 1e-9 or even <= sum(work[first:]) + 1e-9
-    least = min(rounds(n_tokens, found, n, splits - n, steps) for n in range(1, splits))
-    assert rounds(n_tokens, found, body, splits - body, steps) == least
+        assert spared == needed and together <= soonest
+        assert max(work) == work[0] and -(-(n_body + spared) // splits) < n_body / (splits - 1)
+    else:
+        assert apart(body) == soonest
+        assert together >= soonest or (n_body + needed) // splits <= needed
 
 
-def test_an_h200_gives_protected_rows_splits_of_their_own_where_it_has_many() -> None:
-    found, gain = of_tokens(131072), tuning.CUDA.mixed_gain
-    assert found.shared_out(131072, 33, gain, STEPS) == (32, 32, 0)
-    assert found.shared_out(131072, 2, gain, STEPS) == (2, 1, 14)  # many sequences
+def test_an_h200_gives_protected_rows_splits_of_their_own_unless_others_grow_longer() -> None:
+    groups = tuning.CUDA.simd_groups
+    assert of_tokens(32768).shared_out(32768, 33, groups, STEPS) == (32, 32, 0)
+    # 125 tiles, of which 128 would be left to 32 splits
+    assert of_tokens(131072).shared_out(131072, 33, groups, STEPS) == (33, 32, 16)
 
 
 def test_first_tokens_alone_leave_the_body_its_splits() -> None:
     found = of_tokens(32768, newest=False)
-    assert found.shared_out(32768, 4, APPLE.mixed_gain, STEPS) == (4, 3, 2)
+    assert found.shared_out(32768, 4, APPLE.simd_groups, STEPS) == (4, 3, 8)
 
 
 @pytest.mark.parametrize("cut", [tuning.APPLE, tuning.CUDA])
