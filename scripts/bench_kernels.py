@@ -18,7 +18,8 @@ work (compare ``submit_us``). Building a call's graph in Python comes before and
 
 ``--against FOLDER`` times the package of another tree in turns with this one, in a process of its
 own; a row's ``against`` has what it took, and ``against_over_this`` is the median over rounds of
-its time over this tree's. Both record fp16: how far that is from 1 is what the machine drifts.
+its time over this tree's; ``unprotected_over_this`` is the same of a call without protected tokens
+and one with them. Both trees record fp16: how far that is from 1 is what the machine drifts.
 
 Kernels compile at their first call. ``--warm i/n`` only compiles, every n-th variant, so that
 processes with a MLX_PTX_CACHE_DIR each can share the work; the run then gets all their files
@@ -61,7 +62,7 @@ def bench(
     group, names = here.group, list(here.made)
     turns = [{name: [] for name in names} for _ in sides]
     for i in range(rounds):
-        for name in names:
+        for name in names[:: -1 if i % 2 else 1]:
             for j, side in list(enumerate(sides))[:: -1 if i % 2 else 1]:
                 turns[j][name].append(side.turn(name))
     rows = []
@@ -75,12 +76,19 @@ def bench(
             "heads": list(group.heads), "head_dim": group.head_dim, "batch": group.batch,
             "queries": group.queries, "variant": name, "steps": here.steps[name], **found[0],
         }  # fmt: skip
+        if (plain := turns[0].get(name.removesuffix(" protected"))) is not turns[0][name]:
+            row["unprotected_over_this"] = median_ratio(plain, turns[0][name])
         if other is not None:
-            ratios = [b.chain.done / a.chain.done for a, b in zip(*(t[name] for t in turns))]
-            row |= {"against": found[1], "against_over_this": round(median(ratios), 3)}
+            own, others = (t[name] for t in turns)
+            row |= {"against": found[1], "against_over_this": median_ratio(others, own)}
         print(line(row), flush=True)
         rows.append(row)
     return rows
+
+
+def median_ratio(others: list[Turn], own: list[Turn]) -> float:
+    """The median over rounds of the time of one call over another's."""
+    return round(median(a.chain.done / b.chain.done for a, b in zip(others, own)), 3)
 
 
 def figures(
@@ -121,6 +129,8 @@ def line(row: dict) -> str:
     against = ""
     if "against" in row:
         against = f"; against: {row['against']['us']:.1f} us, {row['against_over_this']:.3f}x"
+    if "unprotected_over_this" in row:
+        ratio += f", {row['unprotected_over_this']:.3f}x unprotected"
     return (
         f"{shape:34} {row['variant']:22} {row['us']:8.1f} us ({row['low_us']:.1f} to "
         f"{row['high_us']:.1f}{apart}, build {row['build_us']:.1f}, submit "

@@ -172,8 +172,11 @@ class ProtectedRows(PackedRows):
         if n_old:
             tiles = self.backend.requantize(self.tail[:, :, :n_tiles], tail_layout, layout)
         if n_new:
-            new = keys[:, :, :n_new], values[:, :, :n_new]
-            tiles = self._pack_rows(*new, layout, tiles, n_old, before)
+            if 2 * n_new < keys.shape[2]:
+                keys, values = keys[:, :, :n_new], values[:, :, :n_new]
+            # else all of them, since kernels copy a part of an array before they read it
+            tiles = self._pack_rows(keys, values, layout, tiles, n_old, before)
+            tiles = tiles[:, :, : (stop - start) // TILE]
         held = self.body[:, :, start // TILE : min(stop, self.n_body) // TILE]
         coarse_end = self.segments.coarse_end
         if held.shape[2] and max(coarse_end) > start:
@@ -182,7 +185,7 @@ class ProtectedRows(PackedRows):
         if self.n_body > stop:
             parts.append(self.body[:, :, stop // TILE : self.n_body // TILE])
         parts = [part for part in parts if part.shape[2]]
-        self.body = mx.concatenate(parts, axis=2) if len(parts) > 1 else parts[0]
+        self.body = mx.concatenate(parts, axis=2) if len(parts) > 1 else mx.contiguous(tiles)
         self.n_body = max(self.n_body, stop)
         stays = before - stop
         self.tail = mx.contiguous(self.tail[:, :, n_tiles:]) if stays > 0 else empty_tiles()

@@ -13,9 +13,9 @@ def protected() -> str:
     for (tokens, name), plain in times.items():
         other = times.get((tokens, f"{name} protected"))
         if other is not None:
-            both = [f"{r[k]:.1f}" for k in ("us", "apart_us") for r in (plain, other)]
-            ratios = [f"{plain[k] / other[k]:.2f}" for k in ("us", "apart_us")]
-            rows.append([f"{tokens:,}", name, *both[:2], ratios[0], *both[2:], ratios[1]])
+            us, apart = ([f"{r[k]:.1f}" for r in (plain, other)] for k in ("us", "apart_us"))
+            together = f"{plain['apart_us'] / other['apart_us']:.2f}"
+            rows.append([f"{tokens:,}", name, *us, _speed(plain, other), *apart, together])
     header = ["tokens", "K/V", "µs", "protected", "speed", "µs, apart", "protected", "speed"]
     return "\n\n".join([
         "# Decode attention with protected tokens",
@@ -28,10 +28,15 @@ def protected() -> str:
     ])  # fmt: skip
 
 
+def _speed(plain: dict, other: dict) -> str:
+    """The median over rounds of both times' ratio; that of their medians in earlier records."""
+    return f"{other.get('unprotected_over_this', plain['us'] / other['us']):.2f}"
+
+
 def _prefill(record: dict) -> list[list[str]]:
-    times = {(r["tokens"], r["variant"]): r["us"] for r in record["rows"] if r["job"] == "prefill"}
+    times = {(r["tokens"], r["variant"]): r for r in record["rows"] if r["job"] == "prefill"}
     return [
-        [f"{tokens:,}", name, f"{plain:,.0f}", f"{other:,.0f}", f"{plain / other:.2f}"]
+        [f"{tokens:,}", name, *(f"{r['us']:,.0f}" for r in (plain, other)), _speed(plain, other)]
         for (tokens, name), plain in times.items()
         if (other := times.get((tokens, f"{name} protected"))) is not None
     ]

@@ -18,6 +18,7 @@ from mlx_turbokv.centring.centre import Centre
 from mlx_turbokv.centring.rope import RopeFrequencies
 from mlx_turbokv.kernels import assemble
 from mlx_turbokv.policy.protection import LEAVE_TOGETHER, Protection
+from mlx_turbokv.quant.layout import TILE
 
 PAIR = ("turbo4", "turbo2")
 SINK, RECENT = 32, 64
@@ -167,6 +168,24 @@ def test_a_step_writes_the_tail_alone_and_tiles_leave_together() -> None:
         assert RECENT <= cache.n_tail < RECENT + LEAVE_TOGETHER + 1
     assert len({id(x) for x in bodies}) <= 4
     assert len({id(x) for x in sinks}) == 1
+
+
+@pytest.mark.parametrize(("n_new", "whole"), [(2048, True), (400, True), (320, False)])
+def test_new_rows_go_into_the_body_without_a_copy(monkeypatch, n_new: int, whole: bool) -> None:
+    cache = single(700, recent=160)
+    given, pack = [], cache._pack_rows
+
+    def noted(keys, *arguments):
+        given.append(keys)
+        return pack(keys, *arguments)
+
+    monkeypatch.setattr(cache, "_pack_rows", noted)
+    keys, values = rows(1, n_new)
+    n_body = cache.segments.tail_start
+    cache.update_and_fetch(keys, values)
+    assert [x is keys for x in given] == [whole, False]
+    assert cache.n_body == cache.body.shape[2] * TILE == cache.segments.tail_start > n_body
+    assert cache.n_tail == 700 + n_new - cache.n_body == given[1].shape[2] >= 160
 
 
 @pytest.mark.parametrize("n", [5, 300])

@@ -316,6 +316,27 @@ def test_the_two_trees_begin_rounds_by_turns() -> None:
     assert row["us"] == 2e6 and row["against"]["us"] == 3e6 and row["against_over_this"] == 1.5
 
 
+def test_protected_rows_are_compared_with_others_of_the_same_round() -> None:
+    names = "fp16", "q8_0/turbo2", "q8_0/turbo2 protected"
+    side = Side([], "", 0)
+    side.made, side.steps = ({name: value for name in names} for value in (side.made["fp16"], 3))
+    # the machine is slow in the first of three rounds, and a protected call takes twice as long
+    order = [names, names[::-1], names]
+    slow = iter([9.0] * 3 + [1.0] * 6)
+    asked = []
+
+    def turn(name: str) -> sides.Turn:
+        asked.append(name)
+        seconds = next(slow) * (2 if name.endswith("protected") else 1)
+        return sides.Turn(timing.Times(seconds, 0, 0), None)
+
+    side.turn = turn
+    rows = bench.bench(side, 0, 3, False, 1e9)
+    assert asked == [name for round_ in order for name in round_]
+    assert [row.get("unprotected_over_this") for row in rows] == [None, None, 0.5]
+    assert "0.500x unprotected" in bench.line(rows[2])
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_a_folder_without_the_package_is_refused(there, tmp_path, capsys) -> None:
     folder = tmp_path if there else tmp_path / "missing"
