@@ -27,7 +27,8 @@ from record import record, write
 
 HEADS, HEAD_DIM = (32, 8), 128
 PAIRS = ("q8_0/turbo2", "turbo4/turbo3")
-STEPS, STEP_TOKENS = 8, 4096 + 40  # of launches
+STEPS, STEP_TOKENS = 8, 4096 + 40  # of launches; no row leaves the protected tail meanwhile
+PROTECTED = (32, 128)
 N_TOKENS = 131072  # of counters
 # name in the record: ncu's metric
 METRICS = {
@@ -79,7 +80,7 @@ def parsed(output: str) -> list[dict]:
 
 def short_name(kernel: str) -> str:
     """This project's kernels by their own names, others without arguments and templates."""
-    own = re.search(r"turbokv_(pack|decode_partial|decode_merge|dequantize)", kernel)
+    own = re.search(r"turbokv_(pack|dequantize|decode_[a-z]+)", kernel)
     return own[1] if own else re.split(r"[(<]", kernel)[0].removeprefix("void ")
 
 
@@ -90,7 +91,9 @@ def decode_steps(name: str, steps: int) -> None:
 
     import mlx_turbokv
 
-    cache = KVCache() if name == "f16" else mlx_turbokv.TurboKVCache(*name.split("/"))
+    pair, _, protected = name.partition(" ")
+    options = dict(zip(("sink", "recent"), PROTECTED)) if protected else {}
+    cache = KVCache() if name == "f16" else mlx_turbokv.TurboKVCache(*pair.split("/"), **options)
 
     def rows(n_heads: int, n: int) -> mx.array:
         array = mx.ones((1, n_heads, n, HEAD_DIM), mx.float16)
@@ -144,7 +147,7 @@ def counted(pair: str, tokens: int) -> list[dict]:
 def launches() -> dict:
     """The record of launches by cache."""
     rows = []
-    for name in ("f16", *PAIRS):
+    for name in ("f16", *PAIRS, f"{PAIRS[1]} protected"):
         more, fewer = launched(name, 2 * STEPS), launched(name, STEPS)
         by_kernel = {k: n / STEPS for k, n in (more - fewer).items()}
         rows.append({"cache": name, "launches": sum(by_kernel.values()), "by_kernel": by_kernel})

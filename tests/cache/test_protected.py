@@ -171,21 +171,23 @@ def test_a_step_writes_the_tail_alone_and_tiles_leave_together() -> None:
 
 
 @pytest.mark.parametrize(("n_new", "whole"), [(2048, True), (400, True), (320, False)])
-def test_new_rows_go_into_the_body_without_a_copy(monkeypatch, n_new: int, whole: bool) -> None:
+def test_new_rows_are_packed_whole_where_most_go_into_the_body(
+    monkeypatch, n_new: int, whole: bool
+) -> None:
     cache = single(700, recent=160)
     given, pack = [], cache._pack_rows
 
     def noted(keys, *arguments):
-        given.append(keys)
+        given.append(keys.shape[2])
         return pack(keys, *arguments)
 
     monkeypatch.setattr(cache, "_pack_rows", noted)
-    keys, values = rows(1, n_new)
-    n_body = cache.segments.tail_start
-    cache.update_and_fetch(keys, values)
-    assert [x is keys for x in given] == [whole, False]
-    assert cache.n_body == cache.body.shape[2] * TILE == cache.segments.tail_start > n_body
-    assert cache.n_tail == 700 + n_new - cache.n_body == given[1].shape[2] >= 160
+    cache.update_and_fetch(*rows(1, n_new))
+    n_new_in_body = cache.n_body - 700
+    assert given == [n_new if whole else n_new_in_body, cache.n_tail]
+    assert (2 * n_new_in_body >= n_new) == whole
+    assert cache.n_body == cache.body.shape[2] * TILE == cache.segments.tail_start
+    assert cache.n_tail == n_new - n_new_in_body >= 160
 
 
 @pytest.mark.parametrize("n", [5, 300])

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import ncu
 import pytest
+
+from mlx_turbokv.kernels import assemble
 
 PACK = "mlx::core::cu::custom_kernel_turbokv_pack_float16_8(const __half *, unsigned int *)"
 OUTPUT = f"""==PROF== Connected to process 7
@@ -32,6 +36,22 @@ def printed(monkeypatch):
     """What ncu prints, in place of running it."""
     rows = ncu.parsed(OUTPUT)
     monkeypatch.setattr(ncu, "profiled", lambda *_, only=None: rows[:2] if only else rows)
+
+
+def test_a_step_of_protected_rows_launches_no_more(metal_host, monkeypatch) -> None:
+    monkeypatch.setattr(assemble, "factory", metal_host.metal_kernel)
+    monkeypatch.setattr(ncu, "HEADS", (2, 1))
+    names = []
+    for name in (ncu.PAIRS[1], f"{ncu.PAIRS[1]} protected"):
+        counts = []
+        for steps in (1, 3):
+            metal_host.launches.clear()
+            ncu.decode_steps(name, steps)
+            counts.append(Counter(ncu.short_name(launch.name) for launch in metal_host.launches))
+        names.append(counts[1] - counts[0])
+        del names[-1]["dequantize"]  # built, which the CPU runs, and never evaluated
+    decodes = "decode_partial", "decode_protected"
+    assert names == [{"pack": 2, decode: 2, "decode_merge": 2} for decode in decodes]
 
 
 def test_launches_and_counters_are_by_kernel(printed) -> None:
