@@ -76,7 +76,8 @@ def bench(
             "heads": list(group.heads), "head_dim": group.head_dim, "batch": group.batch,
             "queries": group.queries, "variant": name, "steps": here.steps[name], **found[0],
         }  # fmt: skip
-        if (plain := turns[0].get(name.removesuffix(" protected"))) is not turns[0][name]:
+        if name.endswith(" protected"):
+            plain = turns[0][name.removesuffix(" protected")]
             row["unprotected_over_this"] = median_ratio(plain, turns[0][name])
         if other is not None:
             own, others = (t[name] for t in turns)

@@ -19,6 +19,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -28,7 +29,6 @@ from record import record, write
 HEADS, HEAD_DIM = (32, 8), 128
 PAIRS = ("q8_0/turbo2", "turbo4/turbo3")
 STEPS, STEP_TOKENS = 8, 4096 + 40  # of launches; no row leaves the protected tail meanwhile
-PROTECTED = (32, 128)
 N_TOKENS = 131072  # of counters
 # name in the record: ncu's metric
 METRICS = {
@@ -90,9 +90,10 @@ def decode_steps(name: str, steps: int) -> None:
     from mlx_lm.models.cache import KVCache
 
     import mlx_turbokv
+    from mlx_turbokv.policy.protection import DEFAULT_PROTECTION
 
     pair, _, protected = name.partition(" ")
-    options = dict(zip(("sink", "recent"), PROTECTED)) if protected else {}
+    options = asdict(DEFAULT_PROTECTION) if protected else {}
     cache = KVCache() if name == "f16" else mlx_turbokv.TurboKVCache(*pair.split("/"), **options)
 
     def rows(n_heads: int, n: int) -> mx.array:

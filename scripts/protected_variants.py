@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
+from dataclasses import astuple
 
 import mlx.core as mx
 from kernel_variants import Inputs, Variant, attention_error, copies, gqa_factor, mask_of
@@ -16,15 +17,14 @@ from mlx_turbokv.attention import dispatch, pacing
 from mlx_turbokv.kernels import reference
 from mlx_turbokv.kernels.backend import Backend
 from mlx_turbokv.kernels.segments import SegmentedKV
+from mlx_turbokv.policy.protection import DEFAULT_PROTECTION, UNPROTECTED
 
-PROTECTED = (32, 128)  # tokens at the start and at the end
 N_NEWEST = 16  # of the rows, generated one by one: a tail is partly filled at most steps
 
 
 def cached_attention(pair: str, x: Inputs, backend: Backend, protected: bool) -> Variant:
-    """Attention over a cache as generation leaves it, with PROTECTED tokens or none."""
-    protection = PROTECTED if protected else (0, 0)
-    cache = TurboKVCache(*pair.split("/"), backend.name, None, *protection)
+    """Attention over a cache as generation leaves it, with protected tokens or none."""
+    cache = _cache(pair, backend, protected)
     cache.update_and_fetch(*(side[:, :, :-N_NEWEST] for side in x[:2]))
     for i in range(-N_NEWEST, 0):
         cache.update_and_fetch(*(side[:, :, i:][:, :, :1] for side in x[:2]))
@@ -46,6 +46,11 @@ def cached_attention(pair: str, x: Inputs, backend: Backend, protected: bool) ->
     return Variant(call, lambda: x.queries, n_bytes, check)
 
 
+def _cache(pair: str, backend: Backend, protected: bool) -> TurboKVCache:
+    protection = DEFAULT_PROTECTION if protected else UNPROTECTED
+    return TurboKVCache(*pair.split("/"), backend.name, None, *astuple(protection))
+
+
 @contextmanager
 def not_paced() -> Iterator[None]:
     """Attention does not wait for the call before it: the chain is timed when it is submitted."""
@@ -62,9 +67,9 @@ def prefill(pair: str, x: Inputs, backend: Backend, protected: bool) -> Variant:
 
     As many rows as there are queries are new.
     """
-    n_new, protection = x.queries.shape[2], PROTECTED if protected else (0, 0)
+    n_new = x.queries.shape[2]
     old, new = ([s[:, :, part] for s in x[:2]] for part in (slice(0, -n_new), slice(-n_new, None)))
-    cache = TurboKVCache(*pair.split("/"), backend.name, None, *protection)
+    cache = _cache(pair, backend, protected)
     cache.update_and_fetch(*old)
     mx.eval(cache.state)
     scale = x.keys.shape[-1] ** -0.5
