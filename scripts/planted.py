@@ -249,7 +249,13 @@ PLANTED = [
     Defect("tokens forgotten by a trim", CACHE + "rotating.py",
            "        self.n_dropped = n_dropped\n        self.n_hidden = min",
            "        self.n_hidden = min", (AFTER[0], "whole")),
+    Defect("newest rows in the body too", CACHE + "protected.py",
+           "            tiles = tiles[:, :, : (stop - start) // TILE]\n", "",
+           (("tests/cache/test_protected.py", "tests/cache/test_protected_operations.py"), "")),
     # attention and launchers
+    Defect("no whole steps spared", KERNELS + "splits.py",
+           "spared = ceil_div(n_protected, stride) * stride", "spared = n_protected",
+           (("tests/kernels/test_protected_splits.py",), "")),
     Defect("the first heads' sinks for every slice", KERNELS + "heads.py", "sinks[heads]",
            "sinks[: count * gqa_factor]", ATTENTION),
     Defect("the first heads' mask for every slice", KERNELS + "heads.py",
