@@ -41,6 +41,7 @@ def printed(monkeypatch):
 def test_a_step_of_protected_rows_launches_no_more(metal_host, monkeypatch) -> None:
     monkeypatch.setattr(assemble, "factory", metal_host.metal_kernel)
     monkeypatch.setattr(ncu, "HEADS", (2, 1))
+    monkeypatch.setattr(ncu, "STEP_TOKENS", 1300)
     names = []
     for name in (ncu.PAIRS[1], f"{ncu.PAIRS[1]} protected"):
         counts = []
