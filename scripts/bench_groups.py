@@ -90,8 +90,11 @@ def groups(parts, pairs, lengths, backend: Backend) -> Iterator[Group]:
         for n in PREFILL_TOKENS:
             make = {"fp16": fp16_prefill}
             for pair in pairs:
-                for name, on in ((pair, False), (f"{pair} protected", True)):
-                    make[name] = partial(prefill, pair, backend=backend, protected=on)
+                for centred in (False, True) if pair.startswith("turbo") else (False,):
+                    name = f"{pair} centred" if centred else pair
+                    own = partial(prefill, pair, backend=backend, centred=centred)
+                    make[name] = partial(own, protected=False)
+                    make[f"{name} protected"] = partial(own, protected=True)
             yield Group("prefill", "prefill", HEADS, HEAD_DIM, n, make, queries=CHUNK_TOKENS)
     if "batches" in parts:
         for heads, batch in BATCHES:

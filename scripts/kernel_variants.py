@@ -87,6 +87,12 @@ def copies(*arrays: mx.array) -> list[list[mx.array]]:
     return sets
 
 
+def random_centre(n_kv_heads: int, dim: int) -> Centre:
+    """A centre of normal noise."""
+    rope = RopeFrequencies.from_arguments(dim, dim, False, THETA)
+    return Centre(mx.random.normal((n_kv_heads, dim)), rope, "random")
+
+
 def packed_attention(pair: str, x: Inputs, backend: Backend, how: str = "") -> Variant:
     """Attention over packed rows, causal where there are several queries.
 
@@ -96,8 +102,7 @@ def packed_attention(pair: str, x: Inputs, backend: Backend, how: str = "") -> V
     _, n_kv_heads, n, dim = x.keys.shape
     layout, centre, keys = layout_of(pair, dim), None, x.keys
     if how == "centred":
-        rope = RopeFrequencies.from_arguments(dim, dim, False, THETA)
-        centre = Centre(mx.random.normal((n_kv_heads, dim)), rope, "random")
+        centre = random_centre(n_kv_heads, dim)
         keys = (keys + centre.rows(0, n)).astype(
             keys.dtype
         )  # as large without their centre as others

@@ -253,6 +253,8 @@ PLANTED = [
            "            tiles = tiles[:, :, : (stop - start) // TILE]\n", "",
            (("tests/cache/test_protected.py", "tests/cache/test_protected_operations.py"), "")),
     # attention and launchers
+    Defect("anchors of the first rows for all", KERNELS + "dequantize.py",
+           "if row and packed.centre is not None:", "if False:", CENTRED),
     Defect("no whole steps spared", KERNELS + "splits.py",
            "spared = ceil_div(n_protected, stride) * stride", "spared = n_protected",
            (("tests/kernels/test_protected_splits.py",), "")),

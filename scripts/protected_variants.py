@@ -9,11 +9,20 @@ from copy import copy
 from dataclasses import astuple
 
 import mlx.core as mx
-from kernel_variants import Inputs, Variant, attention_error, copies, gqa_factor, mask_of
+from kernel_variants import (
+    Inputs,
+    Variant,
+    attention_error,
+    copies,
+    gqa_factor,
+    mask_of,
+    random_centre,
+)
 from mlx_lm.models.cache import KVCache
 
 from mlx_turbokv import TurboKVCache
 from mlx_turbokv.attention import dispatch, pacing
+from mlx_turbokv.centring.centre import Centre
 from mlx_turbokv.kernels import reference
 from mlx_turbokv.kernels.backend import Backend
 from mlx_turbokv.kernels.segments import SegmentedKV
@@ -46,9 +55,11 @@ def cached_attention(pair: str, x: Inputs, backend: Backend, protected: bool) ->
     return Variant(call, lambda: x.queries, n_bytes, check)
 
 
-def _cache(pair: str, backend: Backend, protected: bool) -> TurboKVCache:
+def _cache(
+    pair: str, backend: Backend, protected: bool, centre: Centre | None = None
+) -> TurboKVCache:
     protection = DEFAULT_PROTECTION if protected else UNPROTECTED
-    return TurboKVCache(*pair.split("/"), backend.name, None, *astuple(protection))
+    return TurboKVCache(*pair.split("/"), backend.name, centre, *astuple(protection))
 
 
 @contextmanager
@@ -62,14 +73,15 @@ def not_paced() -> Iterator[None]:
         limit.least_bytes = least
 
 
-def prefill(pair: str, x: Inputs, backend: Backend, protected: bool) -> Variant:
+def prefill(pair: str, x: Inputs, backend: Backend, centred: bool, protected: bool) -> Variant:
     """A prefill's step of one layer: packs the newest rows, and attends to all of them.
 
     As many rows as there are queries are new.
     """
     n_new = x.queries.shape[2]
     old, new = ([s[:, :, part] for s in x[:2]] for part in (slice(0, -n_new), slice(-n_new, None)))
-    cache = _cache(pair, backend, protected)
+    centre = random_centre(x.keys.shape[1], x.keys.shape[-1]) if centred else None
+    cache = _cache(pair, backend, protected, centre)
     cache.update_and_fetch(*old)
     mx.eval(cache.state)
     scale = x.keys.shape[-1] ** -0.5

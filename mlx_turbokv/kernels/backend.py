@@ -164,12 +164,12 @@ def _decode(name, forced, queries, packed, scale, causal=False, sinks=None, left
     return reference.attention(queries, packed, scale, mask, sinks, left_padding)
 
 
-def _rotated_rows(name, forced, packed, dtype, first, count, room=0):
+def _rotated_rows(name, forced, packed, dtype, first, count, room=0, row=0):
     try:
-        return dequantize.rotated_rows(packed, dtype, first, count, name, room)
+        return dequantize.rotated_rows(packed, dtype, first, count, name, room, row)
     except UntrustedKernelError as error:
         _refuse(name, forced, error)
-    return reference.rotated_rows(packed, dtype, first, count, room)
+    return reference.rotated_rows(packed, dtype, first, count, room, row)
 
 
 def _refuse(name: str, forced: bool, error: UntrustedKernelError) -> None:

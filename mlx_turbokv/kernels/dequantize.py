@@ -36,15 +36,15 @@ class Launch(NamedTuple):
     k_constants: mx.array
     v_constants: mx.array
 
-    def inputs(self, packed: PackedKV) -> tuple[mx.array, ...]:
-        """The arrays of a launch over these rows."""
+    def inputs(self, packed: PackedKV, row: int = 0) -> tuple[mx.array, ...]:
+        """The arrays of a launch over these rows, the first of which is row ``row``."""
         return (
             packed.body if packed.n_body else tables.no_tiles(),
             packed.tail if packed.n_tail else tables.no_tiles(),
             self.params,
             self.k_constants,
             self.v_constants,
-            *tables.anchor_inputs(packed.centre, packed.n_tokens, packed.left_padding),
+            *tables.anchor_inputs(packed.centre, row + packed.n_tokens, packed.left_padding),
         )
 
 
@@ -139,19 +139,27 @@ def _shapes(packed: PackedKV) -> tuple:
 
 
 def rotated_rows(
-    packed: PackedKV, dtype: mx.Dtype, first: int, count: int, backend: str, room: int = 0
-) -> tuple[mx.array, mx.array]:
+    packed: PackedKV, dtype: mx.Dtype, first: int, count: int, backend: str, room: int = 0,
+    row: int = 0,
+) -> tuple[mx.array, mx.array]:  # fmt: skip
     """Rows of KV heads ``first`` to ``first + count``, turbo rows in the rotated basis.
 
     Args:
         room: rows of zeros after the last, for others to be written there.
+        row: which row of the sequence the first is, for centred keys.
 
     Shapes:
         returns: [B, count, n + room, k_head_dim] and [B, count, n + room, v_head_dim] in ``dtype``.
     """
+    if row and packed.centre is not None:  # position 0 lies so many rows before them
+        if packed.left_padding is None:  # of at least 8 sequences, as kernels take it
+            padding = tables.int_array(*[-row] * max(8, packed.newest.shape[0]))
+        else:
+            padding = packed.left_padding - row
+        packed = packed._replace(left_padding=padding)
     key = assemble.factory, backend, packed.layout, dtype, (first, count), *_shapes(packed), room
     launch = _launch(*key)
-    return launch.call(*launch.inputs(packed))
+    return launch.call(*launch.inputs(packed, row))
 
 
 def dequantize(

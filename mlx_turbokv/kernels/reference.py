@@ -190,7 +190,7 @@ def dequantize(packed: AnyKV, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
 
 
 def rotated_rows(
-    packed: PackedKV, dtype: mx.Dtype, first: int, count: int, room: int = 0
+    packed: PackedKV, dtype: mx.Dtype, first: int, count: int, room: int = 0, row: int = 0
 ) -> tuple[mx.array, mx.array]:
     """Rows of KV heads ``first`` to ``first + count``, turbo rows in the rotated basis.
 
@@ -198,11 +198,12 @@ def rotated_rows(
 
     Args:
         room: rows of zeros after the last.
+        row: which row of the sequence the first is, for centred keys.
 
     Shapes:
         returns: [B, count, n + room, k_head_dim] and [B, count, n + room, v_head_dim] in ``dtype``.
     """
-    keys, values = _rotated(packed.tiles[:, first : first + count], packed, first)
+    keys, values = _rotated(packed.tiles[:, first : first + count], packed, first, row)
     keys, values = keys.astype(dtype), values.astype(dtype)
     if not room:  # a pad of nothing copies
         return keys, values
@@ -210,7 +211,9 @@ def rotated_rows(
     return mx.pad(keys, widths), mx.pad(values, widths)
 
 
-def _rotated(tiles: mx.array, packed: PackedKV, first_head: int = 0) -> tuple[mx.array, mx.array]:
+def _rotated(
+    tiles: mx.array, packed: PackedKV, first_head: int = 0, row: int = 0
+) -> tuple[mx.array, mx.array]:
     """Dequantised rows of tiles, turbo rows in the rotated basis, float32."""
     layout, n = packed.layout, packed.n_tokens
     dtype = getattr(mx, layout.dtype)
@@ -218,7 +221,7 @@ def _rotated(tiles: mx.array, packed: PackedKV, first_head: int = 0) -> tuple[mx
     keys = quantize.values(rows.k, rows.k_scales, layout.k_format, layout.k_head_dim, dtype)
     if packed.centre is not None:
         anchors = packed.centre.rows(
-            0, n, packed.left_padding, lambda x: rotate(x, layout.k_head_dim)
+            row, n, packed.left_padding, lambda x: rotate(x, layout.k_head_dim)
         )
         keys = keys + anchors[:, first_head : first_head + keys.shape[1]]
     values = quantize.values(rows.v, rows.v_scales, layout.v_format, layout.v_head_dim, dtype)

@@ -200,36 +200,32 @@ def _write(rows: Rows, part: Rows, start: int) -> None:
 
 
 def _tail_alone(
-    layout: KVLayout, tiles: mx.array, n: int, centre: Centre | None = None
-) -> PackedKV:
+    layout: KVLayout, tiles: mx.array, n: int, centre: Centre | None,
+    left_padding: mx.array | None = None,
+) -> PackedKV:  # fmt: skip
     """The first ``n`` rows of tiles."""
-    return PackedKV(layout, empty_tiles(), 0, tiles, n, centre)
+    return PackedKV(layout, empty_tiles(), 0, tiles, n, centre, left_padding)
 
 
 def _tail_rows(kv: SegmentedKV, heads: Heads, read: Reader, dtype: mx.Dtype) -> Rows:
-    """The rows from ``tail_start`` on: the tail's, or the body's where a sequence has them there.
+    """The rows from ``tail_start`` on: the tail's, or the body's where a sequence has them."""
 
-    Anchors are added here: the rows do not begin at row 0.
-    """
-    own = dtype if kv.centre is None else mx.float32
-    keys, values = read(_tail_alone(kv.tail_layout, kv.tail, kv.n_tail), own, *heads)
+    def rows_of(layout: KVLayout, tiles: mx.array, n: int) -> Rows:
+        own = _tail_alone(layout, tiles, n, kv.centre, kv.left_padding)
+        return read(own, dtype, *heads, row=kv.tail_start)
+
+    keys, values = rows_of(kv.tail_layout, kv.tail, kv.n_tail)
     if max(kv.coarse_end) > kv.tail_start:
         n = min(kv.n_body - kv.tail_start, kv.n_tail)
         tiles = kv.body[:, :, kv.tail_start // TILE : -(-(kv.tail_start + n) // TILE)]
-        body = read(_tail_alone(kv.layout, tiles, n), own, *heads)
+        body = rows_of(kv.layout, tiles, n)
         rows = mx.arange(kv.tail_start, kv.tail_start + n)
         coarse = (rows < mx.array(kv.coarse_end)[:, None])[:, None, :, None]
         keys, values = (
             mx.concatenate([mx.where(coarse, x, y[:, :, :n]), y[:, :, n:]], axis=2)
             for x, y in zip(body, (keys, values))
         )
-    if kv.centre is not None:
-        dim, head = kv.layout.k_head_dim, slice(heads[0], heads[0] + heads[1])
-        anchors = kv.centre.rows(
-            kv.tail_start, kv.n_tail, kv.left_padding, lambda x: rotate(x, dim)
-        )
-        keys = keys + anchors[:, head]
-    return keys.astype(dtype), values.astype(dtype)
+    return keys, values
 
 
 def _with_first_rows(kv: SegmentedKV, rows: mx.array, first: mx.array) -> mx.array:

@@ -574,3 +574,10 @@ def _rows(packed: PackedKV, backend: str, failures: list[str]) -> None:
         error = np.abs(np.array(rows)[:, :, :n] - np.array(want)[:, first:]).max()
         if not error <= allowed[name]:
             failures.append(f"dequantize: {name} differ by {error:.2e}")
+    if packed.n_body and packed.n_tail:  # the tail alone, which is not the sequence's first rows
+        row, alone = packed.n_body, packed._replace(body=empty_tiles(), n_body=0)
+        got = dequantize.rotated_rows(alone, mx.float32, 0, n_heads, backend, row=row)
+        for name, rows, want in zip(("keys", "values"), got, expected):
+            error = np.abs(np.array(rows) - np.array(want)[:, :, row:]).max()
+            if not error <= allowed[name]:
+                failures.append(f"dequantize: {name} from row {row} on differ by {error:.2e}")

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import mlx.core as mx
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from mlx_turbokv.kernels.packed import PackedKV
+from mlx_turbokv.centring.centre import BLOCK, Centre, block_means
+from mlx_turbokv.centring.rope import RopeFrequencies
+from mlx_turbokv.kernels import reference
+from mlx_turbokv.kernels.packed import PackedKV, empty_tiles
 from mlx_turbokv.kernels.segments import SegmentedKV, all_rows
 from mlx_turbokv.quant.formats import KVFormat
 from mlx_turbokv.quant.layout import TILE, KVLayout, protected_layout
+from mlx_turbokv.quant.rotation import rotation_matrix
 
 LAYOUT = KVLayout(KVFormat.parse("turbo4"), KVFormat.parse("turbo3"), 64, 64, "float16")
 FINE = protected_layout(LAYOUT)
 N_FIRST, N_BODY, N_TAIL, N_FRESH = 32, 16384, 160, 512
 BODY, TAIL, FIRST, FRESH = 1.0, 2.0, 3.0, 4.0
+ANCHOR_ATOL = 1e-5  # float32 sums of 64 products of numbers up to 4
 
 
 def segmented(n_body: int) -> SegmentedKV:
@@ -32,9 +40,10 @@ def segmented(n_body: int) -> SegmentedKV:
     return kv
 
 
-def read(packed: PackedKV, dtype: mx.Dtype, first: int, count: int, room: int = 0):
+def read(packed: PackedKV, dtype: mx.Dtype, first: int, count: int, room: int = 0, row: int = 0):
     """A back-end that says which segment it was asked for."""
     n = packed.n_tokens
+    assert row in (0, N_BODY, 64, 1024) and (row == 0 or n == N_TAIL)
     value = BODY if packed.layout == LAYOUT else (FIRST if n == N_FIRST else TAIL)
     keys, values = (mx.zeros((1, count, n + room, 64), dtype) for _ in range(2))
     return keys + value, values + value
@@ -61,3 +70,29 @@ def test_each_row_is_its_segments(n_body: int) -> None:
     assert values.shape == (1, 1, n_body + N_TAIL + N_FRESH, 64)
     assert mx.array_equal(values[:, :, : kv.n_packed], at).item()
     assert kv.fresh is not None and (kv.fresh[1] == FRESH).all().item()  # not written into
+
+
+@given(
+    n=st.integers(1, 200),
+    row=st.integers(0, 600).map(lambda tiles: TILE * tiles),
+    starts=st.lists(st.integers(0, 40_000), min_size=2, max_size=2),
+    bare=st.booleans(),
+)
+def test_rows_from_any_row_on_have_the_anchors_of_their_positions(n, row, starts, bare) -> None:
+    rope = RopeFrequencies.from_arguments(64, 64, False, 1e4)
+    mu = np.linspace(-2, 2, 128).reshape(2, 64)
+    centre = Centre(mx.array(mu, mx.float32), rope, "test", first_key_uncentred=bare)
+    tiles = mx.zeros((2, 2, -(-n // TILE), LAYOUT.tile_words), mx.uint32)  # scales of 0
+    padding = mx.array(starts, mx.int32) if any(starts) else None
+    packed = PackedKV(LAYOUT, empty_tiles(), 0, tiles, n, centre, padding)
+    keys, values = reference.rotated_rows(packed, mx.float32, 0, 2, row=row)
+    assert not np.array(values).any()
+    # of the mean of RoPE(mu) over each block, in the rotated basis
+    table = block_means(rope, (row + n) // BLOCK + 1).astype(np.float64)
+    positions = row + np.arange(n) - np.array(starts)[:, None]
+    cosine, sine = np.moveaxis(table[np.maximum(positions, 0) // BLOCK], -1, 0)[:, :, None]
+    x, y = mu[:, None, :32], mu[:, None, 32:]
+    anchors = np.concatenate([x * cosine - y * sine, x * sine + y * cosine], axis=-1)
+    anchors[np.broadcast_to((positions < bare)[:, None], anchors.shape[:3])] = 0
+    want = anchors @ rotation_matrix(64).T
+    np.testing.assert_allclose(np.array(keys), want, rtol=0, atol=ANCHOR_ATOL)
