@@ -62,8 +62,9 @@ def bench(
     group, names = here.group, list(here.made)
     turns = [{name: [] for name in names} for _ in sides]
     for i in range(rounds):
-        for name in names[:: -1 if i % 2 else 1]:
-            for j, side in list(enumerate(sides))[:: -1 if i % 2 else 1]:
+        order = -1 if i % 2 else 1
+        for name in names[::order]:
+            for j, side in list(enumerate(sides))[::order]:
                 turns[j][name].append(side.turn(name))
     rows = []
     for name in names:

@@ -63,10 +63,11 @@ class PackedCache(ProtectedRows, PrefixCached, mlx_lm_cache._BaseCache):
             return keys, values
         if self.layout is None:
             self.layout = self._layout_of(keys, values)
-        exact = self.protection.recent > 0 and keys.shape[2] > MAX_QUERIES
-        if exact:  # a model's values are a view, which attention and packing would each copy
+        source = None
+        if self.protection.recent > 0 and keys.shape[2] > MAX_QUERIES:
+            # a model's values are a view, which attention and packing would each copy
             keys, values = mx.contiguous(keys), mx.contiguous(values)
-        source = self._source_with(keys, values) if exact else None
+            source = self._source_with(keys, values)
         if keys.shape[2]:
             self._append(*self._cast(keys, values))
         if source is None:

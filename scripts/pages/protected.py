@@ -14,8 +14,8 @@ def protected() -> str:
         other = times.get((tokens, f"{name} protected"))
         if other is not None:
             us, apart = ([f"{r[k]:.1f}" for r in (plain, other)] for k in ("us", "apart_us"))
-            together = f"{plain['apart_us'] / other['apart_us']:.2f}"
-            rows.append([f"{tokens:,}", name, *us, _speed(plain, other), *apart, together])
+            ratio = f"{plain['apart_us'] / other['apart_us']:.2f}"
+            rows.append([f"{tokens:,}", name, *us, _speed(plain, other), *apart, ratio])
     header = ["tokens", "K/V", "µs", "protected", "speed", "µs, apart", "protected", "speed"]
     return "\n\n".join([
         "# Decode attention with protected tokens",
