@@ -42,7 +42,7 @@ PROTECTED_HOW = {"protected": (1, N_SPLITS), "protected-whole": (16, 1)}
 N_FIRST, N_NEWEST = 32, 128
 THETA = 1e6
 ATTENTION = ("decode_partial", "decode_protected")
-KERNELS = (*ATTENTION, "decode_merge", "pack", "dequantize")
+KERNELS = (*ATTENTION, "decode_merge", "pack", "dequantize_keys", "dequantize_values", "dequantize")
 
 
 @dataclass(frozen=True)
@@ -129,5 +129,6 @@ def _of_pair(
         yield from recorded(n_rows, how)
     new = mx.zeros((1, N_KV_HEADS, N_TOKENS, dim), mx.float16)
     pack.pack(new, new, layout, centre=centre, backend="metal")
-    dequantize.rotated_rows(view(1), mx.float16, 0, N_KV_HEADS, "metal")
+    for room in (0, TILE):
+        dequantize.rotated_rows(view(1), mx.float16, 0, N_KV_HEADS, "metal", room)
     yield from recorded()

@@ -40,10 +40,9 @@ NEEDS = {
 _COMMENT_OR_INDENT = re.compile(r"^ +|(?: *)//.*$", re.M)
 # how a kernel knows its threads: attributes in Metal, macros of compat/cuda.h in CUDA. The masks
 # tell compilers the ranges.
-THREAD = (
-    "threadgroup_position_in_grid, simdgroup_index_in_threadgroup & 7u, "
-    "thread_index_in_simdgroup & 31u"
-)
+GROUP = "threadgroup_position_in_grid"
+LANE = "simdgroup_index_in_threadgroup & 7u, thread_index_in_simdgroup & 31u"
+THREAD = f"{GROUP}, {LANE}"
 
 
 @cache

@@ -18,12 +18,26 @@ from .segments import scales_of
 from .trust import Kernel, require
 
 THREADS = 256
-SOURCE = f"""
-TKV_SHARED(float4, shared, dequantize_floats(KD, CENTRED) / 4);
-dequantize<T, Tensor<KB, KG, KD, KW>, Tensor<VB, VG, VD, VW>, RAW, CENTRED>(
-    body, tail, params, k_constants, v_constants, centre, cos_sin_table, left_padding, keys, values,
-    shared, {assemble.THREAD});
+_CALL = """dequantize<T, Tensor<KB, KG, KD, KW>, Tensor<VB, VG, VD, VW>, RAW, CENTRED>(
+    body, tail, params, k_constants, v_constants, centre, cos_sin_table, left_padding, {}, {},
+    shared, {}, {});
 """
+_SHARED = "\nTKV_SHARED(float4, shared, dequantize_floats(KD, CENTRED) / 4);\n"
+SOURCE = _SHARED + _CALL.format("keys", "values", assemble.GROUP, assemble.LANE)
+
+
+def _side_source(name: str, z: int) -> str:
+    """K or V alone, which the grid's z says."""
+    position = f"uint3 position = {assemble.GROUP};\nposition.z = {z}u;\n"
+    return _SHARED + position + _CALL.format(name, name, "position", assemble.LANE)
+
+
+# by side: the kernel's name, its outputs and its text
+KERNELS: dict[int | None, tuple[str, tuple[str, ...], str]] = {
+    None: ("dequantize", ("keys", "values"), SOURCE),
+    0: ("dequantize_keys", ("keys",), _side_source("keys", 0)),
+    1: ("dequantize_values", ("values",), _side_source("values", 1)),
+}
 INPUTS = ("body", "tail", "params", "k_constants", "v_constants", *tables.ANCHOR_INPUTS)
 CENTRE = INPUTS.index("centre")
 
@@ -59,6 +73,7 @@ def _launch(
     counts: tuple[int, int, int, int],
     anchors: tuple[int, bool, bool] | None,
     room: int = 0,
+    side: int | None = None,
 ) -> Launch:
     """
     Args:
@@ -69,6 +84,7 @@ def _launch(
         anchors: of centred keys: pairs of dims that lie apart, whether first keys are bare,
             whether rows of padding come first.
         room: rows of zeros after the last.
+        side: 0 for K alone, 1 for V alone; None for both.
     """
     k, v = tables.tensor_parameters(layout)
     template = [("T", dtype), *tables.template(layout), ("RAW", tables.RAW[layout.dtype])]
@@ -94,11 +110,13 @@ def _launch(
         int(first_key_uncentred),
         n + room,
     )
-    require(Kernel("dequantize", backend, layout, dtype, anchors is not None))
-    kernel = assemble.build(
-        "dequantize", "dequantize.metal", INPUTS, ("keys", "values"), SOURCE, backend
+    require(
+        Kernel("dequantize", backend, layout, dtype, anchors is not None, apart=side is not None)
     )
-
+    name, outputs, source = KERNELS[side]
+    kernel = assemble.build(name, "dequantize.metal", INPUTS, outputs, source, backend)
+    head_dims = {"keys": layout.k_head_dim, "values": layout.v_head_dim}
+    shapes = [(batch, count, n + room, head_dims[output]) for output in outputs]
     wanted = (
         tiles_input("body", layout, shape, body_stride),
         tiles_input("tail", layout, shape, tail_stride),
@@ -106,20 +124,16 @@ def _launch(
         *anchor_inputs(layout, shape, anchors is not None, bool(has_padding)),
     )
 
-    def call(*inputs: mx.array) -> tuple[mx.array, mx.array]:
+    def call(*inputs: mx.array) -> list[mx.array]:
         check_inputs("dequantize", wanted, inputs)
-        keys, values = kernel(
+        return kernel(
             inputs=list(inputs),
             template=template,
-            grid=(-(-(n + room) // TILE) * THREADS, batch * count, 2),
+            grid=(-(-(n + room) // TILE) * THREADS, batch * count, len(outputs)),
             threadgroup=(THREADS, 1, 1),
-            output_shapes=[
-                (batch, count, n + room, layout.k_head_dim),
-                (batch, count, n + room, layout.v_head_dim),
-            ],
-            output_dtypes=[dtype, dtype],
-        )  # fmt: skip
-        return keys, values
+            output_shapes=shapes,
+            output_dtypes=[dtype] * len(outputs),
+        )
 
     return Launch(call, params, tables.constants(k), tables.constants(v))
 
@@ -144,6 +158,9 @@ def rotated_rows(
 ) -> tuple[mx.array, mx.array]:  # fmt: skip
     """Rows of KV heads ``first`` to ``first + count``, turbo rows in the rotated basis.
 
+    With ``room`` there is a launch for K and one for V: of the outputs of one launch MLX keeps all
+    but one until it has run, so that others could not be written there without a copy.
+
     Args:
         room: rows of zeros after the last, for others to be written there.
         row: which row of the sequence the first is, for centred keys.
@@ -158,8 +175,9 @@ def rotated_rows(
             padding = packed.left_padding - row
         packed = packed._replace(left_padding=padding)
     key = assemble.factory, backend, packed.layout, dtype, (first, count), *_shapes(packed), room
-    launch = _launch(*key)
-    return launch.call(*launch.inputs(packed, row))
+    launches = [_launch(*key, side) for side in ((0, 1) if room else (None,))]
+    keys, values = (x for own in launches for x in own.call(*own.inputs(packed, row)))
+    return keys, values
 
 
 def dequantize(

@@ -53,6 +53,7 @@ class Kernel:
         heads: GQA factor and queries that decode is checked with.
         protected: whether decode reads the tail as protected rows; None: it reads none such.
         rotated: whether pack takes turbo rows in the rotated basis.
+        apart: whether dequantize gives K and V in two launches.
     """
 
     op: str
@@ -66,6 +67,7 @@ class Kernel:
     heads: tuple[int, int] = (1, 1)
     protected: bool | None = None
     rotated: bool = False
+    apart: bool = False
 
     def __str__(self) -> str:
         layout, dims = self.layout, f"{self.layout.k_head_dim}"
@@ -75,6 +77,7 @@ class Kernel:
         parts += [str(self.dtype).removeprefix("mlx.core.")]
         parts += ["centred keys"] * self.centred
         parts += ["rotated rows"] * self.rotated
+        parts += ["K and V apart"] * self.apart
         if self.op == "decode":
             if self.protected is not None:
                 parts += [f"protected {'first and newest' if self.protected else 'first'} tokens"]

@@ -60,7 +60,10 @@ def host(monkeypatch, tmp_path):
 )
 def test_sound_kernels_pass(own, centred, host) -> None:
     dtype = getattr(mx, own.dtype)
-    for op, options in (("pack", {}), ("decode", WHOLE), ("decode", SPLIT), ("dequantize", {})):
+    for op, options in (
+        *(("pack", {}), ("decode", WHOLE), ("decode", SPLIT)),
+        *(("dequantize", {}), ("dequantize", {"apart": True})),
+    ):
         kernel = Kernel(op, "metal", own, dtype, centred, **options)
         assert selfcheck.problem(kernel) is None, kernel
 
