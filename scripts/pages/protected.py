@@ -2,41 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from . import read, source, table
 
 
 def protected() -> str:
-    """Decode with protected tokens and without, in one run."""
-    record = read("bench_protected")
-    times = {(r["tokens"], r["variant"]): r for r in record["rows"] if r["job"] == "decode"}
+    """Decode and prefill with protected tokens and without, each in one run."""
+    decode, prefill = read("bench_protected"), read("bench_prefill")
     rows = []
-    for (tokens, name), plain in times.items():
-        other = times.get((tokens, f"{name} protected"))
-        if other is not None:
-            us, apart = ([f"{r[k]:.1f}" for r in (plain, other)] for k in ("us", "apart_us"))
-            ratio = f"{plain['apart_us'] / other['apart_us']:.2f}"
-            rows.append([f"{tokens:,}", name, *us, _speed(plain, other), *apart, ratio])
+    for tokens, name, plain, other in _pairs(decode):
+        us, apart = ([f"{r[k]:.1f}" for r in (plain, other)] for k in ("us", "apart_us"))
+        ratio = f"{plain['apart_us'] / other['apart_us']:.2f}"
+        rows.append([f"{tokens:,}", name, *us, _speed(other), *apart, ratio])
     header = ["tokens", "K/V", "µs", "protected", "speed", "µs, apart", "protected", "speed"]
+    prefill_rows = [
+        [f"{tokens:,}", name, *(f"{r['us']:,.0f}" for r in (plain, other)), _speed(other)]
+        for tokens, name, plain, other in _pairs(prefill)
+    ]
     return "\n\n".join([
-        "# Decode attention with protected tokens",
-        "The first 32 and the newest 128 tokens in 8.5 bits a value, beside none. Chains of calls "
-        "and, apart, calls that do not wait for each other. Up to 8,192 tokens launches take "
-        "most of the time.",
-        table(header, rows), "## Prefill",
+        "# Attention with protected tokens",
+        "The first 32 and the newest 128 tokens in 8.5 bits a value, beside none. Times are "
+        "medians; the first speed is the median of the ratios of one round.",
+        "## Decode",
+        "Chains of calls and, apart, calls that do not wait for each other. Up to 8,192 tokens "
+        "launches take most of the time.",
+        table(header, rows), source("bench_protected", decode), "## Prefill",
         "A step of 2,048 queries after so many tokens, itself counted: packing, and attention.",
-        table(header[:5], _prefill(record)), source("bench_protected", record),
+        table(header[:5], prefill_rows), source("bench_prefill", prefill),
     ])  # fmt: skip
 
 
-def _speed(plain: dict, other: dict) -> str:
-    """The median over rounds of both times' ratio; that of their medians in earlier records."""
-    return f"{other.get('unprotected_over_this', plain['us'] / other['us']):.2f}"
+def _pairs(record: dict) -> Iterator[tuple[int, str, dict, dict]]:
+    """Tokens, K/V, and the figures without protected tokens and with."""
+    times = {(r["tokens"], r["variant"]): r for r in record["rows"]}
+    for (tokens, name), plain in times.items():
+        other = times.get((tokens, f"{name} protected"))
+        if other is not None:
+            yield tokens, name, plain, other
 
 
-def _prefill(record: dict) -> list[list[str]]:
-    times = {(r["tokens"], r["variant"]): r for r in record["rows"] if r["job"] == "prefill"}
-    return [
-        [f"{tokens:,}", name, *(f"{r['us']:,.0f}" for r in (plain, other)), _speed(plain, other)]
-        for (tokens, name), plain in times.items()
-        if (other := times.get((tokens, f"{name} protected"))) is not None
-    ]
+def _speed(other: dict) -> str:
+    """The median over rounds of both times' ratio."""
+    return f"{other['unprotected_over_this']:.2f}"
