@@ -31,14 +31,14 @@ class Source(NamedTuple):
     """The packed rows of K and V, and the back-end that reads them.
 
     Args:
-        held: an array that lives on in the cache and is computed from the newest rows, where
-            ``packed`` has none.
+        held: arrays that live on in the cache and are computed from the newest rows, where these
+            are not packed in ``packed``.
     """
 
     packed: AnyKV
     backend: Backend
     hidden: Hidden = Hidden()
-    held: mx.array | None = None
+    held: tuple[mx.array, ...] = ()
 
 
 class TurboArray(mx.array):

@@ -38,6 +38,7 @@ def attention(
     left_padding: mx.array | None = None,
     *,
     backend: Backend,
+    held: tuple[mx.array, ...] = (),
 ) -> mx.array:
     """Scaled dot-product attention over packed rows.
 
@@ -47,6 +48,7 @@ def attention(
         mask: None, "causal" (the last query sees every row), or a bool or additive array.
         sinks: one logit a query head that takes part in the softmax and has no value.
         left_padding: rows before the first valid one of each sequence; the mask is no array then.
+        held: as ``Source`` has it.
 
     Shapes:
         queries: [B, n_heads, L, k_head_dim]; sinks: [n_heads]; left_padding: [B] int32.
@@ -57,7 +59,10 @@ def attention(
         q = queries.astype(k.dtype)
         sinks = None if sinks is None else sinks.astype(k.dtype)
         output = scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
-        return output.astype(queries.dtype)
+        output = output.astype(queries.dtype)
+        if backend.decode is not None:
+            _start(output, packed, held, k.nbytes + v.nbytes)
+        return output
     backend = backend.covering(packed.layout)
     decode, rotated_rows = backend.decode, backend.rotated_rows
     if decode is None or rotated_rows is None:
@@ -76,7 +81,13 @@ def attention(
         return decode(queries, packed, scale, True, sinks, mask.left_padding)
     if left_padding is not None:
         mask = with_left_padding(queries.shape[2], packed.n_tokens, mask, left_padding)
-    return _dequantized(queries, packed, scale, mask, sinks, rotated_rows)
+    return _dequantized(queries, packed, scale, mask, sinks, rotated_rows, held)
+
+
+def _start(output: mx.array, packed: AnyKV, held: tuple[mx.array, ...], n_bytes: int) -> None:
+    """Start the attention of a long prompt, which reads ``n_bytes`` of rows."""
+    if output.shape[2] > MAX_QUERIES:
+        limit_in_flight(output, held or (packed.newest,), n_bytes + output.nbytes)
 
 
 def _is_causal_with_padding(mask: PaddedCausal, queries: mx.array, packed: AnyKV) -> bool:
@@ -94,6 +105,7 @@ def _dequantized(
     mask: mx.array | str | None,
     sinks: mx.array | None,
     rotated_rows: Callable,
+    held: tuple[mx.array, ...] = (),
 ) -> mx.array:
     """MLX's fused attention over dequantised rows."""
     layout, dtype = packed.layout, _row_dtype(packed.layout, queries.dtype)
@@ -118,8 +130,7 @@ def _dequantized(
     if layout.v_format.is_turbo:
         output = rotate(output, layout.v_head_dim, inverse=True, dtype=dtype)
     output = output.astype(queries.dtype)
-    if queries.shape[2] > MAX_QUERIES:
-        limit_in_flight(output, packed.newest, bytes_each * n_kv_heads + output.nbytes)
+    _start(output, packed, held, bytes_each * n_kv_heads)
     return output
 
 

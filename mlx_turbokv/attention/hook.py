@@ -6,6 +6,7 @@ Given the K and V of a packed cache it reads the packed rows; anything else goes
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -35,7 +36,8 @@ def scaled_dot_product_attention(
         if source is v.source and k.is_keys and not v.is_keys and not options:
             if source.hidden.count:
                 return _attention_past_hidden_rows(q, source, scale, mask, sinks)
-            return attention(q, source.packed, scale, mask, sinks, backend=source.backend)
+            packed, backend, _, held = source
+            return attention(q, packed, scale, mask, sinks, backend=backend, held=held)
     k, v = as_array(k), as_array(v)
     return _mlx_attention(q, k, v, scale=scale, mask=mask, sinks=sinks, **options)
 
@@ -43,15 +45,16 @@ def scaled_dot_product_attention(
 def _attention_past_hidden_rows(
     q: mx.array, source: Source, scale: float, mask: mx.array | str | None, sinks: mx.array | None
 ) -> mx.array:
-    packed, backend, hidden, _ = source
+    packed, backend, hidden, held = source
+    attend = partial(attention, backend=backend, held=held)
     if mask is None and hidden.first == 0:
         left_padding = int_array(*[hidden.count] * q.shape[0])
-        return attention(q, packed, scale, None, sinks, left_padding, backend=backend)
+        return attend(q, packed, scale, None, sinks, left_padding)
     if type(mask) is PaddedCausal and q.shape[2] == 1:
         left_padding = mask.left_padding + hidden.count
-        return attention(q, packed, scale, None, sinks, left_padding, backend=backend)
+        return attend(q, packed, scale, None, sinks, left_padding)
     mask = with_hidden_columns(mask, hidden, q.shape[2], packed.n_tokens)
-    return attention(q, packed, scale, mask, sinks, backend=backend)
+    return attend(q, packed, scale, mask, sinks)
 
 
 def with_hidden_columns(

@@ -8,6 +8,7 @@ leaves the GPU one layer's work.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 
 import mlx.core as mx
 
@@ -25,20 +26,20 @@ class InFlightLimit:
         self.least_bytes = least_bytes
         self._previous: weakref.ref | None = None
 
-    def __call__(self, output: mx.array, held: mx.array, n_bytes: int) -> None:
-        """Start ``output``, which takes ``n_bytes``.
+    def __call__(self, output: mx.array, held: Sequence[mx.array], n_bytes: int) -> None:
+        """Start ``output``, which takes ``n_bytes``, and what the cache holds of the new rows.
 
         Args:
-            held: an input of ``output`` that lives on in the cache; the next call waits for it.
+            held: arrays that live on in the cache; the next call waits for the last of them.
         """
         if n_bytes < self.least_bytes:
             return
         try:
-            mx.async_eval(output)
+            mx.async_eval(output, *held)
         except ValueError:  # inside a transformation, where nothing can be computed
             return
         previous = self._previous and self._previous()
-        self._previous = weakref.ref(held)
+        self._previous = weakref.ref(held[-1])
         if previous is not None:
             mx.eval(previous)
 

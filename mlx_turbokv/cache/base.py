@@ -73,7 +73,7 @@ class PackedCache(ProtectedRows, PrefixCached, mlx_lm_cache._BaseCache):
         if source is None:
             source = self._source()
         else:
-            source = source._replace(held=self.newest)
+            source = source._replace(held=self._held())
         if keys.shape[2] == 1 and self._may_return_handles():
             return Handle(source, keys.dtype, True), Handle(source, values.dtype, False)
         return lazy_keys_and_values(source, keys.dtype, values.dtype)
@@ -92,6 +92,11 @@ class PackedCache(ProtectedRows, PrefixCached, mlx_lm_cache._BaseCache):
     def _source(self) -> Source:
         """What attention is given."""
         return Source(self.packed, self.backend)
+
+    def _held(self) -> tuple[mx.array, ...]:
+        """The arrays of packed rows, the newest ones last."""
+        held = self.body, self.segments.sink, self.tail
+        return tuple(x for x in held if x.size)
 
     def _source_with(self, keys: mx.array, values: mx.array) -> Source:
         """What attention is given of many new tokens: older rows as they are stored before.

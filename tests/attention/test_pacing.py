@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import mlx.core as mx
 import pytest
 
+from mlx_turbokv import TurboKVCache
+from mlx_turbokv.attention import dispatch
 from mlx_turbokv.attention.pacing import InFlightLimit
+from mlx_turbokv.cache import rows
+from mlx_turbokv.kernels import backend, reference
 
 
 @pytest.fixture
 def evaluated(monkeypatch):
     """What is started and what is waited for, in order."""
     calls = []
-    monkeypatch.setattr(mx, "async_eval", lambda x: calls.append(("started", x)))
+    monkeypatch.setattr(mx, "async_eval", lambda *x: calls.append(("started", x[:-1])))
     monkeypatch.setattr(mx, "eval", lambda x: calls.append(("waited for", x)))
     return calls
 
@@ -20,8 +27,8 @@ def evaluated(monkeypatch):
 def test_a_call_is_started_and_the_one_before_is_waited_for(evaluated) -> None:
     limit = InFlightLimit(10)
     outputs, held = [mx.zeros(1) for _ in range(3)], [mx.zeros(1) for _ in range(3)]
-    for output, rows in zip(outputs, held):
-        limit(output, rows, 10)
+    for output, tail in zip(outputs, held):
+        limit(output, (mx.zeros(1), tail), 10)
     assert [what for what, _ in evaluated] == [
         "started",
         "started",
@@ -29,17 +36,18 @@ def test_a_call_is_started_and_the_one_before_is_waited_for(evaluated) -> None:
         "started",
         "waited for",
     ]
-    assert [x for what, x in evaluated if what == "started"] == outputs
+    started = [x for what, x in evaluated if what == "started"]
+    assert all(x is output and len(more) == 1 for (x, *more), output in zip(started, outputs))
     waited = [x for what, x in evaluated if what == "waited for"]
-    assert all(x is rows for x, rows in zip(waited, held))
+    assert all(x is tail for x, tail in zip(waited, held))
 
 
 def test_calls_of_few_bytes_and_rows_that_are_gone_are_left(evaluated) -> None:
     limit = InFlightLimit(10)
-    limit(mx.zeros(1), mx.zeros(1), 9)
+    limit(mx.zeros(1), (mx.zeros(1),), 9)
     assert evaluated == []
-    limit(mx.zeros(1), mx.zeros(1), 10)
-    limit(mx.zeros(1), mx.zeros(1), 10)
+    limit(mx.zeros(1), (mx.zeros(1),), 10)
+    limit(mx.zeros(1), (mx.zeros(1),), 10)
     assert [what for what, _ in evaluated] == ["started", "started"]
 
 
@@ -47,7 +55,42 @@ def test_within_a_transformation_nothing_is_started() -> None:
     limit = InFlightLimit(0)
 
     def doubled(x: mx.array) -> mx.array:
-        limit(2 * x, x, 1)
+        limit(2 * x, (x,), 1)
         return 2 * x
 
     assert mx.compile(doubled)(mx.array(3.0)).item() == 6
+
+
+# as on a GPU, where many queries take dequantised rows
+WITH_KERNELS = backend.REFERENCE._replace(
+    decode=reference.attention, rotated_rows=reference.rotated_rows
+)
+
+
+@pytest.mark.parametrize("protection", [(0, 0), (32, 0), (32, 128)])
+def test_chunks_of_a_prompt_wait_for_what_lives_on_in_the_cache(protection, monkeypatch) -> None:
+    monkeypatch.setattr(rows, "select_backend", lambda *_: WITH_KERNELS)
+    calls: list[tuple[list[weakref.ref], int]] = []
+    monkeypatch.setattr(
+        dispatch, "limit_in_flight",
+        lambda output, held, n_bytes: calls.append(([weakref.ref(x) for x in held], n_bytes)),
+    )  # fmt: skip
+    cache = TurboKVCache("turbo4", "turbo3", None, None, *protection)
+    n_chunk, n_heads, dim = 300, 2, 64
+    for i in range(3):
+        new = [mx.random.normal((1, n_heads, n_chunk, dim), key=mx.random.key(i)) for _ in "kv"]
+        keys, values = cache.update_and_fetch(*new)
+        output = mx.fast.scaled_dot_product_attention(
+            new[0], keys, values, scale=dim**-0.5, mask="causal"
+        )
+        assert output.shape == new[0].shape
+        del new, keys, values, output
+        gc.collect()
+        held, n_bytes = calls[i]
+        alive = [x() for x in held]
+        assert alive and alive[-1] is cache.newest  # the next call waits for the last of them
+        if protection[1]:  # nothing of the cache is left to wait for, with the new rows
+            own = cache.body, cache.segments.sink, cache.tail
+            assert {id(x) for x in alive} == {id(x) for x in own if x.size}
+        assert n_bytes >= 4 * n_heads * dim * n_chunk * 3
+    assert len(calls) == 3
