@@ -255,6 +255,11 @@ PLANTED = [
     # attention and launchers
     Defect("anchors of the first rows for all", KERNELS + "dequantize.py",
            "if row and packed.centre is not None:", "if False:", CENTRED),
+    Defect("K in the place of V, before rows that are written", KERNELS + "dequantize.py",
+           "position.z = {z}u;", "position.z = 0u;", cases("(64, 7", most=6)),
+    Defect("chunks with protected tokens wait for nothing", "mlx_turbokv/attention/dispatch.py",
+           "held or (packed.newest,)", "(packed.newest,)",
+           (("tests/attention/test_pacing.py",), "")),
     Defect("no whole steps spared", KERNELS + "splits.py",
            "spared = ceil_div(n_protected, stride) * stride", "spared = n_protected",
            (("tests/kernels/test_protected_splits.py",), "")),
