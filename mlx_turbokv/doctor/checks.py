@@ -196,11 +196,10 @@ def _attention_error(
             mx.eval(seen)
     if is_reference and seen is not None and edge == "starts":
         mask, padding = seen[None, None], None
-    options = {} if padding is None else {"left_padding": padding}
     if splits:
         output = decode.decode(queries, packed, scale, backend=backend.name, splits=splits)
     else:
-        output = dispatch.attention(queries, packed, scale, mask, sinks, **options, backend=backend)
+        output = dispatch.attention(queries, packed, scale, mask, sinks, padding, backend=backend)
     mx.eval(output)
     if is_reference:
         want = oracle.attention(queries, packed, scale, seen, sinks)
