@@ -124,7 +124,7 @@ def _launch(
         *anchor_inputs(layout, shape, anchors is not None, bool(has_padding)),
     )
 
-    def call(*inputs: mx.array) -> list[mx.array]:
+    def launch(*inputs: mx.array) -> list[mx.array]:
         check_inputs("dequantize", wanted, inputs)
         return kernel(
             inputs=list(inputs),
@@ -135,6 +135,7 @@ def _launch(
             output_dtypes=[dtype] * len(outputs),
         )
 
+    call = assemble.replayed(launch, backend)
     return Launch(call, params, tables.constants(k), tables.constants(v))
 
 

@@ -98,6 +98,17 @@ def test_dequantised_rows_are_those_held_whatever_the_trace(calls, n_body: int) 
     assert calls == ["dequantize"] * 2  # 1 and 7 rows are cut from two tiles, 32 are whole
 
 
+def test_layers_share_the_traces_of_a_chunks_older_rows(calls) -> None:
+    sums = []
+    for fill in (0, 2, 4):
+        packed = PackedKV(LAYOUT, _tiles(2), 64, _tiles(1, fill), 3)
+        sides = dequantize.rotated_rows(packed, mx.float16, 0, 2, "metal", room=5)
+        assert [rows.shape for rows in sides] == [(1, 2, 72, 64)] * 2
+        sums.append([rows[0, 0, 0, 0].item() for rows in sides])
+    assert calls == ["dequantize_keys", "dequantize_values"]
+    assert len({k for k, _ in sums}) == len({v for _, v in sums}) == 3
+
+
 def test_a_kernel_on_the_cpu_is_called_each_time(monkeypatch, metal_host) -> None:
     monkeypatch.setattr(assemble, "factory", metal_host.metal_kernel)
     seen = []
