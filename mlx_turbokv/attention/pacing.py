@@ -1,8 +1,8 @@
 """Limits how many attention calls of a long prompt are in flight.
 
 MLX submits the kernels of many layers before the first of them has run, and the dequantised rows
-of all of them exist at once: gigabytes. Here a call waits for the call of the layer before, which
-leaves the GPU one layer's work.
+of all of them exist at once: gigabytes. Here a call is started as soon as it is built, and then
+waits for what the layer before left in its cache, so that the GPU has the work of a layer or two.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ LEAST_BYTES = 16 * 2**20
 
 
 class InFlightLimit:
-    """Starts an attention call when it is built, after waiting for the call before it.
+    """Starts an attention call when it is built, then waits for the layer before it.
 
     Args:
         least_bytes: calls that take fewer are left to MLX.
@@ -30,7 +30,8 @@ class InFlightLimit:
         """Start ``output``, which takes ``n_bytes``, and what the cache holds of the new rows.
 
         Args:
-            held: arrays that live on in the cache; the next call waits for the last of them.
+            held: arrays that live on in the cache; the next call waits for the last of them. What
+                is not started keeps the new rows of all layers in memory.
         """
         if n_bytes < self.least_bytes:
             return

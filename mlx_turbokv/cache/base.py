@@ -94,7 +94,7 @@ class PackedCache(ProtectedRows, PrefixCached, mlx_lm_cache._BaseCache):
         return Source(self.packed, self.backend)
 
     def _held(self) -> tuple[mx.array, ...]:
-        """The arrays of packed rows, the newest ones last."""
+        """The arrays of packed rows, those of the newest rows last: there is a tail."""
         held = self.body, self.segments.sink, self.tail
         return tuple(x for x in held if x.size)
 

@@ -31,6 +31,7 @@ from .tolerances import ATTENTION, MANY_QUERIES, ROWS, THROUGH_ROWS
 from .variants import Variant
 
 N_KEPT = 5  # rows that are in the tail before others are packed
+N_ZEROS = 5  # rows of zeros after those that are read back
 N_SPLITS = 3
 
 
@@ -126,15 +127,20 @@ def _check_attention(case: Case, backend: Backend, packed: AnyKV, own_edge: str)
 def check_dequantize(case: Case, backend: Backend) -> float:
     """Read rows back, and attention of many queries over them.
 
-    A kernel's rows are rotated back on the CPU, in float32.
+    K and V are read apart, with rows of zeros after them; attention reads both at once. A kernel's
+    rows are rotated back on the CPU, in float32.
     """
     packed = case.packed()
     if backend.name == "reference":
         got, want = backend.dequantize(packed, mx.float32), oracle.rows_of(packed)
     else:
-        got = list(dequantize.rotated_rows(packed, mx.float32, 0, N_KV_HEADS, backend.name))
+        heads, n = (0, N_KV_HEADS), packed.n_tokens
+        got = list(dequantize.rotated_rows(packed, mx.float32, *heads, backend.name, N_ZEROS))
         mx.eval(got)
         with mx.stream(mx.cpu):
+            if any(rows[:, :, n:].any().item() for rows in got):
+                raise CheckError("rows behind the last are not zero")
+            got = [rows[:, :, :n] for rows in got]
             for i, fmt in enumerate((case.layout.k_format, case.layout.v_format)):
                 if fmt.is_turbo:
                     got[i] = rotate(got[i], got[i].shape[-1], inverse=True)

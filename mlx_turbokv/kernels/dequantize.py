@@ -62,7 +62,7 @@ class Launch(NamedTuple):
         )
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _launch(
     factory: Callable | None,
     backend: str,

@@ -10,6 +10,7 @@ from itertools import product
 from pathlib import Path
 
 import mlx.core as mx
+import ncu
 import pytest
 from click.testing import CliRunner
 from metal_host import HostMetal
@@ -157,6 +158,9 @@ def test_kernels_pass_on_the_cpu_executor(metal_host, monkeypatch) -> None:
     starts = Variant("f16", "q8_0", 72, 72, "bfloat16", 1, 1, "starts")
     centred = Variant("turbo4", "turbo3", 64, 64, "float16", 1, 1, "starts", True)
     assert kernel_failures([SMALL, starts, centred]) == []
+    every = {"pack", "decode_partial", "decode_protected", "decode_merge"}
+    every |= {"dequantize", "dequantize_keys", "dequantize_values"}
+    assert every <= {ncu.short_name(launch.name) for launch in metal_host.launches}
 
 
 def test_kernels_that_multiply_halves_pass_where_values_cancel(metal_host, monkeypatch) -> None:
