@@ -163,6 +163,7 @@ def kernels(name: str) -> list[Kernel]:
         for op, options in (
             ("pack", {}), ("decode", {"rows": 1, "whole": True, "heads": (4, 1)}),
             ("decode", {"rows": 4, "heads": (4, 1)}), ("dequantize", {}),
+            ("dequantize", {"apart": True}),
         ):  # fmt: skip
             cut = tuning.built_in(name) if op == "decode" else None
             found.append(Kernel(op, name, layout, mx.float16, centred, cut=cut, **options))

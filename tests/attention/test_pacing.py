@@ -8,12 +8,11 @@ import weakref
 import mlx.core as mx
 import pytest
 from mlx_lm.models import llama
+from paced import paced
 
 from mlx_turbokv import TurboKVCache
-from mlx_turbokv.attention import dispatch, pacing
+from mlx_turbokv.attention import dispatch
 from mlx_turbokv.attention.pacing import InFlightLimit
-from mlx_turbokv.cache import rows
-from mlx_turbokv.kernels import backend, reference
 
 # of a prefill with protected tokens over one without: 1.03, and 1.27 where body and first tokens
 # are not started with the attention
@@ -66,15 +65,9 @@ def test_within_a_transformation_nothing_is_started() -> None:
     assert mx.compile(doubled)(mx.array(3.0)).item() == 6
 
 
-# as on a GPU, where many queries take dequantised rows
-WITH_KERNELS = backend.REFERENCE._replace(
-    decode=reference.attention, rotated_rows=reference.rotated_rows
-)
-
-
 @pytest.mark.parametrize("protection", [(0, 0), (32, 0), (32, 128)])
+@paced()
 def test_chunks_of_a_prompt_wait_for_what_lives_on_in_the_cache(protection, monkeypatch) -> None:
-    monkeypatch.setattr(rows, "select_backend", lambda *_: WITH_KERNELS)
     calls: list[tuple[list[weakref.ref], int]] = []
     monkeypatch.setattr(
         dispatch, "limit_in_flight",
@@ -101,10 +94,9 @@ def test_chunks_of_a_prompt_wait_for_what_lives_on_in_the_cache(protection, monk
     assert len(calls) == 3
 
 
-def test_protected_tokens_take_no_more_memory_in_a_prefill(monkeypatch) -> None:
+@paced()
+def test_protected_tokens_take_no_more_memory_in_a_prefill() -> None:
     """Of eight layers the dequantised rows of one or two exist at a time."""
-    monkeypatch.setattr(rows, "select_backend", lambda *_: WITH_KERNELS)
-    monkeypatch.setattr(pacing.limit_in_flight, "least_bytes", 0)
     n_layers, n_tokens, n_chunk = 8, 2048, 512
     model = llama.Model(
         llama.ModelArgs(

@@ -15,6 +15,7 @@ import mlx_turbokv  # noqa: F401 - before mlx.core, so that OpenBLAS is used
 import mlx.core as mx
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
+from paced import paced
 from varied_models import varied_model
 
 POLICY = "boundary:1,1"
@@ -27,9 +28,12 @@ def run(architecture: str, how: str) -> dict:
     """Tokens of the split model and the formats of this rank's layers.
 
     Args:
-        how: tensor, pipeline, or alone; "late" after it attaches before the model is split, and
-            "sliding" packs sliding windows too.
+        how: tensor, pipeline, or alone; "late" after it attaches before the model is split,
+            "sliding" packs sliding windows too, and "paced" has attention calls wait for others.
     """
+    if how.endswith("-paced"):
+        with paced():
+            return run(architecture, how.removesuffix("-paced"))
     mx.set_default_device(mx.cpu)
     model = varied_model(architecture, num_hidden_layers=6)
     options = {"k": "q8_0", "v": "turbo6", "policy": POLICY}

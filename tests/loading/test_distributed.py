@@ -17,6 +17,7 @@ SCRIPT = Path(__file__).resolve().parents[1] / "helpers" / "distributed_run.py"
 TENSOR = ["tensor", "tensor-late"]
 PIPELINE = ["pipeline", "pipeline-late"]
 WINDOWED, HYBRID = "ministral3", "qwen3_next"
+PACED = ["tensor-paced", "pipeline-paced", "pipeline-late-paced"]
 SLIDING = ["tensor-sliding", "pipeline-sliding", "pipeline-sliding-late"]
 
 alone = cache(run)
@@ -27,7 +28,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory):
     """What both ranks saw of an architecture split in a way; all ways in one launch."""
     names = [f"llama:{how}" for how in TENSOR]
     names += [f"{name}:{how}" for name in (WINDOWED, HYBRID) for how in PIPELINE]
-    names += [f"{WINDOWED}:{how}" for how in SLIDING]
+    names += [f"{WINDOWED}:{how}" for how in (*SLIDING, *PACED)]
     folder = tmp_path_factory.mktemp("ranks")
     command = [*LAUNCH, str(SCRIPT), str(folder), *names]
     ended = subprocess.run(
@@ -72,3 +73,9 @@ def test_windows_are_packed_on_every_rank(how: str, ranks) -> None:
         assert first["formats"] == last["formats"] == one["formats"]
     else:
         assert last["formats"] + first["formats"] == one["formats"]
+
+
+@pytest.mark.parametrize("how", PACED)
+def test_ranks_wait_for_their_own_layers_alone(how: str, ranks) -> None:
+    one = alone(WINDOWED, "alone-paced")
+    assert [rank["tokens"] for rank in ranks(WINDOWED, how)] == [one["tokens"]] * 2
