@@ -181,6 +181,6 @@ def test_the_script_for_gpus_tells_sound_kernels_from_faults(host, monkeypatch, 
     out = tmp_path / "record.json"
     assert selfcheck_gpu.main(["--backend", "metal", "--out", str(out)]) == 1
     record = json.loads(out.read_text())
-    assert [c["problem"] for c in record["checks"]] == [None] * 4
+    assert [c["problem"] for c in record["checks"]] == [None] * 5
     assert [f["refused"] for f in record["faults"]] == [True, False]
     assert "1 not as they should be" in capsys.readouterr().out
