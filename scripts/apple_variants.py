@@ -42,6 +42,7 @@ PROTECTED_HOW = {"protected": (1, N_SPLITS), "protected-whole": (16, 1)}
 N_FIRST, N_NEWEST = 32, 128
 THETA = 1e6
 ATTENTION = ("decode_partial", "decode_protected")
+# a name that is the start of others comes after them
 KERNELS = (*ATTENTION, "decode_merge", "pack", "dequantize_keys", "dequantize_values", "dequantize")
 
 

@@ -37,9 +37,7 @@ from mlx_turbokv.kernels.backend import select_backend
 SAMPLE = ROOT / "mlx_turbokv" / "evaluate" / "sample.txt"
 
 
-def check_kernels(
-    backend: str, cases, seconds: float, attends: bool
-) -> tuple[list[dict], list[str], list[str]]:
+def check_kernels(backend: str, cases, seconds: float) -> tuple[list[dict], list[str], list[str]]:
     """Run the cases until the time is up; returns results, what disagreed and what was not run."""
     results, failures = [], []
     start = time.perf_counter()
@@ -47,10 +45,7 @@ def check_kernels(
         if time.perf_counter() - start > seconds:
             break
         began = time.perf_counter()
-        if isinstance(case, Case):
-            result = run_case(case, backend, attends)
-        else:
-            result = run_segment_case(case, backend)
+        result = (run_case if isinstance(case, Case) else run_segment_case)(case, backend)
         result["seconds"] = round(time.perf_counter() - began, 2)
         results.append(result)
         if result["failures"]:
@@ -76,7 +71,6 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=0, help="perplexity windows of the model")
     parser.add_argument("--text", type=Path, default=SAMPLE, help="the text of those windows")
     parser.add_argument("--no-kernels", action="store_true", help="the model alone")
-    parser.add_argument("--no-attention", action="store_true", help="pack and dequantize alone")
     parser.add_argument("--out", type=Path, default=None, help="where to write the JSON record")
     args = parser.parse_args()
 
@@ -85,13 +79,10 @@ def main() -> int:
         print("no GPU back-end here", file=sys.stderr)
         return 1
     shard, n_shards = (int(x) for x in args.shard.split("/"))
-    cases = [] if args.no_kernels else [*ALL_CASES, *([] if args.no_attention else SEGMENT_CASES)]
-    cases = cases[shard::n_shards]
+    cases = [] if args.no_kernels else [*ALL_CASES, *SEGMENT_CASES][shard::n_shards]
     elsewhere = cases_of(args.without)
     cases = [case for case in cases if str(case) not in elsewhere]
-    results, failures, not_run = check_kernels(
-        backend, cases, args.seconds, attends=not args.no_attention
-    )
+    results, failures, not_run = check_kernels(backend, cases, args.seconds)
     report = record(backend=backend, kernels=results, not_run=not_run)
     if args.windows:
         from model_check import compare_backends
@@ -103,7 +94,7 @@ def main() -> int:
     write(args.out, report)
     for failure in failures:
         print("FAILED", failure, file=sys.stderr)
-    worst = max((r.get("decode_of_bound", 0) for r in results), default=0)
+    worst = max((r["decode_of_bound"] for r in results), default=0)
     print(f"{len(results)} cases on {mx.default_device()}, {len(failures)} failures, "
           f"largest decode error {worst:.2f} of its bound")  # fmt: skip
     if not_run:

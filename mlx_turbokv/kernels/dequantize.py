@@ -177,7 +177,8 @@ def rotated_rows(
         packed = packed._replace(left_padding=padding)
     key = assemble.factory, backend, packed.layout, dtype, (first, count), *_shapes(packed), room
     launches = [_launch(*key, side) for side in ((0, 1) if room else (None,))]
-    keys, values = (x for own in launches for x in own.call(*own.inputs(packed, row)))
+    inputs = launches[0].inputs(packed, row)  # those of both sides
+    keys, values = (x for own in launches for x in own.call(*inputs))
     return keys, values
 
 

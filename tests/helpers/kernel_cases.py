@@ -239,7 +239,7 @@ ALL_CASES = SANITIZE_CASES + PAIRS + CENTRED + NARROW + MANY + LONG
 ALL_CASES += CENTRED_BATCH + EXTREME + LONGEST + TURBO8 + STRADDLING
 
 
-def run_case(case: Case, backend: str, attends: bool = True) -> dict:
+def run_case(case: Case, backend: str) -> dict:
     """Pack, dequantise and attend as ``case`` says on ``backend``; lists what is wrong."""
     rng = np.random.default_rng(zlib.crc32(case.data.encode()))
     k_format, v_format = KVFormat.parse(case.k_format), KVFormat.parse(case.v_format)
@@ -247,9 +247,7 @@ def run_case(case: Case, backend: str, attends: bool = True) -> dict:
     failures: list[str] = []
     centre = _centre(case, rng)
     packed = _packed(case, layout, rng, backend, failures, centre)
-    result: dict = {"case": str(case)}
-    if attends:
-        result |= _decode(case, packed, rng, backend, failures)
+    result = {"case": str(case), **_decode(case, packed, rng, backend, failures)}
     _rows(packed, backend, failures)
     result["failures"] = failures
     return result
