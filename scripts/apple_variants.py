@@ -24,6 +24,7 @@ from mlx_turbokv.centring.centre import Centre  # noqa: E402
 from mlx_turbokv.centring.rope import RopeFrequencies  # noqa: E402
 from mlx_turbokv.kernels import assemble, decode, dequantize, pack  # noqa: E402
 from mlx_turbokv.kernels.packed import PackedKV, empty_tiles  # noqa: E402
+from mlx_turbokv.kernels.segment_rows import segment_rows  # noqa: E402
 from mlx_turbokv.kernels.segments import SegmentedKV  # noqa: E402
 from mlx_turbokv.quant.formats import KVFormat  # noqa: E402
 from mlx_turbokv.quant.layout import TILE, KVLayout, protected_layout  # noqa: E402
@@ -42,8 +43,7 @@ PROTECTED_HOW = {"protected": (1, N_SPLITS), "protected-whole": (16, 1)}
 N_FIRST, N_NEWEST = 32, 128
 THETA = 1e6
 ATTENTION = ("decode_partial", "decode_protected")
-# a name that is the start of others comes after them
-KERNELS = (*ATTENTION, "decode_merge", "pack", "dequantize_keys", "dequantize_values", "dequantize")
+KERNELS = (*ATTENTION, "decode_merge", "pack", "dequantize", "read_segments")
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,7 @@ def _of_pair(
         yield from recorded(n_rows, how)
     new = mx.zeros((1, N_KV_HEADS, N_TOKENS, dim), mx.float16)
     pack.pack(new, new, layout, centre=centre, backend="metal")
-    for room in (0, TILE):
-        dequantize.rotated_rows(view(1), mx.float16, 0, N_KV_HEADS, "metal", room)
+    dequantize.rotated_rows(view(1), mx.float16, 0, N_KV_HEADS, "metal")
+    fresh = protected(1)._replace(fresh=(new, new))
+    segment_rows(fresh, mx.float16, (0, N_KV_HEADS), "metal")
     yield from recorded()

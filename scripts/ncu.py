@@ -80,7 +80,7 @@ def parsed(output: str) -> list[dict]:
 
 def short_name(kernel: str) -> str:
     """This project's kernels by their own names, others without arguments and templates."""
-    own = re.search(r"turbokv_(pack|dequantize(?:_keys|_values)?|decode_[a-z]+)", kernel)
+    own = re.search(r"turbokv_(pack|dequantize|read_segments|decode_[a-z]+)", kernel)
     return own[1] if own else re.split(r"[(<]", kernel)[0].removeprefix("void ")
 
 

@@ -29,6 +29,7 @@ ANCHORS, QUERIES = "metal/decode_anchors.h", "metal/decode_queries.h"
 VALUES, SOFTMAX = "metal/decode_values.h", "metal/decode_softmax.h"
 PACK, QUANTIZE, WORDS = "metal/pack.metal", "metal/pack_quantize.h", "metal/pack_words.h"
 DEQUANTIZE, CONFIG = "metal/dequantize.metal", "metal/decode_config.h"
+SEGMENTS = "metal/segments.metal"
 TILES = "metal/decode_split.h"
 JOIN = "metal/decode_join.h"
 CACHE = "mlx_turbokv/cache/"
@@ -48,11 +49,14 @@ PLANTED = [
            "tail + size_t(uint(head * params[param_old_stride] + tile)) * TILE_WORDS",
            "tail + uint(head * params[param_old_stride] + tile) * TILE_WORDS", FAR),
     Defect("32-bit offset of dequantised rows", DEQUANTIZE,
-           "const size_t first = uint(row * params[param_output_rows] + tile * TILE);",
-           "const uint first = uint(row * params[param_output_rows] + tile * TILE);", FAR),
+           "const size_t first = uint(row * all_tokens + tile * TILE);",
+           "const uint first = uint(row * all_tokens + tile * TILE);", FAR),
     Defect("32-bit offset of tiles that are dequantised", DEQUANTIZE,
            "body + size_t(uint(head * params[param_body_stride] + tile)) * TILE_WORDS",
            "body + uint(head * params[param_body_stride] + tile) * TILE_WORDS", FAR),
+    Defect("32-bit offset of first tokens", SEGMENTS,
+           "sink + size_t(uint(head * params.sink_stride)) * FINE_WORDS",
+           "sink + uint(head * params.sink_stride) * FINE_WORDS", FAR),
     # softmax and sinks
     Defect("a lowest score that is not low", ATTENTION_H, "LOWEST = -1e38f", "LOWEST = -100.0f",
            BELOW),
@@ -148,8 +152,8 @@ PLANTED = [
            "left_padding[row / n_selected]", "left_padding[row % n_selected]", BATCH),
     Defect("first keys centred in decode", DECODE,
            "place.padding + params.n_uncentred, lane", "place.padding, lane", BATCH),
-    Defect("first keys centred in dequantize", DEQUANTIZE,
-           "padding + params[param_n_uncentred] - tile * TILE", "padding - tile * TILE", CENTRED),
+    Defect("first keys centred in dequantize", "metal/dequantize.h",
+           "padding + n_uncentred - first_row", "padding - first_row", CENTRED),
     Defect("one block for a tile of two", ANCHORS,
            "tile_blocks == 2 && lane >= padding % TILE ? 1 : 0", "0", BATCH),
     Defect("blocks past the table in decode", ANCHORS,
@@ -158,7 +162,7 @@ PLANTED = [
     Defect("blocks before the table in decode", ANCHORS,
            "return block < 0 ? 0 : (block < last ? block : last);",
            "return block < last ? block : last;", cases(" starts apart")),
-    Defect("a block past the table in dequantize", DEQUANTIZE,
+    Defect("a block past the table in dequantize", "metal/dequantize.h",
            "(block + b < last_block ? block + b : last_block)", "(block + b)", LONGEST),
     Defect("all new rows at the first one's position", PACK, "row_anchors.row += token - first;",
            "", BATCH),
@@ -170,6 +174,27 @@ PLANTED = [
            "*tables.anchor_inputs(centre, n_new, left_padding)", LONGEST),
     Defect("a query of zeros divided by zero", QUERIES, "largest > 0.0f ? 1.0f / largest : 0.0f",
            "1.0f / largest", cases("zero_queries")),
+    # rows of segments
+    Defect("coarse rows one too many", SEGMENTS, "larger(body_end, params.tail_start)",
+           "larger(body_end + 1, params.tail_start)", protected("a body into the tail")),
+    Defect("rows before the first tokens that are not packed", SEGMENTS,
+           "smaller(sink_start, rows.packed_end)", "sink_start",
+           protected("tokens that are all first ones")),
+    Defect("first tokens of rows that have none yet", SEGMENTS,
+           "smaller(start + params.n_sink, params.n_sunk)", "start + params.n_sink",
+           protected("padding past the body")),
+    Defect("first tokens where the first sequence has them", SEGMENTS,
+           "const int start = starts[sequence];", "const int start = starts[0];",
+           protected("padding within the first tokens")),
+    Defect("new rows of the first head", SEGMENTS,
+           "uint(head * (params.n_tokens - params.n_packed) +", "uint(",
+           protected("three segments")),
+    Defect("new keys that are not scaled", SEGMENTS,
+           "x[j] *= i < W ? scales[part + i] : 1.0f;", ";", protected("three segments")),
+    Defect("scales of the first head", SEGMENTS, "CENTRED ? own_head : 0, CENTRE_SCALES",
+           "0, CENTRE_SCALES", protected("three segments")),
+    Defect("mu of the first head in segments", SEGMENTS, "centre, own_head, CENTRE_MU",
+           "centre, 0, CENTRE_MU", protected("three segments")),
     # packing
     Defect("q8_0 scales rounded down", QUANTIZE, "exact > 0.5f ? (steps + 126) / 127 : 0",
            "exact > 0.5f ? steps / 127 : 0", SIZES),
@@ -253,10 +278,6 @@ PLANTED = [
            "            tiles = tiles[:, :, : (stop - start) // TILE]\n", "",
            (("tests/cache/test_protected.py", "tests/cache/test_protected_operations.py"), "")),
     # attention and launchers
-    Defect("anchors of the first rows for all", KERNELS + "dequantize.py",
-           "if row and packed.centre is not None:", "if False:", CENTRED),
-    Defect("K in the place of V, before rows that are written", KERNELS + "dequantize.py",
-           "position.z = {z}u;", "position.z = 0u;", cases("(64, 7", most=6)),
     Defect("chunks with protected tokens wait for nothing", "mlx_turbokv/attention/dispatch.py",
            "held or (packed.newest,)", "(packed.newest,)",
            (("tests/attention/test_pacing.py",), "")),

@@ -42,14 +42,16 @@ from mlx_turbokv.kernels import (
     dequantize,
     pack,
     reference,
+    segment_rows,
     selfcheck,
     trust,
     tuning,
 )
 from mlx_turbokv.kernels.packed import PackedKV, empty_tiles
+from mlx_turbokv.kernels.segments import SegmentedKV
 from mlx_turbokv.kernels.trust import Kernel
 from mlx_turbokv.quant.formats import KVFormat
-from mlx_turbokv.quant.layout import KVLayout
+from mlx_turbokv.quant.layout import KVLayout, protected_layout
 
 PAIRS = (("q8_0", "turbo2", False), ("turbo4", "turbo3", False), ("turbo4", "turbo3", True))
 HEAD_DIM = 128
@@ -77,6 +79,7 @@ FAULTS = (
     Fault("merge.metal", "float lane_top = LOWEST;", "float lane_top = 9.0f;", "decode long",
           "attention is"),
     Fault("dequantize.metal", r"v\.y \* scale", "v.y * v.y", "rows", "K rows"),
+    Fault("segments.metal", r"larger\(body_end,", "larger(body_end + 1,", "segments", "K rows"),
     Fault("pack.metal", r"\Z", _STOP, "pack", "does not compile or run"),
     Fault("decode.metal", r"\Z", _STOP, "decode", "does not compile or run"),
 )  # fmt: skip
@@ -104,7 +107,7 @@ def forget() -> None:
     log._given.clear()
     for cached in (assemble._build, pack._launch, decode_launch.launch_for, decode_launch._call):
         cached.cache_clear()
-    for cached in (dequantize._launch, dequantize._restoring):
+    for cached in (dequantize._launch, dequantize._restoring, segment_rows._launch):
         cached.cache_clear()
 
 
@@ -117,13 +120,24 @@ def _packed(n: int) -> PackedKV:
     return PackedKV(LAYOUT, empty_tiles(), 0, tiles, n)
 
 
+def segmented() -> SegmentedKV:
+    """Body and tail of one layout, and rows that are not packed."""
+    fresh, tail = _rows(40), _packed(38).tail
+    tiles, none = reference.pack(_rows(32), _rows(32), LAYOUT), empty_tiles()
+    fine = protected_layout(LAYOUT)
+    return SegmentedKV(
+        LAYOUT, LAYOUT, fine, none, 0, 0, tiles, 32, tail, 32, 38, (32,), (0,), None, (fresh, fresh)
+    )
+
+
 def launched(name: str, own: backend.Backend) -> mx.array:
-    """What a launch gives: pack, decode, decode long (in splits) or rows."""
+    """What a launch gives: pack, decode, decode long (in splits), rows or segments."""
     if name == "pack":
         return own.pack(_rows(3), _rows(3), LAYOUT)
     assert own.decode is not None and own.rotated_rows is not None
-    if name == "rows":
-        return mx.concatenate(own.rotated_rows(_packed(70), mx.float16, 0, 2))
+    if name in ("rows", "segments"):
+        packed = _packed(70) if name == "rows" else segmented()
+        return mx.concatenate(own.rotated_rows(packed, mx.float16, 0, 2))
     return own.decode(_rows(1, 6), _packed(4100 if name.endswith("long") else 70), 0.125)
 
 
@@ -163,7 +177,7 @@ def kernels(name: str) -> list[Kernel]:
         for op, options in (
             ("pack", {}), ("decode", {"rows": 1, "whole": True, "heads": (4, 1)}),
             ("decode", {"rows": 4, "heads": (4, 1)}), ("dequantize", {}),
-            ("dequantize", {"apart": True}),
+            ("segments", {"protected": True, "fresh": mx.float16}),
         ):  # fmt: skip
             cut = tuning.built_in(name) if op == "decode" else None
             found.append(Kernel(op, name, layout, mx.float16, centred, cut=cut, **options))

@@ -12,7 +12,7 @@ from ..kernels.decode import MAX_QUERIES
 from ..kernels.heads import attention_by_heads, scaled_dot_product_attention
 from ..kernels.packed import PackedKV, PaddedCausal
 from ..kernels.reference import with_left_padding
-from ..kernels.segments import AnyKV, SegmentedKV, all_rows, scales_of, with_scaled_rows
+from ..kernels.segments import AnyKV, SegmentedKV, scales_of
 from ..quant.layout import KVLayout
 from ..quant.rotate import rotate
 from .pacing import limit_in_flight
@@ -112,7 +112,7 @@ def _dequantized(
     turbo = layout.k_format.is_turbo
     q = queries
     if (scales := scales_of(packed)) is not None:
-        q, packed = scales.unscaled(q), with_scaled_rows(packed, scales)
+        q = scales.unscaled(q)
     q = rotate(q, layout.k_head_dim, dtype=dtype) if turbo else q.astype(dtype)
     if isinstance(mask, mx.array) and mask.dtype != mx.bool_:
         mask = mask.astype(dtype)
@@ -120,7 +120,7 @@ def _dequantized(
     bytes_each = packed.row_values(queries.shape[0]) * dtype.size
     output = attention_by_heads(
         q,
-        partial(_rows, packed, dtype, rotated_rows),
+        partial(rotated_rows, packed, dtype),
         n_kv_heads,
         bytes_each,
         scale,
@@ -132,12 +132,3 @@ def _dequantized(
     output = output.astype(queries.dtype)
     _start(output, packed, held, bytes_each * n_kv_heads)
     return output
-
-
-def _rows(
-    packed: AnyKV, dtype: mx.Dtype, rotated_rows: Callable, first: int, count: int
-) -> tuple[mx.array, mx.array]:
-    """Rows of KV heads in the rotated basis, those too that are not packed yet."""
-    if isinstance(packed, SegmentedKV):
-        return all_rows(packed, (first, count), rotated_rows, dtype)
-    return rotated_rows(packed, dtype, first, count)

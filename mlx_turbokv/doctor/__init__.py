@@ -25,6 +25,7 @@ FILES = {
     "decode": ("decode.metal", "merge.metal"),
     "protected": ("decode.metal", "merge.metal"),
     "dequantize": ("dequantize.metal",),
+    "segments": ("segments.metal",),
 }
 PROTECTED_ENTRIES = {"decode.metal": "decode_protected"}
 _NAMED_FILE = re.compile(r"metal/((?:compat/)?\w+\.(?:metal|h))")

@@ -1,8 +1,8 @@
-"""Checks pack, decode and dequantize of one variant against a reference.
+"""Checks the kernels of one variant against a reference.
 
 A GPU back-end is compared with the reference ops, which run on the CPU; the reference back-end is
-compared with float64 NumPy. Decode and dequantize read rows that the reference packed, so a
-broken pack kernel fails alone.
+compared with float64 NumPy. What reads rows is given those that the reference packed, so a broken
+pack kernel fails alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..attention import dispatch
-from ..kernels import decode, dequantize, reference
+from ..kernels import decode, reference
 from ..kernels.agreement import CheckError, codes_and_scales, compare_rows
 from ..kernels.backend import Backend
 from ..kernels.packed import PackedKV
@@ -31,7 +31,8 @@ from .tolerances import ATTENTION, MANY_QUERIES, ROWS, THROUGH_ROWS
 from .variants import Variant
 
 N_KEPT = 5  # rows that are in the tail before others are packed
-N_ZEROS = 5  # rows of zeros after those that are read back
+N_FRESH = 21  # rows that are not packed yet
+OF_PROTECTED = {"protected", "segments"}  # jobs of variants with protected tokens
 N_SPLITS = 3
 
 
@@ -50,7 +51,7 @@ def run_variant(
     """Check the jobs of one variant; yields (job, None) before each and (job, outcome) after."""
     case = Case(variant)
     for job, check in CHECKS.items():
-        if job in skip or (job == "protected" and not variant.protected):
+        if job in skip or (job in OF_PROTECTED and not variant.protected):
             continue
         yield job, None
         start = time.perf_counter()
@@ -125,22 +126,24 @@ def _check_attention(case: Case, backend: Backend, packed: AnyKV, own_edge: str)
 
 
 def check_dequantize(case: Case, backend: Backend) -> float:
-    """Read rows back, and attention of many queries over them.
+    """Read rows back, and attention of many queries over them."""
+    return _check_rows(case, backend, case.packed(), case.packed())
 
-    K and V are read apart, with rows of zeros after them; attention reads both at once. A kernel's
-    rows are rotated back on the CPU, in float32.
-    """
-    packed = case.packed()
+
+def check_segments(case: Case, backend: Backend) -> float:
+    """The same where the first and newest rows are protected; of those read the last are fresh."""
+    return _check_rows(case, backend, case.segmented(N_FRESH), case.segmented())
+
+
+def _check_rows(case: Case, backend: Backend, packed: AnyKV, attended: AnyKV) -> float:
+    """A kernel's rows are rotated back on the CPU, in float32."""
     if backend.name == "reference":
         got, want = backend.dequantize(packed, mx.float32), oracle.rows_of(packed)
     else:
-        heads, n = (0, N_KV_HEADS), packed.n_tokens
-        got = list(dequantize.rotated_rows(packed, mx.float32, *heads, backend.name, N_ZEROS))
+        assert backend.rotated_rows is not None
+        got = list(backend.rotated_rows(packed, mx.float32, 0, N_KV_HEADS))
         mx.eval(got)
         with mx.stream(mx.cpu):
-            if any(rows[:, :, n:].any().item() for rows in got):
-                raise CheckError("rows behind the last are not zero")
-            got = [rows[:, :, :n] for rows in got]
             for i, fmt in enumerate((case.layout.k_format, case.layout.v_format)):
                 if fmt.is_turbo:
                     got[i] = rotate(got[i], got[i].shape[-1], inverse=True)
@@ -154,7 +157,7 @@ def check_dequantize(case: Case, backend: Backend) -> float:
             raise CheckError(f"{side} rows differ by {error:.1e} of the largest value")
         worst = max(worst, error)
     limit = THROUGH_ROWS[case.variant.dtype]
-    error, _ = _attention_error(case, backend, packed, 2, MANY_QUERIES, "causal")
+    error, _ = _attention_error(case, backend, attended, 2, MANY_QUERIES, "causal")
     if not error <= limit:
         raise CheckError(
             f"attention of {MANY_QUERIES} queries over the rows: relative error {error:.1e} is "
@@ -165,7 +168,7 @@ def check_dequantize(case: Case, backend: Backend) -> float:
 
 CHECKS = {
     "pack": check_pack, "decode": check_decode, "protected": check_protected,
-    "dequantize": check_dequantize,
+    "dequantize": check_dequantize, "segments": check_segments,
 }  # fmt: skip
 JOBS = tuple(CHECKS)
 

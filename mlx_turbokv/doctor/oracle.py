@@ -7,7 +7,7 @@ import numpy as np
 
 from ..kernels.agreement import codes_and_scales
 from ..kernels.packed import PackedKV, empty_tiles
-from ..kernels.segments import AnyKV
+from ..kernels.segments import AnyKV, SegmentedKV
 from ..quant.codebook import boundaries, codebook
 from ..quant.formats import KVFormat
 from ..quant.rotation import rotation_matrix, rotation_width
@@ -66,7 +66,7 @@ def parts_of(packed: AnyKV) -> list[tuple[PackedKV, slice]]:
 
 
 def rows_of(packed: AnyKV) -> list[np.ndarray]:
-    """K and V of packed rows, float64, from their codes and scales.
+    """K and V of packed rows, float64, from their codes and scales; others follow as they are.
 
     Protected rows must be as ``parts_of`` says.
 
@@ -77,10 +77,13 @@ def rows_of(packed: AnyKV) -> list[np.ndarray]:
     found = [np.concatenate(sides, axis=2) for sides in zip(*parts)]
     if packed.centre is not None:
         with mx.stream(mx.cpu):
-            anchors = packed.centre.rows(0, packed.n_tokens, packed.left_padding)
+            anchors = packed.centre.rows(0, packed.n_packed, packed.left_padding)
             found[0] = found[0] + float64(anchors)
             if packed.centre.scales is not None:
                 found[0] = found[0] / float64(packed.centre.scales.of_dims)[:, None]
+    if isinstance(packed, SegmentedKV) and packed.fresh is not None:
+        fresh = map(float64, packed.fresh)
+        found = [np.concatenate(sides, axis=2) for sides in zip(found, fresh)]
     return found
 
 

@@ -14,6 +14,7 @@ ENTRIES = {
     "decode.metal": "decode_partial",
     "merge.metal": "decode_merge",
     "dequantize.metal": "dequantize",
+    "segments.metal": "read_segments",
 }
 
 

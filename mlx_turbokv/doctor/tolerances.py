@@ -17,11 +17,13 @@ DECODE = (
     + ", ".join(f"{t:.0e} {d}" for d, t in ATTENTION.items())
     + ", or each row within the bound that a kernel's roundings give"
 )
+READING = f"{ROWS:.0e} of the largest value; attention of {MANY_QUERIES} queries over the rows: "
+READING += "relative error " + ", ".join(f"{t:.0e} {d}" for d, t in THROUGH_ROWS.items())
 TOLERANCES = {
     "pack": f"at most {CODES_SHARE:.0e} of the codes off by one level (values at a decision "
     f"boundary), f16 rows equal, scales within {SCALE_ULPS} ulp, free rows zero",
     "decode": DECODE,
     "protected": DECODE,
-    "dequantize": f"{ROWS:.0e} of the largest value; attention of {MANY_QUERIES} queries over the "
-    "rows: relative error " + ", ".join(f"{t:.0e} {d}" for d, t in THROUGH_ROWS.items()),
+    "dequantize": READING,
+    "segments": READING,
 }

@@ -24,6 +24,7 @@ from . import (
     trust,
     tuning,
 )
+from .segment_rows import segment_rows
 from .segments import SegmentedKV, dequantized
 from .trust import UntrustedKernelError
 
@@ -138,9 +139,11 @@ def _pack(name, forced, keys, values, layout, tail=None, n_tail=0, **options):
 
 
 def _dequantize(name, forced, packed, dtype):
+    covered = _covered(name, forced, packed.layout)
     if isinstance(packed, SegmentedKV):
-        return dequantized(packed, dtype, partial(_rotated_rows, name, forced))
-    if _covered(name, forced, packed.layout):
+        read = partial(_rotated_rows, name, forced) if covered else reference.rotated_rows
+        return dequantized(packed, dtype, read)
+    if covered:
         try:
             return dequantize.dequantize(packed, dtype, backend=name)
         except UntrustedKernelError as error:
@@ -164,12 +167,14 @@ def _decode(name, forced, queries, packed, scale, causal=False, sinks=None, left
     return reference.attention(queries, packed, scale, mask, sinks, left_padding)
 
 
-def _rotated_rows(name, forced, packed, dtype, first, count, room=0, row=0):
+def _rotated_rows(name, forced, packed, dtype, first, count):
     try:
-        return dequantize.rotated_rows(packed, dtype, first, count, name, room, row)
+        if isinstance(packed, SegmentedKV):
+            return segment_rows(packed, dtype, (first, count), name)
+        return dequantize.rotated_rows(packed, dtype, first, count, name)
     except UntrustedKernelError as error:
         _refuse(name, forced, error)
-    return reference.rotated_rows(packed, dtype, first, count, room, row)
+    return reference.rotated_rows(packed, dtype, first, count)
 
 
 def _refuse(name: str, forced: bool, error: UntrustedKernelError) -> None:

@@ -18,26 +18,12 @@ from .segments import scales_of
 from .trust import Kernel, require
 
 THREADS = 256
-_CALL = """dequantize<T, Tensor<KB, KG, KD, KW>, Tensor<VB, VG, VD, VW>, RAW, CENTRED>(
-    body, tail, params, k_constants, v_constants, centre, cos_sin_table, left_padding, {}, {},
-    shared, {}, {});
+SOURCE = f"""
+TKV_SHARED(float4, shared, dequantize_floats(KD, CENTRED) / 4);
+dequantize<T, Tensor<KB, KG, KD, KW>, Tensor<VB, VG, VD, VW>, RAW, CENTRED>(
+    body, tail, params, k_constants, v_constants, centre, cos_sin_table, left_padding, keys, values,
+    shared, {assemble.GROUP}, {assemble.LANE});
 """
-_SHARED = "\nTKV_SHARED(float4, shared, dequantize_floats(KD, CENTRED) / 4);\n"
-SOURCE = _SHARED + _CALL.format("keys", "values", assemble.GROUP, assemble.LANE)
-
-
-def _side_source(name: str, z: int) -> str:
-    """K or V alone, which the grid's z says."""
-    position = f"uint3 position = {assemble.GROUP};\nposition.z = {z}u;\n"
-    return _SHARED + position + _CALL.format(name, name, "position", assemble.LANE)
-
-
-# by side: the kernel's name, its outputs and its text
-KERNELS: dict[int | None, tuple[str, tuple[str, ...], str]] = {
-    None: ("dequantize", ("keys", "values"), SOURCE),
-    0: ("dequantize_keys", ("keys",), _side_source("keys", 0)),
-    1: ("dequantize_values", ("values",), _side_source("values", 1)),
-}
 INPUTS = ("body", "tail", "params", "k_constants", "v_constants", *tables.ANCHOR_INPUTS)
 CENTRE = INPUTS.index("centre")
 
@@ -50,15 +36,15 @@ class Launch(NamedTuple):
     k_constants: mx.array
     v_constants: mx.array
 
-    def inputs(self, packed: PackedKV, row: int = 0) -> tuple[mx.array, ...]:
-        """The arrays of a launch over these rows, the first of which is row ``row``."""
+    def inputs(self, packed: PackedKV) -> tuple[mx.array, ...]:
+        """The arrays of a launch over these rows."""
         return (
             packed.body if packed.n_body else tables.no_tiles(),
             packed.tail if packed.n_tail else tables.no_tiles(),
             self.params,
             self.k_constants,
             self.v_constants,
-            *tables.anchor_inputs(packed.centre, row + packed.n_tokens, packed.left_padding),
+            *tables.anchor_inputs(packed.centre, packed.n_tokens, packed.left_padding),
         )
 
 
@@ -72,8 +58,6 @@ def _launch(
     shape: tuple[int, int],
     counts: tuple[int, int, int, int],
     anchors: tuple[int, bool, bool] | None,
-    room: int = 0,
-    side: int | None = None,
 ) -> Launch:
     """
     Args:
@@ -83,8 +67,6 @@ def _launch(
         counts: body rows, tiles of the body's buffer, tail rows, tiles of the tail's buffer.
         anchors: of centred keys: pairs of dims that lie apart, whether first keys are bare,
             whether rows of padding come first.
-        room: rows of zeros after the last.
-        side: 0 for K alone, 1 for V alone; None for both.
     """
     k, v = tables.tensor_parameters(layout)
     template = [("T", dtype), *tables.template(layout), ("RAW", tables.RAW[layout.dtype])]
@@ -108,15 +90,10 @@ def _launch(
         int(has_padding),
         split_pairs,
         int(first_key_uncentred),
-        n + room,
     )
-    require(
-        Kernel("dequantize", backend, layout, dtype, anchors is not None, apart=side is not None)
-    )
-    name, outputs, source = KERNELS[side]
-    kernel = assemble.build(name, "dequantize.metal", INPUTS, outputs, source, backend)
-    head_dims = {"keys": layout.k_head_dim, "values": layout.v_head_dim}
-    shapes = [(batch, count, n + room, head_dims[output]) for output in outputs]
+    require(Kernel("dequantize", backend, layout, dtype, anchors is not None))
+    outputs = ("keys", "values")
+    kernel = assemble.build("dequantize", "dequantize.metal", INPUTS, outputs, SOURCE, backend)
     wanted = (
         tiles_input("body", layout, shape, body_stride),
         tiles_input("tail", layout, shape, tail_stride),
@@ -129,10 +106,10 @@ def _launch(
         return kernel(
             inputs=list(inputs),
             template=template,
-            grid=(-(-(n + room) // TILE) * THREADS, batch * count, len(outputs)),
+            grid=(-(-n // TILE) * THREADS, batch * count, 2),
             threadgroup=(THREADS, 1, 1),
-            output_shapes=shapes,
-            output_dtypes=[dtype] * len(outputs),
+            output_shapes=[(batch, count, n, side.dim) for side in (k, v)],
+            output_dtypes=[dtype] * 2,
         )
 
     call = assemble.replayed(launch, backend)
@@ -154,31 +131,16 @@ def _shapes(packed: PackedKV) -> tuple:
 
 
 def rotated_rows(
-    packed: PackedKV, dtype: mx.Dtype, first: int, count: int, backend: str, room: int = 0,
-    row: int = 0,
-) -> tuple[mx.array, mx.array]:  # fmt: skip
+    packed: PackedKV, dtype: mx.Dtype, first: int, count: int, backend: str
+) -> tuple[mx.array, mx.array]:
     """Rows of KV heads ``first`` to ``first + count``, turbo rows in the rotated basis.
 
-    With ``room`` there is a launch for K and one for V: of the outputs of one launch MLX keeps all
-    but one until it has run, so that others could not be written there without a copy.
-
-    Args:
-        room: rows of zeros after the last, for others to be written there.
-        row: which row of the sequence the first is, for centred keys.
-
     Shapes:
-        returns: [B, count, n + room, k_head_dim] and [B, count, n + room, v_head_dim] in ``dtype``.
+        returns: [B, count, n, k_head_dim] and [B, count, n, v_head_dim] in ``dtype``.
     """
-    if row and packed.centre is not None:  # position 0 lies so many rows before them
-        if packed.left_padding is None:  # of at least 8 sequences, as kernels take it
-            padding = tables.int_array(*[-row] * max(8, packed.newest.shape[0]))
-        else:
-            padding = packed.left_padding - row
-        packed = packed._replace(left_padding=padding)
-    key = assemble.factory, backend, packed.layout, dtype, (first, count), *_shapes(packed), room
-    launches = [_launch(*key, side) for side in ((0, 1) if room else (None,))]
-    inputs = launches[0].inputs(packed, row)  # those of both sides
-    keys, values = (x for own in launches for x in own.call(*inputs))
+    key = assemble.factory, backend, packed.layout, dtype, (first, count), *_shapes(packed)
+    launch = _launch(*key)
+    keys, values = launch.call(*launch.inputs(packed))
     return keys, values
 
 

@@ -31,7 +31,6 @@ from .segments import (
     all_rows,
     dequantized,
     scales_of,
-    with_scaled_rows,
 )
 
 
@@ -113,7 +112,7 @@ def attention(
     check_padding("attention", left_padding, batch)
     q = queries.astype(mx.float32)
     if (scales := scales_of(packed)) is not None:
-        q, packed = scales.unscaled(q), with_scaled_rows(packed, scales)
+        q = scales.unscaled(q)
     if layout.k_format.is_turbo:
         q = rotate(q, layout.k_head_dim)
     if left_padding is not None:
@@ -162,7 +161,7 @@ def _heads(packed: AnyKV) -> tuple[int, int]:
 def _rows_of(packed: AnyKV) -> Callable[[int, int], tuple[mx.array, mx.array]]:
     """Makes the rows of ``count`` KV heads from ``first`` on, in the rotated basis."""
     if isinstance(packed, SegmentedKV):
-        return lambda first, count: all_rows(packed, (first, count), rotated_rows, mx.float32)
+        return lambda first, count: rotated_rows(packed, mx.float32, first, count)
     tiles = packed.tiles
     return lambda first, count: _rotated(tiles[:, first : first + count], packed, first)
 
@@ -190,11 +189,24 @@ def dequantize(packed: AnyKV, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
 
 
 def rotated_rows(
-    packed: PackedKV, dtype: mx.Dtype, first: int, count: int, room: int = 0, row: int = 0
+    packed: AnyKV, dtype: mx.Dtype, first: int, count: int
 ) -> tuple[mx.array, mx.array]:
     """Rows of KV heads ``first`` to ``first + count``, turbo rows in the rotated basis.
 
     Keys that have scales are times these.
+
+    Shapes:
+        returns: [B, count, n, k_head_dim] and [B, count, n, v_head_dim] in ``dtype``.
+    """
+    if isinstance(packed, SegmentedKV):
+        return all_rows(packed, (first, count), _segment, dtype)
+    return _segment(packed, dtype, first, count)
+
+
+def _segment(
+    packed: PackedKV, dtype: mx.Dtype, first: int, count: int, room: int = 0, row: int = 0
+) -> tuple[mx.array, mx.array]:
+    """The same of rows of one layout.
 
     Args:
         room: rows of zeros after the last.

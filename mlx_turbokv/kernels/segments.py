@@ -15,7 +15,7 @@ from .packed import PackedKV, empty_tiles
 
 Heads = tuple[int, int]  # the first KV head, and how many
 Rows = tuple[mx.array, mx.array]  # K and V
-Reader = Callable[..., Rows]  # reference.rotated_rows, or a back-end's
+Reader = Callable[..., Rows]
 
 
 class SegmentedKV(NamedTuple):
@@ -99,29 +99,25 @@ def scales_of(packed: AnyKV) -> PairScales | None:
     return None if packed.centre is None else packed.centre.scales
 
 
-def with_scaled_rows(packed: AnyKV, scales: PairScales) -> AnyKV:
-    """Rows whose keys are all times their scales, those too that are not packed yet."""
-    if not isinstance(packed, SegmentedKV) or packed.fresh is None:
-        return packed
-    keys, values = packed.fresh
-    return packed._replace(fresh=(scales.scaled(keys), values))
-
-
 def all_rows(kv: SegmentedKV, heads: Heads, read: Reader, dtype: mx.Dtype) -> Rows:
-    """All rows of some KV heads, turbo rows in the rotated basis.
+    """All rows of some KV heads in plain ops, turbo rows in the rotated basis.
 
-    Packed keys that have scales are times these: ``with_scaled_rows`` makes the others so.
+    Keys that have scales are times these, those too that are not packed.
 
     Args:
-        read: a back-end's ``rotated_rows``.
+        read: rows of one segment, from (packed, dtype, first head, heads) and the keywords
+            ``room``, rows of zeros after the last, and ``row``, the first one's in the sequence.
 
     Shapes:
         returns: [B, heads, kv.n_tokens, k_head_dim] and [.., v_head_dim], in ``dtype``.
     """
     fresh: Rows | None = None
     if kv.fresh is not None:
+        keys, values = kv.fresh
+        if (scales := scales_of(kv)) is not None:
+            keys = scales.scaled(keys)
         head = slice(heads[0], heads[0] + heads[1])
-        keys, values = (x[:, head].astype(dtype) for x in kv.fresh)
+        keys, values = (x[:, head].astype(dtype) for x in (keys, values))
         if kv.layout.k_format.is_turbo:
             keys = rotate(keys, keys.shape[-1], dtype=dtype)
         if kv.layout.v_format.is_turbo:
@@ -144,7 +140,7 @@ def dequantized(kv: SegmentedKV, dtype: mx.Dtype, read: Reader) -> Rows:
         return _joined(fresh)
     layout = kv.layout
     packed = kv._replace(fresh=None)
-    keys, values = _rows_of(packed, (0, kv.newest.shape[1]), read, mx.float32)
+    keys, values = read(packed, mx.float32, 0, kv.newest.shape[1])
     if layout.k_format.is_turbo:
         keys = rotate(keys, layout.k_head_dim, inverse=True)
     if (scales := scales_of(kv)) is not None:
@@ -175,7 +171,7 @@ def _rows_of(
     if kv.tail_start:
         none = empty_tiles()
         body = PackedKV(kv.layout, kv.body, kv.tail_start, none, 0, kv.centre, kv.left_padding)
-        rows = read(body, dtype, *heads, kv.n_tokens - kv.tail_start)
+        rows = read(body, dtype, *heads, room=kv.n_tokens - kv.tail_start)
         start = kv.tail_start
         for part in parts:
             _write(rows, part, start)

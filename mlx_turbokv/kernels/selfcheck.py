@@ -12,13 +12,15 @@ from ..quant.layout import TILE
 from ..quant.tiles import code_bits, first_rows_mask, tiles_to_rows
 from . import decode, dequantize, pack, reference, small_inputs, small_segments
 from .agreement import CheckError, codes_and_scales, compare_rows
-from .segments import AnyKV
+from .segment_rows import segment_rows
+from .segments import AnyKV, Rows
 from .small_inputs import N_KV_HEADS, between_nan
 from .trust import Kernel
 
 N_KEPT, N_NEW = 5, 40  # rows that pack finds in the tail, and packs
 N_SPLITS = 2
-ROOM = 5  # rows of zeros after those that are read back, where K and V are apart
+HEADS = 1, N_KV_HEADS - 1  # that rows are read of: all but the first
+N_FRESH = 40  # rows that are not packed yet
 # codes that may differ by one level, where a value lies at a decision boundary
 CODES_SHARE = 5e-3
 # an element's error over the largest value of its output row
@@ -139,20 +141,39 @@ def _decode_options(kernel: Kernel) -> dict[str, Any]:
 
 def _check_dequantize(kernel: Kernel) -> None:
     """Read rows back from body and tail, all KV heads but the first."""
-    first, count = 1, N_KV_HEADS - 1
-    room = ROOM if kernel.apart else 0
     with mx.stream(mx.cpu):
         _, packed = small_inputs.packed(kernel.layout, kernel.centred, kernel.centred)
-        want = reference.rotated_rows(packed, mx.float32, first, count, room)
+        want = reference.rotated_rows(packed, mx.float32, *HEADS)
         walled = small_inputs.walled(packed)
         mx.eval(want)
-    got = dequantize.rotated_rows(walled, kernel.dtype, first, count, kernel.backend, room)
+    _compare_rows(dequantize.rotated_rows(walled, kernel.dtype, *HEADS, kernel.backend), want)
+
+
+def _check_segments(kernel: Kernel) -> None:
+    """Read rows of three segments and some that are not packed, all KV heads but the first."""
+    layout = kernel.layout
+    with mx.stream(mx.cpu):
+        options = layout, kernel.centred, True, False, bool(kernel.protected)
+        _, packed = small_segments.segmented(*options)
+        sides = small_inputs.rows(layout, N_FRESH, packed.centre)
+        keys, values = (small_inputs.as_array(x, kernel.fresh or kernel.dtype) for x in sides)
+        want = reference.rotated_rows(packed._replace(fresh=(keys, values)), mx.float32, *HEADS)
+        walled = small_segments.walled(packed)
+        walled = walled._replace(fresh=(between_nan(keys), between_nan(values)))
+        mx.eval(want)
+    _compare_rows(segment_rows(walled, kernel.dtype, HEADS, kernel.backend), want)
+
+
+def _compare_rows(got: Rows, want: Rows) -> None:
     mx.eval(got)
     for side, rows, wanted in zip("KV", got, want):
-        _compare(rows, wanted, ROWS[_name(kernel.dtype)], f"{side} rows")
+        _compare(rows, wanted, ROWS[_name(rows.dtype)], f"{side} rows")
 
 
-CHECKS = {"pack": _check_pack, "decode": _check_decode, "dequantize": _check_dequantize}
+CHECKS = {
+    "pack": _check_pack, "decode": _check_decode, "dequantize": _check_dequantize,
+    "segments": _check_segments,
+}  # fmt: skip
 
 
 def _compare(got: mx.array, want: mx.array, accepted: float, what: str) -> None:

@@ -37,6 +37,7 @@ FILES = {
     "pack": ("pack.metal",),
     "decode": ("decode.metal", "merge.metal"),
     "dequantize": ("dequantize.metal",),
+    "segments": ("segments.metal",),
 }
 
 
@@ -45,15 +46,16 @@ class Kernel:
     """One kernel: an operation's text with its template values.
 
     Args:
-        op: pack, decode or dequantize.
+        op: pack, decode, dequantize or segments.
         dtype: of the rows that it takes or makes, or of the queries.
         rows: query rows that a threadgroup of decode takes.
         whole: whether decode is one launch; if not, merge follows.
         cut: the tuning of decode.
         heads: GQA factor and queries that decode is checked with.
-        protected: whether decode reads the tail as protected rows; None: it reads none such.
+        protected: whether decode, or segments, reads the tail as protected rows; None: it reads
+            none such.
         rotated: whether pack takes turbo rows in the rotated basis.
-        apart: whether dequantize gives K and V in two launches.
+        fresh: of the rows that segments takes as they are.
     """
 
     op: str
@@ -67,7 +69,7 @@ class Kernel:
     heads: tuple[int, int] = (1, 1)
     protected: bool | None = None
     rotated: bool = False
-    apart: bool = False
+    fresh: mx.Dtype | None = None
 
     def __str__(self) -> str:
         layout, dims = self.layout, f"{self.layout.k_head_dim}"
@@ -77,10 +79,11 @@ class Kernel:
         parts += [str(self.dtype).removeprefix("mlx.core.")]
         parts += ["centred keys"] * self.centred
         parts += ["rotated rows"] * self.rotated
-        parts += ["K and V apart"] * self.apart
+        if self.fresh is not None:
+            parts += [f"new rows in {str(self.fresh).removeprefix('mlx.core.')}"]
+        if self.protected is not None:
+            parts += [f"protected {'first and newest' if self.protected else 'first'} tokens"]
         if self.op == "decode":
-            if self.protected is not None:
-                parts += [f"protected {'first and newest' if self.protected else 'first'} tokens"]
             parts += [f"{self.rows} rows at once", "in one launch" if self.whole else "in splits"]
         return f"{self.op} of {', '.join(parts)}"
 

@@ -27,16 +27,19 @@ from mlx_turbokv.kernels.decode import MAX_QUERIES
 
 METAL = Path(__file__).resolve().parents[2] / "metal"
 SMALL = Variant("turbo4", "turbo3", 64, 64, "float16", 2, 2, "causal")
+EVERY = {"pack", "decode_partial", "decode_merge", "dequantize", "read_segments"}
 KERNELS_OF = {
     "pack.metal": {"pack"},
     "decode.metal": {"decode_partial"},
     "merge.metal": {"decode_merge"},
     "dequantize.metal": {"dequantize"},
-    "anchor.h": {"pack", "decode_partial", "dequantize"},
+    "segments.metal": {"read_segments"},
+    "dequantize.h": {"dequantize", "read_segments"},
+    "anchor.h": {"pack", "decode_partial", "dequantize", "read_segments"},
     "attention.h": {"decode_partial", "decode_merge"},
-    "hadamard.h": {"pack", "decode_partial", "decode_merge", "dequantize"},
-    "common.h": {"pack", "decode_partial", "decode_merge", "dequantize"},
-    "compat/cuda.h": {"pack", "decode_partial", "decode_merge", "dequantize"},
+    "hadamard.h": EVERY,
+    "common.h": EVERY,
+    "compat/cuda.h": EVERY,
 }
 
 
@@ -129,9 +132,9 @@ def attention_off(few: bool):
 BROKEN = {
     "pack": (["pack"], {"pack": lambda k, v, *rest: reference.pack(off_by_a_percent(k), v, *rest)}),
     "decode": (["decode", "protected"], {"attention": attention_off(few=True)}),
-    "prefill": (["dequantize"], {"attention": attention_off(few=False)}),
+    "prefill": (["dequantize", "segments"], {"attention": attention_off(few=False)}),
     "dequantize": (
-        ["dequantize"],
+        ["dequantize", "segments"],
         {"dequantize": lambda *args: [off_by_a_percent(x) for x in reference.dequantize(*args)]},
     ),
 }
@@ -158,8 +161,7 @@ def test_kernels_pass_on_the_cpu_executor(metal_host, monkeypatch) -> None:
     starts = Variant("f16", "q8_0", 72, 72, "bfloat16", 1, 1, "starts")
     centred = Variant("turbo4", "turbo3", 64, 64, "float16", 1, 1, "starts", True)
     assert kernel_failures([SMALL, starts, centred]) == []
-    every = {"pack", "decode_partial", "decode_protected", "decode_merge"}
-    every |= {"dequantize", "dequantize_keys", "dequantize_values"}
+    every = EVERY | {"decode_protected"}
     assert every <= {ncu.short_name(launch.name) for launch in metal_host.launches}
 
 

@@ -18,6 +18,7 @@ from mlx_turbokv.centring.rope import RopeFrequencies
 from mlx_turbokv.doctor import error_bound
 from mlx_turbokv.kernels import decode, reference
 from mlx_turbokv.kernels.packed import PackedKV, empty_tiles
+from mlx_turbokv.kernels.segment_rows import segment_rows
 from mlx_turbokv.kernels.segments import SegmentedKV
 from mlx_turbokv.quant.formats import KVFormat
 from mlx_turbokv.quant.layout import TILE, KVLayout, protected_layout
@@ -26,7 +27,10 @@ from mlx_turbokv.quant.rotation import rotation_matrix, rotation_width
 # an element's error over the largest value of its output row; a row that is farther off may be so
 # by no more than rounding explains (error_bound.py)
 ACCEPTED = {"float16": 2e-3, "bfloat16": 6e-3, "float32": 3e-6}
-STALE_TILES = 2
+# rows read back, in float32: of products of codes and scales, and of sums of as many products as
+# there are dims; over the largest value
+ROWS_OFF = 1e-6
+STALE_TILES, N_FRESH = 2, 41
 
 
 @dataclass(frozen=True)
@@ -221,9 +225,39 @@ def build(case: SegmentCase) -> tuple[SegmentedKV, np.ndarray, np.ndarray]:
     return found, keys, values
 
 
+def _wrong_rows(found: SegmentedKV, want: list[np.ndarray], backend: str) -> list[str]:
+    """What is wrong with the rows that are read, of the second half of the KV heads.
+
+    Without rows that are not packed, and with some, larger than the others.
+    """
+    layout, (_, n_heads, _, dim) = found.layout, want[0].shape
+    heads, wrong = (n_heads // 2, n_heads - n_heads // 2), []
+    with ON_CPU:
+        rng = np.random.default_rng(dim)
+        shape = (*found.newest.shape[:2], N_FRESH, dim)
+        fresh = [mx.array(3.0, getattr(mx, layout.dtype)) * _noise(rng, shape, layout.dtype)
+                 for _ in range(2)]  # fmt: skip
+        mx.eval(fresh)
+    turned = [_float64(x) for x in fresh]
+    if found.centre is not None:
+        turned[0] = turned[0] * _float64(found.centre.scales.of_dims)[:, None]
+    formats = layout.k_format, layout.v_format
+    turned = [x @ _basis(fmt, dim).T for x, fmt in zip(turned, formats)]
+    both = [np.concatenate(sides, axis=2) for sides in zip(want, turned)]
+    for held, sides in ((found, want), (found._replace(fresh=tuple(fresh)), both)):
+        got = segment_rows(held, mx.float32, heads, backend)
+        for name, rows, expected in zip("KV", got, sides):
+            expected = expected[:, heads[0] :]
+            off = np.abs(_float64(rows) - expected).max() / np.abs(expected).max()
+            if rows.shape != expected.shape or not off <= ROWS_OFF:
+                wrong.append(f"rows: {name} off by {off:.1e}")
+    return wrong
+
+
 def run_segment_case(case: SegmentCase, backend: str) -> dict:
-    """Attend as ``case`` says on ``backend``; lists what is wrong."""
+    """Attend and read rows as ``case`` says on ``backend``; lists what is wrong."""
     found, keys, values = build(case)
+    rows = [keys, values]
     batch, n_kv_heads, gqa = case.heads
     rng = np.random.default_rng(7)
     with ON_CPU:
@@ -264,6 +298,7 @@ def run_segment_case(case: SegmentCase, backend: str) -> dict:
             wrong.append("decode: the bound says little")
     if not of_bound <= 1:
         wrong.append(f"decode: off by {error:.1e}")
+    wrong += _wrong_rows(found, rows, backend)
     return {
         "case": str(case), "decode_error": error, "decode_of_bound": of_bound, "failures": wrong
     }  # fmt: skip

@@ -13,14 +13,18 @@ from metal_host.executor import _buffers
 
 from mlx_turbokv.kernels import assemble, decode, dequantize, pack, reference
 from mlx_turbokv.kernels.packed import PackedKV
+from mlx_turbokv.kernels.segment_rows import segment_rows
+from mlx_turbokv.kernels.segments import SegmentedKV
 from mlx_turbokv.quant.formats import KVFormat
-from mlx_turbokv.quant.layout import KVLayout
+from mlx_turbokv.quant.layout import KVLayout, protected_layout
 
 DIM, N_HEADS = 64, 2
 LAYOUT = KVLayout(KVFormat.parse("turbo4"), KVFormat.parse("q8_0"), DIM, DIM, "float16")
 FAR = 2**32 + 2**20  # elements, more than 32 bits count with or without a sign
 FAR_TILES = FAR // LAYOUT.tile_words + 1
 FAR_ROWS = FAR // DIM + 1
+FINE = protected_layout(LAYOUT)
+FAR_FINE_TILES = FAR // FINE.tile_words + 1
 
 
 def rows(n: int, seed: int, n_heads: int = N_HEADS) -> mx.array:
@@ -53,6 +57,19 @@ def run_dequantize_of_whole_tiles() -> None:
     dequantize.rotated_rows(packed()._replace(n_tail=0), mx.float16, 0, N_HEADS, "metal")
 
 
+def segmented() -> SegmentedKV:
+    """First tokens, two tiles of each head in the body, and a tail."""
+    sink, tail = (reference.pack(rows(n, n), rows(n, n + 1), FINE) for n in (32, 20))
+    return SegmentedKV(
+        LAYOUT, FINE, FINE, sink, 32, 84, packed().body, 64, tail, 64, 20, (64,), (0,), None,
+        (rows(32, 5), rows(32, 6)),
+    )  # fmt: skip
+
+
+def run_segments() -> None:
+    segment_rows(segmented(), mx.float16, (0, N_HEADS), "metal")
+
+
 TILES, HALVES = 4 * LAYOUT.tile_words * FAR_TILES, 2 * DIM * FAR_ROWS
 # parameters that are made huge: their place, in the order of the kernel's file, and new value; the
 # buffers whose second head is then so many bytes away
@@ -64,10 +81,14 @@ CASES = [
     (run_decode, {6: FAR_TILES}, {"tail": TILES}),
     (run_dequantize, {3: FAR_TILES}, {"body": TILES}),
     (run_dequantize, {5: FAR_TILES}, {"tail": TILES}),
-    (run_dequantize_of_whole_tiles, {10: FAR_ROWS}, {"keys": HALVES, "values": HALVES}),
+    (run_dequantize_of_whole_tiles, {6: FAR_ROWS}, {"keys": HALVES, "values": HALVES}),
+    (run_segments, {4: FAR_FINE_TILES}, {"sink": 4 * FINE.tile_words * FAR_FINE_TILES}),
+    (run_segments, {5: FAR_TILES}, {"body": TILES}),
+    (run_segments, {6: FAR_FINE_TILES}, {"tail": 4 * FINE.tile_words * FAR_FINE_TILES}),
 ]
 NAMES = ["pack tail", "pack output", "pack rows", "decode body", "decode tail"]
 NAMES += ["dequantize body", "dequantize tail", "dequantize output"]
+NAMES += ["segments sink", "segments body", "segments tail"]
 
 
 @pytest.mark.parametrize(("run", "changed", "far"), CASES, ids=NAMES)

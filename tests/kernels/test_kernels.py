@@ -377,7 +377,8 @@ def test_a_padded_batch_decodes_from_packed_rows(host, protected, kernel) -> Non
     names = [launch.name for launch in host.launches]
     assert sum(kernel in name for name in names) == 2
     # K and V that nobody reads are never launched on a GPU; here every launch runs at once
-    assert len(host.launches) - sum("dequantize" in name for name in names) == 2 * 2
+    lazy = sum("dequantize" in name or "read_segments" in name for name in names)
+    assert len(names) - lazy == 2 * 2
     for row, caches in enumerate(singles):
         alone = model(new[row : row + 1], cache=caches)
         assert mx.abs(got[row] - alone[0]).max().item() <= BATCH_LOGITS

@@ -111,7 +111,14 @@ SEGMENTS = [
     {"sink": tiles(1)},
     {"sink": tiles(1, words=FINE.tile_words, heads=HEADS + 1)},
     {"body": tiles(4, dtype=mx.int32)},
-    {"fresh": (queries(heads=HEADS), queries(heads=HEADS, dim=128))},
+    {"fresh": (queries(heads=HEADS), queries(heads=HEADS, dim=64))},
+]
+# what attention of few queries does not read, or not like this
+ROWS_OF_SEGMENTS = [
+    {"starts": (0,)},
+    {"fresh": (queries(heads=HEADS), queries(heads=1, dim=128))},
+    {"fresh": (queries(heads=HEADS), queries(heads=HEADS, n=2, dim=128))},
+    {"centre": a_centre(heads=1)},
 ]
 
 
@@ -121,6 +128,15 @@ def test_protected_rows_that_do_not_fit_are_not_read(backend, change):
     packed = SEGMENTED._replace(**change)
     with pytest.raises(ValueError):
         attend(backend, queries(), packed, left_padding=packed.left_padding)
+    with pytest.raises(ValueError):
+        backend.rotated_rows(packed, mx.float16, 0, HEADS)
+
+
+@pytest.mark.parametrize("backend", ["traced", "called"], indirect=True)
+@pytest.mark.parametrize("change", ROWS_OF_SEGMENTS, ids=lambda c: ",".join(c))
+def test_rows_of_segments_that_do_not_fit_are_not_read(backend, change):
+    with pytest.raises(ValueError):
+        backend.rotated_rows(SEGMENTED._replace(**change), mx.float16, 0, HEADS)
 
 
 @pytest.mark.parametrize(
@@ -155,8 +171,9 @@ def test_sinks_of_fewer_than_eight_heads_are_counted_too(backend, n):
 @pytest.mark.parametrize("backend", ["traced", "called"], indirect=True)
 def test_heads_that_are_not_there_are_refused(backend):
     for first, count in ((0, HEADS + 1), (HEADS, 1), (-1, 2), (0, 0)):
-        with pytest.raises(ValueError):
-            backend.rotated_rows(RIGHT, mx.float16, first, count)
+        for packed in (RIGHT, SEGMENTED):
+            with pytest.raises(ValueError):
+                backend.rotated_rows(packed, mx.float16, first, count)
 
 
 def rows(n=3, batch=BATCH, heads=HEADS, dim=64):

@@ -48,7 +48,7 @@ def test_registers_are_within_their_ceilings(chosen) -> None:
 
 def test_every_kernel_is_among_them(chosen) -> None:
     decoding = {"decode_partial", "decode_protected", "decode_merge"}
-    reading = {"dequantize", "dequantize_keys", "dequantize_values"}
+    reading = {"dequantize", "read_segments"}
     assert {v.kernel for v in chosen} == {"pack"} | decoding | reading
     decode = [v for v in chosen if v.kernel == "decode_partial"]
     assert {v.head_dim for v in decode} == {64, 80, 96, 128, 256}

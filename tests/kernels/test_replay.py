@@ -8,12 +8,14 @@ from threading import Thread
 import mlx.core as mx
 import pytest
 
-from mlx_turbokv.kernels import assemble, decode, decode_launch, dequantize, pack
+from mlx_turbokv.kernels import assemble, decode, decode_launch, dequantize, pack, segment_rows
 from mlx_turbokv.kernels.packed import PackedKV, empty_tiles
+from mlx_turbokv.kernels.segments import SegmentedKV
 from mlx_turbokv.quant.formats import KVFormat
-from mlx_turbokv.quant.layout import KVLayout
+from mlx_turbokv.quant.layout import KVLayout, protected_layout
 
 LAYOUT = KVLayout(KVFormat.parse("q8_0"), KVFormat.parse("turbo2"), 64, 64, "float16")
+FINE = protected_layout(LAYOUT)
 
 
 @pytest.fixture
@@ -37,6 +39,7 @@ def calls(monkeypatch):
         for cached in (assemble._build, pack._launch, *decodes):
             cached.cache_clear()
         dequantize._launch.cache_clear()
+        segment_rows._launch.cache_clear()
         dequantize._restoring.cache_clear()
 
     forget()
@@ -101,11 +104,14 @@ def test_dequantised_rows_are_those_held_whatever_the_trace(calls, n_body: int) 
 def test_layers_share_the_traces_of_a_chunks_older_rows(calls) -> None:
     sums = []
     for fill in (0, 2, 4):
-        packed = PackedKV(LAYOUT, _tiles(2), 64, _tiles(1, fill), 3)
-        sides = dequantize.rotated_rows(packed, mx.float16, 0, 2, "metal", room=5)
+        kv = SegmentedKV(
+            LAYOUT, LAYOUT, FINE, empty_tiles(), 0, 0, _tiles(2), 64, _tiles(1, fill), 64, 3,
+            (64,), (0,), None, (_rows(5), _rows(5)),
+        )  # fmt: skip
+        sides = segment_rows.segment_rows(kv, mx.float16, (0, 2), "metal")
         assert [rows.shape for rows in sides] == [(1, 2, 72, 64)] * 2
         sums.append([rows[0, 0, 0, 0].item() for rows in sides])
-    assert calls == ["dequantize_keys", "dequantize_values"]
+    assert calls == ["read_segments"]
     assert len({k for k, _ in sums}) == len({v for _, v in sums}) == 3
 
 

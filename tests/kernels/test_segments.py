@@ -63,9 +63,9 @@ def test_rows_are_in_memory_once() -> None:
 def test_each_row_is_its_segments(n_body: int) -> None:
     kv, asked = segmented(n_body), {}
 
-    def noted(packed: PackedKV, *arguments, row: int = 0):
+    def noted(packed: PackedKV, *arguments, room: int = 0, row: int = 0):
         asked[packed.n_tokens] = row
-        return read(packed, *arguments)
+        return read(packed, *arguments, room)
 
     _, values = all_rows(kv, (1, 1), noted, mx.float16)
     assert asked == {N_FIRST: 0, N_TAIL: n_body, **({n_body: 0} if n_body else {})}
@@ -90,7 +90,7 @@ def test_rows_from_any_row_on_have_the_anchors_of_their_positions(n, row, starts
     tiles = mx.zeros((2, 2, -(-n // TILE), LAYOUT.tile_words), mx.uint32)  # scales of 0
     padding = mx.array(starts, mx.int32) if any(starts) else None
     packed = PackedKV(LAYOUT, empty_tiles(), 0, tiles, n, centre, padding)
-    keys, values = reference.rotated_rows(packed, mx.float32, 0, 2, row=row)
+    keys, values = reference._segment(packed, mx.float32, 0, 2, row=row)
     assert not np.array(values).any()
     # of the mean of RoPE(mu) over each block, in the rotated basis
     table = block_means(rope, (row + n) // BLOCK + 1).astype(np.float64)

@@ -62,7 +62,7 @@ def test_sound_kernels_pass(own, centred, host) -> None:
     dtype = getattr(mx, own.dtype)
     for op, options in (
         *(("pack", {}), ("decode", WHOLE), ("decode", SPLIT)),
-        *(("dequantize", {}), ("dequantize", {"apart": True})),
+        *(("dequantize", {}), ("segments", {"protected": False, "fresh": dtype})),
     ):
         kernel = Kernel(op, "metal", own, dtype, centred, **options)
         assert selfcheck.problem(kernel) is None, kernel
@@ -76,6 +76,9 @@ def test_sound_kernels_pass(own, centred, host) -> None:
          {**SPLIT, "protected": True, "centred": True}),
         ("decode", layout("f16", "turbo5", 72, "float32"), {**SPLIT, "protected": False}),
         ("pack", layout("turbo4", "turbo3", 64, "float32"), {"rotated": True}),
+        ("segments", LAYOUT, {"protected": True, "fresh": mx.float16}),
+        ("segments", layout("turbo4", "turbo3:32", 80, "bfloat16"),
+         {"protected": True, "fresh": mx.bfloat16, "centred": True}),
         # what the first and newest tokens of most models are packed in
         *[("pack", layout("turbo8", "turbo8", dim, dtype), {"centred": dim != 96})
           for dim, dtype in ((80, "bfloat16"), (96, "float32"), (128, "bfloat16"),

@@ -10,7 +10,15 @@ import pytest
 from metal_host import toolchain
 from metal_host.opencl import MAX_THREADGROUP_BYTES
 
-from mlx_turbokv.kernels import assemble, decode_launch, dequantize, pack, tables, tuning
+from mlx_turbokv.kernels import (
+    assemble,
+    decode_launch,
+    dequantize,
+    pack,
+    segment_rows,
+    tables,
+    tuning,
+)
 from mlx_turbokv.kernels.assemble import metal_folder
 from mlx_turbokv.kernels.tables import MAX_HEAD_DIM
 from mlx_turbokv.quant.formats import KVFormat
@@ -46,6 +54,7 @@ DECLARED = {
         " 2 * (pack_scales<{k}, {v}>())"
     ),
     "dequantize.metal": "16 * (dequantize_floats({k_dim}, {centred}) / 4)",
+    "segments.metal": "16 * (segments_floats({k_dim}, {centred}) / 4)",
 }
 
 
@@ -131,6 +140,7 @@ def test_the_program_counts_as_the_kernels_declare() -> None:
     assert largest in decode_launch.PROTECTED_SOURCE
     assert "TKV_SHARED(float4, shared, 2 * VD)" in decode_launch.MERGE_SOURCE
     assert "TKV_SHARED(float4, shared, dequantize_floats(KD, CENTRED) / 4)" in dequantize.SOURCE
+    assert "TKV_SHARED(float4, shared, segments_floats(KD, CENTRED) / 4)" in segment_rows.SOURCE
     declared = re.findall(r"TKV_SHARED\((\w+), \w+, (.*)\);", pack.SOURCE)
     assert declared == [
         ("float", "pack_groups(larger(KD, VD)) * larger(KD, VD)"),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+import selfcheck_gpu
 from selfcheck_gpu import forget
 
 from mlx_turbokv import TurboKVCache
@@ -108,9 +109,11 @@ def test_every_kernel_that_a_launch_needs_is_checked_before_it(checked) -> None:
     metal.dequantize(packed(), mx.float16)  # through float32
     kinds = [name.split(" of ")[0] for name in checked]
     assert kinds == ["pack", "decode", "decode", "dequantize", "dequantize"]
+    metal.rotated_rows(selfcheck_gpu.segmented(), mx.float16, 0, 2)
+    assert checked[5].startswith("segments of K")
     for dtype in (mx.bfloat16, mx.float32):
         metal.pack(rows(3).astype(dtype), rows(3).astype(dtype), LAYOUT)
-    assert len(checked) == 7
+    assert len(checked) == 8
 
 
 def test_a_launch_that_is_known_asks_nothing(checked, monkeypatch) -> None:

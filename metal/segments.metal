@@ -1,0 +1,215 @@
+// Rows of three segments (mlx_turbokv/kernels/segments.py), and the rows after them that are not
+// packed, as plain rows for MLX's own attention: turbo rows in the rotated basis, keys times their
+// scales. A threadgroup writes one tile of one KV head, K or V (the grid's z), a segment at a time.
+
+// int32 parameters, in the order of kernels/segment_rows.py. After them the first row of each
+// sequence, then the end of the rows that it has in the body.
+struct SegmentParams {
+  int n_kv_heads;        // KV heads of the buffers
+  int first_head;        // first KV head that is wanted
+  int n_selected_heads;  // KV heads that are wanted
+  int n_sequences;
+  int sink_stride;  // tiles of one head in the sink's buffer
+  int body_stride;
+  int tail_stride;
+  int n_sink;       // first tokens that are stored apart
+  int n_sunk;       // rows whose first tokens are
+  int tail_start;   // the tail's first row, a multiple of 32
+  int n_packed;     // rows that are packed
+  int n_tokens;     // and those after them
+  int split_pairs;  // as in anchor.h
+  int n_uncentred;  // first keys of a sequence without an anchor
+};
+constant constexpr int SEGMENT_PARAMS = sizeof(SegmentParams) / sizeof(int);
+
+// Coarse and fine formats of K or V.
+template <typename Coarse_, typename Fine_, bool FINE_TAIL>
+struct Formats {
+  typedef Coarse_ Coarse;
+  typedef Fine_ Fine;
+  static constant constexpr bool IS_TAIL_FINE = FINE_TAIL;
+  static_assert(Coarse::DIM == Fine::DIM && Coarse::WIDTH == Fine::WIDTH, "one basis");
+};
+
+// The rows of a tile of a sequence, counted from its first one.
+struct TileRows {
+  int first;  // in the sequence
+  int n;
+  int sink_start;
+  int sink_end;    // first tokens that are stored apart lie in rows `sink_start` to `sink_end`
+  int body_end;    // of the others those before this one lie in the body
+  int packed_end;  // those before this one in the tail
+};
+
+TKV_FN int in_tile(int row, int n) {
+  return row < 0 ? 0 : smaller(row, n);
+}
+
+// Writes rows `begin` to `end` of the tile. `tiles`: K or V of the head's tiles, whose row 0 is row
+// `base` of the tile.
+template <typename T, typename S, int TILE_WORDS, int RAW, bool IS_K, bool CENTRED>
+TKV_FN void restore_rows(const device uint* tiles, device T* out, threadgroup const float* levels,
+                         thread const TileAnchors& anchors, int begin, int end, int base,
+                         int thread_index) {
+  constexpr int VEC4S = S::DIM / 4;
+  for (int i = begin * VEC4S + thread_index; i < end * VEC4S; i += DEQUANTIZE_THREADS) {
+    const int row = i / VEC4S;
+    const int stored = row - base;
+    const device uint* codes = tiles + size_t(uint(stored / TILE)) * TILE_WORDS;
+    write_vec4<T, S, RAW, IS_K, CENTRED>(out, codes, stored % TILE, i % VEC4S, levels, anchors,
+                                         row);
+  }
+}
+
+// Writes the tile's rows that are not packed. `fresh`: the first of them. SCALED: keys that are
+// multiplied by `scales`.
+template <typename T, typename F, typename S, bool SCALED>
+TKV_FN void write_fresh(const device F* fresh, device T* out, const device uint* constants,
+                        const device float* scales, threadgroup float* scratch,
+                        thread const TileRows& rows, int simd_group, int lane) {
+  constexpr int W = S::WIDTH == 0 ? S::DIM : S::WIDTH;
+  constexpr int N = ceil_div(W, LANES);
+  const float factor = S::WIDTH == 0 ? 1.0f : 1.0f / sqrt(float(W));
+  for (int row = rows.packed_end + simd_group; row < rows.n; row += DEQUANTIZE_THREADS / LANES) {
+    const device F* in = fresh + size_t(row - rows.packed_end) * S::DIM;
+    device T* to = out + size_t(row) * S::DIM;
+    for (int part = 0; part < S::DIM; part += W) {
+      float x[N];
+      TKV_UNROLL
+      for (int j = 0; j < N; j++) {
+        const int i = lane + j * LANES;
+        x[j] = i < W ? float(in[part + i]) : 0.0f;
+        if (SCALED) {
+          x[j] *= i < W ? scales[part + i] : 1.0f;
+        }
+      }
+      if (S::WIDTH != 0) {
+        constexpr int R = S::WIDTH == 0 ? 32 : S::WIDTH;
+        rotate<R>(x, constants, scratch + simd_group * 128, lane);
+      }
+      TKV_UNROLL
+      for (int j = 0; j < N; j++) {
+        const int i = lane + j * LANES;
+        if (i < W) {
+          to[part + i] = T(x[j] * factor);
+        }
+      }
+    }
+  }
+}
+
+// What a side of a tile is read from.
+template <typename F>
+struct SideInputs {
+  const device uint* sink;  // tiles of the head
+  const device uint* body;
+  const device uint* tail;
+  const device F* fresh;  // the tile's first row that is not packed
+  const device uint* constants;
+  const device float* scales;  // of keys
+  int tail_start;              // in the sequence
+};
+
+template <typename T, typename F, typename Side, int COARSE_WORDS, int FINE_WORDS, int RAW,
+          bool IS_K, bool CENTRED>
+TKV_FN void restore_side(SideInputs<F> inputs, device T* out, threadgroup const float* levels,
+                         threadgroup float* scratch, thread const TileAnchors& anchors,
+                         thread const TileRows& rows, int simd_group, int lane) {
+  typedef typename Side::Coarse Coarse;
+  typedef typename Side::Fine Fine;
+  const int thread_index = simd_group * LANES + lane;
+  const int tail = inputs.tail_start - rows.first;
+  const int sink_start = in_tile(rows.sink_start, rows.n);
+  const int sink_end = larger(in_tile(rows.sink_end, rows.n), sink_start);
+  restore_rows<T, Fine, FINE_WORDS, RAW, IS_K, CENTRED>(
+      inputs.sink, out, levels, anchors, sink_start, sink_end, rows.sink_start, thread_index);
+  // before the first tokens, then after them
+  for (int part = 0; part < 2; part++) {
+    const int begin = part == 0 ? 0 : sink_end;
+    const int end = part == 0 ? smaller(sink_start, rows.packed_end) : rows.packed_end;
+    restore_rows<T, Coarse, COARSE_WORDS, RAW, IS_K, CENTRED>(inputs.body, out, levels, anchors,
+                                                              begin, smaller(end, rows.body_end),
+                                                              -rows.first, thread_index);
+    const int fine_begin = larger(begin, rows.body_end);
+    if (Side::IS_TAIL_FINE) {
+      restore_rows<T, Fine, FINE_WORDS, RAW, IS_K, CENTRED>(inputs.tail, out, levels, anchors,
+                                                            fine_begin, end, tail, thread_index);
+    } else {
+      restore_rows<T, Coarse, COARSE_WORDS, RAW, IS_K, CENTRED>(
+          inputs.tail, out, levels, anchors, fine_begin, end, tail, thread_index);
+    }
+  }
+  write_fresh<T, F, Coarse, CENTRED>(inputs.fresh, out, inputs.constants, inputs.scales, scratch,
+                                     rows, simd_group, lane);
+}
+
+TKV_CONST_FN int segments_floats(int k_dim, bool centred) {
+  return MAX_LEVELS + anchor_floats(k_dim, centred) + DEQUANTIZE_THREADS / LANES * 128;
+}
+
+// K, V: formats of the body; PK, PV: of protected rows.
+template <typename T, typename F, typename K, typename V, typename PK, typename PV, int RAW,
+          bool CENTRED, bool FINE_TAIL>
+TKV_FN void read_segments(const device uint* sink, const device uint* body, const device uint* tail,
+                          const device F* fresh_keys, const device F* fresh_values,
+                          const device SegmentParams* all_params, const device uint* k_constants,
+                          const device uint* v_constants, const device float* centre,
+                          const device uint* cos_sin_table, device T* keys, device T* values,
+                          threadgroup float4* shared, uint3 group, uint simd, uint lane) {
+  constexpr int COARSE_WORDS = K::WORDS + V::WORDS;
+  constexpr int FINE_WORDS = PK::WORDS + PV::WORDS;
+  const device SegmentParams& params = *all_params;
+  threadgroup float* levels = (threadgroup float*)shared;
+  threadgroup float* scratch = levels + MAX_LEVELS + anchor_floats(K::DIM, CENTRED);
+  const int thread_index = int(simd) * LANES + int(lane);
+  const int out_head = int(group.y);  // of the wanted heads of all sequences
+  const int sequence = out_head / params.n_selected_heads;
+  const int own_head = params.first_head + out_head % params.n_selected_heads;
+  const int head = sequence * params.n_kv_heads + own_head;
+  const device int* starts = (const device int*)all_params + SEGMENT_PARAMS;
+  const int start = starts[sequence];
+  const int body_end = starts[params.n_sequences + sequence];
+  TileRows rows;
+  rows.first = int(group.x) * TILE;
+  rows.n = smaller(params.n_tokens - rows.first, TILE);
+  rows.sink_start = start - rows.first;
+  rows.sink_end = smaller(start + params.n_sink, params.n_sunk) - rows.first;
+  rows.body_end = larger(body_end, params.tail_start) - rows.first;
+  rows.packed_end = in_tile(params.n_packed - rows.first, rows.n);
+  // rows and tiles of all heads are counted in 32 bits, elements and words in 64
+  const size_t first = uint(out_head * params.n_tokens + rows.first);
+  const size_t fresh =
+      uint(head * (params.n_tokens - params.n_packed) + larger(rows.first - params.n_packed, 0));
+  const int tail_words = FINE_TAIL ? FINE_WORDS : COARSE_WORDS;
+  SideInputs<F> inputs;
+  inputs.sink = sink + size_t(uint(head * params.sink_stride)) * FINE_WORDS;
+  inputs.body = body + size_t(uint(head * params.body_stride)) * COARSE_WORDS;
+  inputs.tail = tail + size_t(uint(head * params.tail_stride)) * tail_words;
+  inputs.scales = centre_row<K::DIM>(centre, CENTRED ? own_head : 0, CENTRE_SCALES);
+  inputs.tail_start = params.tail_start;
+  TileAnchors anchors = {levels, 0, TILE};
+  if (group.z == 0) {
+    load_levels<K::BITS>(levels, k_constants, thread_index);
+    if (CENTRED && rows.packed_end > 0) {
+      const device float* mu = centre_row<K::DIM>(centre, own_head, CENTRE_MU);
+      anchors = tile_anchors<K>(levels + MAX_LEVELS, k_constants, mu, cos_sin_table,
+                                params.split_pairs, params.n_uncentred, rows.first, start,
+                                params.n_packed, int(simd), int(lane));
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    inputs.fresh = fresh_keys + fresh * K::DIM;
+    inputs.constants = k_constants;
+    restore_side<T, F, Formats<K, PK, FINE_TAIL>, COARSE_WORDS, FINE_WORDS, RAW, true, CENTRED>(
+        inputs, keys + first * K::DIM, levels, scratch, anchors, rows, int(simd), int(lane));
+  } else {
+    load_levels<V::BITS>(levels, v_constants, thread_index);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    inputs.sink += PK::WORDS;
+    inputs.body += K::WORDS;
+    inputs.tail += FINE_TAIL ? PK::WORDS : K::WORDS;
+    inputs.fresh = fresh_values + fresh * V::DIM;
+    inputs.constants = v_constants;
+    restore_side<T, F, Formats<V, PV, FINE_TAIL>, COARSE_WORDS, FINE_WORDS, RAW, false, false>(
+        inputs, values + first * V::DIM, levels, scratch, anchors, rows, int(simd), int(lane));
+  }
+}
