@@ -41,8 +41,8 @@ TKV_FN void rotated_anchors(threadgroup float* anchors, threadgroup float* scrat
   }
 }
 
-// A value read back; of quantised rows what is beyond half's largest number is cut to it, and NaN
-// stays.
+// A value of a row; of rows that are quantised what is beyond half's largest number is cut to it,
+// and NaN stays.
 template <typename T, int BITS>
 TKV_FN float read_back(float x) {
   if (IsHalf<T>::value != 0 && BITS <= 8) {

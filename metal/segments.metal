@@ -12,8 +12,8 @@ struct SegmentParams {
   int sink_stride;  // tiles of one head in the sink's buffer
   int body_stride;
   int tail_stride;
-  int n_sink;       // first tokens that are stored apart
-  int n_sunk;       // rows whose first tokens are
+  int n_sink;       // first tokens of a sequence that are stored apart
+  int n_sunk;       // those among the first so many rows are
   int tail_start;   // the tail's first row, a multiple of 32
   int n_packed;     // rows that are packed
   int n_tokens;     // and those after them
@@ -91,7 +91,7 @@ TKV_FN void write_fresh(const device F* fresh, device T* out, const device uint*
       for (int j = 0; j < N; j++) {
         const int i = lane + j * LANES;
         if (i < W) {
-          to[part + i] = T(x[j] * factor);
+          to[part + i] = T(read_back<T, S::BITS>(x[j] * factor));
         }
       }
     }
@@ -147,7 +147,8 @@ TKV_CONST_FN int segments_floats(int k_dim, bool centred) {
   return MAX_LEVELS + anchor_floats(k_dim, centred) + DEQUANTIZE_THREADS / LANES * 128;
 }
 
-// K, V: formats of the body; PK, PV: of protected rows.
+// T, F: types of the rows written and of those that are not packed. K, V: formats of the body; PK,
+// PV: of protected rows. RAW: as in raw_value.
 template <typename T, typename F, typename K, typename V, typename PK, typename PV, int RAW,
           bool CENTRED, bool FINE_TAIL>
 TKV_FN void read_segments(const device uint* sink, const device uint* body, const device uint* tail,

@@ -18,7 +18,7 @@ from ..quant.rotate import rotate
 from .pacing import limit_in_flight
 
 
-def _row_dtype(layout: KVLayout, dtype: mx.Dtype) -> mx.Dtype:
+def row_dtype(layout: KVLayout, dtype: mx.Dtype) -> mx.Dtype:
     """What rows become on the way to MLX's attention.
 
     Half keeps three more bits of a rotated row than bfloat16; raw bfloat16 rows may not fit it.
@@ -108,7 +108,7 @@ def _dequantized(
     held: tuple[mx.array, ...] = (),
 ) -> mx.array:
     """MLX's fused attention over dequantised rows."""
-    layout, dtype = packed.layout, _row_dtype(packed.layout, queries.dtype)
+    layout, dtype = packed.layout, row_dtype(packed.layout, queries.dtype)
     turbo = layout.k_format.is_turbo
     q = queries
     if (scales := scales_of(packed)) is not None:

@@ -65,6 +65,7 @@ class PackedCache(ProtectedRows, PrefixCached, mlx_lm_cache._BaseCache):
             self.layout = self._layout_of(keys, values)
         source = None
         if self.protection.recent > 0 and keys.shape[2] > MAX_QUERIES:
+            keys, values = self._cast(keys, values)
             # a model's values are a view, which attention and packing would each copy
             keys, values = mx.contiguous(keys), mx.contiguous(values)
             source = self._source_with(keys, values)

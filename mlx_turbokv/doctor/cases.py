@@ -86,17 +86,18 @@ class Case:
         body, tail = self.reference_tiles(0, N_BODY), self.reference_tiles(N_BODY)
         return PackedKV(self.layout, body, N_BODY, tail, N_TAIL, self.centre)
 
-    def segmented(self, n_fresh: int = 0) -> SegmentedKV:
-        """The same with the first tokens and the tail as protected rows.
+    def segmented(self, n_fresh: int = 0, newest: bool = True) -> SegmentedKV:
+        """The same with the first tokens and, if ``newest``, the tail as protected rows.
 
         Args:
             n_fresh: of the newest rows those that are not packed.
         """
         fine, n = protected_layout(self.layout), N_ROWS - n_fresh
+        own = fine if newest else self.layout
         first = self.reference_tiles(0, N_FIRST, fine)
-        body, tail = self.reference_tiles(0, N_BODY), self.reference_tiles(N_BODY, n, fine)
+        body, tail = self.reference_tiles(0, N_BODY), self.reference_tiles(N_BODY, n, own)
         fresh = self.rows(n, N_ROWS) if n_fresh else None
         return SegmentedKV(
-            self.layout, fine, fine, first, N_FIRST, n, body, N_BODY, tail, N_BODY, n - N_BODY,
+            self.layout, own, fine, first, N_FIRST, n, body, N_BODY, tail, N_BODY, n - N_BODY,
             (N_BODY,), (0,), self.centre, fresh,
         )  # fmt: skip

@@ -127,43 +127,62 @@ def _check_attention(case: Case, backend: Backend, packed: AnyKV, own_edge: str)
 
 def check_dequantize(case: Case, backend: Backend) -> float:
     """Read rows back, and attention of many queries over them."""
-    return _check_rows(case, backend, case.packed(), case.packed())
+    worst = _check_rows(case, backend, case.packed())
+    _check_many_queries(case, backend, case.packed())
+    return worst
 
 
 def check_segments(case: Case, backend: Backend) -> float:
-    """The same where the first and newest rows are protected; of those read the last are fresh."""
-    return _check_rows(case, backend, case.segmented(N_FRESH), case.segmented())
+    """The same where the first and newest rows are protected; rows also where some are not packed.
+
+    They are read in half and the like too, as attention does, and with protected first rows alone.
+    """
+    worst = _check_rows(case, backend, case.segmented(N_FRESH))
+    if backend.name != "reference":
+        for newest in (True, False):
+            _check_rows(case, backend, case.segmented(N_FRESH, newest), in_float32=False)
+    _check_many_queries(case, backend, case.segmented())
+    return worst
 
 
-def _check_rows(case: Case, backend: Backend, packed: AnyKV, attended: AnyKV) -> float:
-    """A kernel's rows are rotated back on the CPU, in float32."""
+def _check_rows(case: Case, backend: Backend, packed: AnyKV, in_float32: bool = True) -> float:
+    """A kernel's rows, which are rotated back on the CPU, in float32.
+
+    Args:
+        in_float32: or in the type that attention takes.
+    """
+    dtype = mx.float32 if in_float32 else dispatch.row_dtype(case.layout, case.dtype)
     if backend.name == "reference":
-        got, want = backend.dequantize(packed, mx.float32), oracle.rows_of(packed)
+        got, want = backend.dequantize(packed, dtype), oracle.rows_of(packed)
     else:
         assert backend.rotated_rows is not None
-        got = list(backend.rotated_rows(packed, mx.float32, 0, N_KV_HEADS))
+        got = list(backend.rotated_rows(packed, dtype, 0, N_KV_HEADS))
         mx.eval(got)
         with mx.stream(mx.cpu):
+            got = [rows.astype(mx.float32) for rows in got]
             for i, fmt in enumerate((case.layout.k_format, case.layout.v_format)):
                 if fmt.is_turbo:
                     got[i] = rotate(got[i], got[i].shape[-1], inverse=True)
             if (scales := scales_of(packed)) is not None:
                 got[0] = scales.unscaled(got[0])
             want = [float64(x) for x in reference.dequantize(packed, mx.float32)]
-    worst = 0.0
+    worst, name = 0.0, str(dtype).removeprefix("mlx.core.")
     for side, rows, expected in zip("KV", got, want):
         error = float(np.abs(float64(rows) - expected).max() / np.abs(expected).max())
-        if not error <= ROWS:
-            raise CheckError(f"{side} rows differ by {error:.1e} of the largest value")
+        if not error <= ROWS[name]:
+            raise CheckError(f"{side} rows in {name} differ by {error:.1e} of the largest value")
         worst = max(worst, error)
+    return worst
+
+
+def _check_many_queries(case: Case, backend: Backend, packed: AnyKV) -> None:
     limit = THROUGH_ROWS[case.variant.dtype]
-    error, _ = _attention_error(case, backend, attended, 2, MANY_QUERIES, "causal")
+    error, _ = _attention_error(case, backend, packed, 2, MANY_QUERIES, "causal")
     if not error <= limit:
         raise CheckError(
             f"attention of {MANY_QUERIES} queries over the rows: relative error {error:.1e} is "
             f"above {limit:.0e}"
         )
-    return worst
 
 
 CHECKS = {

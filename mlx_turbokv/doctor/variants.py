@@ -57,7 +57,7 @@ class Variant:
 
     @property
     def protected(self) -> bool:
-        """Whether decode is checked with protected tokens as well: a setting's or preset's pair."""
+        """Whether it is checked with protected tokens as well: a setting's or preset's pair."""
         return (self.k_format, self.v_format) in PROTECTED
 
     @property

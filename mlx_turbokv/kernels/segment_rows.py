@@ -80,7 +80,7 @@ def _launch(
     n_fresh = params.n_tokens - params.n_packed
     first, count = params.first_head, params.n_selected_heads
     check_segments(
-        "segments", batch, n_body, params.n_packed, params.n_sunk, params.n_sink // TILE,
+        "segments", batch, n_body, params.n_packed, params.n_sunk, -(-params.n_sink // TILE),
         params.sink_stride, params.tail_start, ends,
     )  # fmt: skip
     n_tail = params.n_packed - params.tail_start
@@ -142,7 +142,7 @@ def segment_rows(kv: SegmentedKV, dtype: mx.Dtype, heads: Heads, backend: str) -
     if kv.fresh is None:
         fresh = no_rows(own), no_rows(own)
     else:
-        fresh = kv.fresh[0], kv.fresh[1].astype(kv.fresh[0].dtype)
+        fresh = kv.fresh
     split_pairs, n_uncentred = 0, 0
     if centre is not None:
         split_pairs, n_uncentred = centre.rope.split_pairs, int(centre.first_key_uncentred)

@@ -15,7 +15,7 @@ from .packed import PackedKV, empty_tiles
 
 Heads = tuple[int, int]  # the first KV head, and how many
 Rows = tuple[mx.array, mx.array]  # K and V
-Reader = Callable[..., Rows]
+Reader = Callable[..., Rows]  # a back-end's ``rotated_rows``
 
 
 class SegmentedKV(NamedTuple):
@@ -99,10 +99,12 @@ def scales_of(packed: AnyKV) -> PairScales | None:
     return None if packed.centre is None else packed.centre.scales
 
 
-def all_rows(kv: SegmentedKV, heads: Heads, read: Reader, dtype: mx.Dtype) -> Rows:
+def all_rows(kv: SegmentedKV, heads: Heads, read: Callable[..., Rows], dtype: mx.Dtype) -> Rows:
     """All rows of some KV heads in plain ops, turbo rows in the rotated basis.
 
-    Keys that have scales are times these, those too that are not packed.
+    Keys that have scales are times these, those too that are not packed. The body's rows are read
+    into arrays that have room for the others, which are written there: joined, they would be in
+    memory twice.
 
     Args:
         read: rows of one segment, from (packed, dtype, first head, heads) and the keywords
@@ -111,19 +113,41 @@ def all_rows(kv: SegmentedKV, heads: Heads, read: Reader, dtype: mx.Dtype) -> Ro
     Shapes:
         returns: [B, heads, kv.n_tokens, k_head_dim] and [.., v_head_dim], in ``dtype``.
     """
-    fresh: Rows | None = None
-    if kv.fresh is not None:
-        keys, values = kv.fresh
-        if (scales := scales_of(kv)) is not None:
-            keys = scales.scaled(keys)
-        head = slice(heads[0], heads[0] + heads[1])
-        keys, values = (x[:, head].astype(dtype) for x in (keys, values))
-        if kv.layout.k_format.is_turbo:
-            keys = rotate(keys, keys.shape[-1], dtype=dtype)
-        if kv.layout.v_format.is_turbo:
-            values = rotate(values, values.shape[-1], dtype=dtype)
-        fresh = keys, values
-    return _rows_of(kv, heads, read, dtype, fresh)
+    parts = [_tail_rows(kv, heads, read, dtype)] if kv.n_tail else []
+    parts += [] if kv.fresh is None else [_fresh_rows(kv, kv.fresh, heads, dtype)]
+    if kv.tail_start:
+        none = empty_tiles()
+        body = PackedKV(kv.layout, kv.body, kv.tail_start, none, 0, kv.centre, kv.left_padding)
+        rows = read(body, dtype, *heads, room=kv.n_tokens - kv.tail_start)
+        start = kv.tail_start
+        for part in parts:
+            _write(rows, part, start)
+            start += part[0].shape[2]
+    else:
+        rows = _joined(parts)
+    if not kv.n_sink or not kv.n_sunk:
+        return rows
+    first = read(_tail_alone(kv.sink_layout, kv.sink, kv.n_sink, kv.centre), dtype, *heads)
+    if any(kv.starts):
+        keys, values = (_with_first_rows(kv, x, y) for x, y in zip(rows, first))
+        return keys, values
+    n = min(kv.n_sink, kv.n_sunk)
+    _write(rows, (first[0][:, :, :n], first[1][:, :, :n]), 0)
+    return rows
+
+
+def _fresh_rows(kv: SegmentedKV, fresh: Rows, heads: Heads, dtype: mx.Dtype) -> Rows:
+    """Rows that are not packed, in the basis of the others."""
+    keys, values = fresh
+    if (scales := scales_of(kv)) is not None:
+        keys = scales.scaled(keys)
+    head = slice(heads[0], heads[0] + heads[1])
+    keys, values = (x[:, head].astype(dtype) for x in (keys, values))
+    if kv.layout.k_format.is_turbo:
+        keys = rotate(keys, keys.shape[-1], dtype=dtype)
+    if kv.layout.v_format.is_turbo:
+        values = rotate(values, values.shape[-1], dtype=dtype)
+    return keys, values
 
 
 def dequantized(kv: SegmentedKV, dtype: mx.Dtype, read: Reader) -> Rows:
@@ -158,37 +182,6 @@ def _joined(parts: list[Rows]) -> Rows:
     return keys, values
 
 
-def _rows_of(
-    kv: SegmentedKV, heads: Heads, read: Reader, dtype: mx.Dtype, fresh: Rows | None = None
-) -> Rows:
-    """All rows, those that are not packed as they are given.
-
-    The body's are read into arrays that have room for the others, which are written there: joined,
-    they would be in memory twice.
-    """
-    parts = [_tail_rows(kv, heads, read, dtype)] if kv.n_tail else []
-    parts += [] if fresh is None else [fresh]
-    if kv.tail_start:
-        none = empty_tiles()
-        body = PackedKV(kv.layout, kv.body, kv.tail_start, none, 0, kv.centre, kv.left_padding)
-        rows = read(body, dtype, *heads, room=kv.n_tokens - kv.tail_start)
-        start = kv.tail_start
-        for part in parts:
-            _write(rows, part, start)
-            start += part[0].shape[2]
-    else:
-        rows = _joined(parts)
-    if not kv.n_sink or not kv.n_sunk:
-        return rows
-    first = read(_tail_alone(kv.sink_layout, kv.sink, kv.n_sink, kv.centre), dtype, *heads)
-    if any(kv.starts):
-        keys, values = (_with_first_rows(kv, x, y) for x, y in zip(rows, first))
-        return keys, values
-    n = min(kv.n_sink, kv.n_sunk)
-    _write(rows, (first[0][:, :, :n], first[1][:, :, :n]), 0)
-    return rows
-
-
 def _write(rows: Rows, part: Rows, start: int) -> None:
     """Put these rows in the place of others, from number ``start`` on."""
     for x, y in zip(rows, part):
@@ -203,7 +196,7 @@ def _tail_alone(
     return PackedKV(layout, empty_tiles(), 0, tiles, n, centre, left_padding)
 
 
-def _tail_rows(kv: SegmentedKV, heads: Heads, read: Reader, dtype: mx.Dtype) -> Rows:
+def _tail_rows(kv: SegmentedKV, heads: Heads, read: Callable[..., Rows], dtype: mx.Dtype) -> Rows:
     """The rows from ``tail_start`` on: the tail's, or the body's where a sequence has them."""
 
     def rows_of(layout: KVLayout, tiles: mx.array, n: int) -> Rows:

@@ -19,7 +19,8 @@ from .trust import Kernel
 
 N_KEPT, N_NEW = 5, 40  # rows that pack finds in the tail, and packs
 N_SPLITS = 2
-HEADS = 1, N_KV_HEADS - 1  # that rows are read of: all but the first
+HEADS, ALL_HEADS = (1, N_KV_HEADS - 1), (0, N_KV_HEADS)  # that rows are read of
+FP16_MAX, BEYOND_HALF = 65504.0, 3e5
 N_FRESH = 40  # rows that are not packed yet
 # codes that may differ by one level, where a value lies at a decision boundary
 CODES_SHARE = 5e-3
@@ -150,18 +151,22 @@ def _check_dequantize(kernel: Kernel) -> None:
 
 
 def _check_segments(kernel: Kernel) -> None:
-    """Read rows of three segments and some that are not packed, all KV heads but the first."""
+    """Read rows of three segments and some that are not packed, one of them beyond half."""
     layout = kernel.layout
     with mx.stream(mx.cpu):
         options = layout, kernel.centred, True, False, bool(kernel.protected)
         _, packed = small_segments.segmented(*options)
         sides = small_inputs.rows(layout, N_FRESH, packed.centre)
+        if kernel.fresh != mx.float16:
+            sides = [small_inputs.with_magnitudes(x, (BEYOND_HALF,)) for x in sides]
         keys, values = (small_inputs.as_array(x, kernel.fresh or kernel.dtype) for x in sides)
-        want = reference.rotated_rows(packed._replace(fresh=(keys, values)), mx.float32, *HEADS)
+        want = reference.rotated_rows(packed._replace(fresh=(keys, values)), mx.float32, *ALL_HEADS)
+        if kernel.dtype == mx.float16:
+            want = tuple(mx.clip(x, -FP16_MAX, FP16_MAX) for x in want)
         walled = small_segments.walled(packed)
         walled = walled._replace(fresh=(between_nan(keys), between_nan(values)))
         mx.eval(want)
-    _compare_rows(segment_rows(walled, kernel.dtype, HEADS, kernel.backend), want)
+    _compare_rows(segment_rows(walled, kernel.dtype, ALL_HEADS, kernel.backend), want)
 
 
 def _compare_rows(got: Rows, want: Rows) -> None:

@@ -55,7 +55,7 @@ class Kernel:
         protected: whether decode, or segments, reads the tail as protected rows; None: it reads
             none such.
         rotated: whether pack takes turbo rows in the rotated basis.
-        fresh: of the rows that segments takes as they are.
+        fresh: type of the rows that segments takes as they are.
     """
 
     op: str

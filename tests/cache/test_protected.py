@@ -289,6 +289,20 @@ def test_kernels_and_the_reference_agree(recent, centred, metal_host, monkeypatc
         assert (np.abs(x - y) > THROUGH_KERNELS).mean() < OTHER_CODES
 
 
+def test_new_values_beside_narrower_keys_stay_as_they_are(metal_host, monkeypatch) -> None:
+    monkeypatch.setattr(assemble, "factory", metal_host.metal_kernel)
+    keys, values = rows(3, 40)
+    cache = TurboKVCache(*PAIR, "metal", **PROTECTED)
+    cache.update_and_fetch(keys.astype(mx.bfloat16), values)
+    k, v = cache.update_and_fetch(keys.astype(mx.bfloat16), values)
+    assert np.array_equal(np.array(v)[:, :, 40:], np.array(values))
+    got = mx.fast.scaled_dot_product_attention(keys, k, v, scale=0.2, mask="causal")
+    want = mx.fast.scaled_dot_product_attention(
+        keys, *(mx.array(np.array(x.astype(mx.float32))) for x in (k, v)), scale=0.2, mask="causal"
+    )
+    np.testing.assert_allclose(np.array(got), np.array(want), rtol=0, atol=THROUGH_KERNELS)
+
+
 def test_what_a_policy_says_counts_unless_an_argument_does() -> None:
     from mlx_turbokv import Uniform
 

@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 from kernel_cases import MOST_BOUND, ON_CPU, all_pairs, pair_scales, with_anchors
 
+from mlx_turbokv.attention.dispatch import row_dtype
 from mlx_turbokv.centring.centre import Centre
 from mlx_turbokv.centring.rope import RopeFrequencies
 from mlx_turbokv.doctor import error_bound
@@ -30,6 +31,7 @@ ACCEPTED = {"float16": 2e-3, "bfloat16": 6e-3, "float32": 3e-6}
 # rows read back, in float32: of products of codes and scales, and of sums of as many products as
 # there are dims; over the largest value
 ROWS_OFF = 1e-6
+HALF_UNIT = {mx.float32: 0.0, mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8}  # of the largest value
 STALE_TILES, N_FRESH = 2, 41
 
 
@@ -85,9 +87,12 @@ class SegmentCase:
     edge: str = "causal"  # or plain, sinks
     centred: bool = False
     splits: int | None = 1
+    v_dim: int = 0  # where it is not ``dim``
 
     def __str__(self) -> str:
         values = asdict(self)
+        if not self.v_dim:
+            del values["v_dim"]
         values["formats"] = "/".join(self.formats)
         return "protected " + " ".join(str(value) for value in values.values())
 
@@ -133,6 +138,19 @@ STEPS = [
     for shape in ("a long body", "first tokens alone, long")
     for splits in (1, 2)
 ]
+# several of several KV heads; K and V of two head_dims
+CASES += [
+    SegmentCase(("turbo4", "turbo3"), 64, "float16", (2, 4, 2), 2, "a body into the tail"),
+    SegmentCase(
+        ("turbo4", "turbo3"), 64, "bfloat16", (3, 4, 1), 1, "padding within the first tokens",
+        centred=True, splits=3,
+    ),
+    SegmentCase(("q8_0", "turbo2"), 128, "float16", (2, 2, 2), 1, "three segments", v_dim=64),
+    SegmentCase(
+        ("turbo3", "turbo4"), 64, "float16", (1, 4, 2), 2, "padding of whole tiles", centred=True,
+        v_dim=96,
+    ),
+]  # fmt: skip
 CASES += STEPS
 
 
@@ -174,13 +192,14 @@ def build(case: SegmentCase) -> tuple[SegmentedKV, np.ndarray, np.ndarray]:
     n, dim, start = shape.n, case.dim, shape.tail_start
     starts, ends = (_by_sequence(x, batch) for x in (shape.starts, shape.ends))
     n_sunk = n if shape.n_sunk is None else shape.n_sunk
-    layout = KVLayout(*(KVFormat.parse(name) for name in case.formats), dim, dim, case.dtype)
+    dims = dim, case.v_dim or dim
+    layout = KVLayout(*(KVFormat.parse(name) for name in case.formats), *dims, case.dtype)
     fine, centre = protected_layout(layout), _centre(case, rng)
     tail_layout = fine if shape.newest else layout
     n_body = -(-max(start, *ends) // TILE) * TILE
     with ON_CPU:
         padding = mx.array(starts, mx.int32) if any(starts) else None
-        keys, values = (_noise(rng, (batch, n_heads, n, dim), case.dtype) for _ in range(2))
+        keys, values = (_noise(rng, (batch, n_heads, n, own), case.dtype) for own in dims)
         options: dict[str, Any] = {}
         if centre is not None:
             keys = with_anchors(keys, centre, padding)
@@ -226,31 +245,40 @@ def build(case: SegmentCase) -> tuple[SegmentedKV, np.ndarray, np.ndarray]:
 
 
 def _wrong_rows(found: SegmentedKV, want: list[np.ndarray], backend: str) -> list[str]:
-    """What is wrong with the rows that are read, of the second half of the KV heads.
+    """What is wrong with the rows that are read, of about the second third of the KV heads.
 
-    Without rows that are not packed, and with some, larger than the others.
+    Without rows that are not packed, and with some, larger than the others; in float32, and as
+    attention takes them.
     """
-    layout, (_, n_heads, _, dim) = found.layout, want[0].shape
-    heads, wrong = (n_heads // 2, n_heads - n_heads // 2), []
+    layout, n_heads = found.layout, want[0].shape[1]
+    first, count = n_heads // 3 or n_heads // 2, max(1, n_heads // 2)
+    heads = slice(first, first + count)
+    sides = (layout.k_format, layout.k_head_dim), (layout.v_format, layout.v_head_dim)
     with ON_CPU:
-        rng = np.random.default_rng(dim)
-        shape = (*found.newest.shape[:2], N_FRESH, dim)
-        fresh = [mx.array(3.0, getattr(mx, layout.dtype)) * _noise(rng, shape, layout.dtype)
-                 for _ in range(2)]  # fmt: skip
+        rng, shape = np.random.default_rng(n_heads), (*found.newest.shape[:2], N_FRESH)
+        three = mx.array(3.0, getattr(mx, layout.dtype))
+        fresh = [three * _noise(rng, (*shape, dim), layout.dtype) for _, dim in sides]
         mx.eval(fresh)
     turned = [_float64(x) for x in fresh]
     if found.centre is not None:
         turned[0] = turned[0] * _float64(found.centre.scales.of_dims)[:, None]
-    formats = layout.k_format, layout.v_format
-    turned = [x @ _basis(fmt, dim).T for x, fmt in zip(turned, formats)]
-    both = [np.concatenate(sides, axis=2) for sides in zip(want, turned)]
-    for held, sides in ((found, want), (found._replace(fresh=tuple(fresh)), both)):
-        got = segment_rows(held, mx.float32, heads, backend)
-        for name, rows, expected in zip("KV", got, sides):
-            expected = expected[:, heads[0] :]
-            off = np.abs(_float64(rows) - expected).max() / np.abs(expected).max()
-            if rows.shape != expected.shape or not off <= ROWS_OFF:
-                wrong.append(f"rows: {name} off by {off:.1e}")
+    turned = [x @ _basis(*side).T for x, side in zip(turned, sides)]
+    both = [np.concatenate(pair, axis=2) for pair in zip(want, turned)]
+    newest = found._replace(fresh=tuple(fresh))
+    cases = [(found, want), (newest, both)]
+    if found.centre is None and not found.n_sink:  # sequences may begin among the new rows
+        starts = (found.n_tokens + 9,) * len(found.starts)
+        cases.append((newest._replace(starts=starts), both))
+    wrong = []
+    for dtype in (mx.float32, row_dtype(layout, getattr(mx, layout.dtype))):
+        accepted = ROWS_OFF + HALF_UNIT[dtype]
+        for held, rows in cases:
+            got = segment_rows(held, dtype, (first, count), backend)
+            for name, own, expected in zip("KV", got, rows):
+                expected = expected[:, heads]
+                off = np.abs(_float64(own) - expected).max() / np.abs(expected).max()
+                if own.shape != expected.shape or not off <= accepted:
+                    wrong.append(f"rows: {name} in {dtype} off by {off:.1e}")
     return wrong
 
 
@@ -285,7 +313,7 @@ def run_segment_case(case: SegmentCase, backend: str) -> dict:
         scores = np.concatenate([scores, own], axis=-1)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
-    want = weights[..., : found.n_tokens] @ values @ _basis(layout.v_format, case.dim)
+    want = weights[..., : found.n_tokens] @ values @ _basis(layout.v_format, layout.v_head_dim)
     off = np.abs(_float64(output) - want).max(axis=-1) / np.abs(want).max(axis=-1)
     error = float(np.where(np.isfinite(off), off, np.inf).max())
     of_bound = error / ACCEPTED[case.dtype]

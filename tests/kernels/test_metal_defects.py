@@ -12,8 +12,10 @@ from metal_host.typecheck import check_launches, check_same_text
 
 from mlx_turbokv.kernels import assemble, decode, dequantize, pack, reference
 from mlx_turbokv.kernels.packed import PackedKV, empty_tiles
+from mlx_turbokv.kernels.segment_rows import segment_rows
+from mlx_turbokv.kernels.segments import SegmentedKV
 from mlx_turbokv.quant.formats import KVFormat
-from mlx_turbokv.quant.layout import KVLayout
+from mlx_turbokv.quant.layout import KVLayout, protected_layout
 
 pytestmark = pytest.mark.slow
 
@@ -46,6 +48,15 @@ def run_dequantize(n: int = 40) -> None:
     mx.eval(dequantize.rotated_rows(packed_rows(n), mx.float16, 0, 1, "metal"))
 
 
+def run_segments(n: int = 40) -> None:
+    fresh = rows(n)
+    kv = SegmentedKV(
+        LAYOUT, LAYOUT, protected_layout(LAYOUT), empty_tiles(), 0, 0, empty_tiles(), 0,
+        packed_rows(n).tail, 0, n, (0,), (0,), None, (fresh, fresh),
+    )  # fmt: skip
+    mx.eval(segment_rows(kv, mx.float16, (0, 1), "metal"))
+
+
 @pytest.fixture
 def kernel_text(monkeypatch) -> Callable[..., None]:
     """Changes what MLX gets: `kernel_text(file, pattern, replacement, occurrence)`."""
@@ -73,7 +84,7 @@ def launches(run: Callable[[], None], monkeypatch) -> list:
     return recorder.launches
 
 
-@pytest.mark.parametrize("run", [run_pack, run_decode, run_dequantize])
+@pytest.mark.parametrize("run", [run_pack, run_decode, run_dequantize, run_segments])
 def test_sound_kernels_pass(metal_host: HostMetal, monkeypatch, run) -> None:
     assert check_launches(launches(run, monkeypatch)) == []
     monkeypatch.setattr(assemble, "factory", metal_host.metal_kernel)
@@ -92,7 +103,12 @@ def caught(run: Callable[[], None], monkeypatch) -> str:
 
 @pytest.mark.parametrize(
     ("run", "file"),
-    [(run_pack, "pack.metal"), (run_decode, "decode.metal"), (run_dequantize, "dequantize.metal")],
+    [
+        (run_pack, "pack.metal"),
+        (run_decode, "decode.metal"),
+        (run_dequantize, "dequantize.metal"),
+        (run_segments, "segments.metal"),
+    ],
 )
 def test_missing_first_barrier_is_caught(kernel_text, monkeypatch, run, file) -> None:
     assert re.search(BARRIER, (assemble.metal_folder() / file).read_text())
@@ -152,7 +168,7 @@ def test_40_kib_of_threadgroup_memory_are_refused(monkeypatch) -> None:
     assert any("threadgroup memory above 32 KiB" in str(p) for p in problems)
 
 
-@pytest.mark.parametrize("run", [run_pack, run_decode, run_dequantize])
+@pytest.mark.parametrize("run", [run_pack, run_decode, run_dequantize, run_segments])
 def test_no_length_is_a_template_value(monkeypatch, run) -> None:
     many = [launches(lambda n=n: run(n), monkeypatch) for n in (9, 33, 64, 200, 1000)]
     for same_kernel in zip(*many):

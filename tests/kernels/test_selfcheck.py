@@ -90,6 +90,15 @@ def test_sound_kernels_of_protected_tokens_pass(op, own, options, host) -> None:
     assert selfcheck.problem(kernel) is None, kernel
 
 
+def test_new_rows_beyond_half_are_cut_to_it(host) -> None:
+    """As packed ones are: infinite keys would make attention NaN."""
+    for own, centred in ((layout("turbo4", "turbo3", 64, "bfloat16"), True),
+                         (layout("q8_0", "turbo2", 64, "bfloat16"), False)):  # fmt: skip
+        new = {"protected": True, "fresh": mx.bfloat16}
+        kernel = Kernel("segments", "metal", own, mx.float16, centred, **new)
+        assert selfcheck.problem(kernel) is None
+
+
 @pytest.fixture
 def plant(monkeypatch):
     """Changes what MLX gets."""
