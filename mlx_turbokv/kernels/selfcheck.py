@@ -162,7 +162,7 @@ def _check_segments(kernel: Kernel) -> None:
         keys, values = (small_inputs.as_array(x, kernel.fresh or kernel.dtype) for x in sides)
         want = reference.rotated_rows(packed._replace(fresh=(keys, values)), mx.float32, *ALL_HEADS)
         if kernel.dtype == mx.float16:
-            want = tuple(mx.clip(x, -FP16_MAX, FP16_MAX) for x in want)
+            want = mx.clip(want[0], -FP16_MAX, FP16_MAX), mx.clip(want[1], -FP16_MAX, FP16_MAX)
         walled = small_segments.walled(packed)
         walled = walled._replace(fresh=(between_nan(keys), between_nan(values)))
         mx.eval(want)
