@@ -22,12 +22,12 @@ struct SegmentParams {
 };
 constant constexpr int SEGMENT_PARAMS = sizeof(SegmentParams) / sizeof(int);
 
-// Coarse and fine formats of K or V.
-template <typename Coarse_, typename Fine_, bool FINE_TAIL>
+// The formats of K or V: of the body, of protected rows, and of the tail.
+template <typename Coarse_, typename Fine_, typename Tail_>
 struct Formats {
   typedef Coarse_ Coarse;
   typedef Fine_ Fine;
-  static constant constexpr bool IS_TAIL_FINE = FINE_TAIL;
+  typedef Tail_ Tail;
   static_assert(Coarse::DIM == Fine::DIM && Coarse::WIDTH == Fine::WIDTH, "one basis");
 };
 
@@ -45,18 +45,19 @@ TKV_FN int in_tile(int row, int n) {
   return row < 0 ? 0 : smaller(row, n);
 }
 
-// Writes rows `begin` to `end` of the tile. `tiles`: K or V of the head's tiles, whose row 0 is row
-// `base` of the tile.
-template <typename T, typename S, int TILE_WORDS, int RAW, bool IS_K, bool CENTRED>
-TKV_FN void restore_rows(const device uint* tiles, device T* out, threadgroup const float* levels,
-                         thread const TileAnchors& anchors, int begin, int end, int base,
+// Writes rows `begin` to `end` of the tile. `codes`: K or V of a tile whose token 0 is row `shift`.
+template <typename T, typename S, int RAW, bool IS_K, bool CENTRED>
+TKV_FN void restore_rows(const device uint* codes, device T* out, threadgroup const float* levels,
+                         thread const TileAnchors& anchors, int begin, int end, int shift,
                          int thread_index) {
-  constexpr int VEC4S = S::DIM / 4;
-  for (int i = begin * VEC4S + thread_index; i < end * VEC4S; i += DEQUANTIZE_THREADS) {
-    const int row = i / VEC4S;
-    const int stored = row - base;
-    const device uint* codes = tiles + size_t(uint(stored / TILE)) * TILE_WORDS;
-    write_vec4<T, S, RAW, IS_K, CENTRED>(out, codes, stored % TILE, i % VEC4S, levels, anchors,
+  constexpr uint VEC4S = S::DIM / 4;
+  if (begin >= end) {
+    return;
+  }
+  for (uint i = uint(begin) * VEC4S + uint(thread_index); i < uint(end) * VEC4S;
+       i += DEQUANTIZE_THREADS) {
+    const int row = int(i / VEC4S);
+    write_vec4<T, S, RAW, IS_K, CENTRED>(out, codes, row - shift, int(i % VEC4S), levels, anchors,
                                          row);
   }
 }
@@ -102,42 +103,40 @@ TKV_FN void write_fresh(const device F* fresh, device T* out, const device uint*
 template <typename F>
 struct SideInputs {
   const device uint* sink;  // tiles of the head
-  const device uint* body;
-  const device uint* tail;
-  const device F* fresh;  // the tile's first row that is not packed
+  const device uint* body;  // the tile
+  const device uint* tail;  // the tile
+  const device F* fresh;    // the tile's first row that is not packed
   const device uint* constants;
   const device float* scales;  // of keys
-  int tail_start;              // in the sequence
 };
 
-template <typename T, typename F, typename Side, int COARSE_WORDS, int FINE_WORDS, int RAW,
-          bool IS_K, bool CENTRED>
+template <typename T, typename F, typename Side, int FINE_WORDS, int RAW, bool IS_K, bool CENTRED>
 TKV_FN void restore_side(SideInputs<F> inputs, device T* out, threadgroup const float* levels,
                          threadgroup float* scratch, thread const TileAnchors& anchors,
                          thread const TileRows& rows, int simd_group, int lane) {
   typedef typename Side::Coarse Coarse;
   typedef typename Side::Fine Fine;
+  typedef typename Side::Tail Tail;
   const int thread_index = simd_group * LANES + lane;
-  const int tail = inputs.tail_start - rows.first;
   const int sink_start = in_tile(rows.sink_start, rows.n);
   const int sink_end = larger(in_tile(rows.sink_end, rows.n), sink_start);
-  restore_rows<T, Fine, FINE_WORDS, RAW, IS_K, CENTRED>(
-      inputs.sink, out, levels, anchors, sink_start, sink_end, rows.sink_start, thread_index);
-  // before the first tokens, then after them
+  // first tokens are tokens of one tile of theirs, or of two
+  for (int from = sink_start; from < sink_end;) {
+    const int stored = from - rows.sink_start;
+    const int shift = from - stored % TILE;
+    const int to = smaller(sink_end, shift + TILE);
+    restore_rows<T, Fine, RAW, IS_K, CENTRED>(inputs.sink + stored / TILE * FINE_WORDS, out, levels,
+                                              anchors, from, to, shift, thread_index);
+    from = to;
+  }
+  // rows before the first tokens, then after them
   for (int part = 0; part < 2; part++) {
     const int begin = part == 0 ? 0 : sink_end;
     const int end = part == 0 ? smaller(sink_start, rows.packed_end) : rows.packed_end;
-    restore_rows<T, Coarse, COARSE_WORDS, RAW, IS_K, CENTRED>(inputs.body, out, levels, anchors,
-                                                              begin, smaller(end, rows.body_end),
-                                                              -rows.first, thread_index);
-    const int fine_begin = larger(begin, rows.body_end);
-    if (Side::IS_TAIL_FINE) {
-      restore_rows<T, Fine, FINE_WORDS, RAW, IS_K, CENTRED>(inputs.tail, out, levels, anchors,
-                                                            fine_begin, end, tail, thread_index);
-    } else {
-      restore_rows<T, Coarse, COARSE_WORDS, RAW, IS_K, CENTRED>(
-          inputs.tail, out, levels, anchors, fine_begin, end, tail, thread_index);
-    }
+    restore_rows<T, Coarse, RAW, IS_K, CENTRED>(inputs.body, out, levels, anchors, begin,
+                                                smaller(end, rows.body_end), 0, thread_index);
+    restore_rows<T, Tail, RAW, IS_K, CENTRED>(inputs.tail, out, levels, anchors,
+                                              larger(begin, rows.body_end), end, 0, thread_index);
   }
   write_fresh<T, F, Coarse, CENTRED>(inputs.fresh, out, inputs.constants, inputs.scales, scratch,
                                      rows, simd_group, lane);
@@ -148,9 +147,9 @@ TKV_CONST_FN int segments_floats(int k_dim, bool centred) {
 }
 
 // T, F: types of the rows written and of those that are not packed. K, V: formats of the body; PK,
-// PV: of protected rows. RAW: as in raw_value.
-template <typename T, typename F, typename K, typename V, typename PK, typename PV, int RAW,
-          bool CENTRED, bool FINE_TAIL>
+// PV: of protected rows; TK, TV: of the tail, either of these. RAW: as in raw_value.
+template <typename T, typename F, typename K, typename V, typename PK, typename PV, typename TK,
+          typename TV, int RAW, bool CENTRED>
 TKV_FN void read_segments(const device uint* sink, const device uint* body, const device uint* tail,
                           const device F* fresh_keys, const device F* fresh_values,
                           const device SegmentParams* all_params, const device uint* k_constants,
@@ -159,6 +158,7 @@ TKV_FN void read_segments(const device uint* sink, const device uint* body, cons
                           threadgroup float4* shared, uint3 group, uint simd, uint lane) {
   constexpr int COARSE_WORDS = K::WORDS + V::WORDS;
   constexpr int FINE_WORDS = PK::WORDS + PV::WORDS;
+  constexpr int TAIL_WORDS = TK::WORDS + TV::WORDS;
   const device SegmentParams& params = *all_params;
   threadgroup float* levels = (threadgroup float*)shared;
   threadgroup float* scratch = levels + MAX_LEVELS + anchor_floats(K::DIM, CENTRED);
@@ -170,8 +170,9 @@ TKV_FN void read_segments(const device uint* sink, const device uint* body, cons
   const device int* starts = (const device int*)all_params + SEGMENT_PARAMS;
   const int start = starts[sequence];
   const int body_end = starts[params.n_sequences + sequence];
+  const int tile = int(group.x);
   TileRows rows;
-  rows.first = int(group.x) * TILE;
+  rows.first = tile * TILE;
   rows.n = smaller(params.n_tokens - rows.first, TILE);
   rows.sink_start = start - rows.first;
   rows.sink_end = smaller(start + params.n_sink, params.n_sunk) - rows.first;
@@ -181,13 +182,12 @@ TKV_FN void read_segments(const device uint* sink, const device uint* body, cons
   const size_t first = uint(out_head * params.n_tokens + rows.first);
   const size_t fresh =
       uint(head * (params.n_tokens - params.n_packed) + larger(rows.first - params.n_packed, 0));
-  const int tail_words = FINE_TAIL ? FINE_WORDS : COARSE_WORDS;
+  const int tail_tile = larger(tile - params.tail_start / TILE, 0);
   SideInputs<F> inputs;
   inputs.sink = sink + size_t(uint(head * params.sink_stride)) * FINE_WORDS;
-  inputs.body = body + size_t(uint(head * params.body_stride)) * COARSE_WORDS;
-  inputs.tail = tail + size_t(uint(head * params.tail_stride)) * tail_words;
+  inputs.body = body + size_t(uint(head * params.body_stride + tile)) * COARSE_WORDS;
+  inputs.tail = tail + size_t(uint(head * params.tail_stride + tail_tile)) * TAIL_WORDS;
   inputs.scales = centre_row<K::DIM>(centre, CENTRED ? own_head : 0, CENTRE_SCALES);
-  inputs.tail_start = params.tail_start;
   TileAnchors anchors = {levels, 0, TILE};
   if (group.z == 0) {
     load_levels<K::BITS>(levels, k_constants, thread_index);
@@ -200,17 +200,17 @@ TKV_FN void read_segments(const device uint* sink, const device uint* body, cons
     threadgroup_barrier(mem_flags::mem_threadgroup);
     inputs.fresh = fresh_keys + fresh * K::DIM;
     inputs.constants = k_constants;
-    restore_side<T, F, Formats<K, PK, FINE_TAIL>, COARSE_WORDS, FINE_WORDS, RAW, true, CENTRED>(
+    restore_side<T, F, Formats<K, PK, TK>, FINE_WORDS, RAW, true, CENTRED>(
         inputs, keys + first * K::DIM, levels, scratch, anchors, rows, int(simd), int(lane));
   } else {
     load_levels<V::BITS>(levels, v_constants, thread_index);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     inputs.sink += PK::WORDS;
     inputs.body += K::WORDS;
-    inputs.tail += FINE_TAIL ? PK::WORDS : K::WORDS;
+    inputs.tail += TK::WORDS;
     inputs.fresh = fresh_values + fresh * V::DIM;
     inputs.constants = v_constants;
-    restore_side<T, F, Formats<V, PV, FINE_TAIL>, COARSE_WORDS, FINE_WORDS, RAW, false, false>(
+    restore_side<T, F, Formats<V, PV, TV>, FINE_WORDS, RAW, false, false>(
         inputs, values + first * V::DIM, levels, scratch, anchors, rows, int(simd), int(lane));
   }
 }

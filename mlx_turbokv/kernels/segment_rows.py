@@ -18,7 +18,8 @@ THREADS = 256
 SOURCE = f"""
 TKV_SHARED(float4, shared, segments_floats(KD, CENTRED) / 4);
 read_segments<T, F, Tensor<KB, KG, KD, KW>, Tensor<VB, VG, VD, VW>, Tensor<PKB, PKG, KD, KW>,
-              Tensor<PVB, PVG, VD, VW>, RAW, CENTRED, FINE_TAIL>(
+              Tensor<PVB, PVG, VD, VW>, Tensor<TKB, TKG, KD, KW>, Tensor<TVB, TVG, VD, VW>, RAW,
+              CENTRED>(
     sink, body, tail, fresh_keys, fresh_values, (const device SegmentParams*)params, k_constants,
     v_constants, centre, cos_sin_table, keys, values, shared, {assemble.GROUP}, {assemble.LANE});
 """
@@ -75,7 +76,6 @@ def _launch(
     """
     k, v = tables.tensor_parameters(layout)
     fine = protected_layout(layout)
-    fine_k, fine_v = tables.tensor_parameters(fine)
     batch, n_heads = heads = params.n_sequences, params.n_kv_heads
     n_fresh = params.n_tokens - params.n_packed
     first, count = params.first_head, params.n_selected_heads
@@ -93,16 +93,19 @@ def _launch(
     if first < 0 or count < 1 or first + count > n_heads:
         raise ValueError(f"[segments] there are no heads {first} to {first + count}: {n_heads}.")
     dtype, fresh = dtypes
-    template = [("T", dtype), ("F", fresh), *tables.template(layout), ("PKB", fine_k.bits)]
-    template += [("PKG", fine_k.group), ("PVB", fine_v.bits), ("PVG", fine_v.group)]
-    template += [("RAW", tables.RAW[layout.dtype]), ("CENTRED", centred), ("FINE_TAIL", fine_tail)]
+    tail = fine if fine_tail else layout
+    template = [("T", dtype), ("F", fresh), *tables.template(layout)]
+    for name, own in (("P", fine), ("T", tail)):
+        for side, tensor in zip("KV", tables.tensor_parameters(own)):
+            template += [(f"{name}{side}B", tensor.bits), (f"{name}{side}G", tensor.group)]
+    template += [("RAW", tables.RAW[layout.dtype]), ("CENTRED", centred)]
     require(Kernel("segments", backend, layout, dtype, centred, protected=fine_tail, fresh=fresh))
     outputs = ("keys", "values")
     kernel = assemble.build("read_segments", "segments.metal", INPUTS, outputs, SOURCE, backend)
     wanted = (
         tiles_input("sink", fine, heads, params.sink_stride),
         tiles_input("body", layout, heads, params.body_stride),
-        tiles_input("tail", fine if fine_tail else layout, heads, params.tail_stride),
+        tiles_input("tail", tail, heads, params.tail_stride),
         Input("fresh keys", (*heads, n_fresh, k.dim), fresh) if n_fresh else None,
         Input("fresh values", (*heads, n_fresh, v.dim), fresh) if n_fresh else None,
         *(None, None, None),
