@@ -63,21 +63,21 @@ class PackedCache(ProtectedRows, PrefixCached, mlx_lm_cache._BaseCache):
             return keys, values
         if self.layout is None:
             self.layout = self._layout_of(keys, values)
-        source = None
+        dtypes, source = (keys.dtype, values.dtype), None
+        keys, values = self._cast(keys, values)
         if self.protection.recent > 0 and keys.shape[2] > MAX_QUERIES:
-            keys, values = self._cast(keys, values)
             # a model's values are a view, which attention and packing would each copy
             keys, values = mx.contiguous(keys), mx.contiguous(values)
             source = self._source_with(keys, values)
         if keys.shape[2]:
-            self._append(*self._cast(keys, values))
+            self._append(keys, values)
         if source is None:
             source = self._source()
         else:
             source = source._replace(held=self._held())
         if keys.shape[2] == 1 and self._may_return_handles():
-            return Handle(source, keys.dtype, True), Handle(source, values.dtype, False)
-        return lazy_keys_and_values(source, keys.dtype, values.dtype)
+            return Handle(source, dtypes[0], True), Handle(source, dtypes[1], False)
+        return lazy_keys_and_values(source, *dtypes)
 
     def __repr__(self) -> str:
         formats = f"{self.k_format}/{self.v_format}"

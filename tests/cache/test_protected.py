@@ -295,6 +295,7 @@ def test_new_values_beside_narrower_keys_stay_as_they_are(metal_host, monkeypatc
     cache = TurboKVCache(*PAIR, "metal", **PROTECTED)
     cache.update_and_fetch(keys.astype(mx.bfloat16), values)
     k, v = cache.update_and_fetch(keys.astype(mx.bfloat16), values)
+    assert (k.dtype, v.dtype) == (mx.bfloat16, mx.float32)
     assert np.array_equal(np.array(v)[:, :, 40:], np.array(values))
     got = mx.fast.scaled_dot_product_attention(keys, k, v, scale=0.2, mask="causal")
     want = mx.fast.scaled_dot_product_attention(
