@@ -3,6 +3,7 @@
 // neighbouring vec4s.
 
 constant constexpr int DEQUANTIZE_THREADS = 256;
+constant constexpr int SCRATCH_FLOATS = DEQUANTIZE_THREADS / LANES * 128;  // of rotations
 
 // Word `word` of a vec4's bitstream.
 template <int DIM>
@@ -90,7 +91,7 @@ struct TileAnchors {
   int next_block;                   // the first row of the second block
 };
 
-// Threadgroup memory of the levels, then of the anchors, in floats; then 128 for each SIMD group.
+// Threadgroup memory that anchors take, in floats.
 TKV_CONST_FN int anchor_floats(int k_dim, bool centred) {
   return centred ? 2 * k_dim : 0;
 }
@@ -98,14 +99,13 @@ TKV_CONST_FN int anchor_floats(int k_dim, bool centred) {
 // Computes the anchors of the tile whose first row is `first_row`. `padding`: rows before the
 // sequence's first token. `n_rows`: those of the sequence that are packed.
 template <typename K>
-TKV_FN TileAnchors tile_anchors(threadgroup float* values, const device uint* constants,
-                                const device float* mu, const device uint* cos_sin_table,
-                                int split_pairs, int n_uncentred, int first_row, int padding,
-                                int n_rows, int simd_group, int lane) {
+TKV_FN TileAnchors tile_anchors(threadgroup float* values, threadgroup float* scratch,
+                                const device uint* constants, const device float* mu,
+                                const device uint* cos_sin_table, int split_pairs, int n_uncentred,
+                                int first_row, int padding, int n_rows, int simd_group, int lane) {
   const int block = anchor_block(first_row, padding);
-  rotated_anchors<K::DIM, K::WIDTH>(values, values + 2 * K::DIM, constants, mu, cos_sin_table,
-                                    split_pairs, block, anchor_block(n_rows - 1, padding),
-                                    simd_group, lane);
+  rotated_anchors<K::DIM, K::WIDTH>(values, scratch, constants, mu, cos_sin_table, split_pairs,
+                                    block, anchor_block(n_rows - 1, padding), simd_group, lane);
   TileAnchors anchors;
   anchors.values = values;
   anchors.first_centred = padding + n_uncentred - first_row;

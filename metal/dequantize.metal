@@ -26,8 +26,7 @@ TKV_FN void dequantize_tensor(const device uint* codes, device T* out,
 }
 
 TKV_CONST_FN int dequantize_floats(int k_dim, bool centred) {
-  return MAX_LEVELS + anchor_floats(k_dim, centred) +
-         (centred ? DEQUANTIZE_THREADS / LANES * 128 : 0);
+  return MAX_LEVELS + anchor_floats(k_dim, centred) + (centred ? SCRATCH_FLOATS : 0);
 }
 
 template <typename T, typename K, typename V, int RAW, bool CENTRED>
@@ -60,9 +59,11 @@ TKV_FN void dequantize(const device uint* body, const device uint* tail, const d
       const int padding = params[param_has_left_padding] != 0 ? left_padding[row / n_selected] : 0;
       const device float* mu =
           centre_row<K::DIM>(centre, head % params[param_n_kv_heads], CENTRE_MU);
-      anchors = tile_anchors<K>(levels + MAX_LEVELS, k_constants, mu, cos_sin_table,
-                                params[param_split_pairs], params[param_n_uncentred], tile * TILE,
-                                padding, all_tokens, int(simd), int(lane));
+      threadgroup float* anchor_values = levels + MAX_LEVELS;
+      anchors =
+          tile_anchors<K>(anchor_values, anchor_values + anchor_floats(K::DIM, true), k_constants,
+                          mu, cos_sin_table, params[param_split_pairs], params[param_n_uncentred],
+                          tile * TILE, padding, all_tokens, int(simd), int(lane));
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     dequantize_tensor<T, K, RAW, true, CENTRED>(codes, keys + first * K::DIM, levels, anchors,

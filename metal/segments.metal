@@ -143,7 +143,7 @@ TKV_FN void restore_side(SideInputs<F> inputs, device T* out, threadgroup const 
 }
 
 TKV_CONST_FN int segments_floats(int k_dim, bool centred) {
-  return MAX_LEVELS + anchor_floats(k_dim, centred) + DEQUANTIZE_THREADS / LANES * 128;
+  return MAX_LEVELS + anchor_floats(k_dim, centred) + SCRATCH_FLOATS;
 }
 
 // T, F: types of the rows written and of those that are not packed. K, V: formats of the body; PK,
@@ -193,7 +193,7 @@ TKV_FN void read_segments(const device uint* sink, const device uint* body, cons
     load_levels<K::BITS>(levels, k_constants, thread_index);
     if (CENTRED && rows.packed_end > 0) {
       const device float* mu = centre_row<K::DIM>(centre, own_head, CENTRE_MU);
-      anchors = tile_anchors<K>(levels + MAX_LEVELS, k_constants, mu, cos_sin_table,
+      anchors = tile_anchors<K>(levels + MAX_LEVELS, scratch, k_constants, mu, cos_sin_table,
                                 params.split_pairs, params.n_uncentred, rows.first, start,
                                 params.n_packed, int(simd), int(lane));
     }

@@ -127,7 +127,7 @@ def _check_attention(case: Case, backend: Backend, packed: AnyKV, own_edge: str)
 
 def check_dequantize(case: Case, backend: Backend) -> float:
     """Read rows back, and attention of many queries over them."""
-    worst = _check_rows(case, backend, case.packed())
+    worst = _check_rows(case, backend, case.packed(), mx.float32)
     _check_many_queries(case, backend, case.packed())
     return worst
 
@@ -137,21 +137,17 @@ def check_segments(case: Case, backend: Backend) -> float:
 
     They are read in half and the like too, as attention does, and with protected first rows alone.
     """
-    worst = _check_rows(case, backend, case.segmented(N_FRESH))
+    worst = _check_rows(case, backend, case.segmented(N_FRESH), mx.float32)
     if backend.name != "reference":
+        dtype = dispatch.row_dtype(case.layout, case.dtype)
         for newest in (True, False):
-            _check_rows(case, backend, case.segmented(N_FRESH, newest), in_float32=False)
+            _check_rows(case, backend, case.segmented(N_FRESH, newest), dtype)
     _check_many_queries(case, backend, case.segmented())
     return worst
 
 
-def _check_rows(case: Case, backend: Backend, packed: AnyKV, in_float32: bool = True) -> float:
-    """A kernel's rows, which are rotated back on the CPU, in float32.
-
-    Args:
-        in_float32: or in the type that attention takes.
-    """
-    dtype = mx.float32 if in_float32 else dispatch.row_dtype(case.layout, case.dtype)
+def _check_rows(case: Case, backend: Backend, packed: AnyKV, dtype: mx.Dtype) -> float:
+    """A kernel's rows in ``dtype``, which are rotated back on the CPU, in float32."""
     if backend.name == "reference":
         got, want = backend.dequantize(packed, dtype), oracle.rows_of(packed)
     else:

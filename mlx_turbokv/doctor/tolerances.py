@@ -17,14 +17,14 @@ DECODE = (
     + ", ".join(f"{t:.0e} {d}" for d, t in ATTENTION.items())
     + ", or each row within the bound that a kernel's roundings give"
 )
-READING = f"{ROWS['float32']:.0e} of the largest value{{}}; attention of {MANY_QUERIES} queries "
-READING += "over the rows: relative error "
-READING += ", ".join(f"{t:.0e} {d}" for d, t in THROUGH_ROWS.items())
+LARGEST = f"{ROWS['float32']:.0e} of the largest value"
+MANY = f"; attention of {MANY_QUERIES} queries over the rows: relative error "
+MANY += ", ".join(f"{t:.0e} {d}" for d, t in THROUGH_ROWS.items())
 TOLERANCES = {
     "pack": f"at most {CODES_SHARE:.0e} of the codes off by one level (values at a decision "
     f"boundary), f16 rows equal, scales within {SCALE_ULPS} ulp, free rows zero",
     "decode": DECODE,
     "protected": DECODE,
-    "dequantize": READING.format(""),
-    "segments": READING.format(f", in half {ROWS['float16']:.0e}"),
+    "dequantize": LARGEST + MANY,
+    "segments": f"{LARGEST}, in half {ROWS['float16']:.0e}{MANY}",
 }

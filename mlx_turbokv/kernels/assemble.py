@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -44,6 +45,15 @@ _COMMENT_OR_INDENT = re.compile(r"^ +|(?: *)//.*$", re.M)
 GROUP = "threadgroup_position_in_grid"
 LANE = "simdgroup_index_in_threadgroup & 7u, thread_index_in_simdgroup & 31u"
 THREAD = f"{GROUP}, {LANE}"
+
+
+class Launch(NamedTuple):
+    """One or two kernels as a call on arrays, and its parameters: the same for a step's layers."""
+
+    call: Callable
+    params: mx.array
+    k_constants: mx.array
+    v_constants: mx.array
 
 
 @cache

@@ -178,6 +178,16 @@ def check_heads(op: str, n_heads: int, n_kv_heads: int, n_queries: int) -> None:
         )
 
 
+def check_selected(op: str, first: int, count: int, n_heads: int) -> None:
+    """Check that KV heads ``first`` to ``first + count`` are there.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if first < 0 or count < 1 or first + count > n_heads:
+        raise ValueError(f"[{op}] there are no heads {first} to {first + count}: {n_heads}.")
+
+
 def _check_anchors(
     op: str,
     layout: KVLayout,

@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from ..quant.layout import TILE, KVLayout, protected_layout
 from . import assemble, tables, tuning
+from .assemble import Launch
 from .checks import (
     Input,
     anchor_inputs,
@@ -59,15 +60,6 @@ decode_merge<T, VD, VW>(
     partial, sinks, params, v_constants, output, shared, {assemble.THREAD});
 """
 MERGE_INPUTS = ("partial", "sinks", "params", "v_constants")
-
-
-class Launch(NamedTuple):
-    """One or two kernels as a call on arrays, and its parameters: the same for a step's layers."""
-
-    call: Callable
-    params: mx.array
-    k_constants: mx.array
-    v_constants: mx.array
 
 
 class DecodeParams(NamedTuple):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -12,7 +11,14 @@ from ..centring.centre import INVERSE_SCALES
 from ..quant.layout import TILE, KVLayout
 from ..quant.rotate import rotate
 from . import assemble, tables
-from .checks import anchor_inputs, check_counts, check_inputs, check_kept, tiles_input
+from .checks import (
+    anchor_inputs,
+    check_counts,
+    check_inputs,
+    check_kept,
+    check_selected,
+    tiles_input,
+)
 from .packed import PackedKV
 from .segments import scales_of
 from .trust import Kernel, require
@@ -28,13 +34,8 @@ INPUTS = ("body", "tail", "params", "k_constants", "v_constants", *tables.ANCHOR
 CENTRE = INPUTS.index("centre")
 
 
-class Launch(NamedTuple):
-    """One launch as a call on arrays, and what it is given beside those of the cache."""
-
-    call: Callable
-    params: mx.array
-    k_constants: mx.array
-    v_constants: mx.array
+class Launch(assemble.Launch):
+    """One launch, and what it is given beside the arrays of the cache."""
 
     def inputs(self, packed: PackedKV) -> tuple[mx.array, ...]:
         """The arrays of a launch over these rows."""
@@ -75,8 +76,7 @@ def _launch(
     first, count = heads
     n_body, body_stride, n_tail, tail_stride = counts
     check_counts("dequantize", *counts)
-    if first < 0 or count < 1 or first + count > n_heads:
-        raise ValueError(f"[dequantize] there are no heads {first} to {first + count}: {n_heads}.")
+    check_selected("dequantize", first, count, n_heads)
     n = n_body + n_tail
     split_pairs, first_key_uncentred, has_padding = anchors or (0, 0, 0)
     params = tables.int_array(
@@ -138,8 +138,8 @@ def rotated_rows(
     Shapes:
         returns: [B, count, n, k_head_dim] and [B, count, n, v_head_dim] in ``dtype``.
     """
-    key = assemble.factory, backend, packed.layout, dtype, (first, count), *_shapes(packed)
-    launch = _launch(*key)
+    heads, shapes = (first, count), _shapes(packed)
+    launch = _launch(assemble.factory, backend, packed.layout, dtype, heads, *shapes)
     keys, values = launch.call(*launch.inputs(packed))
     return keys, values
 

@@ -10,7 +10,15 @@ import mlx.core as mx
 
 from ..quant.layout import TILE, KVLayout, protected_layout
 from . import assemble, tables
-from .checks import Input, anchor_inputs, check_inputs, check_segments, tiles_input
+from .assemble import Launch
+from .checks import (
+    Input,
+    anchor_inputs,
+    check_inputs,
+    check_segments,
+    check_selected,
+    tiles_input,
+)
 from .segments import Heads, Rows, SegmentedKV
 from .trust import Kernel, require
 
@@ -25,15 +33,6 @@ read_segments<T, F, Tensor<KB, KG, KD, KW>, Tensor<VB, VG, VD, VW>, Tensor<PKB, 
 """
 INPUTS = ("sink", "body", "tail", "fresh_keys", "fresh_values", "params", "k_constants")
 INPUTS += ("v_constants", *tables.ANCHOR_INPUTS[:2])
-
-
-class Launch(NamedTuple):
-    """One launch as a call on arrays, and its parameters and tables: the same for all layers."""
-
-    call: Callable
-    params: mx.array
-    k_constants: mx.array
-    v_constants: mx.array
 
 
 class SegmentParams(NamedTuple):
@@ -90,8 +89,7 @@ def _launch(
             f"[segments] {params.n_tokens} rows, {n_tail} of them in a tail of "
             f"{params.tail_stride} tiles, do not fit a body of {params.body_stride}."
         )
-    if first < 0 or count < 1 or first + count > n_heads:
-        raise ValueError(f"[segments] there are no heads {first} to {first + count}: {n_heads}.")
+    check_selected("segments", first, count, n_heads)
     dtype, fresh = dtypes
     tail = fine if fine_tail else layout
     template = [("T", dtype), ("F", fresh), *tables.template(layout)]

@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..quant.layout import TILE
+from ..quant.quantize import FP16_MAX
 from ..quant.tiles import code_bits, first_rows_mask, tiles_to_rows
 from . import decode, dequantize, pack, reference, small_inputs, small_segments
 from .agreement import CheckError, codes_and_scales, compare_rows
@@ -20,7 +21,7 @@ from .trust import Kernel
 N_KEPT, N_NEW = 5, 40  # rows that pack finds in the tail, and packs
 N_SPLITS = 2
 HEADS, ALL_HEADS = (1, N_KV_HEADS - 1), (0, N_KV_HEADS)  # that rows are read of
-FP16_MAX, BEYOND_HALF = 65504.0, 3e5
+BEYOND_HALF = 3e5
 N_FRESH = 40  # rows that are not packed yet
 # codes that may differ by one level, where a value lies at a decision boundary
 CODES_SHARE = 5e-3
