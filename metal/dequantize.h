@@ -47,7 +47,8 @@ TKV_FN void rotated_anchors(threadgroup float* anchors, threadgroup float* scrat
 template <typename T, int BITS>
 TKV_FN float read_back(float x) {
   if (IsHalf<T>::value != 0 && BITS <= 8) {
-    return x > FP16_MAX ? FP16_MAX : (x < -FP16_MAX ? -FP16_MAX : x);
+    const float low = x < -FP16_MAX ? -FP16_MAX : x;
+    return low > FP16_MAX ? FP16_MAX : low;
   }
   return x;
 }
@@ -57,24 +58,26 @@ template <typename S, int RAW, bool IS_K>
 TKV_FN float4 stored_vec4(const device uint* codes, int token, int vec4,
                           threadgroup const float* levels) {
   constexpr int BITS = S::BITS;
-  constexpr int DIM = S::DIM;
-  constexpr int LAST = (DIM * BITS / 8 + 3) / 4 - 1;
+  constexpr int BYTES = S::DIM * BITS / 8;
+  constexpr bool STRADDLES = BITS < 8 && 32 % (4 * (BITS & 7)) != 0;
+  constexpr int N = BITS == 32 ? 4 : (STRADDLES || BITS == 16 ? 2 : 1);
   const int bit = (IS_K ? vec4 : token) * 4 * BITS;
-  uint words[4];
+  const int first = bit / 32;
+  const int last = (IS_K ? (BYTES + 3) / 4 : 4 * BITS) - 1;
+  uint words[4] = {0u, 0u, 0u, 0u};
   TKV_UNROLL
-  for (int w = 0; w < (BITS == 32 ? 4 : 2); w++) {
-    const int word = bit / 32 + w;
-    if (IS_K) {
-      words[w] = word <= LAST ? row_word<DIM * BITS / 8>(codes, token, word) : 0u;
-    } else {
-      words[w] = word < 4 * BITS ? stream_word<DIM>(codes, vec4, word) : 0u;
+  for (int w = 0; w < N; w++) {
+    if (first + w <= last) {
+      words[w] = IS_K ? row_word<BYTES>(codes, token, first + w)
+                      : stream_word<S::DIM>(codes, vec4, first + w);
     }
   }
-  uint4 bits = uint4(words[0], words[1], BITS == 32 ? words[2] : 0u, BITS == 32 ? words[3] : 0u);
-  if (BITS < 8 && bit % 32 != 0) {
-    bits.x = (words[0] >> (bit % 32)) | (words[1] << (32 - bit % 32));
+  if (STRADDLES) {
+    words[0] = words[0] >> bit % 32 | words[1] << 1 << (31 - bit % 32);
+  } else if (BITS < 8) {
+    words[0] >>= bit % 32;
   }
-  return vec4_values<BITS, RAW>(bits, levels);
+  return vec4_values<BITS, RAW>(uint4(words[0], words[1], words[2], words[3]), levels);
 }
 
 // The scale of a vec4 of a token.
@@ -113,23 +116,47 @@ TKV_FN TileAnchors tile_anchors(threadgroup float* values, threadgroup float* sc
   return anchors;
 }
 
-// Writes a vec4 of a token to its row.
-template <typename T, typename S, int RAW, bool IS_K, bool CENTRED>
-TKV_FN void write_vec4(device T* out, const device uint* codes, int token, int vec4,
-                       threadgroup const float* levels, thread const TileAnchors& anchors,
-                       int row) {
-  constexpr int BITS = S::BITS;
-  const float4 v = stored_vec4<S, RAW, IS_K>(codes, token, vec4, levels);
-  const float scale = stored_scale<S>(codes, token, vec4);
-  device T* o = out + size_t(row) * S::DIM + vec4 * 4;
+// Writes four neighbouring values at once.
+template <typename T>
+TKV_FN void store_vec4(device T* to, T x, T y, T z, T w) {
+  const uint low = as_type<ushort>(x) | uint(as_type<ushort>(y)) << 16;
+  const uint high = as_type<ushort>(z) | uint(as_type<ushort>(w)) << 16;
+  *(device uint2*)to = uint2(low, high);
+}
+TKV_FN void store_vec4(device float* to, float x, float y, float z, float w) {
+  *(device float4*)to = float4(x, y, z, w);
+}
+
+// Writes a vec4 of a row. `v`: without its scale.
+template <typename T, typename S, bool CENTRED>
+TKV_FN void write_vec4(device T* to, float4 v, float scale, thread const TileAnchors& anchors,
+                       int row, int vec4) {
   float4 a = float4(0.0f, 0.0f, 0.0f, 0.0f);
   if (CENTRED && row >= anchors.first_centred) {
-    threadgroup const float* from =
-        anchors.values + (row < anchors.next_block ? 0 : S::DIM) + vec4 * 4;
-    a = float4(from[0], from[1], from[2], from[3]);
+    const int block = row < anchors.next_block ? 0 : S::DIM;
+    a = *(threadgroup const float4*)(anchors.values + block + vec4 * 4);
   }
-  o[0] = T(read_back<T, BITS>(v.x * scale + a.x));
-  o[1] = T(read_back<T, BITS>(v.y * scale + a.y));
-  o[2] = T(read_back<T, BITS>(v.z * scale + a.z));
-  o[3] = T(read_back<T, BITS>(v.w * scale + a.w));
+  store_vec4(to, T(read_back<T, S::BITS>(v.x * scale + a.x)),
+             T(read_back<T, S::BITS>(v.y * scale + a.y)),
+             T(read_back<T, S::BITS>(v.z * scale + a.z)),
+             T(read_back<T, S::BITS>(v.w * scale + a.w)));
+}
+
+// Writes rows `begin` to `end` of `out`. `codes`: K or V of a tile whose token 0 is row `shift`.
+template <typename T, typename S, int RAW, bool IS_K, bool CENTRED>
+TKV_FN void write_rows(device T* out, const device uint* codes, threadgroup const float* levels,
+                       thread const TileAnchors& anchors, int begin, int end, int shift,
+                       int thread_index) {
+  constexpr uint VEC4S = S::DIM / 4;
+  if (begin >= end) {
+    return;
+  }
+  for (uint i = uint(begin) * VEC4S + uint(thread_index); i < uint(end) * VEC4S;
+       i += DEQUANTIZE_THREADS) {
+    const int row = int(i / VEC4S);
+    const int vec4 = int(i % VEC4S);
+    const float4 v = stored_vec4<S, RAW, IS_K>(codes, row - shift, vec4, levels);
+    const float scale = stored_scale<S>(codes, row - shift, vec4);
+    write_vec4<T, S, CENTRED>(out + i * 4, v, scale, anchors, row, vec4);
+  }
 }

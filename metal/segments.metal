@@ -1,6 +1,7 @@
 // Rows of three segments (mlx_turbokv/kernels/segments.py), and the rows after them that are not
 // packed, as plain rows for MLX's own attention: turbo rows in the rotated basis, keys times their
-// scales. A threadgroup writes one tile of one KV head, K or V (the grid's z), a segment at a time.
+// scales. A threadgroup writes one tile, K and V, of one of the wanted KV heads (the grid's y) of a
+// sequence (its z), a segment at a time.
 
 // int32 parameters, in the order of kernels/segment_rows.py. After them the first row of each
 // sequence, then the end of the rows that it has in the body.
@@ -43,23 +44,6 @@ struct TileRows {
 
 TKV_FN int in_tile(int row, int n) {
   return row < 0 ? 0 : smaller(row, n);
-}
-
-// Writes rows `begin` to `end` of the tile. `codes`: K or V of a tile whose token 0 is row `shift`.
-template <typename T, typename S, int RAW, bool IS_K, bool CENTRED>
-TKV_FN void restore_rows(const device uint* codes, device T* out, threadgroup const float* levels,
-                         thread const TileAnchors& anchors, int begin, int end, int shift,
-                         int thread_index) {
-  constexpr uint VEC4S = S::DIM / 4;
-  if (begin >= end) {
-    return;
-  }
-  for (uint i = uint(begin) * VEC4S + uint(thread_index); i < uint(end) * VEC4S;
-       i += DEQUANTIZE_THREADS) {
-    const int row = int(i / VEC4S);
-    write_vec4<T, S, RAW, IS_K, CENTRED>(out, codes, row - shift, int(i % VEC4S), levels, anchors,
-                                         row);
-  }
 }
 
 // Writes the tile's rows that are not packed. `fresh`: the first of them. SCALED: keys that are
@@ -120,30 +104,35 @@ TKV_FN void restore_side(SideInputs<F> inputs, device T* out, threadgroup const 
   const int thread_index = simd_group * LANES + lane;
   const int sink_start = in_tile(rows.sink_start, rows.n);
   const int sink_end = larger(in_tile(rows.sink_end, rows.n), sink_start);
+  if (sink_start == sink_end && smaller(rows.body_end, rows.packed_end) >= TILE) {
+    write_tile<T, Coarse, RAW, IS_K, CENTRED>(out, inputs.body, levels, anchors, thread_index);
+    return;
+  }
   // first tokens are tokens of one tile of theirs, or of two
   for (int from = sink_start; from < sink_end;) {
     const int stored = from - rows.sink_start;
     const int shift = from - stored % TILE;
     const int to = smaller(sink_end, shift + TILE);
-    restore_rows<T, Fine, RAW, IS_K, CENTRED>(inputs.sink + stored / TILE * FINE_WORDS, out, levels,
-                                              anchors, from, to, shift, thread_index);
+    write_rows<T, Fine, RAW, IS_K, CENTRED>(out, inputs.sink + stored / TILE * FINE_WORDS, levels,
+                                              anchors, from, to, shift,
+                                              thread_index);
     from = to;
   }
   // rows before the first tokens, then after them
   for (int part = 0; part < 2; part++) {
     const int begin = part == 0 ? 0 : sink_end;
     const int end = part == 0 ? smaller(sink_start, rows.packed_end) : rows.packed_end;
-    restore_rows<T, Coarse, RAW, IS_K, CENTRED>(inputs.body, out, levels, anchors, begin,
-                                                smaller(end, rows.body_end), 0, thread_index);
-    restore_rows<T, Tail, RAW, IS_K, CENTRED>(inputs.tail, out, levels, anchors,
-                                              larger(begin, rows.body_end), end, 0, thread_index);
+    write_rows<T, Coarse, RAW, IS_K, CENTRED>(out, inputs.body, levels, anchors, begin,
+                                              smaller(end, rows.body_end), 0, thread_index);
+    write_rows<T, Tail, RAW, IS_K, CENTRED>(out, inputs.tail, levels, anchors,
+                                            larger(begin, rows.body_end), end, 0, thread_index);
   }
   write_fresh<T, F, Coarse, CENTRED>(inputs.fresh, out, inputs.constants, inputs.scales, scratch,
                                      rows, simd_group, lane);
 }
 
 TKV_CONST_FN int segments_floats(int k_dim, bool centred) {
-  return MAX_LEVELS + anchor_floats(k_dim, centred) + SCRATCH_FLOATS;
+  return 2 * MAX_LEVELS + anchor_floats(k_dim, centred) + SCRATCH_FLOATS;
 }
 
 // T, F: types of the rows written and of those that are not packed. K, V: formats of the body; PK,
@@ -160,12 +149,14 @@ TKV_FN void read_segments(const device uint* sink, const device uint* body, cons
   constexpr int FINE_WORDS = PK::WORDS + PV::WORDS;
   constexpr int TAIL_WORDS = TK::WORDS + TV::WORDS;
   const device SegmentParams& params = *all_params;
-  threadgroup float* levels = (threadgroup float*)shared;
-  threadgroup float* scratch = levels + MAX_LEVELS + anchor_floats(K::DIM, CENTRED);
+  threadgroup float* k_levels = (threadgroup float*)shared;
+  threadgroup float* v_levels = k_levels + MAX_LEVELS;
+  threadgroup float* anchor_values = v_levels + MAX_LEVELS;
+  threadgroup float* scratch = anchor_values + anchor_floats(K::DIM, CENTRED);
   const int thread_index = int(simd) * LANES + int(lane);
-  const int out_head = int(group.y);  // of the wanted heads of all sequences
-  const int sequence = out_head / params.n_selected_heads;
-  const int own_head = params.first_head + out_head % params.n_selected_heads;
+  const int sequence = int(group.z);
+  const int own_head = params.first_head + int(group.y);
+  const int out_head = sequence * params.n_selected_heads + int(group.y);
   const int head = sequence * params.n_kv_heads + own_head;
   const device int* starts = (const device int*)all_params + SEGMENT_PARAMS;
   const int start = starts[sequence];
@@ -188,29 +179,25 @@ TKV_FN void read_segments(const device uint* sink, const device uint* body, cons
   inputs.body = body + size_t(uint(head * params.body_stride + tile)) * COARSE_WORDS;
   inputs.tail = tail + size_t(uint(head * params.tail_stride + tail_tile)) * TAIL_WORDS;
   inputs.scales = centre_row<K::DIM>(centre, CENTRED ? own_head : 0, CENTRE_SCALES);
-  TileAnchors anchors = {levels, 0, TILE};
-  if (group.z == 0) {
-    load_levels<K::BITS>(levels, k_constants, thread_index);
-    if (CENTRED && rows.packed_end > 0) {
-      const device float* mu = centre_row<K::DIM>(centre, own_head, CENTRE_MU);
-      anchors = tile_anchors<K>(levels + MAX_LEVELS, scratch, k_constants, mu, cos_sin_table,
-                                params.split_pairs, params.n_uncentred, rows.first, start,
-                                params.n_packed, int(simd), int(lane));
-    }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    inputs.fresh = fresh_keys + fresh * K::DIM;
-    inputs.constants = k_constants;
-    restore_side<T, F, Formats<K, PK, TK>, FINE_WORDS, RAW, true, CENTRED>(
-        inputs, keys + first * K::DIM, levels, scratch, anchors, rows, int(simd), int(lane));
-  } else {
-    load_levels<V::BITS>(levels, v_constants, thread_index);
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    inputs.sink += PK::WORDS;
-    inputs.body += K::WORDS;
-    inputs.tail += TK::WORDS;
-    inputs.fresh = fresh_values + fresh * V::DIM;
-    inputs.constants = v_constants;
-    restore_side<T, F, Formats<V, PV, TV>, FINE_WORDS, RAW, false, false>(
-        inputs, values + first * V::DIM, levels, scratch, anchors, rows, int(simd), int(lane));
+  load_levels<K::BITS>(k_levels, k_constants, thread_index);
+  load_levels<V::BITS>(v_levels, v_constants, thread_index);
+  TileAnchors anchors = {k_levels, 0, TILE};
+  if (CENTRED && rows.packed_end > 0) {
+    const device float* mu = centre_row<K::DIM>(centre, own_head, CENTRE_MU);
+    anchors = tile_anchors<K>(anchor_values, scratch, k_constants, mu, cos_sin_table,
+                              params.split_pairs, params.n_uncentred, rows.first, start,
+                              params.n_packed, int(simd), int(lane));
   }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  inputs.fresh = fresh_keys + fresh * K::DIM;
+  inputs.constants = k_constants;
+  restore_side<T, F, Formats<K, PK, TK>, FINE_WORDS, RAW, true, CENTRED>(
+      inputs, keys + first * K::DIM, k_levels, scratch, anchors, rows, int(simd), int(lane));
+  inputs.sink += PK::WORDS;
+  inputs.body += K::WORDS;
+  inputs.tail += TK::WORDS;
+  inputs.fresh = fresh_values + fresh * V::DIM;
+  inputs.constants = v_constants;
+  restore_side<T, F, Formats<V, PV, TV>, FINE_WORDS, RAW, false, false>(
+      inputs, values + first * V::DIM, v_levels, scratch, anchors, rows, int(simd), int(lane));
 }

@@ -24,7 +24,7 @@ ANCHORS, QUERIES = "metal/decode_anchors.h", "metal/decode_queries.h"
 VALUES, SOFTMAX = "metal/decode_values.h", "metal/decode_softmax.h"
 PACK, QUANTIZE, WORDS = "metal/pack.metal", "metal/pack_quantize.h", "metal/pack_words.h"
 DEQUANTIZE, CONFIG = "metal/dequantize.metal", "metal/decode_config.h"
-SEGMENTS = "metal/segments.metal"
+SEGMENTS, WHOLE = "metal/segments.metal", "metal/whole_tile.h"
 TILES = "metal/decode_split.h"
 JOIN = "metal/decode_join.h"
 KERNELS = "mlx_turbokv/kernels/"
@@ -139,11 +139,11 @@ OF_KERNELS = [
     Defect("queries that are not unscaled for anchors", ANCHORS,
            "const float factor = inverse[first];", "const float factor = 1.0f;", BATCH),
     Defect("mu of the first head in dequantize", DEQUANTIZE,
-           "head % params[param_n_kv_heads], CENTRE_MU", "0, CENTRE_MU", BATCH),
+           "centre, own_head, CENTRE_MU", "centre, 0, CENTRE_MU", BATCH),
     Defect("padding of the first sequence in pack", PACK,
            "left_padding[head / params[param_n_kv_heads]]", "left_padding[0]", BATCH),
     Defect("padding of another sequence in dequantize", DEQUANTIZE,
-           "left_padding[row / n_selected]", "left_padding[row % n_selected]", BATCH),
+           "left_padding[sequence]", "left_padding[group.y]", BATCH),
     Defect("first keys centred in decode", DECODE,
            "place.padding + params.n_uncentred, lane", "place.padding, lane", BATCH),
     Defect("first keys centred in dequantize", "metal/dequantize.h",
@@ -189,12 +189,25 @@ OF_KERNELS = [
     Defect("new rows beyond half", SEGMENTS, "T(read_back<T, S::BITS>(x[j] * factor))",
            "T(x[j] * factor)", (("tests/kernels/test_selfcheck.py",), "beyond_half")),
     Defect("rows of the first KV head for all", SEGMENTS,
-           "params.first_head + out_head % params.n_selected_heads", "params.first_head",
+           "params.first_head + int(group.y)", "params.first_head",
            protected("(2, 4, 2)")),
     Defect("new values as wide as keys", SEGMENTS, "fresh_values + fresh * V::DIM",
            "fresh_values + fresh * K::DIM", protected("padding of whole tiles", " 96")),
     Defect("mu of the first head in segments", SEGMENTS, "centre, own_head, CENTRE_MU",
            "centre, 0, CENTRE_MU", protected("three segments")),
+    Defect("a tile of first tokens taken for one of the body", SEGMENTS,
+           "if (sink_start == sink_end && ", "if (", protected("padding within the first tokens")),
+    Defect("a tile of body and tail taken for one of the body", SEGMENTS,
+           "smaller(rows.body_end, rows.packed_end) >= TILE", "rows.packed_end >= TILE",
+           protected("a body into the tail")),
+    Defect("keys across words in a whole tile", WHOLE, " | words[1] << 1 << (31 - shift)", "",
+           protected("three segments")),
+    Defect("values from the middle of a word in a whole tile", WHOLE, "token % 8 != 0", "false",
+           protected("three segments")),
+    Defect("one scale for four tokens", WHOLE, "component(scales, j)", "component(scales, 0)",
+           protected("three segments")),
+    Defect("codes across words", "metal/dequantize.h", " | words[1] << 1 << (31 - bit % 32)", "",
+           SIZES),
     # packing
     Defect("q8_0 scales rounded down", QUANTIZE, "exact > 0.5f ? (steps + 126) / 127 : 0",
            "exact > 0.5f ? steps / 127 : 0", SIZES),

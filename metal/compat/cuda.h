@@ -45,6 +45,7 @@ struct __align__(8) half4 {
 };
 
 // Metal's vector constructors.
+#define uint2(...) make_uint2(__VA_ARGS__)
 #define uint4(...) make_uint4(__VA_ARGS__)
 #define float4(...) make_float4(__VA_ARGS__)
 #define half2(...) __halves2half2(__VA_ARGS__)

@@ -36,7 +36,7 @@ NEEDS = {
     "merge.metal": ("attention.h",),
     "pack.metal": ("anchor.h", "pack_quantize.h", "pack_words.h"),
     "dequantize.metal": ("anchor.h", "dequantize.h"),
-    "segments.metal": ("anchor.h", "dequantize.h"),
+    "segments.metal": ("anchor.h", "dequantize.h", "whole_tile.h"),
 }
 # MLX hashes the text at every launch: what the compiler does not need is left out, lines stay
 _COMMENT_OR_INDENT = re.compile(r"^ +|(?: *)//.*$", re.M)

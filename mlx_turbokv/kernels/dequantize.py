@@ -106,7 +106,7 @@ def _launch(
         return kernel(
             inputs=list(inputs),
             template=template,
-            grid=(-(-n // TILE) * THREADS, batch * count, 2),
+            grid=(-(-n // TILE) * THREADS, count, batch),
             threadgroup=(THREADS, 1, 1),
             output_shapes=[(batch, count, n, side.dim) for side in (k, v)],
             output_dtypes=[dtype] * 2,

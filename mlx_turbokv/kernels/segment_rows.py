@@ -115,7 +115,7 @@ def _launch(
         return kernel(
             inputs=list(inputs),
             template=template,
-            grid=(-(-params.n_tokens // TILE) * THREADS, batch * count, 2),
+            grid=(-(-params.n_tokens // TILE) * THREADS, count, batch),
             threadgroup=(THREADS, 1, 1),
             output_shapes=[(batch, count, params.n_tokens, side.dim) for side in (k, v)],
             output_dtypes=[dtype] * 2,

@@ -35,6 +35,7 @@ KERNELS_OF = {
     "dequantize.metal": {"dequantize"},
     "segments.metal": {"read_segments"},
     "dequantize.h": {"dequantize", "read_segments"},
+    "whole_tile.h": {"read_segments"},
     "anchor.h": {"pack", "decode_partial", "dequantize", "read_segments"},
     "attention.h": {"decode_partial", "decode_merge"},
     "hadamard.h": EVERY,
