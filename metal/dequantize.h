@@ -53,10 +53,9 @@ TKV_FN float read_back(float x) {
   return x;
 }
 
-// Four neighbouring values of a token of a tile. `codes`: the tile's K or V.
-template <typename S, int RAW, bool IS_K>
-TKV_FN float4 stored_vec4(const device uint* codes, int token, int vec4,
-                          threadgroup const float* levels) {
+// The bits of a vec4 of a token, as in vec4_bits. `codes`: the tile's K or V.
+template <typename S, bool IS_K>
+TKV_FN uint4 stored_bits(const device uint* codes, int token, int vec4) {
   constexpr int BITS = S::BITS;
   constexpr int BYTES = S::DIM * BITS / 8;
   constexpr bool STRADDLES = BITS < 8 && 32 % (4 * (BITS & 7)) != 0;
@@ -77,7 +76,7 @@ TKV_FN float4 stored_vec4(const device uint* codes, int token, int vec4,
   } else if (BITS < 8) {
     words[0] >>= bit % 32;
   }
-  return vec4_values<BITS, RAW>(uint4(words[0], words[1], words[2], words[3]), levels);
+  return uint4(words[0], words[1], words[2], words[3]);
 }
 
 // The scale of a vec4 of a token.
@@ -136,10 +135,9 @@ TKV_FN void write_vec4(device T* to, float4 v, float scale, thread const TileAnc
     const int block = row < anchors.next_block ? 0 : S::DIM;
     a = *(threadgroup const float4*)(anchors.values + block + vec4 * 4);
   }
-  store_vec4(to, T(read_back<T, S::BITS>(v.x * scale + a.x)),
-             T(read_back<T, S::BITS>(v.y * scale + a.y)),
-             T(read_back<T, S::BITS>(v.z * scale + a.z)),
-             T(read_back<T, S::BITS>(v.w * scale + a.w)));
+  store_vec4(
+      to, T(read_back<T, S::BITS>(v.x * scale + a.x)), T(read_back<T, S::BITS>(v.y * scale + a.y)),
+      T(read_back<T, S::BITS>(v.z * scale + a.z)), T(read_back<T, S::BITS>(v.w * scale + a.w)));
 }
 
 // Writes rows `begin` to `end` of `out`. `codes`: K or V of a tile whose token 0 is row `shift`.
@@ -155,7 +153,8 @@ TKV_FN void write_rows(device T* out, const device uint* codes, threadgroup cons
        i += DEQUANTIZE_THREADS) {
     const int row = int(i / VEC4S);
     const int vec4 = int(i % VEC4S);
-    const float4 v = stored_vec4<S, RAW, IS_K>(codes, row - shift, vec4, levels);
+    const uint4 bits = stored_bits<S, IS_K>(codes, row - shift, vec4);
+    const float4 v = vec4_values<S::BITS, RAW>(bits, levels);
     const float scale = stored_scale<S>(codes, row - shift, vec4);
     write_vec4<T, S, CENTRED>(out + i * 4, v, scale, anchors, row, vec4);
   }

@@ -55,8 +55,8 @@ TKV_FN void dequantize(const device uint* body, const device uint* tail, const d
                         tile * TILE, padding, all_tokens, int(simd), int(lane));
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  write_rows<T, K, RAW, true, CENTRED>(keys + first * K::DIM, codes, k_levels, anchors, 0,
-                                         n_tokens, 0, thread_index);
-  write_rows<T, V, RAW, false, false>(values + first * V::DIM, codes + K::WORDS, v_levels,
-                                        anchors, 0, n_tokens, 0, thread_index);
+  write_rows<T, K, RAW, true, CENTRED>(keys + first * K::DIM, codes, k_levels, anchors, 0, n_tokens,
+                                       0, thread_index);
+  write_rows<T, V, RAW, false, false>(values + first * V::DIM, codes + K::WORDS, v_levels, anchors,
+                                      0, n_tokens, 0, thread_index);
 }

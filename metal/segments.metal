@@ -114,8 +114,7 @@ TKV_FN void restore_side(SideInputs<F> inputs, device T* out, threadgroup const 
     const int shift = from - stored % TILE;
     const int to = smaller(sink_end, shift + TILE);
     write_rows<T, Fine, RAW, IS_K, CENTRED>(out, inputs.sink + stored / TILE * FINE_WORDS, levels,
-                                              anchors, from, to, shift,
-                                              thread_index);
+                                            anchors, from, to, shift, thread_index);
     from = to;
   }
   // rows before the first tokens, then after them
