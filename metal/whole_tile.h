@@ -1,24 +1,17 @@
 // The rows of a whole tile, for segments.metal. A thread handles a vec4 of four neighbouring
 // tokens, a quad: scales, and words of V, are of several tokens.
 
-// The bits of a quad, from token `token` of a tile on.
-template <typename S, bool IS_K>
-TKV_FN void quad_bits(thread uint4* bits, const device uint* codes, int token, int vec4) {
+// The bits of a quad of V, from token `token` on.
+template <typename S>
+TKV_FN void value_bits(thread uint4* bits, const device uint* codes, int token, int vec4) {
   constexpr int BITS = S::BITS;
   constexpr int N = ceil_div(BITS, 2);
-  if (IS_K) {
-    TKV_UNROLL
-    for (int j = 0; j < 4; j++) {
-      bits[j] = stored_bits<S, true>(codes, token + j, vec4);
-    }
-    return;
-  }
   uint words[N];
   TKV_UNROLL
   for (int w = 0; w < N; w++) {
     words[w] = stream_word<S::DIM>(codes, vec4, token * BITS / 8 + w);
   }
-  // it begins on a word, or in the middle of one
+  // they begin on a word, or in the middle of one
   if (BITS % 2 != 0 && token % 8 != 0) {
     TKV_UNROLL
     for (int w = 0; w < N; w++) {
@@ -28,6 +21,19 @@ TKV_FN void quad_bits(thread uint4* bits, const device uint* codes, int token, i
   TKV_UNROLL
   for (int j = 0; j < 4; j++) {
     bits[j] = vec4_bits<BITS>(words, j);
+  }
+}
+
+// The same of K or V.
+template <typename S, bool IS_K>
+TKV_FN void quad_bits(thread uint4* bits, const device uint* codes, int token, int vec4) {
+  if (IS_K) {
+    TKV_UNROLL
+    for (int j = 0; j < 4; j++) {
+      bits[j] = stored_bits<S, true>(codes, token + j, vec4);
+    }
+  } else {
+    value_bits<S>(bits, codes, token, vec4);
   }
 }
 
