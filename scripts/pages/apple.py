@@ -118,7 +118,8 @@ def _fits() -> str:
 
 
 def _others() -> str:
-    names = [f"{pair}-d{DIM}-{kernel}" for pair in PAIRS for kernel in ("pack", "dequantize")]
+    kernels = ("pack", "dequantize", "read_segments")
+    names = [f"{pair}-d{DIM}-{kernel}" for pair in PAIRS for kernel in kernels]
     names = [f"{PAIRS[0]}-d{DIM}-merge", *names, *(f"{name}-centred" for name in names)]
     return _table(
         names,
