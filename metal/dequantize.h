@@ -1,6 +1,5 @@
 // Shared by dequantize.metal and segments.metal: packed rows to plain ones, turbo rows in the
-// rotated basis. A thread handles one vec4 (four dims) of a token, and neighbouring threads write
-// neighbouring vec4s.
+// rotated basis. Neighbouring threads write neighbouring vec4s (four dims).
 
 constant constexpr int DEQUANTIZE_THREADS = 256;
 constant constexpr int SCRATCH_FLOATS = DEQUANTIZE_THREADS / LANES * 128;  // of rotations
@@ -58,7 +57,7 @@ template <typename S, bool IS_K>
 TKV_FN uint4 stored_bits(const device uint* codes, int token, int vec4) {
   constexpr int BITS = S::BITS;
   constexpr int BYTES = S::DIM * BITS / 8;
-  constexpr bool STRADDLES = BITS < 8 && 32 % (4 * (BITS & 7)) != 0;
+  constexpr bool STRADDLES = BITS < 8 && 32 % (4 * BITS) != 0;
   constexpr int N = BITS == 32 ? 4 : (STRADDLES || BITS == 16 ? 2 : 1);
   const int bit = (IS_K ? vec4 : token) * 4 * BITS;
   const int first = bit / 32;

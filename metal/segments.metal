@@ -104,7 +104,7 @@ TKV_FN void restore_side(SideInputs<F> inputs, device T* out, threadgroup const 
   const int thread_index = simd_group * LANES + lane;
   const int sink_start = in_tile(rows.sink_start, rows.n);
   const int sink_end = larger(in_tile(rows.sink_end, rows.n), sink_start);
-  if (sink_start == sink_end && smaller(rows.body_end, rows.packed_end) >= TILE) {
+  if (sink_start == sink_end && rows.body_end >= TILE) {  // of the body alone
     write_tile<T, Coarse, RAW, IS_K, CENTRED>(out, inputs.body, levels, anchors, thread_index);
     return;
   }

@@ -1,9 +1,9 @@
 // The rows of a whole tile, for segments.metal. A thread handles a vec4 of four neighbouring
-// tokens, a quad: scales, and words of V, are of several tokens.
+// tokens: words of turbo values, and of scales, are of several.
 
-// The bits of a quad of V, from token `token` on.
+// The bits of a vec4 of V of four tokens, from token `token` on.
 template <typename S>
-TKV_FN void value_bits(thread uint4* bits, const device uint* codes, int token, int vec4) {
+TKV_FN void value_bits_of_four(thread uint4* bits, const device uint* codes, int token, int vec4) {
   constexpr int BITS = S::BITS;
   constexpr int N = ceil_div(BITS, 2);
   uint words[N];
@@ -26,20 +26,20 @@ TKV_FN void value_bits(thread uint4* bits, const device uint* codes, int token, 
 
 // The same of K or V.
 template <typename S, bool IS_K>
-TKV_FN void quad_bits(thread uint4* bits, const device uint* codes, int token, int vec4) {
+TKV_FN void bits_of_four(thread uint4* bits, const device uint* codes, int token, int vec4) {
   if (IS_K) {
     TKV_UNROLL
     for (int j = 0; j < 4; j++) {
       bits[j] = stored_bits<S, true>(codes, token + j, vec4);
     }
   } else {
-    value_bits<S>(bits, codes, token, vec4);
+    value_bits_of_four<S>(bits, codes, token, vec4);
   }
 }
 
-// The scales of a quad; 1 where there are none.
+// Their scales; 1 where there are none.
 template <typename S>
-TKV_FN float4 quad_scales(const device uint* codes, int token, int vec4) {
+TKV_FN float4 scales_of_four(const device uint* codes, int token, int vec4) {
   if (S::GROUP == 0) {
     return float4(1.0f, 1.0f, 1.0f, 1.0f);
   }
@@ -57,8 +57,8 @@ TKV_FN void write_tile(device T* out, const device uint* codes, threadgroup cons
     const int token = int(i / VEC4S) * 4;
     const int vec4 = int(i % VEC4S);
     uint4 bits[4];
-    quad_bits<S, IS_K>(bits, codes, token, vec4);
-    const float4 scales = quad_scales<S>(codes, token, vec4);
+    bits_of_four<S, IS_K>(bits, codes, token, vec4);
+    const float4 scales = scales_of_four<S>(codes, token, vec4);
     device T* to = out + token * S::DIM + vec4 * 4;
     TKV_UNROLL
     for (int j = 0; j < 4; j++) {

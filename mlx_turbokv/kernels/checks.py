@@ -84,7 +84,8 @@ def check_segments(
         ValueError: they don't.
     """
     bounds = tail_start % TILE == 0 and 0 <= tail_start <= n_body and 0 <= n_sunk <= n_tokens
-    ends = len(body_ends) == batch and all(0 <= end <= n_body for end in body_ends)
+    last = min(n_body, n_tokens)
+    ends = len(body_ends) == batch and all(0 <= end <= last for end in body_ends)
     if not (bounds and ends and 0 <= first_tiles <= first_stride):
         raise ValueError(
             f"[{op}] {n_tokens} rows with a body of {n_body} that ends at {list(body_ends)}, a "

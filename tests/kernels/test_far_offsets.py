@@ -16,7 +16,7 @@ from mlx_turbokv.kernels.packed import PackedKV
 from mlx_turbokv.kernels.segment_rows import segment_rows
 from mlx_turbokv.kernels.segments import SegmentedKV
 from mlx_turbokv.quant.formats import KVFormat
-from mlx_turbokv.quant.layout import KVLayout, protected_layout
+from mlx_turbokv.quant.layout import TILE, KVLayout, protected_layout
 
 DIM, N_HEADS = 64, 2
 LAYOUT = KVLayout(KVFormat.parse("turbo4"), KVFormat.parse("q8_0"), DIM, DIM, "float16")
@@ -25,6 +25,7 @@ FAR_TILES = FAR // LAYOUT.tile_words + 1
 FAR_ROWS = FAR // DIM + 1
 FINE = protected_layout(LAYOUT)
 FAR_FINE_TILES = FAR // FINE.tile_words + 1
+N_PACKED = 84
 
 
 def rows(n: int, seed: int, n_heads: int = N_HEADS) -> mx.array:
@@ -61,13 +62,20 @@ def segmented() -> SegmentedKV:
     """First tokens, two tiles of each head in the body, and a tail."""
     sink, tail = (reference.pack(rows(n, n), rows(n, n + 1), FINE) for n in (32, 20))
     return SegmentedKV(
-        LAYOUT, FINE, FINE, sink, 32, 84, packed().body, 64, tail, 64, 20, (64,), (0,), None,
+        LAYOUT, FINE, FINE, sink, 32, N_PACKED, packed().body, 64, tail, 64, 20, (64,), (0,), None,
         (rows(32, 5), rows(32, 6)),
     )  # fmt: skip
 
 
 def run_segments() -> None:
     segment_rows(segmented(), mx.float16, (0, N_HEADS), "metal")
+
+
+def run_segments_of_whole_tiles() -> None:
+    """So many new rows that the last tile is full."""
+    n = -N_PACKED % TILE
+    whole = segmented()._replace(fresh=(rows(n, 5), rows(n, 6)))
+    segment_rows(whole, mx.float16, (0, N_HEADS), "metal")
 
 
 TILES, HALVES = 4 * LAYOUT.tile_words * FAR_TILES, 2 * DIM * FAR_ROWS
@@ -85,10 +93,18 @@ CASES = [
     (run_segments, {4: FAR_FINE_TILES}, {"sink": 4 * FINE.tile_words * FAR_FINE_TILES}),
     (run_segments, {5: FAR_TILES}, {"body": TILES}),
     (run_segments, {6: FAR_FINE_TILES}, {"tail": 4 * FINE.tile_words * FAR_FINE_TILES}),
+    (
+        run_segments_of_whole_tiles,
+        {11: FAR_ROWS},
+        {
+            **dict.fromkeys(("keys", "values"), HALVES),
+            **dict.fromkeys(("fresh_keys", "fresh_values"), HALVES - 2 * DIM * N_PACKED),
+        },
+    ),
 ]
 NAMES = ["pack tail", "pack output", "pack rows", "decode body", "decode tail"]
 NAMES += ["dequantize body", "dequantize tail", "dequantize output"]
-NAMES += ["segments sink", "segments body", "segments tail"]
+NAMES += ["segments sink", "segments body", "segments tail", "segments rows"]
 
 
 @pytest.mark.parametrize(("run", "changed", "far"), CASES, ids=NAMES)

@@ -134,10 +134,9 @@ def test_broken_values_stay_in_their_row(host, pair) -> None:
     keys, values = np.array(_rows((1, 1, 5, 64))), np.array(_rows((1, 1, 5, 64), 1))
     clean = pack.pack(mx.array(keys), mx.array(values), layout)
     keys[0, 0, 1, 3], values[0, 0, 3, 40] = np.nan, np.inf
-    k, v = reference.dequantize(
-        PackedKV(layout, empty_tiles(), 0, pack.pack(mx.array(keys), mx.array(values), layout), 5),
-        mx.float32,
-    )
+    tiles = pack.pack(mx.array(keys), mx.array(values), layout)
+    packed = PackedKV(layout, empty_tiles(), 0, tiles, 5)
+    k, v = reference.dequantize(packed, mx.float32)
     clean_k, clean_v = reference.dequantize(
         PackedKV(layout, empty_tiles(), 0, clean, 5), mx.float32
     )
@@ -147,6 +146,10 @@ def test_broken_values_stay_in_their_row(host, pair) -> None:
         np.testing.assert_array_equal(
             np.array(rows)[0, 0, others], np.array(clean_rows)[0, 0, others]
         )
+    # in half, where values are cut that are too large
+    for rows, broken in zip(dequantize.rotated_rows(packed, mx.float16, 0, 1, "metal"), (1, 3)):
+        finite = np.isfinite(np.array(rows)[0, 0]).all(axis=-1)
+        assert not finite[broken] and finite.sum() == 4
 
 
 def test_scales_saturate_and_zeros_stay_zero(host) -> None:
