@@ -53,7 +53,7 @@ OF_KERNELS = [
            "sink + uint(head * params.sink_stride) * FINE_WORDS", FAR),
     Defect("32-bit offset of rows of segments", SEGMENTS,
            "const size_t first = uint(", "const uint first = uint(", FAR),
-    Defect("32-bit offset of new rows", SEGMENTS,
+    Defect("32-bit offset of new rows of segments", SEGMENTS,
            "const size_t fresh =", "const uint fresh =", FAR),
     # softmax and sinks
     Defect("a lowest score that is not low", ATTENTION_H, "LOWEST = -1e38f", "LOWEST = -100.0f",
