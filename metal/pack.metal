@@ -6,7 +6,7 @@
 
 // int32 parameters, in the order of kernels/pack.py.
 constant constexpr int param_n_new = 0;             // new tokens of one head
-constant constexpr int param_n_kept = 1;            // rows kept of the old tail
+constant constexpr int param_n_kept = 1;            // rows kept, or minus new ones left out
 constant constexpr int param_old_stride = 2;        // tiles of one head in the old tail
 constant constexpr int param_n_tiles = 3;           // tiles of one head in the output
 constant constexpr int param_first_row = 4;         // row of the first new token in the sequence

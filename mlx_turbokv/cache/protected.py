@@ -8,7 +8,7 @@ before. Rows of a long update that would leave at once are never in the tail.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -122,17 +122,18 @@ class ProtectedRows(PackedRows):
         batch, _, n_new, _ = keys.shape
         if not self.segments.coarse_end:
             self.segments = Segments(empty_tiles(), 0, 0, [0] * batch)
-        n = self.n_rows + n_new
-        stop = self._leave_at(n)
+        before, n_packed = self.n_rows, 0
+        stop = self._leave_at(before + n_new)
         if stop > self.segments.tail_start or not self.protection.recent:
             self.segments = self.with_first_tokens(keys, values)
         if stop > self.segments.tail_start:
             n_packed = self._make_coarse(self.layout, stop, keys, values)
-            keys, values = keys[:, :, n_packed:], values[:, :, n_packed:]
-        if keys.shape[2]:
-            layout = self._layouts(self.layout)[0]
-            self.tail = self._pack_rows(keys, values, layout, self.tail, self.n_tail, self.n_rows)
-            self.n_tail += keys.shape[2]
+        if n_packed < n_new:
+            layout, part = self._layouts(self.layout)[0], (n_packed, n_new)
+            self.tail = self._pack_rows(
+                keys, values, layout, self.tail, self.n_tail, before, part=part
+            )
+            self.n_tail += n_new - n_packed
 
     def _leave_at(self, n: int) -> int:
         """The first row that stays in the tail when there are ``n``."""
@@ -151,15 +152,16 @@ class ProtectedRows(PackedRows):
         n_kept: int,
         first: int,
         aligned: bool = False,
+        part: tuple[int, int] | None = None,
     ) -> mx.array:
-        """Tiles with these rows, the first of which is row ``first``, after ``n_kept`` others.
+        """Tiles with a part of these rows, of which the first is row ``first``, after ``n_kept``.
 
         ``aligned``: rows are counted from each sequence's first token.
         """
-        options = {}
+        options: dict[str, Any] = {"part": part}
         if self.centre is not None:
             left_padding = None if aligned else self._position_padding()
-            options = {"centre": self.centre, "first": first, "left_padding": left_padding}
+            options |= {"centre": self.centre, "first": first, "left_padding": left_padding}
         return self.backend.pack(keys, values, layout, tiles, n_kept, **options)
 
     def _make_coarse(self, layout: KVLayout, stop: int, keys: mx.array, values: mx.array) -> int:
@@ -172,11 +174,8 @@ class ProtectedRows(PackedRows):
         if n_old:
             tiles = self.backend.requantize(self.tail[:, :, :n_tiles], tail_layout, layout)
         if n_new:
-            if 2 * n_new < keys.shape[2]:
-                keys, values = keys[:, :, :n_new], values[:, :, :n_new]
-            # else all of them, since kernels copy a part of an array before they read it
-            tiles = self._pack_rows(keys, values, layout, tiles, n_old, before)
-            tiles = tiles[:, :, : (stop - start) // TILE]
+            part = (0, n_new)
+            tiles = self._pack_rows(keys, values, layout, tiles, n_old, before, part=part)
         held = self.body[:, :, start // TILE : min(stop, self.n_body) // TILE]
         coarse_end = self.segments.coarse_end
         if held.shape[2] and max(coarse_end) > start:

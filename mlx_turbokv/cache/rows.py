@@ -6,6 +6,8 @@ FLUSH_TOKENS. A token rewrites the tail and never the body.
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 
 from ..centring.centre import Centre
@@ -145,28 +147,34 @@ class PackedRows:
 
     def _append(self, keys: mx.array, values: mx.array) -> None:
         """Pack the new tokens into the tail, or into the body where they fill enough tiles."""
-        n_new = keys.shape[2]
+        n_new, first = keys.shape[2], self.n_rows
         total = self.n_tail + n_new
         if total < self.flush_tokens:
-            self.tail = self._pack(keys, values)
+            self.tail = self._pack(keys, values, first)
             self.n_tail = total
             return
         n_left = total % TILE
         n_flushed = n_new - n_left if n_new >= n_left else 0
         if n_flushed:
-            flushed = self._pack(keys[:, :, :n_flushed], values[:, :, :n_flushed])
+            flushed = self._pack(keys, values, first, (0, n_flushed))
             self.tail, self.n_tail = empty_tiles(), 0
             self._extend_body(flushed)
         if n_flushed < n_new:
-            self.tail = self._pack(keys[:, :, n_flushed:], values[:, :, n_flushed:])
+            self.tail = self._pack(keys, values, first, (n_flushed, n_new))
             self.n_tail += n_new - n_flushed
 
-    def _pack(self, keys: mx.array, values: mx.array) -> mx.array:
-        """The tail with these tokens after it."""
-        options = {}
+    def _pack(
+        self,
+        keys: mx.array,
+        values: mx.array,
+        first: int,
+        part: tuple[int, int] | None = None,
+    ) -> mx.array:
+        """The tail with a part of these tokens, of which the first is row ``first``, after it."""
+        options: dict[str, Any] = {"part": part}
         if self.centre is not None:
             left_padding = self._position_padding()
-            options = {"centre": self.centre, "first": self.n_rows, "left_padding": left_padding}
+            options |= {"centre": self.centre, "first": first, "left_padding": left_padding}
         return self.backend.pack(keys, values, self.layout, self.tail, self.n_tail, **options)
 
     def _extend_body(self, tiles: mx.array) -> None:

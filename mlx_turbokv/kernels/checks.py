@@ -147,6 +147,20 @@ def check_new_rows(
     _check_anchors(op, layout, (batch, n_heads), centre, left_padding)
 
 
+def check_part(op: str, part: tuple[int, int], n_new: int, n_kept: int) -> None:
+    """Check which of the new rows are packed, as pack.py says.
+
+    Raises:
+        ValueError: there are no such rows, or they leave a gap to others.
+    """
+    start, stop = part
+    whole = stop == n_new or (n_kept + stop - start) % TILE == 0
+    if not 0 <= start < stop <= n_new or not whole or (start and n_kept):
+        raise ValueError(
+            f"[{op}] rows {start} to {stop} of {n_new}, after {n_kept} others, do not fill tiles."
+        )
+
+
 def check_kept(op: str, n_tail: int, tail_tiles: int) -> None:
     """Check that the kept rows of a tail lie within it.
 

@@ -11,7 +11,7 @@ import mlx.core as mx
 from ..centring.centre import Centre
 from ..quant.layout import TILE, KVLayout
 from . import assemble, tables
-from .checks import Input, anchor_inputs, check_inputs, check_kept, tiles_input
+from .checks import Input, anchor_inputs, check_inputs, check_kept, check_part, tiles_input
 from .trust import Kernel, require
 
 SOURCE = f"""
@@ -96,6 +96,7 @@ def pack(
     first: int = 0,
     left_padding: mx.array | None = None,
     rotated: bool = False,
+    part: tuple[int, int] | None = None,
     *,
     backend: str = "metal",
 ) -> mx.array:
@@ -108,11 +109,14 @@ def pack(
         first: the new tokens' first row in the sequence, for ``centre``.
         left_padding: rows before position 0 of each sequence; None where there are none.
         rotated: turbo rows are in the rotated basis already, and centred.
+        part: which of the new tokens are packed: the first, and where they end; None: all. Only a
+            part from the first new token on goes after a tail, and one that ends before the last
+            fills its tile. The kernel reads its rows in place; a slice would be copied first.
 
     Shapes:
         keys, values: [B, H, L, k_head_dim or v_head_dim].
         tail: [B, H, T, layout.tile_words] uint32; left_padding: [B] int32.
-        returns: [B, H, ceil((n_tail + L) / 32), layout.tile_words] uint32.
+        returns: [B, H, ceil((n_tail + packed) / 32), layout.tile_words] uint32.
 
     Raises:
         ValueError: a shape, type or count does not fit the others.
@@ -120,7 +124,9 @@ def pack(
     if values.dtype != keys.dtype:
         values = values.astype(keys.dtype)
     batch, n_heads, n_new, _ = keys.shape
-    n_tiles = -(-(n_tail + n_new) // TILE)
+    start, stop = part or (0, n_new)
+    check_part("pack", (start, stop), n_new, n_tail)
+    n_tiles = -(-(n_tail + stop - start) // TILE)
     stride = tail.shape[2] if tail is not None and n_tail else 0
     check_kept("pack", n_tail, stride)
     if tail is None or not n_tail:
@@ -150,7 +156,8 @@ def pack(
         keys,
         values,
         tail,
-        tables.int_array(n_new, n_tail, stride, n_tiles, *anchors),
+        # rows that are left out at the start are kept ones less than none
+        tables.int_array(n_new, n_tail - start, stride, n_tiles, *anchors),
         launch.k_constants,
         launch.v_constants,
         *tables.anchor_inputs(centre, first + n_new, left_padding),

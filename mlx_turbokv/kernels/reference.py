@@ -22,6 +22,7 @@ from .checks import (
     check_new_rows,
     check_packed,
     check_padding,
+    check_part,
 )
 from .heads import attention_by_heads
 from .packed import PackedKV
@@ -44,6 +45,7 @@ def pack(
     first: int = 0,
     left_padding: mx.array | None = None,
     rotated: bool = False,
+    part: tuple[int, int] | None = None,
 ) -> mx.array:
     """Quantise new tokens and append them to the tail.
 
@@ -54,13 +56,18 @@ def pack(
         first: the new tokens' first row in the sequence, for ``centre``.
         left_padding: rows before position 0 of each sequence; None where there are none.
         rotated: turbo rows are in the rotated basis already, and centred.
+        part: which of the new tokens are packed, as in pack.py; None: all.
 
     Shapes:
         keys, values: [B, H, L, k_head_dim or v_head_dim].
         tail: [B, H, T, layout.tile_words] uint32; left_padding: [B] int32.
-        returns: [B, H, ceil((n_tail + L) / 32), layout.tile_words] uint32.
+        returns: [B, H, ceil((n_tail + packed) / 32), layout.tile_words] uint32.
     """
     check_new_rows("pack", layout, keys, values, tail, n_tail, centre, left_padding)
+    if part is not None:
+        start, stop = part
+        check_part("pack", part, keys.shape[2], n_tail)
+        keys, values, first = keys[:, :, start:stop], values[:, :, start:stop], first + start
     n_full, n_partial = divmod(n_tail, TILE)
     if centre is not None:
         keys = centre.scaled(keys) - centre.rows(first, keys.shape[2], left_padding)

@@ -170,24 +170,22 @@ def test_a_step_writes_the_tail_alone_and_tiles_leave_together() -> None:
     assert len({id(x) for x in sinks}) == 1
 
 
-@pytest.mark.parametrize(("n_new", "whole"), [(2048, True), (400, True), (320, False)])
-def test_new_rows_are_packed_whole_where_most_go_into_the_body(
-    monkeypatch, n_new: int, whole: bool
-) -> None:
+@pytest.mark.parametrize("n_new", [2048, 400, 320])
+def test_new_rows_are_packed_without_a_copy_of_a_part(monkeypatch, n_new: int) -> None:
     cache = single(700, recent=160)
     given, pack = [], cache._pack_rows
 
-    def noted(keys, *arguments):
-        given.append(keys.shape[2])
-        return pack(keys, *arguments)
+    def noted(keys, values, *arguments, part):
+        given.append((id(keys), id(values), keys.shape[2], part))
+        return pack(keys, values, *arguments, part=part)
 
     monkeypatch.setattr(cache, "_pack_rows", noted)
     cache.update_and_fetch(*rows(1, n_new))
-    n_new_in_body = cache.n_body - 700
-    assert given == [n_new if whole else n_new_in_body, cache.n_tail]
-    assert (2 * n_new_in_body >= n_new) == whole
+    n_coarse = cache.n_body - 700
+    assert [part for *_, part in given] == [(0, n_coarse), (n_coarse, n_new)]
+    assert given[0][:-1] == given[1][:-1] and given[0][2] == n_new
     assert cache.n_body == cache.body.shape[2] * TILE == cache.segments.tail_start
-    assert cache.n_tail == n_new - n_new_in_body >= 160
+    assert cache.n_tail == n_new - n_coarse >= 160
 
 
 @pytest.mark.parametrize("n", [5, 300])

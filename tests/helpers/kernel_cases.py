@@ -359,7 +359,7 @@ def _packed(
 
     if n_body:
         k, v = keys[:, :, :n_body], values[:, :, :n_body]
-        body = pack.pack(k, v, layout, backend=backend, **at(0))
+        body = pack.pack(keys, values, layout, backend=backend, part=(0, n_body), **at(0))
         _check_pack(body, k, v, layout, failures, at(0))
         if n_stale:
             ones = mx.full((*body.shape[:2], 2, body.shape[3]), 0xFFFFFFFF, mx.uint32)
@@ -367,6 +367,9 @@ def _packed(
     if n_tail:
         k, v = keys[:, :, n_body:], values[:, :, n_body:]
         first = max(1, n_tail // 2)
+        part = (n_body, n_body + n_tail)
+        at_once = pack.pack(keys, values, layout, backend=backend, part=part, **at(0))
+        _check_pack(at_once, k, v, layout, failures, at(n_body))
         tail = pack.pack(k[:, :, :first], v[:, :, :first], layout, backend=backend, **at(n_body))
         if n_stale:
             nan_k, nan_v = (mx.full((*k.shape[:2], n_stale, d), mx.nan, k.dtype) for d in case.dims)

@@ -105,6 +105,7 @@ SEGMENTS = [
     {"coarse_end": (128, 129)},
     {"coarse_end": (128,)},
     {"coarse_end": (128, -1)},
+    {"tail_start": 32, "n_tail": 20, "n_sunk": 52},
     {"n_sunk": 201},
     {"n_sink": 64},
     {"tail": tiles(3)},
@@ -195,6 +196,11 @@ NEW = [
     {"centre": a_centre(dim=128)},
     {"centre": a_centre(), "left_padding": mx.zeros((9,), mx.int32)},
     {"centre": a_centre(), "left_padding": mx.zeros((BATCH,), mx.float32)},
+    {"part": (0, 4)},
+    {"part": (2, 2)},
+    {"part": (-1, 3)},
+    {"part": (0, 2)},
+    {"tail": tiles(1), "n_tail": 30, "part": (1, 3)},
 ]
 
 
