@@ -8,7 +8,7 @@ before. Rows of a long update that would leave at once are never in the tail.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -142,27 +142,6 @@ class ProtectedRows(PackedRows):
         if end - start < recent + (LEAVE_TOGETHER if recent else self.flush_tokens):
             return start
         return max(start, (end - recent) // TILE * TILE)
-
-    def _pack_rows(
-        self,
-        keys: mx.array,
-        values: mx.array,
-        layout: KVLayout,
-        tiles: mx.array,
-        n_kept: int,
-        first: int,
-        aligned: bool = False,
-        part: tuple[int, int] | None = None,
-    ) -> mx.array:
-        """Tiles with a part of these rows, of which the first is row ``first``, after ``n_kept``.
-
-        ``aligned``: rows are counted from each sequence's first token.
-        """
-        options: dict[str, Any] = {"part": part}
-        if self.centre is not None:
-            left_padding = None if aligned else self._position_padding()
-            options |= {"centre": self.centre, "first": first, "left_padding": left_padding}
-        return self.backend.pack(keys, values, layout, tiles, n_kept, **options)
 
     def _make_coarse(self, layout: KVLayout, stop: int, keys: mx.array, values: mx.array) -> int:
         """Move the rows before ``stop`` into the body; returns how many of the new ones."""

@@ -150,7 +150,7 @@ class PackedRows:
         n_new, first = keys.shape[2], self.n_rows
         total = self.n_tail + n_new
         if total < self.flush_tokens:
-            self.tail = self._pack(keys, values, first)
+            self.tail = self._pack(keys, values, first, (0, n_new))
             self.n_tail = total
             return
         n_left = total % TILE
@@ -164,18 +164,33 @@ class PackedRows:
             self.n_tail += n_new - n_flushed
 
     def _pack(
+        self, keys: mx.array, values: mx.array, first: int, part: tuple[int, int]
+    ) -> mx.array:
+        """The tail with a part of these rows, of which the first is row ``first``, after it."""
+        assert self.layout is not None
+        kept = self.tail, self.n_tail
+        return self._pack_rows(keys, values, self.layout, *kept, first, part=part)
+
+    def _pack_rows(
         self,
         keys: mx.array,
         values: mx.array,
+        layout: KVLayout,
+        tiles: mx.array,
+        n_kept: int,
         first: int,
+        aligned: bool = False,
         part: tuple[int, int] | None = None,
     ) -> mx.array:
-        """The tail with a part of these tokens, of which the first is row ``first``, after it."""
+        """Tiles with a part of these rows, of which the first is row ``first``, after ``n_kept``.
+
+        ``aligned``: rows are counted from each sequence's first token.
+        """
         options: dict[str, Any] = {"part": part}
         if self.centre is not None:
-            left_padding = self._position_padding()
+            left_padding = None if aligned else self._position_padding()
             options |= {"centre": self.centre, "first": first, "left_padding": left_padding}
-        return self.backend.pack(keys, values, self.layout, self.tail, self.n_tail, **options)
+        return self.backend.pack(keys, values, layout, tiles, n_kept, **options)
 
     def _extend_body(self, tiles: mx.array) -> None:
         """Add full tiles to the body."""

@@ -156,7 +156,7 @@ def pack(
         keys,
         values,
         tail,
-        # rows that are left out at the start are kept ones less than none
+        # fewer kept rows than none: so many new ones are left out
         tables.int_array(n_new, n_tail - start, stride, n_tiles, *anchors),
         launch.k_constants,
         launch.v_constants,
