@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from statistics import median
 
-from . import read, source, table
+from . import commands, read, source, table
+
+PROMPTS = (("before", "turbo4/turbo3"), ("now", "turbo4/turbo3+0,0"), ("now", "turbo4/turbo3"))
 
 
 def protected() -> str:
@@ -30,7 +33,37 @@ def protected() -> str:
         table(header, rows), source("bench_protected", decode), "## Prefill",
         "A step of 2,048 queries after so many tokens, itself counted: packing, and attention.",
         table(header[:5], prefill_rows), source("bench_prefill", prefill),
+        "## Prompts of a whole model", _prompts(),
     ])  # fmt: skip
+
+
+def _prompts() -> str:
+    """A whole model's prompts before there were protected tokens, now without, and with."""
+    record = read("bench_prompts")
+    by_tokens: dict[int, dict[tuple[str, str], dict]] = {}
+    for row in record["rows"]:
+        by_tokens.setdefault(row["tokens"], {})[row["tree"], row["config"]] = row
+    lines = []
+    for tokens, rows in by_tokens.items():
+        before, without, now = (rows[key] for key in PROMPTS)
+        cells = [f"{r['median']:,.0f} ({_processes(r)})" for r in (before, without, now)]
+        ratios = [f"{now['median'] / other['median']:.3f}" for other in (before, without)]
+        lines.append([f"{tokens:,}", *cells, *ratios])
+    name, commit = record["model"]["name"], before["commit"]
+    header = ["tokens", "before", "no protected", "protected", "to before", "to none"]
+    return "\n\n".join([
+        f"Tokens a second: medians of all trials, and the least and the largest median of "
+        f"{len(now['trials'])} processes. {name}, {record['weights']}, turbo4/turbo3, steps of "
+        f"{record['prefill_step_size']:,} tokens. Before: commit {commit}, which had no protected "
+        "tokens, in processes in turn with these.",
+        table(header, lines), source("bench_prompts", record), commands(*record["runs"].values()),
+    ])  # fmt: skip
+
+
+def _processes(row: dict) -> str:
+    """The least and the largest median of a process."""
+    found = [median(run) for run in row["trials"]]
+    return f"{min(found):,.0f} to {max(found):,.0f}"
 
 
 def _pairs(record: dict) -> Iterator[tuple[int, str, dict, dict]]:
