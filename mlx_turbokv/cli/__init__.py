@@ -9,7 +9,7 @@ import click
 
 from .. import __version__
 from . import entry
-from .command import HELP_NAMES
+from .command import HELP_NAMES, PipeCommand
 
 COMMANDS = (
     "bench", "cache_prompt", "calibrate", "chat", "convert_cache", "doctor", "generate", "needle",
@@ -17,7 +17,7 @@ COMMANDS = (
 )  # fmt: skip
 
 
-class LazyGroup(click.Group):
+class LazyGroup(PipeCommand, click.Group):
     """A group that imports a command only when it is called, so that --help stays quick."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:

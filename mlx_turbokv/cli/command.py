@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
@@ -40,7 +41,33 @@ _AS_CONFIG = {
 _ELSEWHERE = ("--image", "--quantize-activations", "-qa", "--use-default-chat-template")
 
 
-class Command(click.Command):
+class ClosedPipeError(Exception):
+    """The reader of the output closed it. click exits with 1 at a BrokenPipeError."""
+
+
+class PipeCommand(click.Command):
+    """Raises ClosedPipeError where the reader of the output closed it."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """As click does."""
+        with _closed_pipe():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """As click does."""
+        with _closed_pipe():
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def _closed_pipe() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError as error:
+        raise ClosedPipeError from error
+
+
+class Command(PipeCommand):
     """A command whose help is in groups, with -h and --version."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -15,6 +15,7 @@ import click
 
 from ..errors import InputError
 from ..log import logger
+from .command import ClosedPipeError
 from .output import InterruptedRunError, shorten, silence_stdout
 
 USAGE_STATUS = 2
@@ -27,9 +28,10 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit.
 
     Bad input (InputError, what click refuses, a missing file) prints ``Error: <one sentence>`` on
-    stderr and exits with 2; Ctrl-C exits with 130, a reader that closed the pipe with 141. The
-    package's log messages go to stderr as they are.
+    stderr and exits with 2, as a closed stdout does; Ctrl-C exits with 130, a reader that closed the
+    pipe with 141. The package's log messages go to stderr as they are.
     """
+    _open_descriptors()
     _log_to_stderr()
     try:
         words = list(sys.argv[1:] if args is None else args)
@@ -48,7 +50,7 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> NoReturn:
         more = f": {cause}" if isinstance(cause, InterruptedRunError) else ""
         print(f"Interrupted{more}.", file=sys.stderr)
         sys.exit(INTERRUPT_STATUS)
-    except BrokenPipeError:
+    except (BrokenPipeError, ClosedPipeError):
         silence_stdout()
         sys.exit(PIPE_STATUS)
     except OSError as error:
@@ -65,6 +67,23 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> NoReturn:
 def console_script(command: click.Command) -> Callable[[], NoReturn]:
     """The function of a console script that runs ``command``."""
     return lambda: run(command)
+
+
+def _open_descriptors() -> None:
+    """Nothing that is opened later takes the place of a standard stream that is closed.
+
+    MLX, for one, cannot read a file that has descriptor 0. Raises: SystemExit where stdout is.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the least that is free
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        _fail("The output cannot be written: standard output is closed.")
 
 
 def _check_text(words: list[str]) -> None:

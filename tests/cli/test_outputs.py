@@ -11,6 +11,7 @@ import io
 import json
 import os
 import resource
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ import pytest
 from characters import loaded
 from command_calls import call, nothing_loads, refused
 from gguf_files import write_small_gguf
+from model_folder import write_model_folder
 from tiny_models import tiny_config, tiny_model
 
 from mlx_turbokv import files
@@ -244,3 +246,37 @@ def test_a_prompt_cache_is_kept_where_its_file_cannot_be_written(tmp_path, own_c
     assert "KV cache:" in out and "c.safetensors cannot be written" in said
     again = call("generate", "--model", model, "-p", "a", "--prompt-cache-file", _kept(said))
     assert again.status == 0, again.err
+
+
+@pytest.mark.parametrize("words", [["plan", "--kv-layers", "4"], ["--help"], ["plan", "--help"]])
+def test_a_reader_that_closes_the_pipe_ends_a_command_with_141(words):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as closed:
+        ended = _program(*words, stdout=closed)
+    assert ended.returncode == 141 and ended.stderr == b""
+
+
+def _with_closed(descriptors: str, *words: str) -> subprocess.CompletedProcess:
+    """A command whose standard streams are closed, as by the shell's >&-."""
+    program = shlex.join([sys.executable, "-m", "mlx_turbokv", *words])
+    return subprocess.run(
+        ["sh", "-c", f"{program} {descriptors}"], capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize("words", [["plan", "--kv-layers", "4"], ["--help"], ["doctor"]])
+def test_a_closed_standard_output_is_one_sentence(words):
+    ended = _with_closed(">&-", *words)
+    assert ended.returncode == 2 and ended.stdout == ""
+    said = "Error: The output cannot be written: standard output is closed."
+    assert ended.stderr.splitlines() == [said]
+
+
+@pytest.mark.parametrize("closed", ["<&-", "2>&-", "<&- 2>&-"])
+def test_a_model_is_read_where_other_streams_are_closed(closed, tmp_path, own_cache):
+    folder = write_model_folder(tmp_path / "model", "llama")
+    words = ("generate", "--model", str(folder), "-p", "a", "-m", "2", "--no-calibrate")
+    ended = _with_closed(closed, *words)
+    assert ended.returncode == 0, ended.stderr
+    assert "KV cache:" in ended.stdout and "Error" not in ended.stderr
