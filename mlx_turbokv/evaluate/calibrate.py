@@ -152,14 +152,8 @@ def solve(
     # The base's own formats cost nothing more, and are choices of their slot where they are open.
     measured = sensitivity.table(formats).reshape(sizes.shape)
     costs = monotone(measured, sizes)
-    n_values = sum(s.n_values for s in shapes)
     smallest = int(np.where(measured < np.inf, sizes, sizes.max()).min(axis=-1).sum())
-    for budget in budgets:
-        if budget.n_bytes < smallest:
-            raise InputError(
-                f"Budget {budget.name} is too small: the smallest formats that are open take "
-                f"{8 * smallest / n_values:.3f} bits per value."
-            )
+    check_room(budgets, smallest, shapes)
     found = []
     for budget, choices in zip(budgets, assign(costs, sizes, [b.n_bytes for b in budgets])):
         names: list[str] = [formats[int(i)] for i in choices]
@@ -168,6 +162,17 @@ def solve(
         repaired = int(np.sum(costs != measured))
         found.append(Assigned(budget, pairs, n_bytes, sensitivity.predicted(pairs), repaired))
     return found
+
+
+def check_room(budgets: Sequence[Budget], smallest: int, shapes: Sequence[KVShape]) -> None:
+    """Raises: InputError for a budget below ``smallest``, bytes a token."""
+    n_values = sum(s.n_values for s in shapes)
+    for budget in budgets:
+        if budget.n_bytes < smallest:
+            raise InputError(
+                f"Budget {budget.name} is too small: the smallest formats that are open take "
+                f"{8 * smallest / n_values:.3f} bits per value."
+            )
 
 
 def neighbours(pairs: Pairs, shapes: Sequence[KVShape], formats: Sequence[str]) -> list[Change]:

@@ -82,8 +82,10 @@ class Calibration:
         options, model = self.options, self.loaded.model
         formats, stride = options["formats"], options["ctx_size"] // 2
         shapes = calibrate.shapes_of(model)
-        for name in options["budgets"]:
-            calibrate.as_budget(model, shapes, name)  # refused before anything is measured
+        # refused before anything is measured
+        budgets = [calibrate.as_budget(model, shapes, name) for name in options["budgets"]]
+        smallest = int(calibrate.row_sizes(shapes, formats).min(axis=-1).sum())
+        calibrate.check_room(budgets, smallest, shapes)
         sample = self._sample(source, options["chunks"], stride)
         if options["keys"]:
             self.centre = calibrate_keys(model, sample.windows, source.sha256, scale=True)

@@ -169,6 +169,7 @@ def test_bad_input(call, tmp_path, small, arguments, word):
     assert (status, out) == (2, "")
     errors = [line for line in err.splitlines() if line.startswith("Error: ")]
     assert len(errors) == 1 and word in errors[0] and "Traceback" not in err
+    assert not (tmp_path / "out/measurements.jsonl").exists()  # nothing was measured
 
 
 def test_two_budgets_of_one_file_name_are_refused(call, tmp_path):
