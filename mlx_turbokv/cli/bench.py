@@ -88,9 +88,7 @@ def command(**args: Any) -> int:
 
     As mlx_lm.benchmark, but trials of the configurations alternate within one run.
     """
-    record = get_record(args, WHAT, _measure, render)
-    for line in record["not_measured"]:
-        print_status(f"Not measured within the time limit: {line}.")
+    record = get_record(args, WHAT, _measure, render, lambda record: list(record["not_measured"]))
     if args["plot"] is not None:
         from ..evaluate.plots import as_png, speed_figure
 

@@ -61,13 +61,16 @@ def command(**args: Any) -> None:
 
     The f16 cache is always measured too, to tell misses of the model from misses of the cache.
     """
-    record = get_record(args, WHAT, _measure, render)
-    if record["not_measured"]:
-        print_status(f"Not measured within the time limit: {record['not_measured']} cases.")
+    record = get_record(args, WHAT, _measure, render, _left)
     if args["plot"] is not None:
         from ..evaluate.plots import as_png, needle_figure
 
         write_result(args["plot"], as_png(needle_figure(record)))
+
+
+def _left(record: dict) -> list[str]:
+    n_cases = int(record["not_measured"])
+    return [f"{n_cases} cases"] if n_cases else []
 
 
 def _measure(args: dict[str, Any]) -> dict:

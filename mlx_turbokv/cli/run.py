@@ -14,7 +14,7 @@ from .command import Command, instead_of_kv_bits
 from .entry import console_script
 from .output import print_status
 from .runs import asked_of_file
-from .values import refuse
+from .values import check_max_kv_size
 
 COMMANDS = (
     "benchmark", "cache_prompt", "chat", "evaluate", "generate", "lora", "perplexity", "server",
@@ -129,7 +129,7 @@ def _check(attaching: Any, given: Any, parser: Any) -> None:
             option = f"--{name.replace('_', '-')}"
             raise InputError(f"{option} has no effect on packed caches: omit it.")
     if (n := getattr(given, "max_kv_size", None)) is not None:
-        refuse(["keys"], "with --max-kv-size: the keys of a window stay whole")
+        check_max_kv_size(n)
         attaching.cache_options["max_kv_size"] = n
         attaching.asked = replace(attaching.asked, windows=True)
         print_status(f"--max-kv-size {n} goes to the packed caches, which keep the first 4 tokens.")

@@ -68,6 +68,7 @@ def asked_of_file(args: Options) -> Any:
     """The ``Asked`` of a prompt cache file that the options of ``options.cache`` ask for."""
     from ..cache.file_options import Asked
     from ..centring.references import paths_for
+    from ..policy.presets import from_environment
 
     references = args["keys"]
     if args["policy"] is not None and references is None and not args["no_centre"]:
@@ -76,7 +77,8 @@ def asked_of_file(args: Options) -> Any:
         if own and has_turbo and paths_for(own)[1].is_file():
             references = str(paths_for(own)[1])
     return Asked(
-        formats=any(args[name] is not None for name in options.CACHE_ARGUMENTS),
+        formats=any(args[name] is not None for name in options.CACHE_ARGUMENTS)
+        or from_environment() is not None,
         references=references,
         whole_keys=args["no_centre"],
         packed_windows=args["compress_sliding"],
@@ -135,8 +137,12 @@ def get_record(
     what: str,
     measure: Callable[[Options], dict],
     render: Callable[[dict, str], str],
+    left: Callable[[dict], list[str]],
 ) -> dict:
     """Print and return the record of --from, or that of a new run.
+
+    Args:
+        left: what a record lacks for want of time, a line each.
 
     Raises: InputError for a path that cannot be written, a plot that cannot be drawn, options that
         would measure beside --from, or a file that is no whole record.
@@ -150,13 +156,22 @@ def get_record(
 
         require_matplotlib()
     if from_path is None:
-        return print_record(lambda: measure(args), lambda record: render(record, args["output"]))
+        record = print_record(lambda: measure(args), lambda record: render(record, args["output"]))
+        _say_left(left(record))
+        return record
     record = read_json(from_path, what)
     try:
-        text = render(record, args["output"])
+        text, lines = render(record, args["output"]), left(record)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise not_whole(from_path, what, error) from error
-    return print_record(lambda: record, lambda _: text)
+    print_record(lambda: record, lambda _: text)
+    _say_left(lines)
+    return record
+
+
+def _say_left(lines: list[str]) -> None:
+    for line in lines:
+        print_status(f"Not measured within the time limit: {line}.")
 
 
 def not_whole(path: str, what: str, error: Exception) -> InputError:

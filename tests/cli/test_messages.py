@@ -203,3 +203,17 @@ def test_auto_that_is_given_is_not_the_environments(monkeypatch, tiny):
     assert configuration.prepare(model, "q8_0/turbo2", "auto").backend == "reference"
     with pytest.raises(InputError, match="metal"):
         configuration.prepare(model, "q8_0/turbo2")
+
+
+def test_what_a_record_of_needles_lacks_is_named(tiny, tmp_path):
+    path = tmp_path / "r.json"
+    args = ("needle", "--text", tiny, "-c", 800, "--depths", 1, "--config", "f16/f16")
+    assert call(*args, "--json", path).status == 0
+    record = json.loads(path.read_text())
+    assert call("needle", "--from", path).status == 0
+    for key in record:
+        path.write_text(json.dumps({k: v for k, v in record.items() if k != key}))
+        result = call("needle", "--from", path)
+        assert result.status == 0 or "is not a" in result.error()
+    path.write_text(json.dumps(record | {"not_measured": "x"}))
+    assert "is not a whole record" in refused("needle", "--from", path)

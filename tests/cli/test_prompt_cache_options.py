@@ -156,6 +156,15 @@ def test_what_a_file_contradicts_is_refused(folder, keys, tmp_path, command, opt
     assert word in sentence and str(file) in sentence
 
 
+def test_the_environments_policy_is_asked_for_as_an_options_is(folder, tmp_path, monkeypatch):
+    file = made(folder, tmp_path / "c.safetensors", "--no-centre")
+    monkeypatch.setenv("TURBO_LAYER_ADAPTIVE", "7")
+    said = going_on(folder, file).error()
+    assert "q8_0" in said and "TURBO_LAYER_ADAPTIVE" in said
+    monkeypatch.setenv("TURBO_LAYER_ADAPTIVE", "")
+    assert going_on(folder, file).status == 0
+
+
 def test_convert_cache_packs_no_windows_of_a_packed_file(sliding, tmp_path):
     file = made(sliding, tmp_path / "c.safetensors")
     args = (file, tmp_path / "d.safetensors", "--model", sliding, "--compress-sliding")

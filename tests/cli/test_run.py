@@ -137,12 +137,21 @@ def test_generate_with_a_gguf_file(tmp_path):
 
 def test_max_kv_size_goes_to_the_packed_caches(folder):
     args = ("--model", folder, "--prompt", "the lazy dog " * 9, "-m", N, "--max-kv-size", 32)
-    result, counted = run("generate", *args)
+    result, counted = run("generate", *args, formats=PAIR)
     assert {name for name, _ in counted} == {"TurboRotatingKVCache"}
     assert "--max-kv-size 32 goes to the packed caches" in result.err
     expected = call("generate", *PAIR, *args).out
     assert result.out.split("=" * 10)[1] == expected.split("=" * 10)[1]
     assert "max_kv_size 3" in call("run", "mlx_lm.chat", "--model", folder, "--max-kv-size", 3).err
+
+
+@pytest.mark.parametrize("option", ["--sink", "--recent"])
+@pytest.mark.parametrize("name", ["generate", "cache_prompt"])
+def test_a_window_protects_no_tokens(folder, tmp_path, name, option):
+    more = ("--prompt-cache-file", tmp_path / "c") if name == "cache_prompt" else ()
+    words = (f"mlx_lm.{name}", "--model", folder, "--prompt", "a", "--max-kv-size", 64, *more)
+    said = call("run", option, 32, "--", *words).error()
+    assert f"{option} has no effect with --max-kv-size" in said
 
 
 @pytest.mark.parametrize(
