@@ -21,8 +21,9 @@ PACKED = (TurboKVCache, TurboRotatingKVCache)
 class KVSummary:
     """Totals over the KV layers (the packed ones and mlx-lm's own ``KVCache``).
 
-    tokens: tokens processed; a sliding window stores fewer.
-    row_bytes: of the tokens' rows and what is subtracted from them, without spare rows.
+    tokens: tokens processed.
+    kept: the most rows of one sequence that a layer holds; where all have a window, fewer.
+    row_bytes: of the rows that are held and what is subtracted from them, without spare rows.
     f16_bytes: of the same rows in 16 bits.
     resident_bytes: everything held, spare rows included.
     bits_per_value: ``row_bytes`` in bits, for each value of the tokens' K and V.
@@ -41,6 +42,7 @@ class KVSummary:
     backend: str | None
     protected: int = 0
     centred: dict[str, int] = field(default_factory=dict)
+    kept: int = 0
 
     def line(self, policy: str) -> str:
         """The closing line of ``generate``."""
@@ -56,9 +58,10 @@ class KVSummary:
         )
 
     def size(self) -> str:
-        """Tokens, and the size of their rows beside that of the same rows in f16."""
+        """Tokens, and the size of the rows held beside that of the same rows in f16."""
         percent = 100 * self.row_bytes / self.f16_bytes if self.f16_bytes else 100.0
-        return f"{self.tokens:,} tokens, {mib(self.row_bytes)}, {percent:.1f}% of f16"
+        kept = f", {self.kept:,} of them kept" if self.kept < self.tokens else ""
+        return f"{self.tokens:,} tokens{kept}, {mib(self.row_bytes)}, {percent:.1f}% of f16"
 
 
 def mib(n_bytes: int) -> str:
@@ -104,6 +107,7 @@ def summarize(caches: list[Any]) -> KVSummary:
         backend=_backend(backends[0]) if backends else None,
         protected=protected,
         centred=dict(Counter(centre.source for centre in centres if centre is not None)),
+        kept=max((int(c.size()) for c in layers if not c.empty()), default=0),
     )
 
 

@@ -47,7 +47,8 @@ def command(source: Path, target: Path, **args: Any) -> None:
     # packed rows say themselves what their keys are centred by
     cache_options["centre"] = True if is_packed else centre_of(cache_options["centre"], loaded)
     fresh = make_prompt_cache(loaded.model, **cache_options)
-    asked = Asked(formats=not is_packed)
+    # of packed windows `unpacked` says that they cannot be converted
+    asked = Asked(formats=not is_packed, windows=not is_packed)
     saved = files.load(source, loaded.name, loaded.model, fresh, asked, loaded.source)
     if is_packed:
         caches = [unpacked(cache) for cache in saved.caches]

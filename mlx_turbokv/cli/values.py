@@ -132,7 +132,7 @@ class MemorySize(Size):
 
     name = "memory"
     _UNITS = {"": 1 << 30, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-    _END = "(?:i?B)?"
+    _END = "(?:(?<=[KMGT])i?B)?"  # no unit is GiB, so B alone would say the opposite
     _EXAMPLE = "a size of memory such as 16GB"
 
 

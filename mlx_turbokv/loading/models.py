@@ -77,7 +77,7 @@ def load(
         loaded = _load_gguf(gguf, form, template)
         loaded.name = name or loaded.name
         if adapter_path is not None:
-            with load_errors("from GGUF", adapter_path):
+            with load_errors(loaded.name, adapter_path):
                 _check_files(adapter_path)
                 load_adapters(loaded.model, adapter_path)
             loaded.model.eval()

@@ -202,6 +202,7 @@ def test_more_than_the_memory_is_a_warning(call, monkeypatch):
 
 def test_max_kv_size_bounds_the_cache_and_not_the_text(call, tmp_path):
     _, out, _ = call("-p", "the", "-m", 400, "--max-kv-size", 64, "--policy", "la-v7")
+    assert "tokens, 64 of them kept, " in out
     pattern = r"KV cache: (\d+) tokens, .* of f16 \(([\d.]+) MiB\), ([\d.]+) MiB resident"
     tokens, f16, resident = map(float, re.search(pattern, out).groups())
     assert tokens > 300

@@ -229,6 +229,8 @@ def test_markdown_is_a_table() -> None:
         (["--model", "phi-4", "--memory", "nan"], "such as 16GB"),
         (["--model", "phi-4", "--memory", "1e300"], "such as 16GB"),
         (["--model", "phi-4", "--memory", "0"], "such as 16GB"),
+        (["--model", "phi-4", "--memory", "1B"], "such as 16GB"),
+        (["--model", "phi-4", "--memory", "1iB"], "such as 16GB"),
         (["--model", "phi-4", "--gpu-memory", "inf"], "such as 16GB"),
         (["--model", "phi-4", "--gpu-memory", "9", "--memory", "9"], "cannot be given together"),
         (["--model", "phi-4", "--weight-bits", "nan"], "--weight-bits"),
