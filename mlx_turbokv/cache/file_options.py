@@ -75,8 +75,8 @@ def _check_formats(path: Path, pairs: Iterable[tuple[Any, Any]]) -> None:
         if formats(held) != formats(wanted):
             raise InputError(
                 f"The prompt cache file {path} holds {formats(held)} where {formats(wanted)} is "
-                "asked for; omit the cache options, and TURBO_LAYER_ADAPTIVE, to keep the formats of "
-                "the file."
+                "asked for; omit the cache options, and TURBO_LAYER_ADAPTIVE, to keep the formats "
+                "of the file."
             )
 
 

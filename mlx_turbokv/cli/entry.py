@@ -28,8 +28,8 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit.
 
     Bad input (InputError, what click refuses, a missing file) prints ``Error: <one sentence>`` on
-    stderr and exits with 2, as a closed stdout does; Ctrl-C exits with 130, a reader that closed the
-    pipe with 141. The package's log messages go to stderr as they are.
+    stderr and exits with 2, as a closed stdout does; Ctrl-C exits with 130, a reader that closed
+    the pipe with 141. The package's log messages go to stderr as they are.
     """
     _open_descriptors()
     _log_to_stderr()

@@ -11,7 +11,7 @@ from ..errors import InputError
 from . import options
 from .command import Command
 from .entry import console_script
-from .output import Progress, format_record, print_status, write_json, write_result
+from .output import Progress, format_record, write_json, write_result
 from .runs import (
     asked_centre,
     centre_of,
