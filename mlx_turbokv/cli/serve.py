@@ -7,11 +7,12 @@ from typing import Any
 
 import click
 
+from ..errors import InputError
 from . import options
 from .command import Command
 from .entry import console_script
 from .mlx_lm_options import KEPT_TOKENS
-from .values import MOST_TOKENS, SIZE, refuse
+from .values import MOST_TOKENS, SIZE, check_max_kv_size, refuse
 
 
 class _Command(Command):
@@ -99,17 +100,21 @@ def command(
     from ..loading import blas
 
     blas.require_mlx()
+    from ..loading import distributed
     from ..serve import options as server_options
     from ..serve import server
 
-    if max_kv_size is not None:
-        refuse(["keys"], "with --max-kv-size: the keys of a window stay whole")
+    check_max_kv_size(max_kv_size)
     if prompt_cache_dir is None:
         refuse(["prompt_cache_disk"], "without --prompt-cache-dir")
+    elif not prompt_cache_dir.strip():
+        raise InputError(f"--prompt-cache-dir {prompt_cache_dir!r} is not accepted: give a folder.")
     policy = options.policy_from(**cache)
     centre = options.centre_from(keys, no_centre, [policy], no_calibrate)
     options.check_backend(backend)
     arguments = server_options.parse(ctx.args)
+    if arguments.pipeline and distributed.n_processes() == 1:
+        raise InputError("--pipeline has no effect in one process: start several with mlx.launch.")
     vars(arguments).update(
         prompt_cache_dir=prompt_cache_dir,
         prompt_cache_disk=prompt_cache_disk,

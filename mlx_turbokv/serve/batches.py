@@ -9,6 +9,7 @@ from mlx_lm import server
 from mlx_lm.generate import BatchGenerator
 
 from .jobs import Job
+from .random_state import kept_if_it_fails
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,8 @@ class Batch:
 
     def step(self) -> bool:
         """Read some of the prompts and generate a token of each other job; whether anything was."""
-        reading, generated = self._generator.next()
+        with kept_if_it_fails():
+            reading, generated = self._generator.next()
         for response in reading:
             self.jobs[response.uid].choice.put(response.progress)
         self._keep_segments(reading)

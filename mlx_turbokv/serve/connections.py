@@ -47,6 +47,7 @@ class Server(ThreadingHTTPServer):
         self._open = threading.BoundedSemaphore(MOST_CONNECTIONS)
         self._active = threading.Condition()
         self.n_active = 0
+        self.host = f"[{host}]" if ":" in host else host
         _raise_file_limit()
         try:
             found = socket.getaddrinfo(
@@ -57,7 +58,11 @@ class Server(ThreadingHTTPServer):
             super().__init__(address, handler)  # type: ignore[arg-type]
         except (OSError, UnicodeError) as error:
             what = getattr(error, "strerror", None) or error
-            raise InputError(f"{host}:{port} cannot be listened on ({what}).") from error
+            raise InputError(f"{self.host}:{port} cannot be listened on ({what}).") from error
+
+    def say_address(self) -> None:
+        """Log where clients find the API."""
+        logger.info(f"Listening on http://{self.host}:{self.server_port}/v1")
 
     def server_bind(self) -> None:
         """Bind without asking for the host's name, which may take seconds."""

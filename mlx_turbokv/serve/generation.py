@@ -48,18 +48,24 @@ class Generator(server.ResponseGenerator):
     Args:
         provider: loads models.
         prompt_cache: caches of finished requests.
+        when_loaded: called once, when the command line's model is served.
     """
 
     model_provider: TurboModelProvider
 
-    def __init__(self, provider: TurboModelProvider, prompt_cache: PromptCache) -> None:
+    def __init__(
+        self,
+        provider: TurboModelProvider,
+        prompt_cache: PromptCache,
+        when_loaded: Callable[[], None] = lambda: None,
+    ) -> None:
         self.failure: BaseException | None = None
         self.services = Services(provider, prompt_cache, self._queue)
         self.admit: Admit = self._admit
         self.pages: dict[str, Callable[[], tuple[str, str]]] = self.services.pages()
         self.answered = self.services.metrics.answered
         self._is_serving_alone = False
-        self._is_loaded = False
+        self._is_loaded, self._when_loaded = False, when_loaded
         self._waiting: deque[Job] = deque()
         self._batch: Batch | None = None
         self._vocabularies: dict[Any, frozenset[int]] = {}
@@ -100,12 +106,6 @@ class Generator(server.ResponseGenerator):
             return "unavailable"
         return "ok" if self._is_loaded else "loading model"
 
-    def text_of(self, prompt: str | list[int]) -> str:
-        """The text of a prompt that may be tokens."""
-        if isinstance(prompt, str):
-            return prompt
-        return self.model_provider.tokenizer.decode(prompt)  # type: ignore[union-attr]
-
     def stop_and_join(self) -> None:
         """Stop, and wait for the end: not for long for a message of a machine that ended first."""
         self._stop = True
@@ -139,6 +139,7 @@ class Generator(server.ResponseGenerator):
         self.model_provider.load_default()
         self.services.take_model()
         self._is_loaded = True
+        self._when_loaded()
         if self._is_distributed:
             seed: Any = mx.distributed.all_sum(mx.random.state[0])  # type: ignore[index]
             mx.random.seed(seed.view(mx.uint64).item())

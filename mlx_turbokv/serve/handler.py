@@ -26,11 +26,14 @@ REQUEST_SECONDS = 60.0
 WRITE_SECONDS = 60.0
 WAIT_SECONDS = 1.0
 DRAIN_SECONDS = 5.0
+HEALTH = ("/health", "/v1/health")
+MODELS = ("/v1/models", "/models")
 COMPLETIONS: dict[str, type[ChatBody] | type[TextBody]] = {
     "/v1/completions": TextBody,
     "/v1/chat/completions": ChatBody,
     "/chat/completions": ChatBody,
 }
+_MODEL_PATHS = tuple(f"{path}/" for path in MODELS)
 logger = logging.getLogger(__name__)
 
 
@@ -128,13 +131,13 @@ class Handler(BaseHTTPRequestHandler):
         self._send_head(204, "application/json")
 
     def _get(self, path: str, body: bytes) -> None:
-        if path in ("/health", "/v1/health"):
+        if path in HEALTH:
             status = self.generator.status
             self._send(200 if status == "ok" else 503, {"status": status})
-        elif path.rstrip("/") in ("/v1/models", "/models"):
+        elif path.rstrip("/") in MODELS:
             names = self.generator.model_provider.names.listed()
             self._send(200, {"object": "list", "data": [self._model(name) for name in names]})
-        elif path.startswith(("/v1/models/", "/models/")):
+        elif path.startswith(_MODEL_PATHS):
             name = path.split("/models/", 1)[1]
             self.generator.model_provider.names.source(name)
             self._send(200, self._model(name))
@@ -151,6 +154,8 @@ class Handler(BaseHTTPRequestHandler):
         return {"id": name, "object": "model", "created": self.created, "owned_by": "mlx_turbokv"}
 
     def _post(self, path: str, body: bytes) -> None:
+        if path in (*HEALTH, *MODELS, *self.pages) or path.startswith(_MODEL_PATHS):
+            raise RequestError(405, f"POST is not accepted for {path[:200]}: use GET.")
         if path not in COMPLETIONS:
             raise RequestError(404, f"There is no {path[:200]!r}: see /v1/chat/completions.")
         provider = self.generator.model_provider
@@ -174,7 +179,7 @@ class Handler(BaseHTTPRequestHandler):
         asked = completion.asked
         choices: dict[int, ChoiceText] = {}
         n_choices, n_ended = len(asked.prompts) * len(asked.arguments), 0
-        looked = time.monotonic()
+        looked, provider = time.monotonic(), self.generator.model_provider
         while n_ended < n_choices:
             received = self.generator.receive(answer, WAIT_SECONDS)
             if time.monotonic() - looked > WAIT_SECONDS or received is None:
@@ -202,7 +207,7 @@ class Handler(BaseHTTPRequestHandler):
                 prompt = asked.prompts[index // len(asked.arguments)]
                 choices[index] = ChoiceText(item, prompt.tools, asked.stream)
                 if getattr(asked.body, "echo", None):
-                    completion.echo(index, self.generator.text_of(prompt.prompt))
+                    completion.echo(index, provider.text_of(prompt.prompt))
                 if asked.stream and not self.headers_sent:
                     self._send_head(200, "text/event-stream")
         ordered = [choices[index] for index in sorted(choices)]

@@ -6,7 +6,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 from mlx_lm import server
@@ -75,6 +75,17 @@ class TurboModelProvider(server.ModelProvider):
             raise InputError(str(error)) from error
         if self._loaded is not None:
             self.names.served = self._loaded.name
+            if self.cli_args.top_k >= self.n_tokens:
+                raise InputError(
+                    f"--top-k {self.cli_args.top_k} is not below the vocabulary of "
+                    f"{self._loaded.name}, which has {self.n_tokens} tokens."
+                )
+
+    def text_of(self, prompt: str | list[int]) -> str:
+        """The text of a prompt that may be tokens."""
+        if isinstance(prompt, str):
+            return prompt
+        return self.tokenizer.decode(prompt)  # type: ignore[union-attr]
 
     def load(
         self, model_path: str, adapter_path: Any = None, draft_model_path: Any = DEFAULT_MODEL
@@ -105,6 +116,14 @@ class TurboModelProvider(server.ModelProvider):
                 "model_not_found",
             ) from error
         return self.model, self.tokenizer
+
+    def say_what_is_served(self) -> None:
+        """Print the model in place, and how its caches are packed."""
+        if self._loaded is None or distributed.rank() != 0:
+            return
+        policy, model = label(self.cache_options["policy"]), self._loaded.model
+        about = cast(Any, model).make_cache.about_keys_and_backend()
+        print(f"Serving {self._loaded.name}: KV cache {policy}, {about}", file=sys.stderr)
 
     def _load(
         self, model_path: Any, adapter_path: Any = None, draft_model_path: Any = None
@@ -179,8 +198,3 @@ class TurboModelProvider(server.ModelProvider):
         model: Any = loaded.model
         centre = for_model(self.cache_options.get("centre", True), loaded.tokenizer, loaded.name)
         attach(model, **self.cache_options | {"centre": centre})
-        if distributed.rank() != 0:
-            return
-        policy = label(self.cache_options["policy"])
-        about = model.make_cache.about_keys_and_backend()
-        print(f"Serving {loaded.name}: KV cache {policy}, {about}", file=sys.stderr)

@@ -19,10 +19,10 @@ IMAGE_BYTES = 32 << 20
 
 
 def check_vocabulary(request: server.CompletionRequest, args: Any, n_tokens: int) -> None:
-    """Check what a request says about tokens.
+    """Check what a request says about tokens; the server's own ``top_k`` is made to fit.
 
     Args:
-        args: a ``GenerationArguments``.
+        args: a ``GenerationArguments``, its sampling a ``requests.Sampling``.
         n_tokens: the size of the vocabulary.
 
     Raises:
@@ -35,6 +35,8 @@ def check_vocabulary(request: server.CompletionRequest, args: Any, n_tokens: int
                 400, f"logit_bias for token {short(token)} is not accepted: {accepted}.",
                 "logit_bias",
             )  # fmt: skip
+    if args.sampling.is_own_top_k:
+        args.sampling.top_k = min(args.sampling.top_k, n_tokens - 1)
     for name, value in (("top_k", args.sampling.top_k), ("top_logprobs", args.top_logprobs)):
         if value >= n_tokens:
             raise RequestError(400, f"{name} {short(value)} is not accepted: {accepted}.", name)

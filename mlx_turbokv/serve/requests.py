@@ -19,19 +19,31 @@ from mlx_lm.server import (
 )
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..errors import short
 from ..log import warn_once
 from .errors import RequestError
-from .schema import Body, ChatBody, TextBody, ToolChoice
+from .messages import ToolChoice
+from .schema import Body, ChatBody, TextBody
 
 DEFAULT_MODEL = "default_model"
 # Colder ones, whose inverse is not finite in 16 bits, are taken as this one.
 COLDEST = 0.001
-# Arguments of the function that applies a template, which are the server's to set.
-_TEMPLATE_ARGUMENTS = frozenset(
-    inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+# Arguments of the functions that apply a template, which are the server's to set.
+TEMPLATE_ARGUMENTS = {"messages"}.union(
+    *(
+        inspect.signature(function).parameters
+        for function in (PreTrainedTokenizerBase.apply_chat_template, render_jinja_template)
+    )
 )
+
+
+@dataclass
+class Sampling(SamplingArguments):
+    """Adds whether ``top_k`` is the server's own, which fits any vocabulary."""
+
+    is_own_top_k: bool = False
 
 
 @dataclass
@@ -98,12 +110,14 @@ def description(body: Body) -> Any:
 
 def _error(error: ValidationError, kind: type[Body]) -> RequestError:
     """One sentence about the first field that is not accepted."""
-    errors = error.errors(include_url=False, include_context=False)
+    errors = error.errors(include_url=False)
     # of a field's kinds of values, the one that fits best fails furthest within
     first = max((e for e in errors if e["loc"][:1] == errors[0]["loc"][:1]), key=_depth)
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "json_invalid":
         return RequestError(400, f"The request is no JSON ({message[14:]}).")
+    if first["type"] == "fields":
+        return RequestError(400, f"{message}.", first.get("ctx", {})["param"])
     param = str(first["loc"][0]) if first["loc"] else None
     field = kind.model_fields.get(param or "")
     if param is None or field is None:
@@ -115,7 +129,9 @@ def _error(error: ValidationError, kind: type[Body]) -> RequestError:
     places = [part for part in first["loc"][1:] if isinstance(part, int) or part in _FIELDS]
     where = param + "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in places)
     value = "" if first["type"] == "missing" else f" {short(first['input'])}"
-    inner = f" ({message[:1].lower()}{message[1:]})" if places else ""
+    message = message.replace(" after validation", "")
+    is_told = bool(places) or first["type"] in ("too_long", "too_short")
+    inner = f" ({message[:1].lower()}{message[1:]})" if is_told else ""
     return RequestError(
         400, f"{where}{value} is not accepted{inner}: give {field.description}.", param
     )
@@ -135,7 +151,7 @@ _FIELDS = {
 def _chat(body: ChatBody) -> CompletionRequest:
     messages = [message.model_dump(exclude_unset=True) for message in body.messages]
     for name in body.chat_template_kwargs or {}:
-        if name in _TEMPLATE_ARGUMENTS:
+        if name in TEMPLATE_ARGUMENTS:
             raise RequestError(
                 400,
                 f"chat_template_kwargs {name!r} is not accepted: give variables of the chat "
@@ -170,13 +186,14 @@ def _arguments(body: ChatBody | TextBody, choice: int, cli: argparse.Namespace) 
     max_tokens = body.max_completion_tokens or body.max_tokens or cli.max_tokens
     return GenerationArguments(
         model=description(body),
-        sampling=SamplingArguments(
+        sampling=Sampling(
             temperature=max(temperature, COLDEST) if temperature > 0 else 0.0,
             top_p=pick("top_p", cli.top_p),
             top_k=pick("top_k", cli.top_k),
             min_p=pick("min_p", cli.min_p),
             xtc_probability=pick("xtc_probability", 0.0),
             xtc_threshold=pick("xtc_threshold", 0.1),
+            is_own_top_k=body.top_k is None,
         ),
         logits=LogitsProcessorArguments(
             logit_bias=body.logit_bias or None,

@@ -24,7 +24,6 @@ from .handler import Handler
 from .models import TurboModelProvider
 
 END_SECONDS = 3.0
-logger = logging.getLogger(__name__)
 
 
 def serve(
@@ -60,13 +59,12 @@ def serve(
     generator = caches = None
     try:
         caches = prompt_cache.make(options)
-        generator = Generator(provider, caches)
+        generator = Generator(provider, caches, http.say_address if http else lambda: None)
         generator.services.metrics.log_regularly()
         if http is None:
             generator.join()
         else:
             http.RequestHandlerClass = partial(Handler, generator, int(time.time()))
-            logger.info(f"Listening on http://{options.host}:{http.server_port}/v1")
             http.serve_until_interrupted()
     except KeyboardInterrupt:
         pass

@@ -64,6 +64,7 @@ class Services:
         if loaded is not None:
             self.metrics.served(loaded.name, label(self.provider.cache_options["policy"]))
         self._key = self.provider.model_key
+        self.provider.say_what_is_served()
 
     def take_asked_model(self) -> None:
         """As ``take_model``, for a model that a client named.

@@ -12,12 +12,14 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from ..cache.summary import leaves
 from .errors import RequestError
+from .random_state import kept_if_it_fails
 
 
 class CancelledError(Exception):
     """Nobody waits for the answer any more."""
 
 
+@kept_if_it_fails()
 def serve(owner: Any, job: Any) -> None:
     """Generate one job to its end.
 

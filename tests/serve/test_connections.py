@@ -156,11 +156,14 @@ def test_a_request_whose_client_has_gone_is_not_generated_to_its_end(server) -> 
         (b"HEAD /v1/models HTTP/1.1\r\n\r\n", 405),
         (b"GET /v1/completions HTTP/1.1\r\n\r\n", 405),
         (b"GET /nothing HTTP/1.1\r\n\r\n", 404),
-        (b"POST /v1/models HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}", 404),
+        (b"POST /v1/models HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}", 405),
+        (b"POST /v1/models/x HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}", 405),
+        (b"POST /health HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}", 405),
+        (b"POST /metrics HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}", 405),
+        (b"POST /nothing HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}", 404),
         (b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n", 414),
         (b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 200 + b"\r\n", 431),
         (b"GET / HTTP/9.9\r\n\r\n", 400),
-
         (b"\r\n\r\n", 400),
     ],
 )  # fmt: skip
@@ -238,6 +241,16 @@ def test_an_occupied_port_is_found_before_the_model_is_loaded(capfd) -> None:
         with pytest.raises(InputError, match=f":{port} cannot be listened on"):
             Server("127.0.0.1", port, None)
         assert time.monotonic() - begun < 2
+
+
+@pytest.mark.parametrize(("host", "shown"), [("::1", "[::1]"), ("localhost", "localhost")])
+def test_the_address_can_be_used_as_it_is_said(monkeypatch, caplog, host: str, shown: str) -> None:
+    caplog.set_level("INFO")
+    family, address = socket.AF_INET, ("127.0.0.1", 0)  # a machine may have no IPv6
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(family, 0, 0, "", address)])
+    with Server(host, 0, None) as server:
+        server.say_address()
+    assert caplog.messages == [f"Listening on http://{shown}:{server.server_port}/v1"]
 
 
 def test_what_ends_accepting_is_raised_where_it_is_waited_for(monkeypatch) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import mlx.core as mx
 import pytest
+from generated_jobs import alone, result, submit
 from gguf_files import write_small_gguf
 from mlx_lm import server as mlx_lm_server
 from model_folder import write_model_folder
@@ -16,13 +17,11 @@ from server_process import ask, running
 
 from mlx_turbokv import load_policy
 from mlx_turbokv.errors import InputError
-from mlx_turbokv.serve import batches, prompt_cache, requests
+from mlx_turbokv.serve import batches, prompt_cache
 from mlx_turbokv.serve.errors import RequestError
 from mlx_turbokv.serve.generation import Generator
-from mlx_turbokv.serve.jobs import Token
 from mlx_turbokv.serve.models import TurboModelProvider
 from mlx_turbokv.serve.options import parse
-from mlx_turbokv.serve.schema import TextBody
 
 pytestmark = pytest.mark.slow
 
@@ -43,31 +42,6 @@ def generator(model: str) -> Iterator[Generator]:
     )
     yield made
     made.stop_and_join()
-
-
-def submit(generator: Generator, **fields):
-    body = TextBody(**{"prompt": "the", "max_tokens": 12, **fields})
-    raw = body.model_dump_json(exclude_unset=True).encode()
-    return generator.submit(requests.read(raw, TextBody, generator.cli_args))
-
-
-def result(generator: Generator, answer) -> list:
-    """Tokens of one choice, and the exception that ended it."""
-    found = []
-    while True:
-        received = generator.receive(answer, 60)
-        assert received is not None
-        item = received[1]
-        if item is None:
-            return found
-        if isinstance(item, Token):
-            found.append(item.token)
-        elif isinstance(item, Exception):
-            return [*found, item]
-
-
-def alone(generator: Generator, **fields) -> list:
-    return result(generator, submit(generator, **fields))
 
 
 def failing_sampler(after: int):

@@ -200,6 +200,15 @@ def test_load_with_disconnects_leaves_memory_as_it_was(small_model_file: Path) -
         (["--port", "70000"], "70000"),
         (["--policy", "la-v9"], "la-v9"),
         (["-ctk", "q9"], "q9"),
+        (["--pipeline"], "--pipeline has no effect in one process"),
+        (["--prompt-cache-dir", ""], "--prompt-cache-dir '' is not accepted: give a folder"),
+        (["--max-tokens", "99999999999"], "--max-tokens '99999999999'"),
+        (["--draft-model", "x", "--num-draft-tokens", "2000"], "--num-draft-tokens '2000'"),
+        (["--prompt-cache-bytes", "nan"], "--prompt-cache-bytes 'nan' is not accepted: give a num"),
+        (["--chat-template-args", "{"], "--chat-template-args '{' is not accepted: give a JSON ob"),
+        (["--chat-template-args", '{"messages": 1}'], "--chat-template-args 'messages'"),
+        (["--max-kv-size", "64", "--sink", "32"], "--sink has no effect with --max-kv-size"),
+        (["--max-kv-size", "64", "--recent", "64"], "--recent has no effect with --max-kv-size"),
     ],
 )
 def test_bad_options_are_one_sentence(small_model_file: Path, options, words) -> None:
@@ -208,7 +217,12 @@ def test_bad_options_are_one_sentence(small_model_file: Path, options, words) ->
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [(["--model", "/nowhere/at/all"], "/nowhere/at/all"), (["--host", "256.0.0.1"], "256.0.0.1")],
+    [
+        (["--model", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["--host", "256.0.0.1"], "256.0.0.1"),
+        (["--top-k", "1000"], "--top-k 1000 is not below the vocabulary of small llama"),
+        (["--memory-limit", "1KB"], "--memory-limit"),
+    ],
 )
 def test_bad_input_is_one_sentence(small_model_file: Path, options, words) -> None:
     command = [*SERVE, "--model", str(small_model_file), *options]
@@ -218,6 +232,7 @@ def test_bad_input_is_one_sentence(small_model_file: Path, options, words) -> No
     errors = [line for line in ended.stderr.splitlines() if line.startswith("Error: ")]
     assert len(errors) == 1 and words in errors[0]
     assert "Traceback" not in ended.stderr
+    assert not any(words in ended.stderr for words in ("Listening", "Serving"))
 
 
 def test_all_options_of_mlx_lm_server_are_read() -> None:
