@@ -32,7 +32,7 @@ ORDER = [
 # run by python -m, and imported by nothing
 SCRIPTS = {"__main__"} | {name for name in COMMANDS if not (ROOT / name).is_dir()}
 # below all folders; the package itself only preloads OpenBLAS
-BASE = {"errors", "files", "log", "safetensors", ""}
+BASE = {"checked", "errors", "files", "log", "safetensors", ""}
 MOST_LINES = 300
 MODULES = {
     ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix("__init__").rstrip("."): p

@@ -6,16 +6,81 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from ..centring import AUTO
 from ..centring.first_use import FirstUse
+from ..centring.references import References
+from ..checked import BOOLEAN, INTEGER, Kind, checked, is_path
 from ..errors import InputError
+from ..kernels.backend import BACKEND, select_backend
 from ..model.kinds import check_model
 from ..model.kv_layers import KVLayer
-from ..policy import Policy, load_policy
+from ..policy import Pair, Policy, load_policy
 from ..policy.presets import format_of
+from ..policy.protection import PROTECTED
 from ..policy.settings import default_policy
-from ..quant.formats import KVFormat
+from ..quant.formats import FORMAT, KVFormat
 
 KEPT_TOKENS = 4  # first tokens that stay when max_kv_size is reached; mlx-lm keeps as many
+
+
+def _model(_name: str, value: Any) -> None:
+    check_model(value)
+
+
+def _is_tokenizer(value: Any) -> bool:
+    is_text = isinstance(value, (str, bytes, type))
+    return not is_text and callable(getattr(value, "encode", None))
+
+
+def _backend(name: str, value: Any) -> None:
+    BACKEND(name, value)
+    select_backend(value)
+
+
+checked_model = checked(model=_model)
+# the arguments of attach and make_prompt_cache
+checked_options = checked(
+    model=_model,
+    k=FORMAT,
+    v=FORMAT,
+    policy=Kind(
+        "a policy object, its name or the path of a JSON file",
+        lambda value: isinstance(value, Policy) or is_path(value),
+    ),
+    backend=_backend,
+    centre=Kind(
+        f"{AUTO!r}, True, False or a file of mean keys",
+        lambda value: isinstance(value, (bool, References, FirstUse)) or is_path(value),
+    ),
+    tokenizer=Kind("the model's tokenizer", _is_tokenizer),
+    compress_sliding=BOOLEAN,
+    max_kv_size=Kind("a whole number of tokens", INTEGER.fits),
+    handles=BOOLEAN,
+    sink=PROTECTED,
+    recent=PROTECTED,
+)
+
+
+def check_protection(
+    policy: Policy, formats: Sequence[Pair], sink: int | None, recent: int | None
+) -> None:
+    """Check protected tokens that were asked for.
+
+    Args:
+        formats: of the KV layers, as the policy gives them.
+
+    Raises:
+        InputError: no format is turbo.
+    """
+    # a caller's own policy shows its formats by those of the layers alone
+    if policy.has_turbo() or any(fmt.is_turbo for pair in formats for fmt in pair):
+        return
+    for name, n in (("sink", sink), ("recent", recent)):
+        if n:
+            raise InputError(
+                f"{name} {n} has no effect where no K or V format is turbo: q8_0 and f16 are at "
+                "least as exact."
+            )
 
 
 def check_max_kv_size(max_kv_size: int, centre: Any, layers: Sequence[KVLayer]) -> None:
@@ -75,7 +140,5 @@ def as_policy(
         return default_policy(k, v)
     if isinstance(policy, Policy):
         return policy
-    if isinstance(policy, (str, os.PathLike)):
-        is_file = os.fspath(policy).lower().endswith(".json")
-        return load_policy(policy) if is_file else load_policy(policy, k, v)
-    raise InputError(f"Policy {policy!r} is not accepted: give a policy object or a name.")
+    is_file = os.fspath(policy).lower().endswith(".json")
+    return load_policy(policy) if is_file else load_policy(policy, k, v)

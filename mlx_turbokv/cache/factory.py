@@ -20,7 +20,7 @@ from ..model.kv_layers import KVLayer, KVLayers, kv_layers
 from ..model.probing import only_forwards_kv
 from ..policy import Pair, Policy
 from ..quant.formats import KVFormat, as_format, check_head_dim
-from .arguments import KEPT_TOKENS, as_policy, check_max_kv_size, check_window
+from . import arguments
 from .base import PackedCache
 from .readable import ReadableTurboKVCache
 from .rotating import TurboRotatingKVCache
@@ -28,6 +28,7 @@ from .single import TurboKVCache
 from .summary import leaves
 
 
+@arguments.checked_options
 def make_prompt_cache(
     model: nn.Module,
     k: KVFormat | str | None = None,
@@ -75,17 +76,21 @@ def make_prompt_cache(
         mlx-lm's own cache, but for windows beside packed ones: one mask must fit them all.
 
     Raises:
-        InputError: unknown format or policy, a policy that does not fit the model, a head_dim
-            that a format cannot store, a max_kv_size below 5, centre="auto" without a tokenizer, or
-            protected tokens that are not accepted, or not with this back-end or a window.
+        InputError: a value of another kind, an unknown format or policy, a policy that does not
+            fit the model, a head_dim that a format cannot store, a max_kv_size below 5,
+            centre="auto" without a tokenizer, or protected tokens that are not accepted, or not
+            where no format is turbo or with a window.
     """
     found: Any = for_model(centre, tokenizer)
-    policy = as_policy(model, k, v, policy).protecting(sink, recent)
-    check_window(max_kv_size, sink, recent)
+    policy = arguments.as_policy(model, k, v, policy).protecting(sink, recent)
+    arguments.check_window(max_kv_size, sink, recent)
     options = found, compress_sliding, max_kv_size, handles
-    return CacheFactory(language_model(model), policy, backend, None, *options)()
+    factory = CacheFactory(language_model(model), policy, backend, None, *options)
+    arguments.check_protection(policy, factory.formats, sink, recent)
+    return factory()
 
 
+@arguments.checked_options
 def attach(
     model: nn.Module,
     k: KVFormat | str | None = None,
@@ -115,18 +120,20 @@ def attach(
         InputError: as ``make_prompt_cache``.
     """
     found: Any = for_model(centre, tokenizer)
-    policy = as_policy(model, k, v, policy).protecting(sink, recent)
-    check_window(max_kv_size, sink, recent)
+    policy = arguments.as_policy(model, k, v, policy).protecting(sink, recent)
+    arguments.check_window(max_kv_size, sink, recent)
     inner = language_model(model)
     previous = vars(inner).get("make_cache")
     if isinstance(previous, CacheFactory):
         previous = previous.turbokv_previous
-    inner.make_cache = CacheFactory(
-        inner, policy, backend, previous, found, compress_sliding, max_kv_size, handles
-    )
+    options = found, compress_sliding, max_kv_size, handles
+    factory = CacheFactory(inner, policy, backend, previous, *options)
+    arguments.check_protection(policy, factory.formats, sink, recent)
+    inner.make_cache = factory
     return model
 
 
+@arguments.checked_model
 def detach(model: nn.Module) -> nn.Module:
     """Give the model its own caches back; without anything attached this does nothing."""
     inner = language_model(model)
@@ -174,7 +181,7 @@ class CacheFactory:
         self._n_caches = len(caches)
         self.layers: KVLayers = kv_layers(model, caches, compress_sliding)
         if max_kv_size is not None:
-            check_max_kv_size(max_kv_size, centre, self.layers.layers)
+            arguments.check_max_kv_size(max_kv_size, centre, self.layers.layers)
         growing = kv_layers(model, caches) if compress_sliding else self.layers
         ordinals = {(x.index, x.sub): x.ordinal for x in self.layers.layers}
         self._n_growing = growing.n_total
@@ -249,7 +256,7 @@ class CacheFactory:
         window, keep = layer.window, getattr(own, "keep", 0)
         windowed = window is not None or self.max_kv_size is not None
         if window is None and self.max_kv_size is not None:
-            window, keep = self.max_kv_size, KEPT_TOKENS
+            window, keep = self.max_kv_size, arguments.KEPT_TOKENS
             own = new_cache(self.model, "RotatingKVCache", window, keep)
         if is_a(own, "StaticPrefixKVCache"):  # asked for by size; masks are made for all of it
             return own

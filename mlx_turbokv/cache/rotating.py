@@ -14,6 +14,7 @@ import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 
 from ..attention.arrays import Hidden, Source
+from ..checked import INTEGER
 from ..errors import InputError
 from ..kernels.packed import empty_tiles
 from ..quant.formats import KVFormat
@@ -47,13 +48,14 @@ class RotatingRows(PackedCache):
         keep: int = 0,
         backend: str | None = None,
     ) -> None:
+        INTEGER("max_size", max_size)
+        INTEGER("keep", keep)
         if max_size < 1 or not 0 <= keep < max_size:
             raise InputError(
                 f"A window of {max_size} tokens that keeps {keep} is not accepted: give a window "
                 "of 1 or more, and fewer kept tokens than that."
             )
-        self.max_size = int(max_size)
-        self.keep = int(keep)
+        self.max_size, self.keep = max_size, keep
         super().__init__(k_format, v_format, backend)
 
     def _clear(self) -> None:

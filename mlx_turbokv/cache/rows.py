@@ -11,12 +11,14 @@ from typing import Any
 import mlx.core as mx
 
 from ..centring.centre import Centre
+from ..checked import of
 from ..errors import InputError
 from ..kernels.backend import Backend, select_backend
 from ..kernels.packed import PackedKV, empty_tiles
-from ..quant.formats import KVFormat, as_format
+from ..quant.formats import FORMAT, KVFormat, as_format
 from ..quant.layout import TILE, KVLayout, shared_layout
 
+CENTRE = of("a Centre or None", Centre).or_none()
 FLUSH_TOKENS = 256
 # more stale tiles than this are freed at once; fewer stay until the body is next written
 MOST_STALE_TILES = FLUSH_TOKENS // TILE
@@ -45,6 +47,9 @@ class PackedRows:
         backend: str | None = None,
         centre: Centre | None = None,
     ) -> None:
+        FORMAT("k_format", k_format)
+        FORMAT("v_format", v_format)
+        CENTRE("centre", centre)
         self.k_format = as_format(k_format)
         self.v_format = as_format(v_format)
         if centre is not None and not self.k_format.is_turbo:

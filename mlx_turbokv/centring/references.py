@@ -53,13 +53,21 @@ def set_references(model: nn.Module, references: References | None) -> None:
         setattr(model, ATTRIBUTE, references)
 
 
-def paths_for(path: str | os.PathLike) -> tuple[Path, Path]:
-    """The safetensors and the JSON file of references called ``path``.
+def paths_for(given: str | os.PathLike) -> tuple[Path, Path]:
+    """The safetensors and the JSON file of references called ``given``.
 
-    ``path`` is either of them, or the policy file that they lie beside.
+    That is either of them, or the policy file that they lie beside.
+
+    Raises:
+        InputError: it ends in no file's name.
     """
-    path = Path(path)
+    path = Path(given)
     name = path.name
+    if not name.strip(".") or "\0" in str(path):
+        raise InputError(
+            f"{short(os.fspath(given))} is not the name of a file of mean keys: `mlx_turbokv "
+            "calibrate --keys` writes one."
+        )
     for end in (".keys.safetensors", ".keys.json", ".json"):
         if name.lower().endswith(end):
             name = name[: -len(end)]

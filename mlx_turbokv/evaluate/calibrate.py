@@ -14,17 +14,24 @@ from typing import Any
 import mlx.nn as nn
 import numpy as np
 
+from ..checked import STRING, list_of
 from ..errors import InputError
+from ..model.kinds import check_model
 from ..model.shapes import KVShape
-from ..quant.formats import as_format
+from ..quant.formats import FORMAT, as_format
 from .assignment import assign, monotone
 from .configuration import kv_shapes, prepare
 from .names import check_name
-from .sensitivity import PARTS, Change, Pairs, Sensitivity, all_changes, measure
+from .sensitivity import PARTS, WINDOWS, Change, Pairs, Sensitivity, all_changes, measure
 
 FORMATS = ("q8_0", "turbo6", "turbo5", "turbo4", "turbo3", "turbo2")
 MOST_BITS = 128
 BUDGETS = ("la-v7", "4.5", "3.6")
+FORMAT_LIST = list_of("names of KV formats, such as ['q8_0', 'turbo4']", FORMAT.fits)
+BUDGET_LIST = list_of(
+    "bits per value or configurations, such as [4.5, 'la-v7']",
+    lambda x: isinstance(x, (str, int, float)) and not isinstance(x, bool),
+)
 ROUNDING = 1e-6  # bytes: a budget given as a decimal number must not lose one to its last digit
 
 
@@ -226,8 +233,14 @@ def calibrate(
             progress.
 
     Shapes: windows [n_windows, n_ctx], as `cut_windows` makes them.
-    Raises: InputError for bad budgets or formats, and as `sensitivity.measure`.
+    Raises: InputError for a value of another kind, bad budgets or formats, and as
+        `sensitivity.measure`.
     """
+    check_model(model)
+    WINDOWS("windows", windows)
+    BUDGET_LIST("budgets", budgets)
+    FORMAT_LIST("formats", formats)
+    STRING("base", base)
     shapes = shapes_of(model)
     formats = check_formats(formats)
     limits = [as_budget(model, shapes, str(budget)) for budget in budgets]

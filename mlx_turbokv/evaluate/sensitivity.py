@@ -17,6 +17,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..cache.factory import CacheFactory
+from ..checked import Kind
 from ..errors import InputError
 from ..model.caches import own_caches
 from ..policy import Protection
@@ -56,6 +57,12 @@ class Change:
         pairs, (k, v) = list(base), base[self.layer]
         pairs[self.layer] = (k, self.format) if self.part else (self.format, v)
         return pairs
+
+
+WINDOWS = Kind(
+    "an array of tokens [n_windows, n_ctx], as cut_windows makes it",
+    lambda x: isinstance(x, np.ndarray) and x.ndim == 2 and x.size > 0 and x.dtype.kind in "iu",
+)
 
 
 @dataclass(frozen=True)
@@ -153,6 +160,7 @@ def measure(
     Raises: InputError where logits are not numbers, a format does not fit the model, or every
         token of a window is protected.
     """
+    WINDOWS("windows", windows)
     check_context(windows.shape[1], protection)
     base, changes = list(base), list(changes)
     batch = batch or default_batch()

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from ..checked import Kind
 from ..errors import InputError
 from ..log import warn_once
 from ..quant.layout import KVLayout
@@ -31,6 +32,7 @@ from .trust import UntrustedKernelError
 trust.checker = selfcheck.problem
 ENVIRONMENT = "TURBOKV_BACKEND"
 BACKENDS = ("auto", "metal", "cuda", "reference")
+BACKEND = Kind(f"one of {', '.join(map(repr, BACKENDS))}", lambda x: isinstance(x, str) and bool(x))
 
 
 class Backend(NamedTuple):
@@ -81,6 +83,8 @@ def select_backend(name: str | None = None) -> Backend:
     Raises:
         InputError: no such back-end, or this machine does not have it.
     """
+    if name is not None:
+        BACKEND("backend", name)
     return _selected(name or os.environ.get(ENVIRONMENT) or "auto", assemble.factory)
 
 

@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 
 from ..errors import InputError
 from ..files import parse_json, read_text
+from .config_numbers import check_numbers
 
 
 def read_config(path: Path, source: str) -> dict[str, Any]:
@@ -19,7 +20,7 @@ def read_config(path: Path, source: str) -> dict[str, Any]:
         source: what the user gave, for messages.
 
     Raises:
-        InputError: missing, unreadable, or not a model's.
+        InputError: missing, unreadable, not a model's, or with a number that no model has.
     """
     try:
         config = parse_json(read_text(path))
@@ -29,6 +30,7 @@ def read_config(path: Path, source: str) -> dict[str, Any]:
         raise InputError(f"{path} is not a readable config.json ({first_line(error)}).") from error
     if not isinstance(config, dict) or "model_type" not in config:
         raise InputError(f"{path} is not a model's config.json: it names no model_type.")
+    check_numbers(config, str(path))
     return config
 
 

@@ -231,6 +231,8 @@ def _load_mlx_lm(
     with load_errors(source, adapter_path):
         for folder in (source, adapter_path):
             _check_files(folder)
+        if os.path.isdir(source):
+            read_config(Path(source) / "config.json", source)
         hub.check_reachable(source)
         found: Any = mlx_lm.load(source, adapter_path=adapter_path, return_config=True, **options)
     model, tokenizer, config = found
@@ -273,7 +275,7 @@ def load_errors(source: str, adapter: str | None = None, gguf: bool = True) -> I
         raise InputError(
             f"The hub does not give the model {source} ({first_line(error)})."
         ) from error
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ArithmeticError) as error:
         with_adapters = f" with adapters {adapter}" if adapter else ""
         what = f"{error!r}" if isinstance(error, KeyError) else first_line(error)
         raise InputError(f"The model {source}{with_adapters} cannot be loaded ({what}).") from error

@@ -11,16 +11,18 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from ..errors import InputError, short
 from ..files import parse_json, read_text, write_text
-from ..quant.formats import KVFormat, as_format
-from .policies import LayerList
-from .protection import Protection
+from ..quant.formats import NAME, KVFormat, as_format
+from .policies import LayerList, Pair
+from .protection import Protection, check_count
 
 VERSION = 1
+_PROTECTED = tuple(field.name for field in fields(Protection))
+_LAYER = 'an object such as {"k": "q8_0", "v": "turbo3"}'
 
 
 def read_layer_list(path: str | os.PathLike) -> LayerList:
@@ -50,28 +52,40 @@ def read_layer_list(path: str | os.PathLike) -> LayerList:
         raise InputError(
             f"Policy file {str(path)!r} has version {short(found)}: version {VERSION} is accepted."
         )
-    layers = document.get("layers")
+    if "layers" not in document:
+        raise InputError(
+            f"Policy file {str(path)!r} has no list named 'layers': one with {_LAYER} for each KV "
+            "layer is accepted."
+        )
+    layers = document["layers"]
     if not isinstance(layers, list) or not layers:
-        raise InputError(f"Policy file {str(path)!r} has no list named 'layers'.")
+        raise InputError(
+            f"Policy file {str(path)!r}: 'layers' is {short(layers)}; a list with {_LAYER} for "
+            "each KV layer is accepted."
+        )
     pairs = tuple(_read_pair(path, ordinal, layer) for ordinal, layer in enumerate(layers))
-    policy = LayerList(pairs, path.stem, str(path))
     try:
-        return policy.protecting(document.get("sink"), document.get("recent"))
+        protected = {
+            name: check_count(name, document[name]) for name in _PROTECTED if name in document
+        }
     except InputError as error:
         raise InputError(f"Policy file {str(path)!r}: {error}") from None
+    return LayerList(pairs, path.stem, str(path)).protecting(**protected)
 
 
-def _read_pair(path: Path, ordinal: int, layer: object) -> tuple[KVFormat, KVFormat]:
-    k, v = (layer.get("k"), layer.get("v")) if isinstance(layer, dict) else (None, None)
-    if not isinstance(k, str) or not isinstance(v, str):
-        raise InputError(
-            f"Policy file {str(path)!r}, layer {ordinal}: an object with the names 'k' and 'v' is "
-            "needed."
-        )
+def _read_pair(path: Path, ordinal: int, layer: object) -> Pair:
+    where = f"Policy file {str(path)!r}, layer {ordinal}"
+    if not isinstance(layer, dict):
+        raise InputError(f"{where}: {short(layer)} is not accepted: give {_LAYER}.")
+    for name in ("k", "v"):
+        if name not in layer:
+            raise InputError(f"{where} has no {name!r}: {_LAYER} is accepted.")
     try:
-        return as_format(k), as_format(v)
+        for name in ("k", "v"):
+            NAME(name, layer[name])
+        return as_format(layer["k"]), as_format(layer["v"])
     except InputError as error:
-        raise InputError(f"Policy file {str(path)!r}, layer {ordinal}: {error}") from None
+        raise InputError(f"{where}: {error}") from None
 
 
 def write_layer_list(

@@ -12,89 +12,22 @@ To add a policy: a frozen dataclass with one method, ``pair``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
-from typing import TypeVar
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass, field
 
+from ..checked import INTEGER, PATH, STRING, Kind, of
 from ..errors import InputError
-from ..quant.formats import KVFormat, as_format
-from .protection import DEFAULT_PROTECTION, UNPROTECTED, Protection
+from ..quant.formats import FORMAT, KVFormat, as_format
+from .base import Pair, Policy, as_pair
+from .protection import UNPROTECTED, Protection
 
-PolicyType = TypeVar("PolicyType", bound="Policy")
-Pair = tuple[KVFormat, KVFormat]
-
+POLICY = of("a policy object", Policy)
+PAIRS = Kind(
+    "a list of the formats of K and V in each KV layer, such as [('q8_0', 'turbo3')]",
+    lambda x: isinstance(x, Iterable) and not isinstance(x, (str, bytes, Mapping, Set)),
+)
 DEFAULT_K = "q8_0"
 DEFAULT_V = "turbo2"
-
-
-@dataclass(frozen=True)
-class Policy:
-    """Base of all policies: a subclass overrides ``pair``, and ``check`` where n can be wrong.
-
-    Args:
-        protection: tokens that are stored in 8.5 bits in every layer.
-    """
-
-    protection: Protection = field(default=DEFAULT_PROTECTION, kw_only=True)
-
-    @property
-    def name(self) -> str:
-        """Short name for tables."""
-        return type(self).__name__.lower()
-
-    def pair(self, ordinal: int, n_layers: int) -> Pair:
-        """Formats of K and V in KV layer ``ordinal`` of ``n_layers``."""
-        raise NotImplementedError
-
-    def check(self, n_layers: int) -> None:
-        """Raises: InputError where the policy does not fit a model of ``n_layers`` KV layers."""
-
-    def notes(self, n_layers: int) -> list[str]:
-        """Sentences worth telling about this policy on ``n_layers`` KV layers."""
-        return []
-
-    @property
-    def default_protection(self) -> Protection:
-        """What a policy of this kind protects where nothing else is asked for."""
-        return type(self).protection
-
-    def protecting(
-        self: PolicyType, sink: int | None = None, recent: int | None = None
-    ) -> PolicyType:
-        """The same policy with other numbers of protected tokens; None keeps its own.
-
-        Raises:
-            InputError: a number is not accepted.
-        """
-        own = self.protection
-        other = Protection(
-            own.sink if sink is None else sink, own.recent if recent is None else recent
-        )
-        return self if other == own else replace(self, protection=other)
-
-    def k_formats(self) -> set[KVFormat]:
-        """Every format that a layer's keys may get."""
-        return self._formats_of("k")
-
-    def v_formats(self) -> set[KVFormat]:
-        """Every format that a layer's values may get."""
-        return self._formats_of("v")
-
-    def has_turbo(self) -> bool:
-        """Whether a layer may get a turbo format; others need no protected tokens."""
-        return any(f.is_turbo for f in self.k_formats() | self.v_formats())
-
-    def _formats_of(self, side: str) -> set[KVFormat]:
-        names = [x.name for x in fields(self) if x.name == side or x.name.endswith(f"_{side}")]
-        return {as_format(f) for f in (getattr(self, name) for name in names) if f is not None}
-
-    def formats(self, n_layers: int) -> list[Pair]:
-        """The pair of formats of every KV layer, in order.
-
-        Raises:
-            InputError: the policy does not fit a model of ``n_layers`` KV layers.
-        """
-        self.check(n_layers)
-        return [self.pair(ordinal, n_layers) for ordinal in range(n_layers)]
 
 
 @dataclass(frozen=True)
@@ -105,6 +38,7 @@ class Uniform(Policy):
     v: KVFormat | str = DEFAULT_V
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _parse(self, "k", "v")
 
     def pair(self, ordinal: int, n_layers: int) -> Pair:
@@ -121,7 +55,7 @@ class Boundary(Policy):
         boundary_k, boundary_v: formats of those; None keeps ``k`` or ``v``.
 
     Raises:
-        InputError: a count is negative.
+        InputError: a count is negative, or a value of another kind.
     """
 
     k: KVFormat | str
@@ -132,7 +66,11 @@ class Boundary(Policy):
     boundary_v: KVFormat | str | None = None
 
     def __post_init__(self) -> None:
-        _parse(self, "k", "v", "boundary_k", "boundary_v")
+        super().__post_init__()
+        _parse(self, "k", "v")
+        _parse(self, "boundary_k", "boundary_v", optional=True)
+        INTEGER("first", self.first)
+        INTEGER("last", self.last)
         if self.first < 0 or self.last < 0:
             raise InputError(
                 f"Boundary {self.first},{self.last} is not accepted: both counts must be 0 or more."
@@ -164,7 +102,7 @@ class LastN(Policy):
         n: how many layers at the end get ``last_k`` and ``last_v`` (None keeps ``k`` or ``v``).
 
     Raises:
-        InputError: n is negative.
+        InputError: n is negative, or a value of another kind.
     """
 
     k: KVFormat | str
@@ -174,7 +112,10 @@ class LastN(Policy):
     last_v: KVFormat | str | None = None
 
     def __post_init__(self) -> None:
-        _parse(self, "k", "v", "last_k", "last_v")
+        super().__post_init__()
+        _parse(self, "k", "v")
+        _parse(self, "last_k", "last_v", optional=True)
+        INTEGER("n", self.n)
         if self.n < 0:
             raise InputError(f"Last {self.n} is not accepted: the count must be 0 or more.")
 
@@ -209,8 +150,17 @@ class LayerList(Policy):
     path: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        pairs = tuple((as_format(k), as_format(v)) for k, v in self.pairs)
-        object.__setattr__(self, "pairs", pairs)
+        super().__post_init__()
+        STRING("label", self.label)
+        PATH.or_none()("path", self.path)
+        PAIRS("pairs", self.pairs)
+        pairs = []
+        for ordinal, pair in enumerate(self.pairs):
+            try:
+                pairs.append(as_pair(pair))
+            except InputError as error:
+                raise InputError(f"pairs, KV layer {ordinal}: {error}") from None
+        object.__setattr__(self, "pairs", tuple(pairs))
 
     @property
     def name(self) -> str:
@@ -245,6 +195,12 @@ class Preset(Policy):
     protected: int = field(default=0)
     protection: Protection = field(default=UNPROTECTED, kw_only=True)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        STRING("label", self.label)
+        POLICY("inner", self.inner)
+        INTEGER("protected", self.protected)
+
     @property
     def name(self) -> str:
         return self.label
@@ -264,15 +220,15 @@ class Preset(Policy):
         return self.inner.v_formats()
 
     def pair(self, ordinal: int, n_layers: int) -> Pair:
-        return self.inner.pair(ordinal, n_layers)
+        return as_pair(self.inner.pair(ordinal, n_layers))
 
 
-def _parse(policy: Policy, *names: str) -> None:
+def _parse(policy: Policy, *names: str, optional: bool = False) -> None:
     """Let a frozen policy's formats be given by name."""
     for name in names:
-        value = getattr(policy, name)
-        if value is not None:
-            object.__setattr__(policy, name, as_format(value))
+        if (value := getattr(policy, name)) is not None or not optional:
+            FORMAT(name, value)
+            object.__setattr__(policy, name, as_format(value))  # type: ignore[arg-type]
 
 
 def bits_per_value(

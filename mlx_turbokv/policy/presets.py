@@ -12,8 +12,9 @@ import os
 import re
 from collections.abc import Mapping
 
+from ..checked import PATH, Kind, checked
 from ..errors import InputError
-from ..quant.formats import KVFormat, as_format, nearest_format
+from ..quant.formats import FORMAT, KVFormat, as_format, nearest_format
 from .files import read_layer_list
 from .policies import DEFAULT_K, DEFAULT_V, Boundary, LastN, Policy, Preset, Uniform
 from .protection import UNPROTECTED
@@ -44,7 +45,7 @@ def layer_adaptive(
     """
     try:
         number = int(mode)
-    except ValueError:
+    except (TypeError, ValueError, OverflowError):
         number = -1
     k, v = as_format(k or DEFAULT_K), as_format(v or DEFAULT_V)
     q8, turbo4 = as_format("q8_0"), as_format("turbo4")
@@ -109,11 +110,14 @@ class UnknownPolicyError(InputError):
 
 
 def nearest_policy(text: str) -> str | None:
-    """The policy of a like name, with what follows its colon; None where no name is like it."""
+    """The policy of a like name, with what follows its colon if that is right; None if none is."""
     name, colon, rest = text.strip().lower()[:60].partition(":")
     names = ("boundary", "last") if colon else (*SETTINGS, "uniform", *PRESETS)
-    near = difflib.get_close_matches(name, names, 1)
-    return f"{near[0]}{colon}{rest}" if near else None
+    near = next(iter(difflib.get_close_matches(name, names, 1)), None)
+    if near is None or not colon:
+        return near
+    found = f"{near}:{rest}"
+    return found if _PARAMETRISED.fullmatch(found) else _FORMS[near][0]
 
 
 def format_of(value: KVFormat | str) -> KVFormat:
@@ -145,6 +149,28 @@ _PARAMETRISED = re.compile(
 )
 
 
+# how a parametrised policy is written, what it takes, and an example
+_FORMS = {
+    "boundary": ("boundary:A,B", "two counts of layers", "boundary:2,2"),
+    "last": ("last:N", "a count of layers", "last:8"),
+}
+
+
+def _check_form(text: str) -> None:
+    """Raises: InputError for a parametrised policy with other parameters than it takes."""
+    name, colon, _ = text.lower().partition(":")
+    if colon and name in _FORMS:
+        _, takes, example = _FORMS[name]
+        raise InputError(
+            f"Policy {text!r} is not accepted: {name} takes {takes}, such as {example}, optionally "
+            f"with their formats, such as {example}:f16 (V) or {example}:q8_0/f16 (K/V)."
+        )
+
+
+_NAME = Kind("the name of a policy or the path of a JSON file", PATH.fits)
+
+
+@checked(name=_NAME, k=FORMAT, v=FORMAT)
 def load_policy(
     name: str | os.PathLike, k: KVFormat | str | None = None, v: KVFormat | str | None = None
 ) -> Policy:
@@ -159,9 +185,10 @@ def load_policy(
         v: V's format where the policy leaves it open (default turbo2).
 
     Raises:
-        InputError: no such name, an unreadable file, or ``k``/``v`` given beside a file or a
-            setting, which leave none open.
+        InputError: no such name, an unreadable file, ``k``/``v`` given beside a file or a
+            setting, which leave none open, or a value of another kind.
     """
+    k, v = (None if x is None else as_format(x) for x in (k, v))
     text = os.fspath(name).strip()
     lower = text.lower()
     if lower in SETTINGS:
@@ -181,6 +208,7 @@ def load_policy(
     if match := _PARAMETRISED.fullmatch(lower):
         return _parametrised(match, k or DEFAULT_K, v or DEFAULT_V)
     if not (text.endswith(".json") or os.path.exists(text)):
+        _check_form(text)
         raise UnknownPolicyError(
             f"Unknown policy {text!r}: {_instead(lower)}accepted are {ACCEPTED}."
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import InputError, short
+from ..checked import Kind
 from ..quant.formats import KVFormat
 
 STEP = 32  # tokens; rows are stored in tiles of so many
@@ -88,13 +88,14 @@ def check_count(name: str, value: Any) -> int:
     Raises:
         InputError: it is no multiple of 32, negative, or too large.
     """
-    if type(value) is not int or value % STEP or not 0 <= value <= MOST_TOKENS:
-        raise InputError(
-            f"{name} {short(value)} is not accepted: give a multiple of {STEP} from 0 to "
-            f"{MOST_TOKENS:,} tokens."
-        )
+    PROTECTED(name, value)
     return value
 
 
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value % STEP == 0 and 0 <= value <= MOST_TOKENS
+
+
+PROTECTED = Kind(f"a multiple of {STEP} from 0 to {MOST_TOKENS:,} tokens", _is_count)
 UNPROTECTED = Protection()
 DEFAULT_PROTECTION = Protection(32, 128)

@@ -11,12 +11,17 @@ import difflib
 import re
 from dataclasses import dataclass
 
+from ..checked import of
 from ..errors import InputError, short
 from .rotation import MAX_HEAD_DIM, rotation_width
 
 Q8_BITS, Q8_GROUP = 8, 32
 CODEBOOK_BITS = (2, 3, 4, 5, 6)
 FORMAT_NAMES = ("f16", "q8_0", *(f"turbo{bits}" for bits in (*CODEBOOK_BITS, Q8_BITS)))
+_FORMATS = (
+    ("f16", 16, None), ("q8_0", Q8_BITS, None), ("turbo", Q8_BITS, None),
+    *(("turbo", bits, group) for bits in CODEBOOK_BITS for group in (None, 32)),
+)  # fmt: skip
 _TURBO = re.compile(r"turbo([2-6])(?::(32))?|turbo8")
 # names of llama.cpp (q4_0, iq4_nl, bf16), of floats (fp8_e4m3), of turbo formats (tbq3_0), or bits
 _OTHER = re.compile(
@@ -33,11 +38,24 @@ class KVFormat:
         bits: bits of one code: 16, 8, or 2 to 6.
         group: values that share one scale; None means the natural group (32 where codes have 8
             bits, the rotation's width for turbo2 to turbo6).
+
+    Raises:
+        InputError: there is no such format.
     """
 
     kind: str
     bits: int
     group: int | None = None
+
+    def __post_init__(self) -> None:
+        given = self.kind, self.bits, self.group
+        exact = type(self.bits) is int and type(self.group) in (int, type(None))
+        if not exact or given not in _FORMATS:
+            kind, bits, group = (short(x) for x in given)
+            raise InputError(
+                f"KV format kind {kind}, bits {bits}, group {group} is not accepted: give a "
+                "format's name to KVFormat.parse."
+            )
 
     @classmethod
     def parse(cls, name: str) -> KVFormat:
@@ -46,6 +64,7 @@ class KVFormat:
         Raises:
             InputError: the name is none of FORMAT_NAMES, nor turbo2:32 to turbo6:32.
         """
+        NAME("KV format", name)
         text = name.strip().lower()
         if text == "f16":
             return cls("f16", 16)
@@ -118,15 +137,24 @@ def nearest_format(text: str) -> str | None:
         bits = int(match[1])
         if bits in (16, 32):
             return "f16"
-        if 7 <= bits <= 8:
-            return "q8_0"
+        if 7 <= bits <= Q8_BITS:
+            return "turbo8" if text.startswith("turbo") else "q8_0"
         if bits <= 6:
             return f"turbo{max(bits, CODEBOOK_BITS[0])}"
     return next(iter(difflib.get_close_matches(text[:60], FORMAT_NAMES, 1)), None)
 
 
+NAME = of("the name of a KV format, such as 'q8_0'", str)
+FORMAT = of(NAME.accepted, KVFormat, str)
+
+
 def as_format(value: KVFormat | str) -> KVFormat:
-    """Accept a format or its name."""
+    """Accept a format or its name.
+
+    Raises:
+        InputError: it is none.
+    """
+    FORMAT("KV format", value)
     return value if isinstance(value, KVFormat) else KVFormat.parse(value)
 
 

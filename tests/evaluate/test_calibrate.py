@@ -158,6 +158,26 @@ def test_windows_whose_tokens_are_all_protected_are_refused(model):
         measure_protected(model, windows, [F16] * 3, [Change(0, 0, "turbo2")])
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("windows", []), ("windows", 5), ("windows", np.zeros(8, np.int32)),
+        ("windows", np.zeros((0, 8), np.int32)), ("windows", np.zeros((1, 8))),
+        ("budgets", 5), ("budgets", "4.5"), ("budgets", [b"4"]), ("budgets", [None]),
+        ("formats", 5), ("formats", "q8_0"), ("formats", [4]), ("base", 5), ("base", None),
+    ],
+)  # fmt: skip
+def test_values_of_another_kind_are_refused_by_their_argument(model, name, value):
+    given = {"windows": np.zeros((1, 8), np.int32), "budgets": ["4.5"]} | {name: value}
+    with pytest.raises(InputError, match=f"{name} .* is not accepted: give"):
+        calibrate(model, **given)
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(InputError, match="is not accepted as a model"):
+        calibrate(5, np.zeros((1, 8), np.int32))
+
+
 def test_a_model_without_kv_layers_is_refused():
     with pytest.raises(InputError, match="no KV layer"):
         calibrate(shared_model("mamba"), np.zeros((1, 8), np.int32))

@@ -206,7 +206,7 @@ def test_bad_arguments_are_refused() -> None:
     with pytest.raises(InputError, match="back-end 'opencl'"):
         attach(model, backend="opencl")
     assert "make_cache" not in vars(model)
-    with pytest.raises(InputError, match="Policy 7 is not accepted"):
+    with pytest.raises(InputError, match="policy 7 is not accepted"):
         attach(model, policy=7)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 
 import pytest
 from hypothesis import given
@@ -207,8 +208,13 @@ def test_a_failed_write_leaves_the_old_policy_file_whole(tmp_path, monkeypatch) 
         ("[" * 100_000, "is not JSON"),
         ('{"version": true, "layers": [{"k": "f16", "v": "f16"}]}', "version True"),
         ('{"version": 2, "layers": []}', "version 2"),
-        ('{"version": 1, "layers": []}', "no list"),
-        ('{"version": 1, "layers": [{"k": "q8_0"}]}', "layer 0"),
+        ('{"version": 1}', "has no list named 'layers'.*accepted"),
+        ('{"version": 1, "layers": []}', r"'layers' is \[\]; a list with an object .*accepted"),
+        ('{"version": 1, "layers": {"k": 1}}', r"'layers' is \{'k': 1\}; a list .*accepted"),
+        ('{"version": 1, "layers": ["f16"]}', "layer 0: 'f16' is not accepted: give an object"),
+        ('{"version": 1, "layers": [{"k": "q8_0"}]}', "layer 0 has no 'v': an object .*accepted"),
+        ('{"version": 1, "layers": [{"k": 4, "v": "x"}]}', "layer 0: k 4 .* give the name of a KV"),
+        ('{"version": 1, "layers": [{"k": "f16", "v": null}]}', "layer 0: v None .* give the name"),
         ('{"version": 1, "layers": [{"k": "q8_0", "v": "turbo9"}]}', "turbo9"),
     ],
 )
@@ -217,6 +223,30 @@ def test_damaged_policy_files_are_refused(tmp_path, text: str, said: str) -> Non
     path.write_text(text)
     with pytest.raises(InputError, match=said):
         read_layer_list(path)
+
+
+@pytest.mark.parametrize("name", ["boundary:2", "boundary: 2", "LAST:x", "last:2:f16/f16/f16"])
+def test_a_policy_with_other_parameters_says_what_it_takes(name: str) -> None:
+    kind = name.lower().partition(":")[0]
+    with pytest.raises(InputError, match=f"'{name}' is not accepted: {kind} takes") as error:
+        load_policy(f" {name}\n")
+    example = re.search(r"such as (\S+), .*such as (\S+) \(V\) or (\S+) \(", str(error.value))
+    assert example and all(load_policy(x) for x in example.groups())
+    assert "nearest" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("boundry:2", "boundary:A,B"), ("lst:", "last:N"), ("lst:3", "last:3")]
+)
+def test_the_nearest_policy_is_one_that_can_be_typed(name: str, near: str) -> None:
+    with pytest.raises(InputError, match=f"the nearest is {near};"):
+        load_policy(name)
+
+
+@pytest.mark.parametrize(("name", "near"), [("turbo7", "turbo8"), ("turbo8:32", "turbo8")])
+def test_the_nearest_format_to_a_turbo_format_is_one(name: str, near: str) -> None:
+    with pytest.raises(InputError, match=f"the nearest is {near};"):
+        KVFormat.parse(name)
 
 
 def test_a_missing_policy_file_or_formats_beside_one_are_refused(tmp_path) -> None:

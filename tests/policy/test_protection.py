@@ -125,7 +125,7 @@ def test_a_file_may_leave_it_open(tmp_path: Path) -> None:
     assert read_layer_list(tmp_path / "p.json") == LayerList(tuple(PAIRS), "p")
 
 
-@pytest.mark.parametrize("value", [1, -32, "32", 32.0, True, [], 1 << 40])
+@pytest.mark.parametrize("value", [1, -32, "32", 32.0, True, [], 1 << 40, None])
 @pytest.mark.parametrize("name", ["sink", "recent"])
 def test_a_wrong_number_in_a_file_is_named(tmp_path: Path, name: str, value) -> None:
     path = tmp_path / "p.json"
