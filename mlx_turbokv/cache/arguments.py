@@ -132,13 +132,15 @@ def as_policy(
     """The policy that these arguments mean.
 
     Raises:
-        InputError: they mean none, or the model is none.
+        InputError: they mean none, ``k`` or ``v`` has no effect, or the model is none.
     """
     check_model(model)
     k, v = (None if x is None else format_of(x) for x in (k, v))
     if policy is None:
         return default_policy(k, v)
-    if isinstance(policy, Policy):
-        return policy
-    is_file = os.fspath(policy).lower().endswith(".json")
-    return load_policy(policy) if is_file else load_policy(policy, k, v)
+    if not isinstance(policy, Policy):
+        return load_policy(policy, k, v)
+    for name, fmt in (("k", k), ("v", v)):
+        if fmt is not None:
+            raise InputError(f"{name} {fmt} has no effect beside a policy, which sets the formats.")
+    return policy

@@ -23,6 +23,8 @@ from mlx_turbokv import (
     make_prompt_cache,
 )
 from mlx_turbokv.checked import INTEGER, checked
+from mlx_turbokv.policy import Uniform
+from mlx_turbokv.policy.files import write_layer_list
 from mlx_turbokv.policy.protection import DEFAULT_PROTECTION, UNPROTECTED
 
 WRONG = {
@@ -159,3 +161,14 @@ def test_caches_name_their_argument(maker, right, name, accepted, data) -> None:
 
 def test_the_documents_names_are_there() -> None:
     assert all(hasattr(mlx_turbokv, name) for name in mlx_turbokv.__all__)
+
+
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_a_format_beside_a_policy_that_leaves_none_open_is_refused(name, tmp_path) -> None:
+    model, file = shared_model("llama"), tmp_path / "p.json"
+    write_layer_list(file, [("turbo4", "turbo3")] * 3)
+    for policy in (Uniform("turbo4", "turbo3"), file, str(file), "compact"):
+        assert make_prompt_cache(model, policy=policy)
+        with pytest.raises(InputError, match="has no effect beside|cannot be given beside"):
+            make_prompt_cache(model, policy=policy, **{name: "q8_0"})
+    assert make_prompt_cache(model, policy="la-v7", k="q8_0", v="turbo3")

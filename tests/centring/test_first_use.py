@@ -44,7 +44,8 @@ def runs(monkeypatch):
 
 def caches(model, k="turbo3", centre="auto", **options):
     options = {"tokenizer": Characters(), "backend": "reference"} | options
-    return make_prompt_cache(model, k, "f16", centre=centre, **options)
+    formats = {} if "policy" in options else {"k": k, "v": "f16"}
+    return make_prompt_cache(model, centre=centre, **formats, **options)
 
 
 def sources(held):
