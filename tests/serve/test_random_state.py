@@ -22,7 +22,11 @@ from mlx_turbokv.serve.random_state import kept_if_it_fails
 pytestmark = pytest.mark.slow
 
 BAD = 0.7  # the temperature of requests that fail
-N = 12
+
+
+def is_answered(found: list) -> bool:
+    """Tokens, of which sampling may choose the end early, and no exception."""
+    return bool(found) and all(isinstance(token, int) for token in found)
 
 
 @partial(mx.compile, inputs=mx.random.state, outputs=mx.random.state)
@@ -66,7 +70,7 @@ def test_requests_after_one_that_failed_are_sampled(generator, failing, seed) ->
     failed = alone(generator, temperature=BAD, seed=seed)
     assert isinstance(failed[-1], ValueError)
     sampled = [alone(generator, temperature=1) for _ in range(2)]
-    assert [len(tokens) for tokens in sampled] == [N, N]
+    assert all(map(is_answered, sampled))
     assert alone(generator, temperature=1, seed=5) == alone(generator, temperature=1, seed=5)
 
 
@@ -76,8 +80,7 @@ def test_requests_beside_one_that_fails_are_sampled(generator, failing) -> None:
     answers.append(submit(generator, prompt="x y", temperature=1))
     assert isinstance(result(generator, bad)[-1], ValueError)
     found = [result(generator, answer) for answer in answers]
-    assert [len(tokens) for tokens in found] == [N] * 3
-    assert all(isinstance(token, int) for tokens in found for token in tokens)
+    assert all(map(is_answered, found))
 
 
 def test_the_state_is_that_from_before() -> None:
