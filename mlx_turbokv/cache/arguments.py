@@ -11,7 +11,7 @@ from ..centring.first_use import FirstUse
 from ..centring.references import References
 from ..checked import BOOLEAN, INTEGER, Kind, checked, is_path
 from ..errors import InputError
-from ..kernels.backend import BACKEND, select_backend
+from ..kernels.backend import select_backend
 from ..model.kinds import check_model
 from ..model.kv_layers import KVLayer
 from ..policy import Pair, Policy, load_policy
@@ -32,8 +32,7 @@ def _is_tokenizer(value: Any) -> bool:
     return not is_text and callable(getattr(value, "encode", None))
 
 
-def _backend(name: str, value: Any) -> None:
-    BACKEND(name, value)
+def _backend(_name: str, value: Any) -> None:
     select_backend(value)
 
 
@@ -75,12 +74,9 @@ def check_protection(
     # a caller's own policy shows its formats by those of the layers alone
     if policy.has_turbo() or any(fmt.is_turbo for pair in formats for fmt in pair):
         return
-    for name, n in (("sink", sink), ("recent", recent)):
-        if n:
-            raise InputError(
-                f"{name} {n} has no effect where no K or V format is turbo: q8_0 and f16 are at "
-                "least as exact."
-            )
+    _refuse_protected(
+        sink, recent, "where no K or V format is turbo: q8_0 and f16 are at least as exact"
+    )
 
 
 def check_max_kv_size(max_kv_size: int, centre: Any, layers: Sequence[KVLayer]) -> None:
@@ -113,18 +109,19 @@ def check_max_kv_size(max_kv_size: int, centre: Any, layers: Sequence[KVLayer]) 
 
 def check_window(max_kv_size: int | None, sink: int | None, recent: int | None) -> None:
     """Raises: InputError where tokens of a window are to be protected."""
-    if max_kv_size is None:
-        return
+    if max_kv_size is not None:
+        why = f"with max_kv_size {max_kv_size}: a window protects no tokens"
+        _refuse_protected(sink, recent, why)
+
+
+def _refuse_protected(sink: int | None, recent: int | None, why: str) -> None:
+    """Raises: InputError where tokens are to be protected; ``why`` ends its sentence."""
     for name, n in (("sink", sink), ("recent", recent)):
         if n:
-            raise InputError(
-                f"{name} {n} has no effect with max_kv_size {max_kv_size}: a window protects no "
-                "tokens."
-            )
+            raise InputError(f"{name} {n} has no effect {why}.")
 
 
 def as_policy(
-    model: Any,
     k: KVFormat | str | None,
     v: KVFormat | str | None,
     policy: Policy | str | os.PathLike | None,
@@ -132,9 +129,8 @@ def as_policy(
     """The policy that these arguments mean.
 
     Raises:
-        InputError: they mean none, ``k`` or ``v`` has no effect, or the model is none.
+        InputError: they mean none, or ``k`` or ``v`` has no effect.
     """
-    check_model(model)
     k, v = (None if x is None else format_of(x) for x in (k, v))
     if policy is None:
         return default_policy(k, v)

@@ -82,7 +82,7 @@ def make_prompt_cache(
             where no format is turbo or with a window.
     """
     found: Any = for_model(centre, tokenizer)
-    policy = arguments.as_policy(model, k, v, policy).protecting(sink, recent)
+    policy = arguments.as_policy(k, v, policy).protecting(sink, recent)
     arguments.check_window(max_kv_size, sink, recent)
     options = found, compress_sliding, max_kv_size, handles
     factory = CacheFactory(language_model(model), policy, backend, None, *options)
@@ -120,7 +120,7 @@ def attach(
         InputError: as ``make_prompt_cache``.
     """
     found: Any = for_model(centre, tokenizer)
-    policy = arguments.as_policy(model, k, v, policy).protecting(sink, recent)
+    policy = arguments.as_policy(k, v, policy).protecting(sink, recent)
     arguments.check_window(max_kv_size, sink, recent)
     inner = language_model(model)
     previous = vars(inner).get("make_cache")

@@ -154,7 +154,6 @@ def as_format(value: KVFormat | str) -> KVFormat:
     Raises:
         InputError: it is none.
     """
-    FORMAT("KV format", value)
     return value if isinstance(value, KVFormat) else KVFormat.parse(value)
 
 

@@ -31,7 +31,7 @@ WRONG = st.one_of(
 )  # fmt: skip
 
 
-def returning(value: Any) -> Policy:
+def policy_with_pair(value: Any) -> Policy:
     class Mine(Policy):
         def pair(self, ordinal, n_layers):
             return value
@@ -41,7 +41,7 @@ def returning(value: Any) -> Policy:
 
 @given(k=EITHER, v=EITHER, as_list=st.booleans())
 def test_a_pair_may_be_names_or_formats(k: Any, v: Any, as_list: bool) -> None:
-    mine = returning([k, v] if as_list else (k, v))
+    mine = policy_with_pair([k, v] if as_list else (k, v))
     assert mine.formats(3) == Uniform(k, v).formats(3)
 
 
@@ -75,7 +75,7 @@ def test_a_policy_with_a_constructor_of_its_own_keeps_it() -> None:
 @given(value=WRONG | st.sampled_from(["turbo4", "q8", ("f16",), ("f16", "f16", "f16")]))
 def test_what_is_no_pair_is_named(value: Any) -> None:
     with pytest.raises(InputError, match="Policy 'mine', KV layer 0.* is not accepted: give") as e:
-        returning(value).formats(2)
+        policy_with_pair(value).formats(2)
     assert repr(value)[:60] in str(e.value)
 
 
@@ -83,13 +83,13 @@ def test_what_is_no_pair_is_named(value: Any) -> None:
 def test_what_is_no_format_in_a_pair_is_named(value: Any, other: str, is_k: bool) -> None:
     name = "k" if is_k else "v"
     with pytest.raises(InputError, match=f"Policy 'mine', KV layer 0: {name} .* give") as error:
-        returning((value, other) if is_k else (other, value)).formats(2)
+        policy_with_pair((value, other) if is_k else (other, value)).formats(2)
     assert repr(value)[:60] in str(error.value)
 
 
 def test_an_unknown_name_in_a_pair_is_named() -> None:
     with pytest.raises(InputError, match="'mine', KV layer 0: Unknown KV format 'turbo9'"):
-        returning(("turbo9", "f16")).formats(1)
+        policy_with_pair(("turbo9", "f16")).formats(1)
 
 
 def test_a_policy_without_pair_is_refused() -> None:
